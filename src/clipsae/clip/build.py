@@ -1,0 +1,116 @@
+"""Building an open_clip model by name, refusing early and clearly what cannot work."""
+
+import difflib
+import warnings
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.pretrained import get_pretrained_cfg
+from torch import nn
+
+from clipsae.errors import ConfigError
+
+TINY = "clipsae-tiny"
+PRECISIONS = ("fp32", "bf16")
+
+
+def build_open_clip(
+    name: str, pretrained: str | None, *, precision: str = "fp32", seed: int = 0
+) -> nn.Module:
+    """An open_clip model in eval mode on the CPU; arguments and errors as `FrozenCLIP.load`.
+
+    Everything that can be refused from the names alone is refused before weights are read.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"clip.precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+    weights = pretrained
+    if name == TINY:
+        # Imported here: only this model needs it.
+        from clipsae.clip import tiny
+
+        tiny.register()
+        if pretrained == "builtin":
+            weights = str(tiny.weights_path())
+    config = open_clip.get_model_config(name)
+    if config is None:
+        near = difflib.get_close_matches(name, [*open_clip.list_models(), TINY], n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
+        raise ConfigError(f"clip.name={name!r}: open_clip has no such model; {hint}")
+    _require_plain_vit(name, config)
+    if weights is None:
+        warnings.warn(
+            f"{name} with RANDOM WEIGHTS (clip.pretrained=null): "
+            "the pipeline runs, its numbers mean nothing",
+            stacklevel=3,
+        )
+    else:
+        weights = _known_weights(name, config, weights)
+    # Initialisation draws from a generator of its own: random weights depend on `seed` alone, and
+    # loading a model leaves the caller's random state as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = open_clip.create_model(
+                name, weights, precision=precision, pretrained_text=False
+            )
+        except Exception as error:  # whatever a download or a foreign file can raise
+            raise ConfigError(_why_not_loaded(name, weights, error)) from error
+    return model.eval()
+
+
+def _require_plain_vit(name: str, config: dict) -> None:
+    vision = config["vision_cfg"]
+    size = vision.get("image_size", 224)
+    if "timm_model_name" in vision:
+        reason = f"its image tower is timm's {vision['timm_model_name']}"
+    elif isinstance(vision.get("layers"), list | tuple):
+        reason = "its image tower is a ResNet"
+    elif vision.get("attentional_pool"):
+        reason = "it pools its tokens by attention"
+    elif vision.get("pool_type", "tok") not in ("tok", "avg"):
+        reason = f"it pools its tokens by {vision['pool_type']!r}"
+    elif isinstance(size, list | tuple) and len(set(size)) > 1:
+        reason = f"its images are not square ({size[0]} x {size[1]})"
+    else:
+        return
+    raise ConfigError(
+        f"clip.name={name!r}: {reason}; expected a plain ViT, such as ViT-B-16-quickgelu"
+    )
+
+
+def _known_weights(name: str, config: dict, pretrained: str) -> str:
+    """The tag or path as open_clip takes it, refused if it is neither or the GELUs differ."""
+    tag = get_pretrained_cfg(name, pretrained)
+    if not tag:
+        path = Path(pretrained).expanduser()
+        if path.is_file():
+            return str(path)
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ConfigError(
+            f"clip.pretrained={pretrained!r}: neither a file nor weights that open_clip knows "
+            f"for {name} (those are: {tags})"
+        )
+    trained, built = tag.get("quick_gelu", False), config.get("quick_gelu", False)
+    if trained != built:
+        # open_clip only warns, and computes with an activation that the weights never saw.
+        other = name.removesuffix("-quickgelu") + ("-quickgelu" if trained else "")
+        gelu = {True: "QuickGELU", False: "plain GELU"}
+        raise ConfigError(
+            f"clip.name={name!r} computes {gelu[built]}, but its weights {pretrained!r} were "
+            f"trained with {gelu[trained]}: use clip.name={other}"
+        )
+    return pretrained
+
+
+def _why_not_loaded(name: str, weights: str | None, error: Exception) -> str:
+    detail = " ".join(str(error).split())[:200]
+    if weights is None:
+        return f"clip.name={name!r} could not be built: {detail}"
+    if Path(weights).is_file():
+        return f"clip.pretrained={weights!r} does not hold the weights of {name}: {detail}"
+    return (
+        f"the weights {weights!r} of {name} could not be downloaded: fetch them where there is a "
+        f"network (the Hugging Face cache, HF_HOME, may then be copied), or give a weights file: "
+        f"clip.pretrained=/path/to/file ({detail})"
+    )

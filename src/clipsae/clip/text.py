@@ -1,0 +1,59 @@
+"""The text side: a zero-shot classifier from class names and prompt templates."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from open_clip import OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier
+from torch import Tensor
+
+from clipsae.clip.frozen import FrozenCLIP
+
+__all__ = ["OPENAI_IMAGENET_TEMPLATES", "text_classifier"]
+
+Template = Callable[[str], str] | str
+
+# Bounds memory whatever the number of classes and templates.
+_TEXTS_PER_BATCH = 256
+
+
+@torch.no_grad()
+def text_classifier(
+    clip: FrozenCLIP,
+    classnames: Sequence[str],
+    templates: Sequence[Template] | None = OPENAI_IMAGENET_TEMPLATES,
+    renormalize: bool = True,
+) -> Tensor:
+    """Text embeddings of classes, [C, e] float32: row c belongs to class index c.
+
+    A row is the mean over the templates of the unit embeddings of the prompts, made of unit
+    length again (open_clip's `build_zero_shot_classifier`, CLIP's own practice).
+
+    Args:
+        classnames: C names; they may repeat, a class is its index.
+        templates: callables name -> prompt, or strings with one "{}"; None means the 80 of
+            OpenAI's ImageNet ensemble.
+        renormalize: False leaves the plain mean, as PatchSAE's and the paper's released code do:
+            rows are then shorter than 1, the more so the more their prompts disagree.
+
+    Raises:
+        ValueError: no class names or no templates.
+    """
+    templates = OPENAI_IMAGENET_TEMPLATES if templates is None else templates
+    if not len(classnames) or not len(templates):
+        raise ValueError(
+            f"{len(classnames)} class names and {len(templates)} templates: at least one of each"
+        )
+    templates = [t.format if isinstance(t, str) else t for t in templates]
+    classes_per_batch = max(1, _TEXTS_PER_BATCH // len(templates))
+    if renormalize:
+        weights = build_zero_shot_classifier(
+            clip, clip.tokenizer, classnames, templates, classes_per_batch, device=clip.device
+        )
+        return weights.T.contiguous()
+    rows = []
+    for start in range(0, len(classnames), classes_per_batch):
+        names = classnames[start : start + classes_per_batch]
+        prompts = [template(name) for name in names for template in templates]
+        units = clip.encode_text(clip.tokenizer(prompts), normalize=True)
+        rows.append(units.unflatten(0, (len(names), len(templates))).mean(dim=1))
+    return torch.cat(rows)

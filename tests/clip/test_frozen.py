@@ -1,0 +1,257 @@
+"""FrozenCLIP against the stock open_clip model, for every place where it can be cut."""
+
+import json
+import warnings
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clipsae.clip import FrozenCLIP
+from clipsae.errors import ConfigError
+
+
+def load_random(name: str, layer: int = -2, **options) -> FrozenCLIP:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return FrozenCLIP.load(name, pretrained=None, layer=layer, **options)
+
+
+def recut(clip: FrozenCLIP, layer: int) -> FrozenCLIP:
+    """The same weights, cut elsewhere: building a ViT-L takes seconds."""
+    return FrozenCLIP(clip.model, name=clip.name, layer=layer)
+
+
+def some_images(clip: FrozenCLIP, count: int = 2) -> torch.Tensor:
+    size = clip.image_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def vit_b() -> FrozenCLIP:
+    return load_random("ViT-B-16-quickgelu")
+
+
+def small_config(**vision) -> dict:
+    return {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 3,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+            **vision,
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Registers a small open_clip model with the given vision settings, returns its name."""
+
+    def register(**vision) -> str:
+        name = "clipsae-test-" + "-".join(f"{k}={v}" for k, v in vision.items())
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(small_config(**vision)))
+        open_clip.add_model_config(path)
+        return name
+
+    return register
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("ViT-B-16-quickgelu", [*range(-12, 0), 0, 11]),
+        ("ViT-L-14", [-24, -13, -2, -1, 0, 23]),  # every layer would take minutes
+        ("clipsae-tiny", None),
+    ],
+)
+def test_tail_of_prefix_is_encode_image(name, layers, vit_b):
+    clip = vit_b if name == vit_b.name else load_random(name)
+    images = clip.normalize(some_images(clip, count=1 if name == "ViT-L-14" else 2))
+    with torch.no_grad():
+        expected = clip.model.encode_image(images)
+        for layer in layers or range(-clip.blocks, clip.blocks):
+            cut = recut(clip, layer)
+            found = cut.tail(cut.prefix(images))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prefix_is_the_output_of_the_named_block(vit_b):
+    images = vit_b.normalize(some_images(vit_b))
+    seen = {}
+    block = vit_b.model.visual.transformer.resblocks[10]
+    handle = block.register_forward_hook(lambda _module, _in, out: seen.update(tokens=out))
+    with torch.no_grad():
+        vit_b.model.encode_image(images)
+    handle.remove()
+    assert vit_b.layer == -2
+    assert torch.equal(vit_b.prefix(images), seen["tokens"])
+    assert recut(vit_b, 10).layer == -2
+
+
+def test_attributes(vit_b):
+    assert (vit_b.width, vit_b.tokens, vit_b.grid, vit_b.image_size) == (768, 197, (14, 14), 224)
+    assert (vit_b.blocks, vit_b.embed_dim) == (12, 512)
+    assert vit_b.mean == open_clip.OPENAI_DATASET_MEAN
+    assert vit_b.std == open_clip.OPENAI_DATASET_STD
+    assert vit_b.logit_scale.item() == pytest.approx(1 / 0.07)
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"pool_type": "avg"},
+        {"pool_type": "avg", "final_ln_after_pool": True},
+        {"final_ln_after_pool": True},
+        {"ls_init_value": 0.3},
+        {"no_ln_pre": True},
+        {"qk_norm": True, "scale_fc": True},  # open_clip's custom blocks
+        {"patch_dropout": 0.5},  # training only: nothing is dropped in eval mode
+        {"layers": 1},
+    ],
+    ids=str,
+)
+def test_every_kind_of_plain_vit(vision, small):
+    clip = load_random(small(**vision), layer=-1)
+    images = clip.normalize(some_images(clip, 3))
+    expected = clip.model.encode_image(images)
+    for layer in range(clip.blocks):
+        cut = recut(clip, layer)
+        torch.testing.assert_close(cut.tail(cut.prefix(images)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sequence_first_blocks(small):
+    clip = load_random(small())
+    images = clip.normalize(some_images(clip))
+    expected = clip.model.encode_image(images)
+    transformer = clip.model.visual.transformer
+    transformer.batch_first = False
+    for block in transformer.resblocks:
+        block.attn.batch_first = False
+    torch.testing.assert_close(clip.tail(clip.prefix(images)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_block_runs_its_mlp_for_the_class_token_only(small):
+    clip = load_random(small())
+    sizes = []
+    mlp = clip.model.visual.transformer.resblocks[-1].mlp
+    mlp.register_forward_hook(lambda _module, inputs, _out: sizes.append(inputs[0].shape[1]))
+    tokens = torch.randn(2, clip.tokens, clip.width)
+    clip.tail(tokens)
+    assert sizes == [1]
+
+
+def test_normalize_is_the_models_own_preprocessing(vit_b):
+    images = some_images(vit_b)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+    before = images.clone()
+    torch.testing.assert_close(vit_b.normalize(images), (images / 255 - mean) / std)
+    assert torch.equal(images, before)
+    with pytest.raises(ValueError, match="expected uint8"):
+        vit_b.normalize(images.float())
+
+
+def test_never_trains_and_passes_gradients_to_the_tokens(small):
+    clip = load_random(small())
+    assert not clip.train().training
+    assert not any(module.training for module in clip.modules())
+    assert not any(parameter.requires_grad for parameter in clip.parameters())
+    tokens = torch.randn(2, clip.tokens, clip.width, requires_grad=True)
+    clip.tail(tokens).sum().backward()
+    assert tokens.grad.abs().sum() > 0
+
+
+def test_random_weights_follow_the_seed_and_leave_the_random_state(small):
+    name = small()
+    state = torch.get_rng_state()
+    first, again, other = (load_random(name, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    pairs = list(zip(first.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.model.visual.proj, other.model.visual.proj)
+
+
+def test_random_weights_warn(small):
+    with pytest.warns(UserWarning, match="RANDOM WEIGHTS"):
+        FrozenCLIP.load(small(), pretrained=None)
+
+
+def test_bf16_hands_over_float32_close_to_fp32(small):
+    name = small()
+    full, half = load_random(name), load_random(name, precision="bf16")
+    images = full.normalize(some_images(full))
+    tokens = half.prefix(images)
+    assert half.compute_dtype == torch.bfloat16
+    assert tokens.dtype == half.tail(tokens).dtype == half.encode_image(images).dtype
+    assert tokens.dtype == torch.float32
+    cosine = torch.cosine_similarity(half.tail(tokens), full.tail(full.prefix(images)))
+    assert cosine.min() > 0.99
+
+
+def test_weights_from_a_file(small, tmp_path):
+    name = small()
+    clip = load_random(name, seed=3)
+    path = tmp_path / "weights.safetensors"
+    save_file(clip.model.state_dict(), path)
+    loaded = FrozenCLIP.load(name, pretrained=str(path))
+    assert torch.equal(loaded.model.visual.proj, clip.model.visual.proj)
+    with pytest.raises(ConfigError, match="does not hold the weights of"):
+        FrozenCLIP.load(small(width=64), pretrained=str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "ViT-B16"}, "did you mean .*ViT-B-16"),
+        ({"name": "RN50"}, "ResNet; expected a plain ViT"),
+        ({"name": "convnext_base"}, "timm's convnext_base; expected a plain ViT"),
+        ({"name": "coca_ViT-B-32"}, "pools its tokens by attention; expected a plain ViT"),
+        ({"name": "ViT-B-16"}, "trained with QuickGELU: use clip.name=ViT-B-16-quickgelu"),
+        ({"name": "ViT-L-14"}, "trained with QuickGELU: use clip.name=ViT-L-14-quickgelu"),
+        ({"pretrained": "openay"}, "neither a file nor weights .*openai"),
+        ({"precision": "int4"}, "expected one of fp32, bf16"),
+    ],
+    ids=str,
+)
+def test_refused_in_one_sentence_before_any_download(options, message, monkeypatch):
+    def no_download(*args, **kwargs):
+        raise AssertionError("tried to load")
+
+    monkeypatch.setattr(open_clip, "create_model", no_download)
+    with pytest.raises(ConfigError, match=message) as caught:
+        FrozenCLIP.load(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch):
+    def offline(*args, **kwargs):
+        raise RuntimeError("Failed to download weights for tag 'openai': no network")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(ConfigError, match=r"could not be downloaded: .*clip\.pretrained=/path"):
+        FrozenCLIP.load()
+
+
+@pytest.mark.parametrize("layer", [-4, 3, 100])
+def test_layer_out_of_range(layer, small):
+    with pytest.raises(ConfigError, match=rf"layer={layer}: .* has 3 blocks.*-3\.\.-1.*0\.\.2"):
+        load_random(small(), layer=layer)
+
+
+def test_tokens_of_another_shape_are_refused(small):
+    clip = load_random(small())
+    with pytest.raises(ValueError, match=r"expected \[B, 17, 32\]"):
+        clip.tail(torch.zeros(2, 16, 32))
