@@ -1,0 +1,1 @@
+"""Training: the LightningModule around any SAE, its checkpoints and the numbers one watches."""

@@ -1,0 +1,42 @@
+"""Learning-rate schedules, as factors of the base rate."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+Decay = Literal["constant", "cosine", "linear"]
+
+
+def warmup_then(decay: Decay, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
+    """Linear warm-up from 1/warmup_steps to 1, then `decay` down to 0 at `max_steps`.
+
+    Args:
+        decay: "constant" (the released code's), "cosine" or "linear".
+        warmup_steps: steps of the warm-up; 0 for none.
+        max_steps: the length of the training; only read where the rate decays.
+
+    Returns:
+        step -> factor in [0, 1].
+
+    Raises:
+        ValueError: an unknown decay, a negative warm-up, or a decay without an end.
+    """
+    if decay not in ("constant", "cosine", "linear"):
+        raise ValueError(f"decay={decay!r}: expected constant, cosine or linear")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps}: expected 0 or more")
+    if decay != "constant" and max_steps <= warmup_steps:
+        raise ValueError(
+            f"decay={decay!r} needs trainer.max_steps above warmup_steps={warmup_steps}, "
+            f"got {max_steps}"
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if decay == "constant":
+            return 1.0
+        done = min((step - warmup_steps) / (max_steps - warmup_steps), 1.0)
+        return 1.0 - done if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor

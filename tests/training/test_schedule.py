@@ -1,0 +1,40 @@
+"""Learning-rate factors against values worked out by hand."""
+
+import pytest
+
+from clipsae.training.schedule import warmup_then
+
+
+def test_warm_up_is_linear_and_then_constant():
+    factor = warmup_then("constant", 4, 100)
+    assert [factor(s) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert factor(10**6) == 1.0
+
+
+def test_no_warm_up():
+    assert warmup_then("constant", 0, 10)(0) == 1.0
+
+
+def test_decays_end_at_zero():
+    linear = warmup_then("linear", 10, 110)
+    cosine = warmup_then("cosine", 10, 110)
+    assert linear(10) == cosine(10) == 1.0
+    assert linear(60) == pytest.approx(0.5)
+    assert cosine(60) == pytest.approx(0.5)
+    assert cosine(35) == pytest.approx(0.8535533905932737)
+    assert linear(110) == cosine(110) == 0.0
+    assert linear(200) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("decay", "warmup", "steps", "words"),
+    [
+        ("sine", 1, 10, "constant, cosine or linear"),
+        ("constant", -1, 10, "0 or more"),
+        ("linear", 10, 10, "max_steps above"),
+        ("cosine", 10, -1, "max_steps above"),
+    ],
+)
+def test_what_cannot_be_is_refused(decay, warmup, steps, words):
+    with pytest.raises(ValueError, match=words):
+        warmup_then(decay, warmup, steps)
