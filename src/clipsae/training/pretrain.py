@@ -1,0 +1,254 @@
+"""Pretraining of the built-in CLIP on rendered scenes: `python run.py task=pretrain`.
+
+A plain loop. Everything random is a function of (seed, step), and a checkpoint holds model,
+optimizers and step, so that the same command continues where it was stopped and ends with the
+same weights. Muon (Jordan 2024, "Muon: an optimizer for hidden layers") moves the matrices of
+the blocks, AdamW the rest.
+
+The first part is a supervised warm start, without which shape stays at chance for an hour:
+scenes begin with one large object, and patches that an object covers are trained to name its
+shape, colour and pattern, through the text tower like everything else, with a weight that falls
+to zero.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import open_clip
+import torch
+from omegaconf import DictConfig
+from open_clip.model import CLIP
+from open_clip.pos_embed import get_2d_sincos_pos_embed
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clipsae.clip import tiny
+from clipsae.data.scenes import KINDS, ScenesDataset
+from clipsae.data.scenes.dataset import patch_labels
+from clipsae.data.scenes.renderer import patch_coverage, render
+from clipsae.data.scenes.world import Distribution, sample_scenes
+from clipsae.training.contrastive import scene_losses
+
+log = logging.getLogger(__name__)
+
+_STREAM = 0x79A1  # of scenes that no dataset shows
+_PATCH_COVERAGE = 0.25  # a patch shows an object that covers this much of it
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Options of the task; `conf/task/pretrain.yaml` documents each."""
+
+    steps: int
+    batch_size: int
+    curriculum_steps: int
+    patch_steps: int
+    patch_weight: float
+    counts: tuple[float, float, float]
+    weights: dict[str, float]
+    muon_lr: float
+    adamw_lr: float
+    weight_decay: float
+    warmup_steps: int
+    cooldown: float
+    max_logit_scale: float
+    precision: str
+    threads: int | None
+    log_every: int
+    checkpoint_every: int
+    evaluate_every: int
+    evaluate_images: int
+
+    @classmethod
+    def from_config(cls, task: DictConfig) -> PretrainConfig:
+        values = {f.name: task[f.name] for f in fields(cls)}
+        values |= {"counts": tuple(task.counts), "weights": dict(task.weights)}
+        unknown = set(values["weights"]) ^ {"caption", *KINDS}
+        if unknown:
+            raise ValueError(f"task.weights must name caption and every kind once; see {unknown}")
+        if values["precision"] not in ("bf16", "fp32"):
+            raise ValueError(f"task.precision must be bf16 or fp32, got {values['precision']}")
+        return cls(**values)
+
+
+# --- model and optimizers ---
+
+
+def build_model(seed: int) -> CLIP:
+    """The tiny CLIP with fresh weights, the patches' position embeddings set to sines."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.create_model(tiny.register(), pretrained=None)
+    visual = model.visual
+    width, grid = visual.positional_embedding.shape[1], visual.grid_size[0]
+    sines = get_2d_sincos_pos_embed(width, grid, cls_token=True)  # [1 + P, d]
+    visual.positional_embedding.data.copy_(0.5 * torch.from_numpy(sines))
+    return model
+
+
+def build_optimizers(model: CLIP, cfg: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices; AdamW for embeddings, norms, biases and projections."""
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if "resblocks" in n and p.ndim == 2]
+    rest = [p for n, p in named if not ("resblocks" in n and p.ndim == 2)]
+    return [
+        torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay),
+        torch.optim.AdamW(rest, lr=cfg.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def learning_rate_factor(step: int, cfg: PretrainConfig) -> float:
+    """Linear warm-up, constant, then a linear decay to zero over the last `cooldown` of steps.
+
+    Until the decay begins nothing depends on `steps`: a run can be made longer.
+    """
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    left = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps)
+    return warm * min(1.0, left)
+
+
+# --- data ---
+
+
+def _fraction(step: int, steps: int) -> float:
+    return min(1.0, step / steps) if steps > 0 else 1.0
+
+
+def draw_batch(cfg: PretrainConfig, seed: int, step: int):
+    """Scenes, images [B, 3, S, S] uint8 and patch labels of one step, a function of the step.
+
+    The curriculum goes from one large object to both sizes and one to three objects.
+    """
+    f = _fraction(step, cfg.curriculum_steps)
+    one, two, three = cfg.counts
+    counts = (1 - f * (1 - one), f * two, f * three)
+    index = step * cfg.batch_size + torch.arange(cfg.batch_size)
+    scenes = sample_scenes(seed, _STREAM, index, Distribution(counts, large=1 - 0.5 * f))
+    images, coverage = render(scenes)
+    return scenes, images, patch_labels(scenes, patch_coverage(coverage, 8), _PATCH_COVERAGE)
+
+
+class Normalize:
+    """uint8 [B, 3, S, S] -> float32, with the model's own mean and standard deviation."""
+
+    def __init__(self, model: CLIP) -> None:
+        stats = open_clip.get_model_preprocess_cfg(model)
+        self.mean = 255 * torch.tensor(stats["mean"])[:, None, None]
+        self.std = 255 * torch.tensor(stats["std"])[:, None, None]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+# --- evaluation ---
+
+
+@torch.no_grad()
+def zero_shot_accuracy(model: CLIP, kind: str, n_images: int, seed: int = 0) -> float:
+    """Accuracy on `n_images` test scenes of a kind, with open_clip's own classifier."""
+    dataset = ScenesDataset(kind, "test", n_images, seed)
+    tokenize, normalize = open_clip.get_tokenizer(tiny.register()), Normalize(model)
+    model.eval()
+    classifier = open_clip.build_zero_shot_classifier(
+        model, tokenize, dataset.classnames, dataset.templates
+    )
+    right = 0
+    for begin in range(0, n_images, 256):
+        images, labels = dataset.images(range(begin, min(begin + 256, n_images)))
+        logits = model.encode_image(normalize(images), normalize=True) @ classifier
+        right += int((logits.argmax(1) == labels).sum())
+    model.train()
+    return right / n_images
+
+
+# --- the loop ---
+
+
+def save_weights(model: CLIP, path: Path) -> None:
+    """float16 safetensors, as open_clip's `pretrained=path` reads them."""
+    state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
+    _replace(path, lambda to: save_file(state, to))
+
+
+def _replace(path: Path, write) -> None:
+    """Write aside, then rename: the file is whole or not there."""
+    aside = path.with_name(path.name + ".tmp")
+    write(aside)
+    aside.replace(path)
+
+
+def train(cfg: PretrainConfig, seed: int, output_dir: Path) -> CLIP:
+    """Train to `cfg.steps`, continuing from `output_dir/pretrain.ckpt` if it is there."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint, weights = output_dir / "pretrain.ckpt", output_dir / "weights.safetensors"
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    model = build_model(seed)
+    optimizers = build_optimizers(model, cfg)
+    tokenize, normalize = open_clip.get_tokenizer(tiny.register()), Normalize(model)
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first = state["step"]
+        log.info("continuing at step %d of %d", first, cfg.steps)
+
+    def save(step: int) -> None:
+        saved = [o.state_dict() for o in optimizers]
+        state = {"model": model.state_dict(), "optimizers": saved, "step": step}
+        _replace(checkpoint, lambda to: torch.save(state, to))
+        save_weights(model, weights)
+
+    began, images_seen = time.perf_counter(), 0
+    for step in range(first, cfg.steps):
+        factor = learning_rate_factor(step, cfg)
+        for optimizer, lr in zip(optimizers, (cfg.muon_lr, cfg.adamw_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = lr * factor
+        patch_weight = cfg.patch_weight * (1 - _fraction(step, cfg.patch_steps))
+        scenes, images, patches = draw_batch(cfg, seed, step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16"):
+            losses = scene_losses(
+                model,
+                tokenize,
+                normalize(images),
+                scenes,
+                patches if patch_weight > 0 else None,
+                seed,
+                step,
+            )
+        weight = {**cfg.weights, "patch": patch_weight}
+        loss = sum(weight[name] * value for name, value in losses.items())
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=torch.tensor(cfg.max_logit_scale).log().item())
+        images_seen += len(images)
+
+        done = step + 1
+        if done % cfg.log_every == 0:
+            speed = images_seen / (time.perf_counter() - began)
+            named = "  ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
+            log.info("step %d  %.0f images/s  %s", done, speed, named)
+            began, images_seen = time.perf_counter(), 0
+        if done % cfg.checkpoint_every == 0 or done == cfg.steps:
+            save(done)
+        if done % cfg.evaluate_every == 0 or done == cfg.steps:
+            accuracy = {k: zero_shot_accuracy(model, k, cfg.evaluate_images) for k in KINDS}
+            named = "  ".join(f"{k} {100 * a:.1f}" for k, a in accuracy.items())
+            log.info("step %d  zero-shot accuracy in %%:  %s", done, named)
+            began, images_seen = time.perf_counter(), 0
+    return model
+
+
+def run(cfg: DictConfig) -> None:
+    """The Hydra task: the weights end in `cfg.paths.output_dir/weights.safetensors`."""
+    train(PretrainConfig.from_config(cfg.task), cfg.seed, Path(cfg.paths.output_dir))

@@ -1,0 +1,198 @@
+"""Pretraining of the built-in CLIP: the losses, and stopping and continuing."""
+
+import math
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+from clipsae.clip import tiny
+from clipsae.data.scenes import KINDS
+from clipsae.training import contrastive, pretrain
+from clipsae.training.pretrain import PretrainConfig
+
+TASK = OmegaConf.load(ROOT / "conf/task/pretrain.yaml").task
+
+
+def small(**options) -> PretrainConfig:
+    cfg = PretrainConfig.from_config(TASK)
+    sizes = {"batch_size": 8, "steps": 4, "curriculum_steps": 3, "patch_steps": 3}
+    every = {"checkpoint_every": 2, "evaluate_every": 1000, "evaluate_images": 8, "log_every": 2}
+    return replace(cfg, **{**sizes, **every, "warmup_steps": 2, **options})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pretrain.build_model(0)
+
+
+# --- the fast forward is open_clip's own ---
+
+
+def test_image_embedding_is_open_clips(model):
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tokens = contrastive.embed_image_tokens(model, images)
+    assert tokens.shape == (3, 65, 128)
+    expected = model.encode_image(images, normalize=True)
+    torch.testing.assert_close(tokens[:, 0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_text_embedding_is_open_clips(model):
+    tokenizer = open_clip.get_tokenizer(tiny.register())
+    texts = ["a star", "a photo of a red ring and an outlined orange circle against stone", ""]
+    tokens = tokenizer(texts)
+    expected = model.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(
+        contrastive.embed_texts(model, tokens), expected, atol=1e-5, rtol=1e-4
+    )
+
+
+# --- losses ---
+
+
+def test_multi_positive_loss_is_clips_where_pairs_are_unique():
+    logits = torch.randn(6, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    eye = torch.eye(6, dtype=torch.bool)
+    target = torch.arange(6)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    actual = contrastive._multi_positive_loss(logits, eye, torch.zeros_like(eye))
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_multi_positive_loss_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 5, generator=generator)
+    true = torch.eye(5, dtype=torch.bool)
+    true[0, 1] = true[3, 2] = true[3, 4] = True
+    unclear = torch.zeros_like(true)
+    unclear[2, 0] = unclear[4, 1] = True
+
+    def one_way(logits, true, unclear):
+        total = 0.0
+        for i in range(5):
+            z = sum(math.exp(logits[i, j]) for j in range(5) if not unclear[i, j])
+            right = [j for j in range(5) if true[i, j]]
+            total -= sum(float(logits[i, j]) - math.log(z) for j in right) / len(right)
+        return total / 5
+
+    expected = (one_way(logits, true, unclear) + one_way(logits.T, true.T, unclear.T)) / 2
+    actual = contrastive._multi_positive_loss(logits, true, unclear)
+    assert float(actual) == pytest.approx(expected, abs=1e-5)
+
+
+def test_labelled_loss_leaves_out_what_has_no_label():
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    label = torch.tensor([2, -1, 0, -1])
+    expected = F.cross_entropy(logits[[0, 2]], label[[0, 2]])
+    torch.testing.assert_close(contrastive._labelled_loss(logits, label), expected)
+    assert contrastive._labelled_loss(logits, torch.full((4,), -1)) == 0
+
+
+def test_prompts_name_every_class_in_order():
+    prompts = contrastive.class_prompts(seed=0, step=3)
+    names = [name for kind in KINDS.values() for name in kind.classnames]
+    assert len(prompts) == len(names)
+    assert all(name in prompt for name, prompt in zip(names, prompts, strict=True))
+    assert prompts == contrastive.class_prompts(seed=0, step=3)
+    assert prompts != contrastive.class_prompts(seed=0, step=4)
+
+
+def test_every_loss_reaches_both_towers(model):
+    cfg = small(batch_size=16)
+    scenes, images, patches = pretrain.draw_batch(cfg, 0, 0)
+    tokenizer, normalize = open_clip.get_tokenizer(tiny.NAME), pretrain.Normalize(model)
+    losses = contrastive.scene_losses(model, tokenizer, normalize(images), scenes, patches, 0, 0)
+    assert set(losses) == {"caption", "patch", *KINDS}
+    for name, loss in losses.items():
+        towers = (model.visual.conv1.weight, model.token_embedding.weight)
+        gradients = torch.autograd.grad(loss, towers, retain_graph=True)
+        assert all(g.abs().sum() > 0 for g in gradients), name
+
+
+# --- schedule, curriculum, options ---
+
+
+def test_learning_rate_warms_up_stays_and_falls_to_zero():
+    cfg = small(steps=100, warmup_steps=10, cooldown=0.4)
+    factor = [pretrain.learning_rate_factor(s, cfg) for s in range(100)]
+    assert factor[0] == pytest.approx(0.1)
+    assert factor[9:61] == [1.0] * 52
+    assert factor[80] == pytest.approx(0.5)
+    assert factor[99] == pytest.approx(1 / 40)
+
+
+def test_the_curriculum_begins_with_one_large_object():
+    cfg = small(batch_size=64, curriculum_steps=10)
+    first, _, _ = pretrain.draw_batch(cfg, 0, 0)
+    last, _, _ = pretrain.draw_batch(cfg, 0, 10)
+    assert first.count.eq(1).all()
+    assert first.size[:, 0].eq(1).all()
+    assert set(last.count.tolist()) == {1, 2, 3}
+    assert 0 in last.size[:, 0]
+
+
+def test_the_model_is_a_function_of_the_seed():
+    state = torch.random.get_rng_state()
+    one, two = pretrain.build_model(1).state_dict(), pretrain.build_model(1).state_dict()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    other = pretrain.build_model(2).state_dict()
+    assert not torch.equal(one["visual.conv1.weight"], other["visual.conv1.weight"])
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("change", [{"precision": "fp16"}, {"weights": {"shape": 1.0}}])
+def test_wrong_options_are_refused(change):
+    options = {**OmegaConf.to_container(TASK), **change}
+    with pytest.raises(ValueError, match=f"task.{next(iter(change))}"):
+        PretrainConfig.from_config(OmegaConf.create(options))
+
+
+# --- stopping and continuing ---
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [2, 3])  # right at a checkpoint; past one, in between
+def test_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, stop_after):
+    cfg = small()
+    whole = pretrain.train(cfg, 0, tmp_path / "whole").state_dict()
+
+    losses, calls = pretrain.scene_losses, []
+
+    def stopping(*args):
+        if len(calls) == stop_after:
+            raise Stopped
+        calls.append(1)
+        return losses(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "scene_losses", stopping)
+        with pytest.raises(Stopped):
+            pretrain.train(cfg, 0, tmp_path / "cut")
+    continued = pretrain.train(cfg, 0, tmp_path / "cut").state_dict()
+    assert all(torch.equal(whole[k], continued[k]) for k in whole)
+    fresh = pretrain.build_model(0).state_dict()
+    assert not torch.equal(whole["visual.conv1.weight"], fresh["visual.conv1.weight"])
+
+
+def test_exported_weights_load_in_open_clip(tmp_path):
+    cfg = OmegaConf.create(
+        {
+            "task": {**OmegaConf.to_container(TASK), "steps": 2, "batch_size": 8},
+            "seed": 0,
+            "paths": {"output_dir": str(tmp_path)},
+        }
+    )
+    cfg.task.evaluate_images = 8
+    pretrain.run(cfg)
+    path = tmp_path / "weights.safetensors"
+    model = open_clip.create_model(tiny.register(), pretrained=str(path))
+    trained = torch.load(tmp_path / "pretrain.ckpt", weights_only=True)["model"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, trained[name].half().float(), msg=name)
