@@ -104,8 +104,8 @@ def test_prompts_name_every_class_in_order():
 def test_every_loss_reaches_both_towers(model):
     cfg = small(batch_size=16)
     scenes, images, patches = pretrain.draw_batch(cfg, 0, 0)
-    tokenizer, normalize = open_clip.get_tokenizer(tiny.NAME), pretrain.Normalize(model)
-    losses = contrastive.scene_losses(model, tokenizer, normalize(images), scenes, patches, 0, 0)
+    normalize, tokenize = pretrain.Normalize(model), pretrain.tokenizer()
+    losses = contrastive.scene_losses(model, tokenize, normalize(images), scenes, patches, 0, 0)
     assert set(losses) == {"caption", "patch", *KINDS}
     for name, loss in losses.items():
         towers = (model.visual.conv1.weight, model.token_embedding.weight)
@@ -191,8 +191,8 @@ def test_exported_weights_load_in_open_clip(tmp_path):
     )
     cfg.task.evaluate_images = 8
     pretrain.run(cfg)
-    path = tmp_path / "weights.safetensors"
+    path = tmp_path / "pretrain" / "weights.safetensors"
     model = open_clip.create_model(tiny.register(), pretrained=str(path))
-    trained = torch.load(tmp_path / "pretrain.ckpt", weights_only=True)["model"]
+    trained = torch.load(tmp_path / "pretrain" / "pretrain.ckpt", weights_only=True)["model"]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, trained[name].half().float(), msg=name)

@@ -5,6 +5,8 @@ Letters: B scenes of a batch, T text tokens, P patches, d width, e embedding, C 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
@@ -103,7 +105,7 @@ def _multi_positive_loss(logits: Tensor, true: Tensor, unclear: Tensor) -> Tenso
 
 def scene_losses(
     model: CLIP,
-    tokenize,
+    tokenize: Callable[[list[str]], Tensor],
     images: Tensor,
     scenes: Scenes,
     patches: dict[str, Tensor] | None,

@@ -13,8 +13,11 @@ to zero.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import torch
 from omegaconf import DictConfig
 from open_clip.model import CLIP
 from open_clip.pos_embed import get_2d_sincos_pos_embed
+from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +34,7 @@ from clipsae.clip import tiny
 from clipsae.data.scenes import KINDS, ScenesDataset
 from clipsae.data.scenes.dataset import patch_labels
 from clipsae.data.scenes.renderer import patch_coverage, render
-from clipsae.data.scenes.world import Distribution, sample_scenes
+from clipsae.data.scenes.world import Distribution, Scenes, sample_scenes
 from clipsae.training.contrastive import scene_losses
 
 log = logging.getLogger(__name__)
@@ -90,6 +94,12 @@ def build_model(seed: int) -> CLIP:
     return model
 
 
+@functools.cache
+def tokenizer() -> SimpleTokenizer:
+    """The tiny CLIP's tokenizer: texts -> ids [n, 32]."""
+    return open_clip.get_tokenizer(tiny.register())
+
+
 def build_optimizers(model: CLIP, cfg: PretrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices; AdamW for embeddings, norms, biases and projections."""
     named = list(model.named_parameters())
@@ -118,7 +128,9 @@ def _fraction(step: int, steps: int) -> float:
     return min(1.0, step / steps) if steps > 0 else 1.0
 
 
-def draw_batch(cfg: PretrainConfig, seed: int, step: int):
+def draw_batch(
+    cfg: PretrainConfig, seed: int, step: int
+) -> tuple[Scenes, Tensor, dict[str, Tensor]]:
     """Scenes, images [B, 3, S, S] uint8 and patch labels of one step, a function of the step.
 
     The curriculum goes from one large object to both sizes and one to three objects.
@@ -151,10 +163,10 @@ class Normalize:
 def zero_shot_accuracy(model: CLIP, kind: str, n_images: int, seed: int = 0) -> float:
     """Accuracy on `n_images` test scenes of a kind, with open_clip's own classifier."""
     dataset = ScenesDataset(kind, "test", n_images, seed)
-    tokenize, normalize = open_clip.get_tokenizer(tiny.register()), Normalize(model)
+    normalize = Normalize(model)
     model.eval()
     classifier = open_clip.build_zero_shot_classifier(
-        model, tokenize, dataset.classnames, dataset.templates
+        model, tokenizer(), dataset.classnames, dataset.templates
     )
     right = 0
     for begin in range(0, n_images, 256):
@@ -174,81 +186,97 @@ def save_weights(model: CLIP, path: Path) -> None:
     _replace(path, lambda to: save_file(state, to))
 
 
-def _replace(path: Path, write) -> None:
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
     """Write aside, then rename: the file is whole or not there."""
     aside = path.with_name(path.name + ".tmp")
     write(aside)
     aside.replace(path)
 
 
+def save_checkpoint(
+    path: Path, model: CLIP, optimizers: list[torch.optim.Optimizer], step: int
+) -> None:
+    """All that continuing needs: tensors and numbers, read with `weights_only`."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    state = {"model": model.state_dict(), "optimizers": states, "step": step}
+    _replace(path, lambda to: torch.save(state, to))
+
+
+def load_checkpoint(path: Path, model: CLIP, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Put a checkpoint's state in place and return the number of steps done."""
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+def training_step(
+    cfg: PretrainConfig,
+    seed: int,
+    step: int,
+    model: CLIP,
+    optimizers: list[torch.optim.Optimizer],
+    normalize: Normalize,
+) -> dict[str, Tensor]:
+    """One step of both optimizers; returns the named losses before it, detached."""
+    factor = learning_rate_factor(step, cfg)
+    for optimizer, lr in zip(optimizers, (cfg.muon_lr, cfg.adamw_lr), strict=True):
+        optimizer.param_groups[0]["lr"] = lr * factor
+    weight = {**cfg.weights, "patch": cfg.patch_weight * (1 - _fraction(step, cfg.patch_steps))}
+    scenes, images, patches = draw_batch(cfg, seed, step)
+    if weight["patch"] == 0:
+        patches = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16"):
+        losses = scene_losses(model, tokenizer(), normalize(images), scenes, patches, seed, step)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    sum(weight[name] * value for name, value in losses.items()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=math.log(cfg.max_logit_scale))
+    return {name: value.detach() for name, value in losses.items()}
+
+
 def train(cfg: PretrainConfig, seed: int, output_dir: Path) -> CLIP:
-    """Train to `cfg.steps`, continuing from `output_dir/pretrain.ckpt` if it is there."""
+    """Train to `cfg.steps`, continuing from `output_dir/pretrain.ckpt` if it is there.
+
+    Every checkpoint also exports `output_dir/weights.safetensors`.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint, weights = output_dir / "pretrain.ckpt", output_dir / "weights.safetensors"
+    checkpoint = output_dir / "pretrain.ckpt"
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     model = build_model(seed)
     optimizers = build_optimizers(model, cfg)
-    tokenize, normalize = open_clip.get_tokenizer(tiny.register()), Normalize(model)
-    first = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
+    normalize = Normalize(model)
+    first = load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else 0
+    if first:
         log.info("continuing at step %d of %d", first, cfg.steps)
 
-    def save(step: int) -> None:
-        saved = [o.state_dict() for o in optimizers]
-        state = {"model": model.state_dict(), "optimizers": saved, "step": step}
-        _replace(checkpoint, lambda to: torch.save(state, to))
-        save_weights(model, weights)
-
-    began, images_seen = time.perf_counter(), 0
+    began = time.perf_counter()
     for step in range(first, cfg.steps):
-        factor = learning_rate_factor(step, cfg)
-        for optimizer, lr in zip(optimizers, (cfg.muon_lr, cfg.adamw_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = lr * factor
-        patch_weight = cfg.patch_weight * (1 - _fraction(step, cfg.patch_steps))
-        scenes, images, patches = draw_batch(cfg, seed, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16"):
-            losses = scene_losses(
-                model,
-                tokenize,
-                normalize(images),
-                scenes,
-                patches if patch_weight > 0 else None,
-                seed,
-                step,
-            )
-        weight = {**cfg.weights, "patch": patch_weight}
-        loss = sum(weight[name] * value for name, value in losses.items())
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=torch.tensor(cfg.max_logit_scale).log().item())
-        images_seen += len(images)
-
+        losses = training_step(cfg, seed, step, model, optimizers, normalize)
         done = step + 1
         if done % cfg.log_every == 0:
-            speed = images_seen / (time.perf_counter() - began)
+            speed = cfg.log_every * cfg.batch_size / (time.perf_counter() - began)
             named = "  ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
             log.info("step %d  %.0f images/s  %s", done, speed, named)
-            began, images_seen = time.perf_counter(), 0
+            began = time.perf_counter()
         if done % cfg.checkpoint_every == 0 or done == cfg.steps:
-            save(done)
+            save_checkpoint(checkpoint, model, optimizers, done)
+            save_weights(model, output_dir / "weights.safetensors")
         if done % cfg.evaluate_every == 0 or done == cfg.steps:
             accuracy = {k: zero_shot_accuracy(model, k, cfg.evaluate_images) for k in KINDS}
             named = "  ".join(f"{k} {100 * a:.1f}" for k, a in accuracy.items())
             log.info("step %d  zero-shot accuracy in %%:  %s", done, named)
-            began, images_seen = time.perf_counter(), 0
+            began = time.perf_counter()
     return model
 
 
 def run(cfg: DictConfig) -> None:
-    """The Hydra task: the weights end in `cfg.paths.output_dir/weights.safetensors`."""
-    train(PretrainConfig.from_config(cfg.task), cfg.seed, Path(cfg.paths.output_dir))
+    """The Hydra task: the weights end in `<paths.output_dir>/pretrain/weights.safetensors`."""
+    output_dir = Path(cfg.paths.output_dir) / "pretrain"
+    train(PretrainConfig.from_config(cfg.task), cfg.seed, output_dir)
+    log.info("the weights are in %s", output_dir / "weights.safetensors")
