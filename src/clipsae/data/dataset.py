@@ -1,0 +1,133 @@
+"""What a dataset of images is, and the one that is a list of files."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clipsae.data.images import preprocessing, read_image
+
+Template = Callable[[str], str] | str
+OnBadImage = Literal["error", "skip"]
+
+
+class ImageDataset(Protocol):
+    """One split of a dataset. Classes are keyed by index: names may repeat.
+
+    Attributes:
+        classnames: C names.
+        templates: prompts, or None for the 80 of OpenAI's ImageNet ensemble.
+        labels: LongTensor [N], known without decoding an image.
+        image_size: S.
+        fingerprint: a hash of what the images are, wherever they lie.
+    """
+
+    classnames: Sequence[str]
+    templates: Sequence[Template] | None
+    labels: Tensor
+    image_size: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """uint8 [3, S, S] and the label."""
+        ...
+
+
+class ImageList(Dataset):
+    """A dataset that is a list of image files with labels.
+
+    Args:
+        root: the folder that `files` are relative to.
+        files: N relative paths.
+        labels: N class indices.
+        classnames: C names.
+        templates: prompts, or None for the default ones.
+        image_size: S.
+        on_bad_image: what the loaders do with a file that cannot be read: "error" stops and names
+            it; "skip" counts and reports it, and goes on.
+
+    Raises:
+        ValueError: no files, labels beyond the class names, an unknown `on_bad_image`.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        files: Sequence[str],
+        labels: Sequence[int],
+        classnames: Sequence[str],
+        *,
+        templates: Sequence[Template] | None = None,
+        image_size: int = 224,
+        on_bad_image: OnBadImage = "error",
+    ) -> None:
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image={on_bad_image!r}: expected error or skip")
+        if not len(files):
+            raise ValueError(f"{root} holds no images: expected at least one")
+        if len(files) != len(labels):
+            raise ValueError(f"{len(files)} files with {len(labels)} labels: expected as many")
+        if max(labels) >= len(classnames) or min(labels) < 0:
+            raise ValueError(
+                f"labels from {min(labels)} to {max(labels)} with {len(classnames)} class names"
+            )
+        self.root = Path(root)
+        self.files = list(files)
+        self.labels = torch.tensor(labels, dtype=torch.long)
+        self.classnames = list(classnames)
+        self.templates = templates
+        self.image_size = image_size
+        self.on_bad_image = on_bad_image
+        self._transform = preprocessing(image_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the relative paths and labels, the class names beside them."""
+        hashed = hashlib.sha256()
+        for name in self.classnames:
+            hashed.update(f"{name}\0".encode())
+        for file, label in zip(self.files, self.labels.tolist(), strict=True):
+            hashed.update(f"{file}\0{label}\0".encode(errors="surrogateescape"))
+        return hashed.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """uint8 [3, S, S] and the label.
+
+        Raises:
+            BadImageError: the file cannot be read.
+        """
+        image = read_image(self.root / self.files[index], self._transform)
+        return image, int(self.labels[index])
+
+
+def list_images(folder: Path, extensions: Sequence[str]) -> list[str]:
+    """Paths of the images anywhere below a folder, relative to it, sorted.
+
+    Args:
+        extensions: lower-case, with the dot.
+    """
+    found: list[str] = []
+
+    def visit(inside: str) -> None:
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                relative = f"{inside}/{entry.name}" if inside else entry.name
+                if entry.is_dir():
+                    visit(relative)
+                elif Path(entry.name).suffix.lower() in extensions:
+                    found.append(relative)
+
+    visit("")
+    return sorted(found)
