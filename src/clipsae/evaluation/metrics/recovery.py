@@ -1,0 +1,141 @@
+"""Concept recovery: which of the concepts that are known to be there did the SAE find?
+
+Where ground truth exists (`clipsae.evaluation.metrics.truth`), each concept, such as
+"colour=red", asks: is there one latent that tells where it is? And each latent: does it stand for
+one concept? The questions follow the field's vocabulary of splitting and absorption (Bricken et
+al., "Towards Monosemanticity", 2023; Chanin et al., "A is for Absorption", 2024).
+
+N rows (patches or images), M latents, V concepts.
+"""
+
+import torch
+from torch import Tensor
+
+from clipsae.evaluation.metrics.auroc import LatentEntries, auroc, best_f1
+from clipsae.evaluation.metrics.rows import SampledCodes, SparseRows
+
+_BLOCK_ELEMENTS = 2**23  # of float64 arrays [entries, V] and [m, V]
+
+
+def concept_recovery(
+    codes: Tensor | SparseRows, truth: Tensor, threshold: float = 0.9
+) -> dict[str, Tensor]:
+    """Compare all latents with all concepts on a sample; exact, ties included.
+
+    Best latents are chosen, and thresholds of F1 set, on the same rows that are scored: with few
+    rows of a concept and many latents this flatters, as chance finds a latent that fits.
+
+    Args:
+        codes: [N, M], dense or sparse.
+        truth: BoolTensor [N, V].
+        threshold: the AUROC from which a latent counts as good for a concept.
+
+    Returns:
+        Per concept [V]:
+        `auroc`, `auroc_latent`: the best single latent's, and which (the first of equals);
+        `f1`, `f1_latent`: the same for the best F1 (`best_f1`);
+        `latents`: how many latents are good for it (above 1: split);
+        `positives`: rows that have it. Concepts that all rows have or none are NaN, latent -1.
+
+        Per latent [M]:
+        `concepts`: how many concepts it is good for (above 1: it swallows several);
+        `purity`: the largest share of its activation (positive codes) that lies on rows of one
+        concept, `purest` which; NaN and -1 for latents without positive codes.
+
+        Over the concepts that are defined, resp. live latents, scalars:
+        `mean_auroc`, `mean_f1`, `mean_purity`; `coverage`: share of concepts with a good latent;
+        `splitting`: mean number of good latents of a covered concept; `absorption`: share of the
+        good latents that are good for two concepts or more; `live`: latents with positive codes.
+
+    Raises:
+        ValueError: shapes that do not fit, or a threshold outside 0.5..1.
+    """
+    if isinstance(codes, Tensor):
+        codes = SparseRows.from_dense(codes)
+    if truth.ndim != 2 or truth.dtype != torch.bool or len(truth) != len(codes):
+        raise ValueError(
+            f"truth {truth.dtype} {tuple(truth.shape)} with {len(codes)} rows of codes: expected "
+            f"bool [{len(codes)}, V]"
+        )
+    if not 0.5 < threshold <= 1:
+        raise ValueError(f"threshold={threshold}: expected an AUROC above 0.5 and at most 1")
+    positives = truth.sum(dim=0)
+    truth = truth.double()
+    v = truth.shape[1]
+    best = {"auroc": _Best(v, truth), "f1": _Best(v, truth)}
+    latents = torch.zeros_like(positives)
+    per_latent = []
+    room = max(1, _BLOCK_ELEMENTS // max(v, 1))
+    for first, block in LatentEntries.of(codes).blocks(entries=room, latents=room):
+        score = auroc(block, truth)
+        best["auroc"].add(first, score)
+        best["f1"].add(first, best_f1(block, truth))
+        good = score >= threshold
+        latents += good.sum(dim=0)
+        per_latent.append((good.sum(dim=1), *_purity(block, truth)))
+    concepts, purity, purest = (torch.cat(parts) for parts in zip(*per_latent, strict=True))
+
+    defined = (positives > 0) & (positives < len(truth))
+    found = {"positives": positives, "latents": latents, "concepts": concepts}
+    found |= {"purity": purity, "purest": purest}
+    for name, of in best.items():
+        found[name] = torch.where(defined, of.value, torch.nan)
+        found[f"{name}_latent"] = torch.where(defined, of.latent, -1)
+    covered = (latents > 0)[defined].double()
+    return found | {
+        "mean_auroc": found["auroc"].nanmean(),
+        "mean_f1": found["f1"].nanmean(),
+        "mean_purity": purity.nanmean(),
+        "coverage": covered.mean(),
+        "splitting": latents[latents > 0].double().mean(),
+        "absorption": (concepts[concepts > 0] > 1).double().mean(),
+        "live": (~purity.isnan()).sum(),
+    }
+
+
+class ConceptRecovery(SampledCodes):
+    """`concept_recovery` of all rows that were given, gathered from all processes.
+
+    It keeps the rows: give it a sample.
+
+    Args:
+        latents: M.
+        concepts: V.
+        threshold: the AUROC from which a latent counts as good for a concept.
+    """
+
+    def __init__(self, latents: int, concepts: int, threshold: float = 0.9) -> None:
+        super().__init__(latents, concepts, torch.bool)
+        self.threshold = threshold
+
+    def update(self, codes: Tensor, truth: Tensor) -> None:
+        """Add rows: dense codes [n, M] and truth [n, V] (bool)."""
+        self._add(truth, codes)
+
+    def compute(self) -> dict[str, Tensor]:
+        """What `concept_recovery` describes."""
+        truth, codes = self._rows()
+        return concept_recovery(codes, truth, self.threshold)
+
+
+class _Best:
+    """The largest value of each column over blocks of rows, and in which row it was first."""
+
+    def __init__(self, columns: int, like: Tensor) -> None:
+        self.value = like.new_full((columns,), -torch.inf)
+        self.latent = torch.full((columns,), -1, device=like.device)
+
+    def add(self, first: int, block: Tensor) -> None:
+        value, row = block.nan_to_num(nan=-torch.inf).max(dim=0)
+        better = value > self.value
+        self.value = torch.where(better, value, self.value)
+        self.latent = torch.where(better, row + first, self.latent)
+
+
+def _purity(block: LatentEntries, truth: Tensor) -> tuple[Tensor, Tensor]:
+    activation = block.values.double().clamp(min=0)
+    mass = activation.new_zeros(len(block)).index_add(0, block.latents, activation)
+    shares = block.times(activation, truth) / mass[:, None]
+    purity, purest = shares.max(dim=1)
+    live = mass > 0
+    return torch.where(live, purity, torch.nan), torch.where(live, purest, -1)

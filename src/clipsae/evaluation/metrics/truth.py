@@ -1,0 +1,90 @@
+"""Ground truth as concepts: named boolean columns, for images and for patches.
+
+For datasets that know what their images show: those with the methods `attributes(indices)` and
+`patch_truth(indices, grid)`, as `clipsae.data.scenes.ScenesDataset` has them.
+
+n images, P patches of an image, V concepts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipsae.data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    PATTERNS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+)
+
+_VALUES = {
+    "shape": tuple(SHAPES),
+    "colour": tuple(COLOURS),
+    "pattern": tuple(PATTERNS),
+    "size": tuple(SIZES),
+    "background": tuple(BACKGROUNDS),
+    "position": tuple(POSITIONS),
+    "count": tuple(COUNTS),
+}
+IMAGE_ATTRIBUTES = tuple(_VALUES)
+PATCH_ATTRIBUTES = ("shape", "colour", "pattern", "size", "background")
+
+
+def has_truth(dataset: Any) -> bool:
+    """Whether a dataset knows what its images show."""
+    return hasattr(dataset, "attributes") and hasattr(dataset, "patch_truth")
+
+
+def concept_names(attributes: Sequence[str]) -> list[str]:
+    """The V columns: "shape=circle", ..."""
+    return [f"{name}={value}" for name in attributes for value in _VALUES[name]]
+
+
+def image_concepts(dataset: Any, indices: Tensor) -> Tensor:
+    """What is anywhere in each image: bool [n, V] of `concept_names(IMAGE_ATTRIBUTES)`."""
+    truth = dict(dataset.attributes(indices.cpu()))
+    truth["count"] = truth["count"] - 1  # one object is value 0
+    columns = []
+    for name in IMAGE_ATTRIBUTES:
+        values = truth[name].reshape(len(indices), -1)  # a column for each object
+        columns.append((values[:, :, None] == torch.arange(len(_VALUES[name]))).any(dim=1))
+    return torch.cat(columns, dim=1)
+
+
+def patch_concepts(dataset: Any, indices: Tensor, grid: int) -> Tensor:
+    """What is in each patch: bool [n, P, V] of `concept_names(PATCH_ATTRIBUTES)`, P = grid^2.
+
+    A patch has the attributes of the object that covers enough of it, else its image's background.
+    """
+    indices = indices.cpu()
+    truth = dict(dataset.patch_truth(indices, grid=grid))
+    background = dataset.attributes(indices)["background"][:, None].expand_as(truth["object"])
+    truth["background"] = background.masked_fill(truth["object"] >= 0, -1)
+    columns = [
+        truth[name][:, :, None] == torch.arange(len(_VALUES[name])) for name in PATCH_ATTRIBUTES
+    ]
+    return torch.cat(columns, dim=2)
+
+
+class AttributeEncoder(nn.Module):
+    """An "image encoder" that knows: an image's concepts as 0 and 1, of unit length.
+
+    With it MonoSemanticity measures how much of the ground truth the images of a latent share; its
+    level is not comparable with a trained encoder's.
+    """
+
+    name = "attributes"
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__()
+        self.dataset = dataset
+
+    def forward(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Images [B, 3, S, S] (not looked at) and their indices [B] -> [B, V]."""
+        concepts = image_concepts(self.dataset, indices).float()
+        return nn.functional.normalize(concepts, dim=-1).to(images.device)

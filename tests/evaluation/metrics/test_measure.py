@@ -1,0 +1,169 @@
+"""One pass over images against the metrics computed on all tokens at once."""
+
+import random
+
+import pytest
+import torch
+
+from clipsae.clip import FrozenCLIP
+from clipsae.data.scenes import ScenesDataset
+from clipsae.evaluation.metrics import (
+    cknna,
+    concept_recovery,
+    decoder_orthogonality,
+    image_encoder,
+    measure,
+    monosemanticity,
+    pool_codes,
+)
+from clipsae.evaluation.metrics.truth import image_concepts, patch_concepts
+from clipsae.evaluation.sparsity import sparsity_sums, sparsity_values
+
+IMAGES = 30
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return FrozenCLIP.load("clipsae-tiny", "builtin")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return ScenesDataset(kind="all", split="test", size=IMAGES)
+
+
+@pytest.fixture
+def saes(clip, toy_sae):
+    return {"topk": toy_sae(clip.width, 40, k=4), "relu": toy_sae(clip.width, 25, seed=1)}
+
+
+def everything(clip, scenes, sae):
+    images = scenes.images(range(IMAGES))[0]
+    x = clip.prefix(clip.normalize(images))
+    scores = sae.scores(x)
+    return images, x, sae.gate(scores, sae.threshold(scores)), scores.relu()
+
+
+def by_metric(result, sae):
+    return {row["metric"]: row["value"] for row in result.rows if row["sae"] == sae}
+
+
+@torch.no_grad()
+def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
+    result = measure(
+        clip,
+        saes,
+        scenes,
+        image_encoder="attributes",
+        pooling="max",
+        batch_size=7,
+        sample_tokens=200,
+        sample_images=11,
+        seed=5,
+        threshold=0.8,
+    )
+    tokens = sorted(random.Random(5).sample(range(IMAGES * clip.tokens), 200))
+    chosen = sorted(random.Random(5).sample(range(IMAGES), 11))
+    assert (result.images, result.sampled_tokens, result.sampled_images) == (IMAGES, 200, 11)
+    assert (result.pooling, result.image_encoder) == ("max", "attributes")
+    for name, sae in saes.items():
+        images, x, codes, dense = everything(clip, scenes, sae)
+        found = by_metric(result, name)
+        for suffix, of in (("", codes), ("_dense", dense)):
+            values = sparsity_values(sparsity_sums(x, sae.decode(of), of))
+            for key, value in values.items():
+                assert found[key + suffix] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), key
+        aligned = cknna(x.flatten(0, 1)[tokens], codes.flatten(0, 1)[tokens])
+        assert found["cknna"] == pytest.approx(aligned.item(), rel=1e-3)
+        assert found["decoder_orthogonality"] == decoder_orthogonality(sae.rows).item()
+
+        embeddings = image_encoder("attributes", scenes)(images, torch.arange(IMAGES))
+        pooled = pool_codes(codes, "max")
+        scores = monosemanticity(pooled, embeddings)
+        assert torch.allclose(result.scores[name], scores, rtol=1e-3, equal_nan=True)
+        assert found["monosemanticity_mean"] == pytest.approx(scores.nanmean().item(), rel=1e-3)
+
+        at = torch.tensor(chosen)
+        for level, of, truth in (
+            ("patch", codes[chosen, 1:].flatten(0, 1), patch_concepts(scenes, at, 8).flatten(0, 1)),
+            ("image", pooled[chosen], image_concepts(scenes, at)),
+        ):
+            expected = concept_recovery(of, truth, threshold=0.8)
+            assert found[f"{level}_auroc"] == pytest.approx(expected["mean_auroc"].item(), rel=1e-3)
+            assert len(result.concepts[level]) == truth.shape[1]
+            assert result.recovery[name][level]["purity"].shape == (codes.shape[-1],)
+
+
+def test_selection_lifted(clip, scenes, saes):
+    result = measure(clip, saes, scenes, metrics=["sparsity", "dense"])
+    topk, relu = by_metric(result, "topk"), by_metric(result, "relu")
+    assert topk["active"] == pytest.approx(4, abs=0.01)
+    assert topk["active_dense"] > topk["active"]
+    assert relu["l0"] == relu["l0_dense"]
+    assert set(topk) == set(relu)
+
+
+@pytest.mark.parametrize("size", [1, 30])
+def test_batches_and_groups_change_nothing(clip, scenes, saes, size, monkeypatch):
+    options = {"sample_tokens": 150, "sample_images": 9, "image_encoder": "tiny"}
+    whole = measure(clip, saes, scenes, batch_size=8, **options)
+    monkeypatch.setattr("clipsae.evaluation.metrics.single._DENSE_BYTES", 4 * 40 * 65 * 3)
+    seen = []
+    again = measure(
+        clip, saes, scenes, batch_size=size, progress=lambda *at: seen.append(at), **options
+    )
+    assert seen[-1] == (IMAGES, IMAGES)
+    for row, other in zip(whole.rows, again.rows, strict=True):
+        assert row["metric"] == other["metric"]
+        assert row["value"] == pytest.approx(other["value"], rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_the_seed_decides_the_samples(clip, scenes, saes):
+    def run(seed):
+        found = measure(clip, saes, scenes, metrics=["cknna"], sample_tokens=60, seed=seed)
+        return by_metric(found, "topk")["cknna"]
+
+    assert run(0) == run(0)
+    assert run(0) != run(1)
+
+
+def test_some_images_and_modes_are_given_back(clip, scenes, saes):
+    saes["topk"].train()
+    saes["relu"].eval()
+    result = measure(clip, saes, scenes, metrics=["sparsity"], limit_images=10)
+    assert result.images == 10
+    assert result.image_encoder is None
+    assert result.scores == {}
+    assert saes["topk"].training
+    assert not saes["relu"].training
+
+
+def test_what_is_measured_depends_on_what_is_there(clip, scenes, saes):
+    found = by_metric(measure(clip, saes, scenes, limit_images=4), "relu")
+    assert "patch_coverage" in found
+    assert not any("monosemanticity" in metric for metric in found)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"metrics": ["l0"]}, "expected some of sparsity"),
+        ({"metrics": []}, "expected some of sparsity"),
+        ({"metrics": ["monosemanticity"]}, "needs an image_encoder"),
+        ({"pooling": "sum"}, "mean, max, cls"),
+        ({"sample_tokens": 0}, "at least 1"),
+        ({"limit_images": 0}, "at least 1"),
+        ({"image_encoder": "what"}, "open_clip:MODEL"),
+    ],
+)
+def test_what_cannot_be_is_refused(clip, scenes, saes, options, words):
+    with pytest.raises(ValueError, match=words):
+        measure(clip, saes, scenes, **options)
+
+
+def test_recovery_needs_ground_truth(clip, saes):
+    class Photos:
+        labels = torch.zeros(3, dtype=torch.long)
+
+    with pytest.raises(ValueError, match="needs a dataset with ground truth"):
+        measure(clip, saes, Photos(), metrics=["recovery"])

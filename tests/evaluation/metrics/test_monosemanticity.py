@@ -1,0 +1,135 @@
+"""MonoSemanticity against the loop over all pairs of images."""
+
+import math
+
+import pytest
+import torch
+
+from clipsae.evaluation.metrics import MonoSemanticity, monosemanticity, pool_codes
+
+
+def plain(activations, embeddings):
+    scores = []
+    e = [row / row.norm() for row in embeddings.double()]
+    n = len(e)
+    for a in activations.double().T.tolist():
+        low, high = min(a), max(a)
+        if low == high:
+            scores.append(math.nan)
+            continue
+        r = [(value - low) / (high - low) for value in a]
+        over = sum(r[i] * r[j] * (e[i] @ e[j]).item() for i in range(n) for j in range(i + 1, n))
+        under = sum(r[i] * r[j] for i in range(n) for j in range(i + 1, n))
+        scores.append(over / under if under > 0 else math.nan)
+    return scores
+
+
+def images(n=24, latents=12, size=5):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(n, latents, generator=generator).clamp(min=0)
+    a[:, 0] = 0  # dead
+    a[:, 1] = 0.7  # constant
+    a[:, 2] = 0
+    a[5, 2] = 0.3  # one image
+    a[:, 3] = 0
+    a[[2, 9], 3] = torch.tensor([0.1, 1e-4])  # two images, far apart
+    a[:, 4] = (a[:, 4] > 0.4).float()  # ties
+    a[:, 5] -= 2  # below zero
+    a[:, 6] = 0.2
+    a[7, 6] = 0.9  # one image above a constant that is not zero
+    a[:, 7] += 100  # a large mean
+    e = torch.randn(n, size, generator=generator) * torch.linspace(0.1, 9, n)[:, None] + 0.3
+    return a, e
+
+
+def test_is_its_definition():
+    a, e = images()
+    found = monosemanticity(a, e)
+    assert found.tolist() == pytest.approx(plain(a, e), rel=1e-8, nan_ok=True)
+    assert found.isnan().nonzero().flatten().tolist() == [0, 1, 2, 6]
+
+
+def test_half_precision_codes():
+    a, e = images()
+    a = a.to(torch.bfloat16)
+    assert monosemanticity(a, e).tolist() == pytest.approx(plain(a, e), rel=1e-8, nan_ok=True)
+
+
+def test_known_values():
+    e = torch.tensor([[1.0, 0], [0, 2], [1, 0]])
+    a = torch.tensor([[1.0, 1, 1], [1, 0, 1], [0, 1, 1]])
+    assert monosemanticity(a, e).tolist() == pytest.approx([0, 1, math.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize("sizes", [[24], [1, 3, 20], [1] * 24])
+def test_batches_of_any_size(sizes):
+    a, e = images()
+    metric = MonoSemanticity(12, 5)
+    for part in zip(a.split(sizes), e.split(sizes), strict=True):
+        metric.update(*part)
+    found = metric.compute()
+    expected = plain(a, e)
+    live = [score for score in expected if not math.isnan(score)]
+    assert found["scores"].tolist() == pytest.approx(expected, rel=1e-8, nan_ok=True)
+    assert found["mean"].item() == pytest.approx(sum(live) / len(live))
+    assert found["max"].item() == pytest.approx(max(live))
+    assert found["live"] == len(live) == 8
+
+
+def test_processes(merged):
+    a, e = images()
+    metrics = [MonoSemanticity(12, 5) for _ in range(3)]
+    metrics[0].update(a[:6], e[:6])
+    metrics[2].update(a[6:], e[6:])
+    assert merged(*metrics)["scores"].tolist() == pytest.approx(plain(a, e), rel=1e-8, nan_ok=True)
+
+
+def test_forward_gives_the_batch_and_keeps_the_sum():
+    a, e = images()
+    metric = MonoSemanticity(12, 5)
+    first = metric(a[:10], e[:10])
+    metric(a[10:], e[10:])
+    assert first["scores"].tolist() == pytest.approx(plain(a[:10], e[:10]), rel=1e-8, nan_ok=True)
+    assert metric.compute()["scores"].tolist() == pytest.approx(plain(a, e), rel=1e-8, nan_ok=True)
+    metric.reset()
+    metric.update(a, e)
+    assert metric.compute()["live"] == 8
+
+
+def test_one_image_and_no_image():
+    a, e = images()
+    metric = MonoSemanticity(12, 5)
+    metric.update(a[:1], e[:1])
+    found = metric.compute()
+    assert found["scores"].isnan().all()
+    assert found["mean"].isnan()
+    assert found["live"] == 0
+    assert monosemanticity(a[:0], e[:0]).isnan().all()
+
+
+def test_memory_does_not_grow_with_images():
+    a, e = images()
+    metric = MonoSemanticity(12, 5)
+    shapes = {name: getattr(metric, name).shape for name in metric._defaults}
+    metric.update(a, e)
+    assert shapes == {name: getattr(metric, name).shape for name in metric._defaults}
+
+
+def test_pooling():
+    codes = torch.tensor([[[1.0, -2], [3, 0], [2, 5]]])
+    assert pool_codes(codes, "mean").tolist() == [[2, 1]]
+    assert pool_codes(codes, "max").tolist() == [[3, 5]]
+    assert pool_codes(codes, "cls").tolist() == [[1, -2]]
+    many = torch.full((1, 1000, 1), 1.01, dtype=torch.bfloat16)
+    assert pool_codes(many).item() == many[0, 0, 0].item()
+    with pytest.raises(ValueError, match="mean, max, cls"):
+        pool_codes(codes, "sum")
+
+
+def test_what_cannot_be_is_refused():
+    a, e = images()
+    with pytest.raises(ValueError, match="same images"):
+        monosemanticity(a, e[:5])
+    e[3] = 0
+    with pytest.raises(ValueError, match="a direction for each"):
+        monosemanticity(a, e)
