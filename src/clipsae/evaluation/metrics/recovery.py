@@ -40,7 +40,8 @@ def concept_recovery(
         Per latent [M]:
         `concepts`: how many concepts it is good for (above 1: it swallows several);
         `purity`: the largest share of its activation (positive codes) that lies on rows of one
-        concept, `purest` which; NaN and -1 for latents without positive codes.
+        concept, `purest` which; NaN and -1 for latents without positive codes. A latent that is
+        active everywhere has the share of the commonest concept, max(positives) / N.
 
         Over the concepts that are defined, resp. live latents, scalars:
         `mean_auroc`, `mean_f1`, `mean_purity`; `coverage`: share of concepts with a good latent;

@@ -66,8 +66,9 @@ def code_without_selection(sae: nn.Module, scores: Tensor, tau: Tensor) -> Tenso
 
     What Table 5 of the paper must have counted (K = 32 codes cannot be as dense as it says): MSAE
     reports codes after the top-k and "all", the ReLU without it. For TopK, BatchTopK, JumpReLU and
-    Sparsemax in `scores` it is the ReLU of the scores, for ReLU the code itself. A Gated SAE's
-    threshold is its gate's bias: a positive bias, which lets scores below zero pass, stays.
+    Sparsemax in `scores` it is the ReLU of the scores, for ReLU the code itself. A threshold below
+    zero stays (a Gated SAE's, with a positive bias of its gate; Sparsemax's of a token whose
+    scores are small): the code's own latents are always among these.
     """
     return sae.gate(scores, tau.clamp(max=0))
 
