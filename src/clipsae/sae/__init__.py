@@ -1,0 +1,19 @@
+"""Sparse autoencoders in plain torch: an architecture and an activation, chosen by name."""
+
+# Imported for their registration.
+from clipsae.sae import attention, batch_topk, gated, jumprelu, linear, relu, sparsemax, topk  # noqa: F401
+from clipsae.sae.base import Activation, Architecture, SAEOutput, Step
+from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
+from clipsae.sae.sae import SAE
+from clipsae.sae.sparsemax import sparsemax_threshold
+
+__all__ = [
+    "ACTIVATIONS",
+    "ARCHITECTURES",
+    "SAE",
+    "Activation",
+    "Architecture",
+    "SAEOutput",
+    "Step",
+    "sparsemax_threshold",
+]

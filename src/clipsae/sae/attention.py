@@ -1,0 +1,85 @@
+"""The attention architecture: one dictionary C gives keys and values.
+
+Sparsemax SAE (arXiv 2604.14925, CVPR 2026):
+
+    Q = x W_Q     K = C W_K     V = C W_V     scores = Q K^T / scale     x_hat = z V
+
+As products are associative, Q K^T = (Q W_K^T) C^T and z V = (z C) W_V: K and V, M x d each, are
+never formed.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from clipsae.sae.base import Architecture
+from clipsae.sae.registry import ARCHITECTURES
+
+QUERIES = ("identity", "learned")
+
+
+@ARCHITECTURES.register("attention")
+class Attention(Architecture):
+    """A dictionary C [M, d], W_K and W_V [d, d]; no biases.
+
+    Args:
+        d: width of the tokens.
+        latents: M.
+        encoder_bias: there is none, whatever the activation allows.
+        query: "identity": Q = x (released code); "learned": Q = x W_Q (the paper's text),
+            which starts as W_K does.
+        scale: what the scores are divided by: a number (released code: 1), or "sqrt_d" (the text).
+    """
+
+    def __init__(
+        self,
+        d: int,
+        latents: int,
+        encoder_bias: bool = True,
+        *,
+        query: str = "identity",
+        scale: float | str = 1.0,
+    ) -> None:
+        super().__init__()
+        if query not in QUERIES:
+            raise ValueError(f"query={query!r}: expected one of {', '.join(QUERIES)}")
+        if scale == "sqrt_d":
+            self.scale = math.sqrt(d)
+        elif isinstance(scale, int | float) and not isinstance(scale, bool) and scale > 0:
+            self.scale = float(scale)
+        else:
+            raise ValueError(f"scale={scale!r}: expected a number above 0, or 'sqrt_d'")
+        self.C = nn.Parameter(_kaiming(latents, d, fan_in=latents))
+        self.W_Q = nn.Parameter(_kaiming(d, d, fan_in=d)) if query == "learned" else None
+        self.W_K = nn.Parameter(_kaiming(d, d, fan_in=d))
+        self.W_V = nn.Parameter(_kaiming(d, d, fan_in=d))
+
+    def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        q = x if self.W_Q is None else x @ self.W_Q
+        # Scaled while it is [..., d], not [..., M].
+        q = (q @ self.W_K.T) / self.scale
+        return q @ self._rows(latents).mT
+
+    def decode(self, codes: Tensor, latents: Tensor | None = None) -> Tensor:
+        return (codes @ self._rows(latents)) @ self.W_V
+
+    def decode_chosen(self, values: Tensor, indices: Tensor) -> Tensor:
+        mixed = nn.functional.embedding_bag(
+            indices, self.C, per_sample_weights=values.to(self.C.dtype), mode="sum"
+        )
+        return mixed @ self.W_V
+
+    def decode_frozen(self, codes: Tensor) -> Tensor:
+        return (codes @ self.C.detach()) @ self.W_V.detach()
+
+    def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
+        return self._rows(latents) @ self.W_V
+
+    def _rows(self, latents: Tensor | None) -> Tensor:
+        return self.C if latents is None else self.C[latents]
+
+
+def _kaiming(rows: int, columns: int, fan_in: int) -> Tensor:
+    bound = math.sqrt(6 / fan_in)
+    return nn.init.uniform_(torch.empty(rows, columns), -bound, bound)

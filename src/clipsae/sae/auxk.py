@@ -1,0 +1,54 @@
+"""AuxK: dead latents learn to reconstruct what the living ones left over.
+
+Gao et al., "Scaling and evaluating sparse autoencoders", 2024 (arXiv 2406.04093), in the form of
+dictionary_learning (https://github.com/saprmarks/dictionary_learning). Ghost gradients are the
+older remedy for the same ill; this one has replaced them.
+"""
+
+import torch
+from torch import Tensor
+
+from clipsae.sae.base import Architecture
+from clipsae.sae.losses import at_least_float32
+
+
+def auxk_loss(
+    x: Tensor,
+    reconstruction: Tensor,
+    scale: Tensor,
+    candidates: Tensor,
+    dead: Tensor,
+    k: int,
+    architecture: Architecture,
+) -> Tensor:
+    """||e - z~ W_dec||^2 / ||e - mean e||^2 with e = x - x_hat held fixed; 0 where undefined.
+
+    Dictionary and encoder both receive gradients: without the encoder's, a dead latent would
+    learn what to write and never when.
+
+    Args:
+        x, reconstruction: [..., d].
+        scale: what decoded codes are multiplied with.
+        candidates: [..., M], how strongly latents would act, >= 0.
+        dead: BoolTensor [M].
+        k: the largest candidates of a token among the dead that reconstruct; all if fewer.
+
+    Returns:
+        A scalar; exactly 0 where no latent is dead.
+    """
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and not dead.any():
+        # Known at once here; elsewhere the answer would have to be waited for.
+        return x.new_zeros((), dtype=at_least_float32(x).dtype)
+    candidates = candidates.flatten(0, -2)
+    with torch.no_grad():
+        masked = candidates.masked_fill(~dead, -1)  # below all candidates
+        indices = masked.topk(min(k, dead.numel()), dim=-1, sorted=False).indices
+    values = candidates.gather(-1, indices) * dead[indices]
+    aux = architecture.decode_chosen(values, indices)
+    error = at_least_float32((x - reconstruction).detach()).flatten(0, -2)
+    scale = at_least_float32(scale)
+    aux = at_least_float32(aux) * (scale.flatten(0, -2) if scale.ndim > 1 else scale)
+    left = (error - aux).square().sum()
+    whole = (error - error.mean(dim=0)).square().sum()
+    defined = dead.any() & (whole > 0)
+    return torch.where(defined, left / torch.where(defined, whole, 1), 0)

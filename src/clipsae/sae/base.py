@@ -1,0 +1,165 @@
+"""What an architecture and an activation owe an SAE, and what an SAE returns.
+
+Letters: B images or tokens, T tokens of an image, d width, M latents, n latents kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SAEOutput:
+    """What an SAE made of a batch.
+
+    Attributes:
+        reconstruction: [..., d], in the units of the input.
+        codes: [..., M].
+        losses: named terms, scalars, each already weighted. In eval mode the reconstruction only.
+    """
+
+    reconstruction: Tensor
+    codes: Tensor
+    losses: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        """The sum of the terms: what is minimised."""
+        return torch.stack(list(self.losses.values())).sum()
+
+
+class Architecture(nn.Module):
+    """Maps tokens to scores and codes back to tokens; knows nothing of sparsity.
+
+    A subclass's `__init__(self, d, latents, encoder_bias, *, ...)` declares its options as
+    keyword-only arguments. `encoder_bias` is False where the activation brings its own.
+    """
+
+    unit_rows = False
+    """Whether decoder rows are kept at unit norm: a penalty on codes then needs no norms."""
+
+    def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """[..., d] -> [..., M], or [..., n] of `latents` ([n], or [B, n] for x [B, T, d])."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, latents: Tensor | None = None) -> Tensor:
+        """[..., M] (or [..., n]) -> [..., d], the bias included."""
+        raise NotImplementedError
+
+    def decode_chosen(self, values: Tensor, indices: Tensor) -> Tensor:
+        """Decode few latents, different ones for each token, *without* the bias.
+
+        Args:
+            values: [tokens, n].
+            indices: LongTensor [tokens, n].
+
+        Returns:
+            [tokens, d].
+        """
+        raise NotImplementedError
+
+    def decode_frozen(self, codes: Tensor) -> Tensor:
+        """`decode` whose parameters receive no gradient; the codes do."""
+        raise NotImplementedError
+
+    def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
+        """What a latent adds to the reconstruction: [M, d], or those of `latents`."""
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The decoder's bias [d], None where there is none."""
+        return None
+
+    def initialize(self, x: Tensor) -> None:
+        """Once, before the first step, with images [N, T, d] as the encoder will see them."""
+
+    def after_backward(self) -> None:
+        """After each backward pass, before the optimizer's step."""
+
+    def after_step(self) -> None:
+        """After each optimizer's step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a loss term may need of a training forward pass.
+
+    Attributes:
+        x: the input [..., d].
+        scale: what a reconstruction is multiplied with, [..., 1] or a scalar.
+        scores, codes: [..., M].
+        architecture: of the SAE.
+        relative_error: (reconstruction) -> scalar, the reconstruction loss of this batch.
+    """
+
+    x: Tensor
+    scale: Tensor
+    scores: Tensor
+    codes: Tensor
+    architecture: Architecture
+    relative_error: Callable[[Tensor], Tensor]
+
+
+class Activation(nn.Module):
+    """Maps scores to codes: in evaluation a threshold, z_m = f(s_m) if s_m > tau else 0.
+
+    A subclass's `__init__(self, latents, *, ...)` declares its options as keyword-only arguments.
+    """
+
+    encoder_bias = True
+    """False where the activation has biases of its own, so that the encoder needs none."""
+
+    full_precision: tuple[str, ...] = ()
+    """Parameters and buffers that stay float32 (or float64) whatever the SAE is cast to."""
+
+    def __init__(self, latents: int) -> None:
+        super().__init__()
+        self.latents = latents
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        """tau for scores [..., M]: [..., 1] per token, [M] per latent, or a scalar."""
+        raise NotImplementedError
+
+    def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
+        """f: the code of a score that passes. Here the score itself."""
+        return scores
+
+    def gate(self, scores: Tensor, tau: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Codes of scores [..., M], or [..., n] of `latents` ([n] or [B, n]), given tau."""
+        tau = per_latent(tau, self.latents, latents)
+        return torch.where(scores > tau, self.curve(scores, tau, latents), 0)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Codes in training, with the gradients that the variant defines. May update buffers."""
+        return self.gate(scores, self.threshold(scores))
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """Loss terms beyond the reconstruction, weighted."""
+        return {}
+
+    def candidates(self, scores: Tensor) -> Tensor:
+        """How strongly latents would act if none were suppressed, >= 0: where AuxK chooses."""
+        return torch.relu(scores)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Adam's steps and moving averages are below bfloat16's resolution (8 bits): a threshold
+        # cast to it would never move again.
+        before = {name: getattr(self, name).data for name in self.full_precision}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = getattr(self, name)
+            if now.dtype in (torch.bfloat16, torch.float16):
+                now.data = value.to(now.device)
+        return self
+
+
+def per_latent(values: Tensor, m: int, latents: Tensor | None) -> Tensor:
+    """Align [M] values with scores of `latents`: [n] or [B, 1, n]. Others pass unchanged."""
+    if latents is None or values.ndim != 1 or values.shape[0] != m:
+        return values
+    chosen = values[latents]
+    return chosen if latents.ndim == 1 else chosen[:, None, :]

@@ -1,0 +1,61 @@
+"""Gated: one path decides which latents act, another how much; both share W_enc.
+
+Rajamanoharan et al., "Improving Dictionary Learning with Gated Sparse Autoencoders", 2024
+(arXiv 2404.16014). With h = (x - b_dec) W_enc^T (the scores) and pi = h + b_gate:
+
+    z = 1[pi > 0] relu(exp(r_mag) h + b_mag)
+    loss + l1 ||relu(pi)||_1 + ||x - x_hat(relu(pi)), the decoder frozen||^2
+"""
+
+import torch
+from torch import Tensor, nn
+
+from clipsae.sae.base import Activation, Step, per_latent
+from clipsae.sae.registry import ACTIVATIONS
+from clipsae.sae.relu import l1_norm, not_negative
+
+
+@ACTIVATIONS.register("gated")
+class Gated(Activation):
+    """In evaluation a threshold of -b_gate on the scores h, a trained one per latent.
+
+    Args:
+        latents: M.
+        l1: weight of the mean over tokens of sum_m relu(pi_m).
+        gate_weight: weight of the auxiliary reconstruction from the gate's path.
+    """
+
+    encoder_bias = False
+    # A bias's steps are smaller than bfloat16 resolves.
+    full_precision = ("b_gate", "b_mag", "r_mag")
+
+    def __init__(self, latents: int, *, l1: float = 8e-5, gate_weight: float = 1.0) -> None:
+        super().__init__(latents)
+        not_negative("l1", l1)
+        not_negative("gate_weight", gate_weight)
+        self.l1 = l1
+        self.gate_weight = gate_weight
+        self.b_gate = nn.Parameter(torch.zeros(latents))
+        self.b_mag = nn.Parameter(torch.zeros(latents))
+        self.r_mag = nn.Parameter(torch.zeros(latents))
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        return -self.b_gate
+
+    def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
+        gain = per_latent(self.r_mag, self.latents, latents).exp()
+        shift = per_latent(self.b_mag, self.latents, latents)
+        return torch.relu(gain * scores + shift).to(scores.dtype)
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        gate = torch.relu(step.scores + self.b_gate).to(step.scores.dtype)
+        terms = {}
+        if self.l1:
+            terms["l1"] = self.l1 * l1_norm(gate, step)
+        if self.gate_weight:
+            by_gate = step.architecture.decode_frozen(gate) * step.scale
+            terms["gate_reconstruction"] = self.gate_weight * step.relative_error(by_gate)
+        return terms
+
+    def candidates(self, scores: Tensor) -> Tensor:
+        return torch.relu(scores + self.b_gate)

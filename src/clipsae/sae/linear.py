@@ -1,0 +1,122 @@
+"""The linear architecture: scores (x - b_dec) W_enc^T + b_enc, reconstruction z W_dec + b_dec.
+
+Bricken et al., "Towards Monosemanticity", 2023; PatchSAE (Lim et al., ICLR 2025,
+https://github.com/dynamical-inference/patchsae) for initialisation and unit rows.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from clipsae.sae.base import Architecture
+from clipsae.sae.median import geometric_median
+from clipsae.sae.registry import ARCHITECTURES
+
+ENCODER_INITS = ("independent", "tied")
+BIAS_INITS = ("images", "tokens", "zero")
+
+
+@ARCHITECTURES.register("linear")
+class Linear(Architecture):
+    """Two matrices with a row per latent, W_enc and W_dec [M, d], and two biases.
+
+    Args:
+        d: width of the tokens.
+        latents: M.
+        encoder_bias: whether there is a b_enc.
+        encoder_init: "independent": Kaiming-uniform of fan-in M, as PatchSAE's [d, M] matrix
+            gets it (bound sqrt(6/M)); "tied": a copy of W_dec (dictionary_learning). Only the
+            start: they are trained apart.
+        unit_decoder: decoder rows have norm 1 after each step, and gradients lose their part
+            along the row, which that would undo.
+        bias_init: b_dec starts as the geometric median of a batch. "images": an image's [T, d]
+            tokens are one point of T x d numbers, the result is averaged over the T positions
+            (PatchSAE); "tokens": each token is a point (dictionary_learning); "zero": stays 0.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        latents: int,
+        encoder_bias: bool = True,
+        *,
+        encoder_init: str = "independent",
+        unit_decoder: bool = True,
+        bias_init: str = "images",
+    ) -> None:
+        super().__init__()
+        _one_of("encoder_init", encoder_init, ENCODER_INITS)
+        _one_of("bias_init", bias_init, BIAS_INITS)
+        self.unit_rows = unit_decoder
+        self.bias_init = bias_init
+        self.W_dec = nn.Parameter(torch.empty(latents, d))
+        self.W_enc = nn.Parameter(torch.empty(latents, d))
+        self.b_dec = nn.Parameter(torch.zeros(d))
+        self.b_enc = nn.Parameter(torch.zeros(latents)) if encoder_bias else None
+        with torch.no_grad():
+            nn.init.uniform_(self.W_dec, -math.sqrt(6 / d), math.sqrt(6 / d))
+            # Unit rows are the start also where they are not kept.
+            self._normalize_rows()
+            if encoder_init == "tied":
+                self.W_enc.copy_(self.W_dec)
+            else:
+                nn.init.uniform_(self.W_enc, -math.sqrt(6 / latents), math.sqrt(6 / latents))
+
+    def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        u = x - self.b_dec
+        if latents is None:
+            return nn.functional.linear(u, self.W_enc, self.b_enc)
+        scores = u @ self.W_enc[latents].mT
+        if self.b_enc is None:
+            return scores
+        b = self.b_enc[latents]
+        return scores + (b if latents.ndim == 1 else b[:, None, :])
+
+    def decode(self, codes: Tensor, latents: Tensor | None = None) -> Tensor:
+        return codes @ self.decoder_rows(latents) + self.b_dec
+
+    def decode_chosen(self, values: Tensor, indices: Tensor) -> Tensor:
+        return nn.functional.embedding_bag(
+            indices, self.W_dec, per_sample_weights=values.to(self.W_dec.dtype), mode="sum"
+        )
+
+    def decode_frozen(self, codes: Tensor) -> Tensor:
+        return codes @ self.W_dec.detach() + self.b_dec.detach()
+
+    def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
+        return self.W_dec if latents is None else self.W_dec[latents]
+
+    @property
+    def bias(self) -> Tensor:
+        return self.b_dec
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        if self.bias_init == "images":
+            median = geometric_median(x.flatten(1)).view(x.shape[1:]).mean(dim=0)
+        elif self.bias_init == "tokens":
+            median = geometric_median(x.flatten(0, 1))
+        else:
+            return
+        self.b_dec.copy_(median)
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        if self.unit_rows and self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(dim=-1, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.unit_rows:
+            self._normalize_rows()
+
+    def _normalize_rows(self) -> None:
+        norm = torch.linalg.vector_norm(self.W_dec, dim=-1, keepdim=True)
+        self.W_dec.div_(torch.where(norm > 0, norm, 1))
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")

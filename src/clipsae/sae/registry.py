@@ -1,0 +1,71 @@
+"""Names of the parts an SAE is made of, and which options each part declares.
+
+A new variant is one file with a decorated class; from outside the package, too:
+
+    from clipsae.sae import ACTIVATIONS, Activation
+
+    @ACTIVATIONS.register("identity")
+    class Identity(Activation):
+        def __init__(self, latents: int, *, gain: float = 1.0): ...
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+class Registry(Mapping[str, type]):
+    """Classes by name.
+
+    Args:
+        kind: what the classes are, for messages ("activation").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._classes: dict[str, type] = {}
+
+    def register(self, name: str) -> Callable[[type], type]:
+        """Class decorator: known under `name` from now on.
+
+        Raises:
+            ValueError: the name is taken by another class.
+        """
+
+        def decorate(cls: type) -> type:
+            taken = self._classes.get(name)
+            # The same class again is a reloaded module, not a clash.
+            if taken is not None and taken.__qualname__ != cls.__qualname__:
+                raise ValueError(f"{self.kind} '{name}' is taken by {taken.__qualname__}")
+            self._classes[name] = cls
+            return cls
+
+        return decorate
+
+    def __getitem__(self, name: str) -> type:
+        if name not in self._classes:
+            raise ValueError(
+                f"{self.kind}={name!r} does not exist: choose one of {', '.join(sorted(self))}"
+            )
+        return self._classes[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def options(self, name: str) -> dict[str, Any]:
+        """The options that a class declares (its keyword-only arguments), with their defaults.
+
+        An option without a default has `inspect.Parameter.empty`.
+        """
+        parameters = inspect.signature(self[name].__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+ARCHITECTURES = Registry("architecture")
+ACTIVATIONS = Registry("activation")

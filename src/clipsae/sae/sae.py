@@ -1,0 +1,310 @@
+"""The sparse autoencoder: an architecture, an activation, and what all variants share.
+
+Letters: B images or tokens, T tokens of an image, d width, M latents, n latents kept.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clipsae.sae.auxk import auxk_loss
+from clipsae.sae.base import Activation, Architecture, SAEOutput, Step
+from clipsae.sae.losses import at_least_float32, relative_error
+from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
+from clipsae.sae.relu import not_negative
+
+FORMAT = "clipsae.sae"
+VERSION = 1
+
+
+class SAE(nn.Module):
+    """z = activation(scores(x)), x_hat = decode(z).
+
+    In evaluation every variant is a threshold on its scores, z_m = f(s_m) if s_m > tau else 0:
+    `encode(x)` equals `gate(scores(x), threshold(scores(x)))`.
+
+    Args:
+        d: width of the tokens.
+        latents: M.
+        architecture: a name in `ARCHITECTURES`: "linear", "attention".
+        activation: a name in `ACTIVATIONS`: "relu", "jumprelu", "gated", "topk", "batch_topk",
+            "sparsemax".
+        normalize_input: encode x / ||x||, and multiply the reconstruction, bias included, by ||x||.
+        reconstruction_weight: of the reconstruction loss (see `clipsae.sae.losses`); the released
+            Sparsemax SAE has 10.
+        auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none.
+        auxk_k: latents of a token in that loss; None: d / 2. Not without auxk.
+        dead_after: a latent is dead when it was silent for this many tokens.
+        options: those of the chosen architecture and activation; see their classes.
+
+    Raises:
+        ValueError: a size, a name or an option that cannot be; it names what exists.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        latents: int,
+        architecture: str = "linear",
+        activation: str = "relu",
+        *,
+        normalize_input: bool = False,
+        reconstruction_weight: float = 1.0,
+        auxk: float = 0.0,
+        auxk_k: int | None = None,
+        dead_after: int = 10_000_000,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        whole = {"d": d, "latents": latents, "dead_after": dead_after, "auxk_k": auxk_k}
+        for name, value in whole.items():
+            if name == "auxk_k" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
+        if not isinstance(normalize_input, bool):
+            raise ValueError(f"normalize_input={normalize_input!r}: expected true or false")
+        not_negative("reconstruction_weight", reconstruction_weight)
+        not_negative("auxk", auxk)
+        if auxk_k is not None and not auxk:
+            raise ValueError(f"auxk_k={auxk_k} does nothing while auxk is 0: set both or neither")
+        of_architecture, of_activation = _part_options(architecture, activation, options)
+        self.d = d
+        self.latents = latents
+        self.normalize_input = normalize_input
+        self.reconstruction_weight = reconstruction_weight
+        self.auxk = auxk
+        self.auxk_k = max(1, d // 2) if auxk_k is None else auxk_k
+        self.dead_after = dead_after
+        self.activation: Activation = ACTIVATIONS[activation](latents, **of_activation)
+        self.architecture: Architecture = ARCHITECTURES[architecture](
+            d, latents, self.activation.encoder_bias, **of_architecture
+        )
+        self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
+        self.config: dict[str, Any] = {
+            "d": d,
+            "latents": latents,
+            "architecture": architecture,
+            "activation": activation,
+            "normalize_input": normalize_input,
+            "reconstruction_weight": reconstruction_weight,
+            "auxk": auxk,
+            "auxk_k": auxk_k,
+            "dead_after": dead_after,
+            **of_architecture,
+            **of_activation,
+        }
+
+    # --- from tokens to codes and back ---
+
+    def input_scale(self, x: Tensor) -> Tensor:
+        """||x|| of tokens [..., d] as [..., 1] with `normalize_input`, else ones; 1 for a token
+        of norm 0."""
+        if not self.normalize_input:
+            return torch.ones_like(x[..., :1])
+        norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
+        return torch.where(norm > 0, norm, 1).to(x.dtype)
+
+    def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Tokens [..., d] -> scores [..., M], before the activation.
+
+        Args:
+            latents: only these: LongTensor [n], or [B, n], other ones for each image of x
+                [B, T, d]. The result is [..., n].
+        """
+        self._check(x)
+        return self.architecture.scores(x / self.input_scale(x), latents)
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        """Scores [..., M] -> tau: [..., 1] per token, [M] per latent, or a scalar."""
+        return self.activation.threshold(scores)
+
+    def gate(self, scores: Tensor, tau: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Scores [..., M], or [..., n] of `latents`, and tau -> codes of the same shape."""
+        return self.activation.gate(scores, tau, latents)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Tokens [..., d] -> codes [..., M], as in evaluation."""
+        scores = self.scores(x)
+        return self.gate(scores, self.threshold(scores))
+
+    def decode(
+        self, codes: Tensor, scale: Tensor | float = 1.0, latents: Tensor | None = None
+    ) -> Tensor:
+        """Codes [..., M] -> tokens [..., d]: scale * (codes @ decoder_rows + decoder_bias).
+
+        Args:
+            scale: `input_scale(x)`, where inputs were normalised.
+            latents: the codes are [..., n] of these: LongTensor [n] or [B, n].
+        """
+        return self.architecture.decode(codes, latents) * scale
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Tokens [B, T, d] or [B, d] -> reconstruction, codes and loss terms.
+
+        In training mode the activation's training form, all loss terms, and the statistics that
+        the variant keeps; in eval mode `encode`, and the reconstruction loss alone.
+        """
+        self._check(x)
+        scale = self.input_scale(x)
+        scores = self.architecture.scores(x / scale)
+        if not self.training:
+            codes = self.gate(scores, self.threshold(scores))
+            reconstruction = self.decode(codes, scale)
+            return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, x))
+        codes = self.activation(scores)
+        reconstruction = self.decode(codes, scale)
+        self._count_silence(codes)
+        losses = self._reconstruction_loss(reconstruction, x)
+        step = Step(
+            x=x,
+            scale=scale,
+            scores=scores,
+            codes=codes,
+            architecture=self.architecture,
+            relative_error=lambda other: relative_error(other, x),
+        )
+        losses.update(self.activation.losses(step))
+        if self.auxk:
+            losses["auxk"] = self.auxk * auxk_loss(
+                x,
+                reconstruction,
+                scale,
+                self.activation.candidates(scores),
+                self.dead,
+                self.auxk_k,
+                self.architecture,
+            )
+        return SAEOutput(reconstruction, codes, losses)
+
+    def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
+        loss = relative_error(reconstruction, x)
+        return {"reconstruction": self.reconstruction_weight * loss}
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim < 2 or x.shape[-1] != self.d or not x.is_floating_point():
+            raise ValueError(
+                f"tokens of shape {tuple(x.shape)} and {x.dtype}: expected floating point numbers "
+                f"[..., {self.d}]"
+            )
+        dtype = next(self.architecture.parameters()).dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"tokens are {x.dtype} and the SAE is {dtype}: cast one of them, sae.to(x.dtype)"
+            )
+
+    # --- the dictionary ---
+
+    @property
+    def decoder_bias(self) -> Tensor | None:
+        """What `decode` adds to any codes, times its scale: [d], or None."""
+        return self.architecture.bias
+
+    def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
+        """What each latent adds to the reconstruction: [M, d], or those of `latents`."""
+        return self.architecture.decoder_rows(latents)
+
+    @property
+    def dead(self) -> Tensor:
+        """BoolTensor [M]: silent for `dead_after` training tokens or more."""
+        return self.tokens_since_fired >= self.dead_after
+
+    @torch.no_grad()
+    def _count_silence(self, codes: Tensor) -> None:
+        fired = (codes != 0).flatten(0, -2).any(dim=0)
+        tokens = codes.numel() // self.latents
+        self.tokens_since_fired.copy_(torch.where(fired, 0, self.tokens_since_fired + tokens))
+
+    # --- around a training step ---
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Once, before the first step: what starts from data, with images [N, T, d]."""
+        self._check(x)
+        self.architecture.initialize(x / self.input_scale(x))
+
+    def after_backward(self) -> None:
+        """After each backward pass, before clipping and the optimizer's step."""
+        self.architecture.after_backward()
+
+    def after_step(self) -> None:
+        """After each optimizer's step."""
+        self.architecture.after_step()
+
+    # --- on disk ---
+
+    def save(self, folder: Path | str) -> None:
+        """Write `sae.safetensors` and `sae.json` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
+            folder / "sae.safetensors",
+        )
+        about = {"format": FORMAT, "version": VERSION, "config": self.config}
+        (folder / "sae.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "SAE":
+        """Read what `save` wrote: the same codes, thresholds and all. In eval mode, on the CPU.
+
+        Raises:
+            FileNotFoundError: no SAE there.
+            ValueError: written by a newer version, or weights that do not fit the config.
+        """
+        folder = Path(folder)
+        if not (folder / "sae.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no SAE: expected sae.json, sae.safetensors")
+        about = json.loads((folder / "sae.json").read_text())
+        if about.get("format") != FORMAT or about.get("version", 0) > VERSION:
+            raise ValueError(
+                f"{folder}/sae.json: format {about.get('format')!r} version "
+                f"{about.get('version')!r}: expected {FORMAT!r}, up to {VERSION}"
+            )
+        weights = load_file(folder / "sae.safetensors")
+        with torch.device("meta"):
+            sae = cls(**about["config"])
+        expected = {name: tensor.shape for name, tensor in sae.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in weights.items()}
+        if expected != found:
+            wrong = sorted(set(expected.items()) ^ set(found.items()), key=str)[0]
+            raise ValueError(f"{folder}/sae.safetensors does not fit its config: {wrong}")
+        sae.load_state_dict(weights, assign=True)
+        return sae.eval()
+
+
+def _part_options(
+    architecture: str, activation: str, given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All options of the architecture and of the activation, as given or by default."""
+    parts = ARCHITECTURES.options(architecture), ACTIVATIONS.options(activation)
+    common = [
+        p.name
+        for p in inspect.signature(SAE.__init__).parameters.values()
+        if p.kind != p.VAR_KEYWORD
+    ]
+    names = [*common, *parts[0], *parts[1]]
+    doubled = {name for name in names if names.count(name) > 1}
+    if doubled:
+        raise ValueError(
+            f"architecture={architecture} and activation={activation}: option '{min(doubled)}' is "
+            "declared twice among them and the SAE; rename one"
+        )
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        known = ", ".join(sorted(set(names) - {"self"}))
+        raise ValueError(
+            f"{unknown[0]}={given[unknown[0]]!r}: architecture={architecture} with "
+            f"activation={activation} has no such option; it has {known}"
+        )
+    for options in parts:
+        options.update((name, value) for name, value in given.items() if name in options)
+        missing = [name for name, value in options.items() if value is inspect.Parameter.empty]
+        if missing:
+            raise ValueError(f"{missing[0]} has no default: give it a value")
+    return parts

@@ -1,0 +1,57 @@
+"""TopK: the k largest of a token's positive scores.
+
+Gao et al., "Scaling and evaluating sparse autoencoders", 2024 (arXiv 2406.04093), in the form of
+dictionary_learning: z = the k largest of relu(s).
+"""
+
+import torch
+from torch import Tensor
+
+from clipsae.sae.base import Activation
+from clipsae.sae.losses import at_least_float32
+from clipsae.sae.registry import ACTIVATIONS
+
+
+@ACTIVATIONS.register("topk")
+class TopK(Activation):
+    """Training keeps exactly k (fewer where fewer are positive).
+
+    Evaluation keeps what is above a threshold between the k-th and the (k+1)-th score: the same
+    latents, except that of scores equal to the k-th all are kept. (Half-way between the two, so
+    that a score that is computed again in another order of summation falls on the same side.)
+
+    Args:
+        latents: M.
+        k: latents of a token, 1 to M.
+    """
+
+    def __init__(self, latents: int, *, k: int = 32) -> None:
+        super().__init__(latents)
+        check_k(k, latents)
+        self.k = k
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        if self.k == self.latents:
+            return scores.new_zeros(())
+        # float32 even for half precision: there is no bfloat16 between two neighbours.
+        top = at_least_float32(scores.topk(self.k + 1, dim=-1).values)
+        above, below = top[..., -2:-1], top[..., -1:]
+        tau = below + (above - below) / 2
+        tau = torch.where(tau < above, tau, below)
+        tau = torch.where(
+            tau < above, tau, torch.nextafter(above, torch.full_like(above, -torch.inf))
+        )
+        return tau.clamp(min=0)
+
+    def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
+        return torch.relu(scores)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        values, indices = scores.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(scores).scatter(-1, indices, torch.relu(values))
+
+
+def check_k(k: int, latents: int) -> None:
+    """Raises ValueError unless k is a whole number from 1 to M."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= latents:
+        raise ValueError(f"k={k!r}: expected a whole number from 1 to latents={latents}")
