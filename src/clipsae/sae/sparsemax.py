@@ -14,9 +14,7 @@ from clipsae.sae.registry import ACTIVATIONS
 
 WEIGHTS = ("scores", "probabilities")
 
-# Size of the first partial top-k. At M = 49,152 the support is some 340 of a token at first, some
-# 1,000 when trained.
-_FIRST_LOOK = 512
+_FIRST_LOOK = 128
 
 
 @ACTIVATIONS.register("sparsemax")
@@ -96,9 +94,12 @@ def sparsemax_threshold(scores: Tensor) -> Tensor:
     """tau of sparsemax: the one number for which the sum of max(s - tau, 0) is 1.
 
     With S_r the sum of the r largest scores, tau is the largest (S_r - 1) / r. The r largest alone
-    give a lower bound, which is exact once the r-th is not above it: so a partial top-k, doubled
-    for the tokens whose support does not fit. The sums are float64: in float32 a running sum over
-    thousands of scores moves the boundary.
+    give a lower bound, which is exact once the r-th is not above it: a look at the 128 largest,
+    then at four times as many for the tokens whose support does not fit. Supports beyond an eighth
+    of M are left to Newton's method over all M, from that bound (Michelot 1986): tau <- (sum of
+    the scores above tau - 1) / their number, which grows to the solution in a few steps. No sort
+    of M; the sums are float64: in float32 a running sum over thousands of scores moves the
+    boundary.
 
     Args:
         scores: [..., M].
@@ -107,16 +108,21 @@ def sparsemax_threshold(scores: Tensor) -> Tensor:
         [..., 1], float64 for float64 scores, else float32, rounded down: no score lies between
         the rounded and the true tau, so `scores > tau` is the exact support.
     """
-    flat = scores.flatten(0, -2) if scores.ndim > 1 else scores[None]
-    m = flat.shape[-1]
-    k = min(_FIRST_LOOK, m)
-    tau, fits = _from_largest(flat, k)
-    # The question whether all fit is a synchronisation on a GPU; the answer is almost always
-    # needed, as it depends on the training's stage and not on the step.
-    while k < m and not bool(fits.all()):
-        k = min(2 * k, m)
-        rest = (~fits).nonzero()[:, 0]
-        tau[rest], fits[rest] = _from_largest(flat[rest], k)
+    m = scores.shape[-1]
+    flat = scores.reshape(-1, m)
+    tau = flat.new_empty(len(flat), 1, dtype=torch.float64)
+    rest = torch.arange(len(flat), device=flat.device)
+    look = min(_FIRST_LOOK, m)
+    while True:
+        some = flat if len(rest) == len(flat) else flat[rest]
+        tau[rest], fits = _from_largest(some, look)
+        # Whether all fit is a synchronisation on a GPU; the answer decides what is done next.
+        rest = rest[~fits]
+        if not len(rest) or 4 * look > m // 8:
+            break
+        look *= 4
+    if len(rest) and look < m:
+        tau[rest] = _newton(flat[rest], tau[rest])
     if scores.dtype != torch.float64:
         rounded = tau.float()
         down = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
@@ -130,6 +136,19 @@ def _from_largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     r = torch.arange(1, k + 1, dtype=torch.float64, device=scores.device)
     tau = ((largest.cumsum(dim=-1) - 1) / r).amax(dim=-1, keepdim=True)
     return tau, largest[:, -1] <= tau[:, 0]
+
+
+def _newton(scores: Tensor, tau: Tensor) -> Tensor:
+    """From lower bounds tau [N, 1], float64, of scores [N, M] to the solutions."""
+    size = torch.full_like(tau, -1, dtype=torch.int64)
+    while True:
+        above = scores > tau
+        new_size = above.sum(dim=-1, keepdim=True)
+        if torch.equal(new_size, size):
+            return tau
+        size = new_size
+        total = torch.where(above, scores, 0).sum(dim=-1, keepdim=True, dtype=torch.float64)
+        tau = torch.maximum(tau, (total - 1) / size.clamp(min=1))
 
 
 class _Scores(torch.autograd.Function):
