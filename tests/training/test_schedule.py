@@ -11,6 +11,11 @@ def test_warm_up_is_linear_and_then_constant():
     assert factor(10**6) == 1.0
 
 
+def test_a_training_shorter_than_its_warm_up():
+    factor = warmup_then("linear", 10, 5)
+    assert [factor(s) for s in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
 def test_no_warm_up():
     assert warmup_then("constant", 0, 10)(0) == 1.0
 
@@ -31,8 +36,7 @@ def test_decays_end_at_zero():
     [
         ("sine", 1, 10, "constant, cosine or linear"),
         ("constant", -1, 10, "0 or more"),
-        ("linear", 10, 10, "max_steps above"),
-        ("cosine", 10, -1, "max_steps above"),
+        ("cosine", 10, -1, "needs a trainer.max_steps"),
     ],
 )
 def test_what_cannot_be_is_refused(decay, warmup, steps, words):

@@ -13,7 +13,8 @@ def warmup_then(decay: Decay, warmup_steps: int, max_steps: int) -> Callable[[in
     Args:
         decay: "constant" (the released code's), "cosine" or "linear".
         warmup_steps: steps of the warm-up; 0 for none.
-        max_steps: the length of the training; only read where the rate decays.
+        max_steps: the length of the training; only read where the rate decays. One that ends
+            within the warm-up has no decay.
 
     Returns:
         step -> factor in [0, 1].
@@ -25,11 +26,8 @@ def warmup_then(decay: Decay, warmup_steps: int, max_steps: int) -> Callable[[in
         raise ValueError(f"decay={decay!r}: expected constant, cosine or linear")
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps}: expected 0 or more")
-    if decay != "constant" and max_steps <= warmup_steps:
-        raise ValueError(
-            f"decay={decay!r} needs trainer.max_steps above warmup_steps={warmup_steps}, "
-            f"got {max_steps}"
-        )
+    if decay != "constant" and max_steps < 0:
+        raise ValueError(f"decay={decay!r} needs a trainer.max_steps, got {max_steps}")
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -1,0 +1,120 @@
+"""From a config to objects: the one place where `_target_` is followed."""
+
+import hashlib
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from clipsae.clip import FrozenCLIP
+from clipsae.clip.text import OPENAI_IMAGENET_TEMPLATES, text_classifier
+from clipsae.data import ImageDataset
+from clipsae.errors import ConfigError
+from clipsae.sae import SAE
+
+# Keys of conf/model that are the training's or the evaluation's, not the SAE's.
+TRAINING_KEYS = ("learning_rate", "betas", "warmup_steps", "decay", "initial_images", "compile")
+EVALUATION_KEYS = ("count_threshold",)
+# Where something lies or how fast it is read does not decide what it is.
+PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A resolved copy of plain Python values."""
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+
+
+def call_target(node: DictConfig, **more: Any) -> Any:
+    """Call what `_target_` names with the node's other keys and `more`.
+
+    Unlike Hydra's `instantiate` it leaves nested nodes and the values of `more` as they are.
+    """
+    options = plain(node)
+    return get_object(options.pop("_target_"))(**options, **more)
+
+
+def build_clip(cfg: DictConfig) -> FrozenCLIP:
+    """The frozen CLIP of `cfg.clip`.
+
+    Raises:
+        ConfigError: a name, weights or layer that cannot be used.
+    """
+    return user_error(FrozenCLIP.load, **plain(cfg.clip))
+
+
+def build_dataset(node: DictConfig, split: str, image_size: int) -> ImageDataset:
+    """One split of a dataset.
+
+    Args:
+        node: `cfg.dataset` or `cfg.train_dataset`.
+        split: "train" or "test".
+        image_size: pixels a side, the CLIP's.
+
+    Raises:
+        ConfigError: nothing there, or not laid out as it should be.
+    """
+    node = OmegaConf.masked_copy(node, [key for key in node if key != "name"])
+    return user_error(call_target, node, split=split, image_size=image_size)
+
+
+def train_dataset_node(cfg: DictConfig) -> DictConfig:
+    """`cfg.train_dataset`, or `cfg.dataset` where that is chosen to serve both."""
+    return cfg.train_dataset if "_target_" in cfg.train_dataset else cfg.dataset
+
+
+def sae_options(cfg: DictConfig) -> dict[str, Any]:
+    """What `SAE` is built with, from `cfg.model`."""
+    skipped = ("name", *TRAINING_KEYS, *EVALUATION_KEYS)
+    return {key: value for key, value in plain(cfg.model).items() if key not in skipped}
+
+
+def training_options(cfg: DictConfig) -> dict[str, Any]:
+    """What `SAEModule` is built with, from `cfg.model`."""
+    return {key: value for key, value in plain(cfg.model).items() if key in TRAINING_KEYS}
+
+
+def build_sae(cfg: DictConfig, d: int) -> SAE:
+    """A new SAE for tokens of width d.
+
+    Raises:
+        ConfigError: an option that does not exist or cannot be.
+    """
+    return user_error(SAE, d=d, **sae_options(cfg))
+
+
+def build_classifier(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> Tensor:
+    """The text embeddings [C, e] of the dataset's classes."""
+    return text_classifier(
+        clip,
+        dataset.classnames,
+        dataset.templates or OPENAI_IMAGENET_TEMPLATES,
+        renormalize=cfg.evaluation.renormalize_text,
+    )
+
+
+def clip_key(cfg: DictConfig) -> dict[str, Any]:
+    """What decides the tokens: the model, its weights (a file by its content), the layer."""
+    key = plain(cfg.clip)
+    weights = FrozenCLIP.weights_file(key["name"], key["pretrained"])
+    if weights is not None:
+        key["pretrained"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return key
+
+
+def dataset_key(node: DictConfig, dataset: ImageDataset) -> dict[str, Any]:
+    """What decides the images: the options, and the list of files by content where there is one."""
+    key = {k: v for k, v in plain(node).items() if k not in PLACE_KEYS}
+    return {**key, "fingerprint": dataset.fingerprint}
+
+
+def user_error(build: Any, *args: Any, **options: Any) -> Any:
+    """Call `build`; what it refuses is the user's to mend, and shown as one line.
+
+    Raises:
+        ConfigError: in place of ValueError, FileNotFoundError and NotADirectoryError.
+    """
+    try:
+        return build(*args, **options)
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(str(error)) from error

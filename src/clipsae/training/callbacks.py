@@ -1,0 +1,170 @@
+"""What happens around the steps: the checkpoint that a killed run continues from, the speed, the
+progress line."""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+log = logging.getLogger(__name__)
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Keeps one checkpoint, the newest whole one.
+
+    Lightning's own writes through a temporary file that may lie on another file system, from
+    where a move is a copy: a kill in the middle leaves half a file under the final name. Here it
+    is written beside its place, flushed to disk and renamed.
+
+    Args:
+        path: where the checkpoint lies.
+        every_n_steps: optimizer steps between checkpoints.
+        every_n_seconds: a checkpoint at least this often, too; the time is looked at between
+            steps, and does not change what is trained.
+    """
+
+    def __init__(
+        self, path: Path, every_n_steps: int = 500, every_n_seconds: float = 300.0
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}: expected 1 or more")
+        self.path = Path(path)
+        self.every_n_steps = every_n_steps
+        self.every_n_seconds = every_n_seconds
+        self.last_step = -1
+        self.last_time = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last_step, self.last_time = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        step = trainer.global_step
+        if step == self.last_step:  # in the middle of an accumulated batch
+            return
+        due = step % self.every_n_steps == 0
+        if trainer.world_size == 1:  # ranks would not agree on the time
+            due = due or time.monotonic() - self.last_time >= self.every_n_seconds
+        if due:
+            self._save(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        # Lightning raises this one between steps, where the state is whole. Any other exception
+        # may come from the middle of a step.
+        if isinstance(exception, SIGTERMException) and trainer.global_step != self.last_step:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        self.last_step, self.last_time = trainer.global_step, time.monotonic()
+        aside = self.path.with_suffix(".tmp")
+        trainer.save_checkpoint(aside)
+        if trainer.is_global_zero:
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            aside.replace(self.path)
+
+
+class TokenRate(Callback):
+    """Logs `train/tokens_per_second` between two looks, validation and checkpoints left out."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self.started = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if self.started == 0.0:
+            self.started = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: torch.Tensor,
+        *_: Any,
+    ) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.started
+        self.started = now
+        self.tokens += batch.shape[0] * batch.shape[1] * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0 and self.seconds > 0:
+            pl_module.log("train/tokens_per_second", self.tokens / self.seconds)
+            self.tokens, self.seconds = 0, 0.0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = 0.0
+
+
+class StepProgress(Callback):
+    """One bar over all steps of the training with the few numbers that one watches; where there
+    is no terminal, a line every now and then instead.
+
+    (Lightning's own bars run over epochs: of two epochs of 40,000 steps each, the end is never
+    in sight.)
+    """
+
+    SHOWN = ("fvu", "active", "dead_fraction", "tokens_per_second")
+    SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        self.last_line = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            refresh_per_second=4,
+        )
+        self.task = self.bar.add_task(
+            "", total=trainer.max_steps, completed=trainer.global_step, numbers=""
+        )
+        self.last_line = time.monotonic()
+        if self.bar.console.is_terminal:
+            self.bar.start()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self.bar is None:
+            return
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps:
+            self.bar.update(self.task, completed=step)
+            return
+        values = trainer.callback_metrics
+        numbers = "  ".join(
+            f"{name.replace('_', ' ')} {float(values[f'train/{name}']):.3g}"
+            for name in self.SHOWN
+            if f"train/{name}" in values
+        )
+        self.bar.update(self.task, completed=step, numbers=numbers)
+        late = time.monotonic() - self.last_line > self.SECONDS_BETWEEN_LINES
+        if not self.bar.console.is_terminal and (late or step == trainer.max_steps):
+            self.last_line = time.monotonic()
+            log.info("step %d of %d  %s", step, trainer.max_steps, numbers)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

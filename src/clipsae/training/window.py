@@ -1,0 +1,79 @@
+"""Sums over the tokens seen since the last look: one division at the end, no mean of means."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from clipsae.sae import SAEOutput
+
+
+class TokenSums(Metric):
+    """Loss terms, reconstruction quality and sparsity over all tokens since the last reset.
+
+    All sums are float64 where the device has it; nothing is read back to the host before
+    `compute`. Under DDP the sums are reduced, so the result is that of one process.
+
+    Args:
+        d: width of the tokens.
+        latents: number of latents M, to count how often each is active; None: not counted.
+    """
+
+    full_state_update = False
+
+    def __init__(self, d: int, latents: int | None = None) -> None:
+        super().__init__(sync_on_compute=True)
+        for name in ("tokens", "squared_error", "squared_norm", "active"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        if latents is not None:
+            self.add_state("fired", torch.zeros(latents, dtype=torch.int64), dist_reduce_fx="sum")
+        self.latents = latents
+        self.add_state("token_sum", torch.zeros(d, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, x: Tensor, out: SAEOutput) -> None:
+        """Add a batch.
+
+        Args:
+            x: tokens [..., d].
+            out: what the SAE made of them.
+        """
+        flat = x.reshape(-1, x.shape[-1]).float()
+        n = flat.shape[0]
+        error = out.reconstruction.reshape_as(flat).float() - flat
+        self.tokens += n
+        self.squared_error += error.square().sum(dtype=torch.float64)
+        self.squared_norm += flat.square().sum(dtype=torch.float64)
+        self.token_sum += flat.sum(0, dtype=torch.float64)
+        if self.latents is None:
+            self.active += torch.count_nonzero(out.codes)
+        else:
+            fired = (out.codes != 0).flatten(0, -2).sum(0)
+            self.fired += fired
+            self.active += fired.sum()
+        for name, term in out.losses.items():
+            state = f"loss_{name}"
+            if state not in self._defaults:  # the variant's named terms, known from its first step
+                self.add_state(
+                    state,
+                    torch.zeros((), dtype=torch.float64, device=x.device),
+                    dist_reduce_fx="sum",
+                )
+            setattr(self, state, getattr(self, state) + term.detach().double() * n)
+
+    def compute(self) -> dict[str, Tensor]:
+        """`loss`, `loss/<term>`, `fvu`, `explained_variance` (1 - fvu), `active` (mean number of
+        active latents of a token)."""
+        total = self.squared_norm - self.token_sum.square().sum() / self.tokens
+        fvu = self.squared_error / total
+        terms = {
+            name.removeprefix("loss_"): getattr(self, name) / self.tokens
+            for name in self._defaults
+            if name.startswith("loss_")
+        }
+        return {
+            "loss": torch.stack(list(terms.values())).sum() if terms else fvu * 0,
+            **{f"loss/{name}": value for name, value in terms.items()},
+            "fvu": fvu,
+            "explained_variance": 1 - fvu,
+            "active": self.active / self.tokens,
+        }

@@ -1,0 +1,77 @@
+"""Every choice of every group composes; what does not exist is refused by name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+import run  # noqa: F401  (registers the resolvers that the configs use)
+
+GROUPS = ["clip", "model", "dataset", "train_dataset", "features", "trainer", "logger", "task"]
+CHOICES = [
+    f"{group}={file.stem}"
+    for group in GROUPS
+    for file in sorted((ROOT / "conf" / group).glob("*.yaml"))
+]
+SWEEPS = [file.stem for file in sorted((ROOT / "sweeps").glob("*.yaml"))]
+
+
+@pytest.fixture
+def composed():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield lambda *overrides: compose("config", list(overrides), return_hydra_config=False)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes(composed, choice):
+    cfg = composed(choice)
+    group, name = choice.split("=")
+    file = OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml") or {}
+    for key in file:
+        assert key == "defaults" or key in [*cfg[group], *cfg]
+
+
+@pytest.mark.parametrize("clip", ["tiny", "vit_b_16", "vit_l_14"])
+@pytest.mark.parametrize("model", [f.stem for f in sorted((ROOT / "conf/model").glob("*.yaml"))])
+def test_every_model_with_every_clip(composed, clip, model):
+    cfg = composed(f"clip={clip}", f"model={model}")
+    assert cfg.model.name == model
+    assert cfg.model.latents == (2048 if clip == "tiny" else 49152)
+
+
+def test_a_value_on_the_command_line_beats_the_recipe(composed):
+    assert composed("model=topk", "model.latents=77").model.latents == 77
+    assert composed("trainer.max_steps=3").trainer.max_steps == 3
+
+
+def test_an_unknown_key_and_an_unknown_choice_are_refused(composed):
+    with pytest.raises(ConfigCompositionException, match="modle"):
+        composed("modle.k=3")
+    with pytest.raises(ConfigCompositionException, match="laten"):
+        composed("model.laten=3")
+    with pytest.raises(Exception, match="batch_topk"):  # the message lists what exists
+        composed("model=topkk")
+
+
+def test_which_images_train_the_sae(composed):
+    assert composed("dataset=scenes_colour").train_dataset.name == "scenes"
+    assert "_target_" not in composed("dataset=image_folder", "dataset.root=x").train_dataset
+
+
+def test_the_entry_point_does_not_import_torch():
+    code = "import sys, run; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_help_works_from_any_folder(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "run.py", "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "batch_topk" in done.stdout
+    assert list(tmp_path.iterdir()) == []

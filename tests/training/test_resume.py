@@ -1,0 +1,78 @@
+"""A real process, a real signal: the continued run ends with the weights of one undisturbed."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+OVERRIDES = [
+    "model=batch_topk",  # thresholds, counters of dead latents, projected gradients: much to keep
+    "model.latents=256",
+    "model.threshold_start_step=5",
+    "trainer.max_steps=60",
+    "trainer.val_check_interval=25",
+    "trainer.limit_val_batches=1",
+    "callbacks.checkpoint_every_n_steps=4",
+    "callbacks.progress_bar=false",
+    "features.batch_size=4",
+    "features.num_workers=0",
+    "dataset=scenes_colour",
+    "dataset.size=40",
+    "evaluation.settings=[no_sae,on]",
+    "logger=none",
+]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / "run.py"), f"paths.output_dir={folder}", *OVERRIDES, *more]
+
+
+def weights(folder: Path) -> bytes:
+    (file,) = folder.glob("sae/*/sae.safetensors")
+    return file.read_bytes()
+
+
+def results(folder: Path) -> str:
+    (file,) = folder.glob("evaluation/*/results.csv")
+    return file.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shuffle", [0, 16])
+def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
+    more = f"features.shuffle_tokens={shuffle}"
+    subprocess.run(command(tmp_path / "whole", more), check=True, capture_output=True)
+
+    for sign in (signal.SIGKILL, signal.SIGTERM):
+        seen = 0.0
+        process = subprocess.Popen(
+            command(tmp_path / "cut", more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:  # until a checkpoint of this run is there, then no mercy
+            times = [f.stat().st_mtime for f in (tmp_path / "cut").glob("sae/.*/scratch/last.ckpt")]
+            if times and seen and times[0] > seen:
+                process.send_signal(sign)
+                break
+            seen = times[0] if times else seen
+            time.sleep(0.01)
+        assert process.wait(60) != 0, process.stdout.read().decode()
+        assert not list((tmp_path / "cut").glob("sae/[!.]*"))
+
+    subprocess.run(command(tmp_path / "cut", more), check=True, capture_output=True)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_used_again(tmp_path):
+    first = subprocess.run(command(tmp_path), check=True, capture_output=True, text=True)
+    before = weights(tmp_path)
+    again = subprocess.run(command(tmp_path), check=True, capture_output=True, text=True)
+    assert "using the trained SAE" not in first.stdout
+    assert "using the trained SAE" in again.stdout
+    assert "using the finished evaluation" in again.stdout
+    assert weights(tmp_path) == before
