@@ -1,0 +1,49 @@
+"""Caltech101: 101 kinds of objects, 40 to 800 photos each (Fei-Fei et al., 2004).
+
+Source: https://data.caltech.edu/records/mzrjq-6wc02 (CC BY 4.0). Layout: the archive's
+`101_ObjectCategories/<class>/image_0001.jpg`. It has no split of its own.
+
+The benchmark counts 100 classes, as CoOp does: neither the background's pictures nor
+`Faces_easy`, which are the same faces cut out. Classes are the folders in ASCII order, capitals
+first; the paper's code paired them with names in another order.
+"""
+
+from clipsae.data.eleven.about import About
+from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.splits import Listing, split_by_rule
+
+LEFT_OUT = ("BACKGROUND_Google", "Faces_easy")
+SINGULAR = {
+    "airplanes": "airplane",
+    "Faces": "face",
+    "Leopards": "leopard",
+    "Motorbikes": "motorbike",
+}
+
+
+class Caltech101(PublishedDataset):
+    """See the module. Without CoOp's file the split is `split_by_rule`'s."""
+
+    about = About(
+        name="caltech101",
+        title="Caltech101",
+        layout="101_ObjectCategories/<class>/<image>.jpg, better with split_zhou_Caltech101.json",
+        source="https://data.caltech.edu/records/mzrjq-6wc02",
+        licence="CC BY 4.0",
+        classes=100,
+        official=(4_128, 2_465),
+        coop=(4_128, 2_465),
+        split_file="split_zhou_Caltech101.json",
+        prompt="a photo of a {}.",
+        own_split="fixed rule",
+    )
+    other_folders = ("caltech-101",)
+    homes = (".", "caltech101", "caltech-101")
+    image_folders = ("101_ObjectCategories",)
+    torchvision_class = "Caltech101"
+
+    def official(self, split: str) -> Listing:
+        return split_by_rule(self.place.images, split, left_out=LEFT_OUT)
+
+    def clean(self, raw: str) -> str:
+        return super().clean(SINGULAR.get(raw, raw))

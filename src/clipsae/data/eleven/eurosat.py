@@ -1,0 +1,50 @@
+"""EuroSAT: 27,000 satellite images of 64 x 64 pixels, ten kinds of land (Helber et al., 2019).
+
+Source: https://github.com/phelber/EuroSAT (MIT). Layout: the RGB archive's
+`2750/<class>/<class>_<n>.jpg`; newer archives call the folder `EuroSAT_RGB`. It has no split of
+its own.
+"""
+
+from clipsae.data.eleven.about import About
+from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.splits import Listing, split_by_rule
+
+NAMES = {
+    "AnnualCrop": "Annual Crop Land",
+    "Forest": "Forest",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "River": "River",
+    "SeaLake": "Sea or Lake",
+}
+
+
+class EuroSAT(PublishedDataset):
+    """See the module. Without CoOp's file the split is `split_by_rule`'s."""
+
+    about = About(
+        name="eurosat",
+        title="EuroSAT",
+        layout="2750/<class>/<image>.jpg, better with split_zhou_EuroSAT.json",
+        source="https://github.com/phelber/EuroSAT",
+        licence="MIT",
+        classes=10,
+        official=(13_500, 8_100),
+        coop=(13_500, 8_100),
+        split_file="split_zhou_EuroSAT.json",
+        prompt="a centered satellite photo of {}.",
+        own_split="fixed rule",
+    )
+    homes = (".", "eurosat")
+    image_folders = ("2750", "EuroSAT_RGB", "EuroSAT")
+    torchvision_class = "EuroSAT"
+
+    def official(self, split: str) -> Listing:
+        return split_by_rule(self.place.images, split)
+
+    def clean(self, raw: str) -> str:
+        return NAMES.get(raw, raw)
