@@ -208,6 +208,9 @@ def test_weights_from_a_file(small, tmp_path):
     save_file(clip.model.state_dict(), path)
     loaded = FrozenCLIP.load(name, pretrained=str(path))
     assert torch.equal(loaded.model.visual.proj, clip.model.visual.proj)
+    assert FrozenCLIP.weights_file(name, str(path)) == path
+    assert FrozenCLIP.weights_file(name, None) is None
+    assert FrozenCLIP.weights_file("ViT-B-16-quickgelu", "openai") is None
     with pytest.raises(ConfigError, match="does not hold the weights of"):
         FrozenCLIP.load(small(width=64), pretrained=str(path))
 
@@ -243,6 +246,13 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", offline)
     with pytest.raises(ConfigError, match=r"could not be downloaded: .*clip\.pretrained=/path"):
         FrozenCLIP.load()
+
+
+def test_built_in_weights_that_are_not_there(monkeypatch, tmp_path):
+    tiny = pytest.importorskip("clipsae.clip.tiny")
+    monkeypatch.setattr(tiny, "weights_path", lambda: tmp_path / "none.safetensors")
+    with pytest.raises(ConfigError, match=r"no built-in weights.*task=pretrain"):
+        FrozenCLIP.load("clipsae-tiny", "builtin")
 
 
 @pytest.mark.parametrize("layer", [-4, 3, 100])

@@ -24,28 +24,26 @@ def build_open_clip(
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"clip.precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
-    weights = pretrained
     if name == TINY:
         # Imported here: only this model needs it.
         from clipsae.clip import tiny
 
         tiny.register()
-        if pretrained == "builtin":
-            weights = str(tiny.weights_path())
     config = open_clip.get_model_config(name)
     if config is None:
         near = difflib.get_close_matches(name, [*open_clip.list_models(), TINY], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
         raise ConfigError(f"clip.name={name!r}: open_clip has no such model; {hint}")
     _require_plain_vit(name, config)
-    if weights is None:
+    if pretrained is None:
+        weights = None
         warnings.warn(
             f"{name} with RANDOM WEIGHTS (clip.pretrained=null): "
             "the pipeline runs, its numbers mean nothing",
             stacklevel=3,
         )
     else:
-        weights = _known_weights(name, config, weights)
+        weights = _known_weights(name, config, pretrained)
     # Initialisation draws from a generator of its own: random weights depend on `seed` alone, and
     # loading a model leaves the caller's random state as it was.
     with torch.random.fork_rng(devices=[]):
@@ -57,6 +55,28 @@ def build_open_clip(
         except Exception as error:  # whatever a download or a foreign file can raise
             raise ConfigError(_why_not_loaded(name, weights, error)) from error
     return model.eval()
+
+
+def weights_file(name: str, pretrained: str | None) -> Path | None:
+    """The local file that `pretrained` names, or None: random weights, or a tag of open_clip.
+
+    Raises:
+        ConfigError: "builtin" where the package has no such file.
+    """
+    if pretrained is None or get_pretrained_cfg(name, pretrained):
+        return None
+    if name == TINY and pretrained == "builtin":
+        from clipsae.clip import tiny
+
+        path = tiny.weights_path()
+        if not path.is_file():
+            raise ConfigError(
+                f"{TINY} has no built-in weights at {path}: make them with "
+                "`python run.py task=pretrain`, or use clip.pretrained=null (random weights)"
+            )
+        return path
+    path = Path(pretrained).expanduser()
+    return path if path.is_file() else None
 
 
 def _require_plain_vit(name: str, config: dict) -> None:
@@ -83,8 +103,8 @@ def _known_weights(name: str, config: dict, pretrained: str) -> str:
     """The tag or path as open_clip takes it, refused if it is neither or the GELUs differ."""
     tag = get_pretrained_cfg(name, pretrained)
     if not tag:
-        path = Path(pretrained).expanduser()
-        if path.is_file():
+        path = weights_file(name, pretrained)
+        if path is not None:
             return str(path)
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ConfigError(

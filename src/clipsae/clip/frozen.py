@@ -10,6 +10,7 @@ e embedding size, S image side.
 """
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from open_clip import get_tokenizer
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
-from clipsae.clip.build import build_open_clip
+from clipsae.clip.build import build_open_clip, weights_file
 from clipsae.errors import ConfigError
 
 
@@ -97,6 +98,11 @@ class FrozenCLIP(nn.Module):
         """
         model = build_open_clip(name, pretrained, precision=precision, seed=seed)
         return cls(model, name=name, pretrained=pretrained, layer=layer, precision=precision)
+
+    @staticmethod
+    def weights_file(name: str, pretrained: str | None) -> Path | None:
+        """The local file that the weights come from; None: random, or fetched by open_clip."""
+        return weights_file(name, pretrained)
 
     def train(self, mode: bool = True) -> "FrozenCLIP":
         """Stays in eval mode whatever is asked: a trainer calls this on all it holds."""
