@@ -1,0 +1,410 @@
+"""Top-n classification against the plain protocol: a hook on the stock open_clip model, one full
+forward per image and setting, dense codes, Python loops."""
+
+import json
+import warnings
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from clipsae.clip import FrozenCLIP
+from clipsae.evaluation import encoding, evaluate_topn
+from clipsae.sae import SAE
+
+CLASSES, LATENTS, WIDTH = 7, 40, 32
+NS = (1, 5, 10, 50)  # 50 > M
+
+
+class StubSAE(nn.Module):
+    """The contract of an SAE in a few lines; `kind` is how scores become codes."""
+
+    def __init__(self, kind: str, latents: int = LATENTS, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.config = {"d": WIDTH, "latents": latents}
+        self.kind = kind
+        self.encoder = torch.randn(latents, WIDTH, generator=generator) / WIDTH**0.5
+        self.decoder = torch.randn(latents, WIDTH, generator=generator) / WIDTH**0.5
+        self.theta = torch.rand(latents, generator=generator)
+        self.bias = torch.randn(WIDTH, generator=generator) / 5
+
+    @property
+    def decoder_bias(self):
+        return None if self.kind == "topk" else self.bias
+
+    def input_scale(self, x):
+        scale = x.norm(dim=-1, keepdim=True)
+        return scale if self.kind == "negative" else torch.ones_like(scale)
+
+    def encode(self, x):
+        scores = x / self.input_scale(x) @ self.encoder.T
+        if self.kind == "ties":  # two latents of each, equal to the bit
+            scores = scores[..., : self.config["latents"] // 2].repeat(1, 1, 2)
+        return torch.where(scores > self.threshold(scores), scores, 0.0)
+
+    def threshold(self, scores):
+        if self.kind == "jumprelu":
+            return self.theta
+        if self.kind == "topk":
+            return scores.topk(6, dim=-1).values[..., -1:]
+        if self.kind == "dead":
+            return float("inf")
+        return -0.05 if self.kind == "negative" else 0.0  # sparsemax's scores can be negative
+
+    def decode(self, codes, scale=1.0, latents=None):
+        rows = self.decoder if latents is None else self.decoder[latents]
+        bias = 0.0 if self.decoder_bias is None else self.decoder_bias
+        return (codes @ rows + bias) * scale
+
+
+class Photos:
+    """Random images of a class-dependent colour, in the order of `labels`."""
+
+    def __init__(self, labels, seed: int = 0) -> None:
+        self.labels = torch.tensor(labels, dtype=torch.long)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randint(0, 256, (len(labels), 3, 32, 32), generator=generator)
+        tint = torch.randint(0, 256, (CLASSES, 3, 1, 1), generator=generator)
+        self.images = ((noise + 2 * tint[self.labels]) // 3).to(torch.uint8)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.images[i], int(self.labels[i])
+
+
+# Class 3 has no image, class 5 has one; not sorted.
+LABELS = [0, 4, 1, 2, 0, 6, 4, 5, 1, 0, 2, 6, 6, 4, 0, 1]
+TRAIN_LABELS = [6, 2, 0, 4, 3, 1, 0, 3, 2, 4, 1]  # class 5 is missing here
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> FrozenCLIP:
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 3,
+            "width": WIDTH,
+            "head_width": 16,
+            "patch_size": 8,
+        },
+        "text_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1},
+    }
+    path = tmp_path_factory.mktemp("clip") / "clipsae-test-topn.json"
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return FrozenCLIP.load("clipsae-test-topn", pretrained=None, layer=-2)
+
+
+def telling_classifier(clip, sae=None) -> torch.Tensor:
+    """Rows along which the images of a random model differ, with and without the SAE: its
+    embeddings share a large mean, which would make every prediction the same."""
+    tokens = clip.prefix(clip.normalize(Photos(list(range(CLASSES)), seed=9).images))
+    streams = [tokens]
+    if sae is not None:
+        streams.append(sae.decode(sae.encode(tokens), sae.input_scale(tokens)))
+    embeddings = [clip.tail(stream) for stream in streams]
+    rows = sum(e - e.mean(dim=0) for e in embeddings)
+    means = torch.linalg.qr(torch.stack([e.mean(dim=0) for e in embeddings]).T).Q
+    return nn.functional.normalize(rows - rows @ means @ means.T, dim=-1)
+
+
+@pytest.fixture(scope="module")
+def classifier(clip) -> torch.Tensor:
+    return telling_classifier(clip)
+
+
+class PlainProtocol:
+    """The oracle, sharing no code with the package but open_clip's and the SAE's own."""
+
+    def __init__(self, clip, sae, classifier, threshold):
+        self.model, self.sae, self.classifier = clip.model, sae, classifier
+        self.threshold = threshold
+        self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+        self.std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+
+    def forward(self, image, replacement=None):
+        """Predicted class and the tokens after block 1 of 3, which may be replaced."""
+        seen = {}
+
+        def hook(_module, _inputs, output):
+            seen["tokens"] = output
+            return replacement
+
+        handle = self.model.visual.transformer.resblocks[1].register_forward_hook(hook)
+        embedding = self.model.encode_image(((image / 255 - self.mean) / self.std)[None])
+        handle.remove()
+        cosines = torch.cosine_similarity(embedding, self.classifier, dim=-1)
+        return int(cosines.argmax()), seen["tokens"]
+
+    def with_latents(self, image, kept):
+        """Predict from the reconstruction by the latents in `kept`."""
+        tokens = self.forward(image)[1]
+        codes = self.sae.encode(tokens)
+        mask = torch.zeros(codes.shape[-1])
+        mask[list(kept)] = 1
+        return self.forward(image, self.sae.decode(codes * mask, self.sae.input_scale(tokens)))[0]
+
+    def rankings(self, dataset):
+        counts = [[0] * self.latents for _ in range(CLASSES)]
+        sums = [[0.0] * self.latents for _ in range(CLASSES)]
+        for image, label in (dataset[i] for i in range(len(dataset))):
+            for token in self.sae.encode(self.forward(image)[1])[0].tolist():
+                for m, z in enumerate(token):
+                    counts[label][m] += z > self.threshold
+                    sums[label][m] += z
+        self.counts = counts
+        return [
+            sorted(range(self.latents), key=lambda m, c=c: (-counts[c][m], -sums[c][m], m))
+            for c in range(CLASSES)
+        ]
+
+    @property
+    def latents(self):
+        return self.sae.config["latents"]
+
+    def run(self, dataset, count_dataset):
+        """{(setting, n): predictions}."""
+        rankings = self.rankings(count_dataset)
+        everything = set(range(self.latents))
+        found: dict[tuple, list[int]] = {("no_sae", None): []}
+        for image, label in (dataset[i] for i in range(len(dataset))):
+            found["no_sae", None].append(self.forward(image)[0])
+            totals = self.sae.encode(self.forward(image)[1])[0].double().sum(0).tolist()
+            own = sorted(everything, key=lambda m, totals=totals: (-totals[m], m))
+            for n in [*[n for n in NS if n < self.latents], self.latents]:
+                kept = set(rankings[label][:n])
+                found.setdefault(("on", n), []).append(self.with_latents(image, kept))
+                found.setdefault(("off", n), []).append(self.with_latents(image, everything - kept))
+                if n < self.latents:
+                    found.setdefault(("self", n), []).append(self.with_latents(image, own[:n]))
+        return found, rankings
+
+
+def check(result, name, oracle, dataset, count_dataset):
+    expected, rankings = oracle.run(dataset, count_dataset)
+    rows = {(r["setting"], r["n"]): r for r in result.rows if r["sae"] == name}
+    assert set(rows) == set(expected)
+    labels = dataset.labels.tolist()
+    for (setting, n), predictions in expected.items():
+        key = (None if setting == "no_sae" else name, setting, n)
+        assert result.predictions[key].tolist() == predictions, key
+        right = [p == y for p, y in zip(predictions, labels, strict=True)]
+        of_class = [
+            sum(r for r, y in zip(right, labels, strict=True) if y == c) / labels.count(c)
+            for c in sorted(set(labels))
+        ]
+        row = rows[setting, n]
+        assert row["accuracy"] == pytest.approx(100 * sum(of_class) / len(of_class))
+        assert row["micro_accuracy"] == pytest.approx(100 * sum(right) / len(right))
+        assert (row["images"], row["classes"]) == (len(labels), len(of_class))
+    for c in set(count_dataset.labels.tolist()):
+        n = result.latents[name].shape[1]
+        assert result.latents[name][c].tolist() == rankings[c][:n]
+
+
+def real(architecture: str, activation: str, **options) -> SAE:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sae = SAE(WIDTH, LATENTS, architecture, activation, **options)
+        for parameter in sae.parameters():
+            if parameter.ndim == 1:  # biases start at 0, where a bias counted twice does not show
+                nn.init.uniform_(parameter, -0.2, 0.2)
+    return sae
+
+
+VARIANTS = {
+    "stub relu": (lambda: StubSAE("relu"), 0.2),
+    "stub jumprelu": (lambda: StubSAE("jumprelu"), 0.2),
+    "stub topk": (lambda: StubSAE("topk"), 0.2),
+    "stub dead": (lambda: StubSAE("dead"), 0.2),
+    "stub negative": (lambda: StubSAE("negative"), 0.02),
+    "stub ties": (lambda: StubSAE("ties"), 0.2),
+    "relu": (lambda: real("linear", "relu"), 0.2),
+    "jumprelu": (lambda: real("linear", "jumprelu"), 0.2),
+    "gated": (lambda: real("linear", "gated"), 0.2),
+    "topk": (lambda: real("linear", "topk", k=6), 0.2),
+    "topk of unit tokens": (lambda: real("linear", "topk", k=6, normalize_input=True), 0.02),
+    "batch_topk": (lambda: real("linear", "batch_topk", k=6), 0.2),
+    "sparsemax": (lambda: real("attention", "sparsemax", normalize_input=True), 0.0),
+    "attention relu": (lambda: real("attention", "relu"), 0.05),
+    "linear sparsemax": (lambda: real("linear", "sparsemax", weights="probabilities"), 0.05),
+}
+
+
+@pytest.mark.parametrize("protocol", ["paper", "heldout"])
+@pytest.mark.parametrize("kind", VARIANTS)
+@torch.no_grad()
+def test_every_prediction_is_the_plain_protocols(kind, protocol, clip, monkeypatch):
+    monkeypatch.setattr(encoding, "_DENSE_BYTES", 2 * clip.tokens * LATENTS * 4)  # groups of two
+    make, threshold = VARIANTS[kind]
+    sae = make().eval()
+    dead = kind == "stub dead"
+    classifier = telling_classifier(clip, None if dead else sae)
+    dataset = Photos(LABELS)
+    train = Photos(TRAIN_LABELS, seed=1) if protocol == "heldout" else None
+    result = evaluate_topn(
+        clip,
+        {kind: sae},
+        dataset,
+        classifier,
+        ns=NS,
+        protocol=protocol,
+        count_dataset=train,
+        count_threshold=threshold,
+        batch_size=3,
+    )
+    oracle = PlainProtocol(clip, sae, classifier, threshold)
+    check(result, kind, oracle, dataset, train or dataset)
+    if not dead:  # the cases say something: settings differ, and so do images
+        distinct = {tuple(p.tolist()) for p in result.predictions.values()}
+        assert len(distinct) > 4
+        assert len(set(result.predictions[kind, "on", LATENTS].tolist())) > 2
+
+
+@torch.no_grad()
+def test_several_saes_of_different_sizes_on_one_stream(clip, classifier):
+    saes = {"a": StubSAE("relu"), "b": StubSAE("topk", latents=8, seed=3), "c": StubSAE("dead")}
+    thresholds = {"a": 0.4, "b": 0.1, "c": 0.2}
+    dataset = Photos(LABELS)
+    visits = []
+    result = evaluate_topn(
+        clip,
+        saes,
+        dataset,
+        classifier,
+        ns=NS,
+        count_threshold=thresholds,
+        batch_size=5,
+        progress=lambda done, total: visits.append((done, total)),
+    )
+    for name, sae in saes.items():
+        check(
+            result, name, PlainProtocol(clip, sae, classifier, thresholds[name]), dataset, dataset
+        )
+    assert visits[-1] == (len(LABELS), len(LABELS))
+    assert result.count_threshold == thresholds
+
+
+@torch.no_grad()
+def test_a_class_beyond_the_memory_gives_the_same(clip, classifier):
+    saes = {"a": StubSAE("topk"), "b": StubSAE("jumprelu"), "dead": StubSAE("dead")}
+    dataset = Photos(LABELS)
+    visits = []
+
+    def run(memory_gb, batch_size):
+        visits.clear()
+        result = evaluate_topn(
+            clip,
+            saes,
+            dataset,
+            classifier,
+            ns=NS,
+            batch_size=batch_size,
+            memory_gb=memory_gb,
+            progress=lambda done, total: visits.append((done, total)),
+        )
+        assert visits[-1][0] == visits[-1][1]
+        return result, visits[-1][0] - len(LABELS)
+
+    whole, repeated = run(1.0, 3)
+    assert repeated == 0
+    image = 4 * clip.tokens * (WIDTH + 1) + 8 * 8 * clip.tokens  # at least, of a TopK's
+    seen = set()
+    for batch_size in (2, 3):
+        for images_that_fit in (0, 1, 2, 3, 4):
+            small, repeated = run(images_that_fit * image * 3 / 2**30, batch_size)
+            seen.add(repeated)
+            assert small.rows == whole.rows
+            assert small.share_above_threshold == whole.share_above_threshold
+            assert small.active == whole.active
+            for name in saes:
+                assert torch.equal(small.latents[name], whole.latents[name])
+    assert len(seen) > 3
+
+
+@torch.no_grad()
+def test_diagnostics(clip, classifier):
+    sae, dataset = StubSAE("topk"), Photos(LABELS)
+    result = evaluate_topn(
+        clip, {"topk": sae}, dataset, classifier, count_threshold=0.9, sparsity=True
+    )
+    tokens = clip.prefix(clip.normalize(dataset.images))
+    codes = sae.encode(tokens)
+    active = codes != 0
+    share = (codes > 0.9).sum() / active.sum()
+    assert result.share_above_threshold["topk"] == pytest.approx(share.item())
+    assert 0 < share < 1
+    assert result.active["topk"] == pytest.approx(active.sum(-1).double().mean().item())
+    assert result.counted_images.tolist() == [LABELS.count(c) for c in range(CLASSES)]
+    error = sae.decode(codes) - tokens
+    flat = tokens.flatten(0, 1)
+    fvu = error.square().sum() / (flat - flat.mean(0)).square().sum()
+    assert result.sparsity["topk"]["fvu"] == pytest.approx(fvu.item(), rel=1e-4)
+    assert result.diagnostics["topk"]["sparsity"] == result.sparsity["topk"]
+    assert result.sparsity["topk"]["active"] == pytest.approx(result.active["topk"])
+
+
+def test_modes_are_as_before(clip, classifier):
+    sae = StubSAE("relu")
+    evaluate_topn(clip, {"relu": sae}, Photos([0, 1]), classifier)
+    assert sae.training
+
+
+def test_some_settings_only(clip, classifier):
+    sae, dataset = StubSAE("relu"), Photos(LABELS)
+    every = evaluate_topn(clip, {"s": sae}, dataset, classifier, ns=(1, 5))
+    for settings in (["no_sae"], ["self"], ["on"], ["off", "no_sae"]):
+        some = evaluate_topn(clip, {"s": sae}, dataset, classifier, ns=(1, 5), settings=settings)
+        rows = [row for row in every.rows if row["setting"] in settings]
+        assert [{**row, "sae": "s"} for row in some.rows] == rows
+    alone = evaluate_topn(clip, {}, dataset, classifier)
+    assert [row["setting"] for row in alone.rows] == ["no_sae"]
+
+
+def test_limited_to_evenly_spaced_images(clip, classifier):
+    dataset = Photos(LABELS)
+    result = evaluate_topn(clip, {}, dataset, classifier, limit_images=4)
+    seen = (result.predictions[None, "no_sae", None] >= 0).nonzero().flatten()
+    assert seen.tolist() == [0, 4, 8, 12]
+    assert result.rows[0]["images"] == 4
+    everything = evaluate_topn(clip, {}, dataset, classifier, limit_images=1000)
+    assert everything.rows[0]["images"] == len(LABELS)
+
+
+def test_batch_size_does_not_matter(clip, classifier):
+    dataset, sae = Photos(LABELS), StubSAE("topk")
+    rows = [
+        evaluate_topn(clip, {"s": sae}, dataset, classifier, batch_size=size).rows
+        for size in (1, 4, 100)
+    ]
+    assert rows[0] == rows[1] == rows[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "papre"}, "protocol='papre': expected one of paper, heldout"),
+        ({"settings": ["of"]}, r"settings=\['of'\]: expected some of no_sae, on, off, self"),
+        ({"ns": (0, 5)}, r"ns=\[0, 5\]: expected numbers of latents"),
+        ({"protocol": "heldout"}, "heldout counts on another split"),
+        ({"count_dataset": Photos([0])}, "paper counts on the evaluated one"),
+        ({"count_threshold": {"b": 0.1}}, r"count_threshold for \['b'\]: .* \['a'\]"),
+        ({"count_threshold": -0.1}, "count_threshold=-0.1 for a: expected at least 0"),
+        ({"limit_images": 0}, "limit_images=0: expected at least 1"),
+        ({"dataset": Photos([])}, "no images"),
+        ({"classifier": torch.zeros(2, 24)}, "classifier of 2 classes: expected 0..1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_in_one_sentence(options, message, clip, classifier):
+    arguments = {"dataset": Photos(LABELS), "classifier": classifier, **options}
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate_topn(clip, {"a": StubSAE("relu")}, **arguments)
+    assert "\n" not in str(caught.value)
