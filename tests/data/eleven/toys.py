@@ -127,7 +127,11 @@ def imagenet(data: Path, layout: str) -> Built:
     for wnid, (label, _) in sorted(WNIDS.items()):
         for split, folder, count in (("train", "train", 16), ("test", "val", 2)):
             for n in range(count):
-                stem = f"{wnid}_{n}" if split == "train" else f"ILSVRC2012_val_{label * 10 + n:08d}"
+                stem = (
+                    f"{wnid}_{10 + n}"
+                    if split == "train"
+                    else f"ILSVRC2012_val_{label * 10 + n:08d}"
+                )
                 file = f"{folder}/{wnid}/{stem}.JPEG"
                 mode = "CMYK" if (wnid, n) == ("n01440764", 0) else "RGB"  # a few are
                 save_image(home / file, label, mode)
