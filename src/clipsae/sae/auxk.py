@@ -50,5 +50,7 @@ def auxk_loss(
     aux = at_least_float32(aux) * (scale.flatten(0, -2) if scale.ndim > 1 else scale)
     left = (error - aux).square().sum()
     whole = (error - error.mean(dim=0)).square().sum()
-    defined = dead.any() & (whole > 0)
+    # A residual that is the same for all tokens leaves only rounding errors here.
+    rounding = torch.finfo(error.dtype).eps * error.square().sum()
+    defined = dead.any() & (whole > rounding)
     return torch.where(defined, left / torch.where(defined, whole, 1), 0)

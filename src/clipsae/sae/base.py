@@ -113,6 +113,10 @@ class Activation(nn.Module):
     encoder_bias = True
     """False where the activation has biases of its own, so that the encoder needs none."""
 
+    holds_back = True
+    """Whether a score above 0 can be held back. Where none can, a silent latent has nothing to
+    give to AuxK, which is then refused."""
+
     full_precision: tuple[str, ...] = ()
     """Parameters and buffers that stay float32 (or float64) whatever the SAE is cast to."""
 

@@ -26,6 +26,7 @@ class Gated(Activation):
     """
 
     encoder_bias = False
+    holds_back = False
     # A bias's steps are smaller than bfloat16 resolves.
     full_precision = ("b_gate", "b_mag", "r_mag")
 
@@ -56,6 +57,3 @@ class Gated(Activation):
             by_gate = step.architecture.decode_frozen(gate) * step.scale
             terms["gate_reconstruction"] = self.gate_weight * step.relative_error(by_gate)
         return terms
-
-    def candidates(self, scores: Tensor) -> Tensor:
-        return torch.relu(scores + self.b_gate)

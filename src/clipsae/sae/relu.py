@@ -23,6 +23,8 @@ class ReLU(Activation):
             codes and long rows.
     """
 
+    holds_back = False
+
     def __init__(self, latents: int, *, l1: float = 8e-5) -> None:
         super().__init__(latents)
         not_negative("l1", l1)

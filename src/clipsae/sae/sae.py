@@ -37,7 +37,8 @@ class SAE(nn.Module):
         normalize_input: encode x / ||x||, and multiply the reconstruction, bias included, by ||x||.
         reconstruction_weight: of the reconstruction loss (see `clipsae.sae.losses`); the released
             Sparsemax SAE has 10.
-        auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none.
+        auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none. Only
+            where an activation holds back scores above 0.
         auxk_k: latents of a token in that loss; None: d / 2. Not without auxk.
         dead_after: a latent is dead when it was silent for this many tokens.
         options: those of the chosen architecture and activation; see their classes.
@@ -73,6 +74,11 @@ class SAE(nn.Module):
         not_negative("auxk", auxk)
         if auxk_k is not None and not auxk:
             raise ValueError(f"auxk_k={auxk_k} does nothing while auxk is 0: set both or neither")
+        if auxk and not ACTIVATIONS[activation].holds_back:
+            raise ValueError(
+                f"auxk={auxk} does nothing with activation={activation}, whose silent latents have "
+                "no score above 0: set it to 0"
+            )
         of_architecture, of_activation = _part_options(architecture, activation, options)
         self.d = d
         self.latents = latents

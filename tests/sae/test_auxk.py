@@ -1,0 +1,81 @@
+"""AuxK against its formula in a loop, and where it is undefined."""
+
+import pytest
+import torch
+
+from clipsae.sae.auxk import auxk_loss
+from tests.sae.conftest import D, M, build, tokens
+
+
+def plain(x, x_hat, a, dead, k, rows, scale):
+    """||e - z~ W||^2 / ||e - mean e||^2, e fixed, z~ the k largest a of a token among the dead."""
+    e = (x - x_hat).detach()
+    left = 0
+    for t in range(len(x)):
+        chosen = sorted(dead.nonzero().flatten().tolist(), key=lambda m: -a[t, m].item())[:k]
+        z = sum((a[t, m] * rows[m] for m in chosen), torch.zeros_like(x[t]))
+        left = left + ((e[t] - scale[t] * z) ** 2).sum()
+    return left / ((e - e.mean(0)) ** 2).sum()
+
+
+@pytest.mark.parametrize("model", ["topk", "batch_topk", "sparsemax", "linear_sparsemax"])
+@pytest.mark.parametrize(("dead", "k"), [(1, 3), (3, 3), (20, 3), (M - 1, M)])
+def test_value_and_gradients(model, dead, k):
+    changes = {"max_activation_frequency": None} if "sparsemax" in model else {}
+    sae = build(model, auxk=0.3, auxk_k=k, dead_after=10**6, **changes).double()
+    x = tokens(7, D, dtype=torch.float64)
+    with torch.no_grad():
+        sae(x)
+        # Latents that this batch does not use, as many as there are, are called dead.
+        idle = (sae.tokens_since_fired > 0).nonzero().flatten()[:dead]
+    if len(idle) == 0:
+        pytest.skip("all latents act")
+    sae.tokens_since_fired[idle] = 2 * 10**6
+    state = {name: value.clone() for name, value in sae.state_dict().items()}
+    out = sae(x)
+    is_dead = sae.dead.clone()
+    assert is_dead.any()
+    torch.autograd.backward(out.losses["auxk"])
+    found = {n: p.grad.clone() for n, p in sae.named_parameters() if p.grad is not None}
+
+    sae.load_state_dict(state)
+    sae.zero_grad()
+    a = torch.relu(sae.scores(x))
+    expected = 0.3 * plain(
+        x, out.reconstruction, a, is_dead, k, sae.decoder_rows(), sae.input_scale(x)
+    )
+    expected.backward()
+    torch.testing.assert_close(out.losses["auxk"].detach(), expected.detach())
+    for name, parameter in sae.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found.pop(name), parameter.grad, msg=name)
+    assert not any(gradient.any() for gradient in found.values())
+
+
+def test_the_encoder_of_a_dead_latent_learns_from_it_alone():
+    sae = build("topk", auxk=0.3, dead_after=1)
+    out = sae(tokens(3, D))
+    out.loss.backward()
+    gradient = sae.architecture.W_enc.grad[sae.dead]
+    assert sae.dead.any()
+    assert gradient.any()
+
+
+def test_no_dead_latent_gives_exactly_0_and_no_residual_no_nan():
+    sae = build("topk")
+    x, dead = tokens(5, D), torch.zeros(M, dtype=torch.bool)
+    a = torch.rand(5, M, requires_grad=True)
+    one = torch.ones(5, 1)
+    compiled = torch.compile(auxk_loss, backend="eager")
+    for function in (auxk_loss, compiled):
+        loss = function(x, 0 * x, one, a, dead, 3, sae.architecture)
+        assert loss.item() == 0
+        if loss.requires_grad:
+            loss.backward()
+            assert not a.grad.any()
+        for x_hat in (x, x - 1):  # no residual; one that is the same for all tokens
+            loss = function(x, x_hat, one, a, ~dead, 3, sae.architecture)
+            loss.backward()
+            assert loss.isfinite()
+            assert not a.grad.any()
+    assert auxk_loss(x, x, one, a, ~dead, 3, sae.architecture).item() == 0

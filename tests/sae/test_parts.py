@@ -1,0 +1,151 @@
+"""Wrong options in one sentence, parts registered from outside, files that do not fit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation
+from tests.sae.conftest import D, build, tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d": 0}, "d=0: expected a whole number"),
+        ({"latents": 2.5}, r"latents=2\.5: expected a whole number"),
+        ({"activation": "topk", "k": 9}, "k=9: expected a whole number from 1 to latents=8"),
+        ({"activation": "topk", "k": 0}, "k=0"),
+        ({"activation": "batch_topk", "k": True}, "k=True"),
+        ({"activation": "tpok"}, "does not exist: choose one of batch_topk, gated, jumprelu, relu"),
+        ({"architecture": "conv"}, "does not exist: choose one of attention, linear"),
+        ({"k": 3}, "activation=relu has no such option; it has .*l1"),
+        ({"architecture": "attention", "encoder_init": "tied"}, "has no such option; it has"),
+        ({"l1": -1.0}, r"l1=-1\.0: expected a number, 0 or more"),
+        ({"l1": "many"}, "l1='many'"),
+        ({"encoder_init": "random"}, "expected one of independent, tied"),
+        ({"bias_init": "median"}, "expected one of images, tokens, zero"),
+        ({"architecture": "attention", "query": "key"}, "expected one of identity, learned"),
+        ({"architecture": "attention", "scale": 0}, "expected a number above 0, or 'sqrt_d'"),
+        ({"activation": "sparsemax", "weights": "p"}, "expected one of scores, probabilities"),
+        (
+            {"activation": "sparsemax", "weights": "probabilities", "clamp": True},
+            "clamp=True does nothing",
+        ),
+        ({"activation": "sparsemax", "max_activation_frequency": 0}, "expected 0 < share <= 1"),
+        ({"activation": "jumprelu", "bandwidth": 0}, "bandwidth=0: expected a number above 0"),
+        ({"activation": "jumprelu", "target_l0": -3}, "target_l0=-3"),
+        ({"activation": "batch_topk", "k": 2, "threshold_decay": 1}, "0 <= decay < 1"),
+        ({"activation": "batch_topk", "k": 2, "threshold_start_step": -1}, "0 or more"),
+        ({"auxk_k": 4}, "auxk_k=4 does nothing while auxk is 0"),
+        ({"auxk": 0.1}, r"auxk=0\.1 does nothing with activation=relu"),
+        ({"activation": "topk", "k": 2, "auxk": 0.1, "auxk_k": 0}, "auxk_k=0"),
+        ({"normalize_input": "yes"}, "expected true or false"),
+        ({"dead_after": 0}, "dead_after=0"),
+        ({"reconstruction_weight": -1}, "reconstruction_weight=-1"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        SAE(**{"d": 4, "latents": 8, **options})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (tokens(3, D + 1), f"expected floating point numbers \\[..., {D}\\]"),
+        (tokens(D), "expected floating point"),
+        (torch.ones(3, D, dtype=torch.int64), "int64"),
+        (tokens(3, D, dtype=torch.float64), "float64 and the SAE is torch.float32: cast one"),
+    ],
+)
+def test_wrong_tokens_are_refused(recipe, x, message):
+    sae = build(recipe)
+    for call in (sae, sae.encode, sae.scores, sae.initialize):
+        with pytest.raises(ValueError, match=message):
+            call(x)
+
+
+@pytest.fixture
+def squared():
+    """An activation from outside the package."""
+
+    @ACTIVATIONS.register("squared")
+    class Squared(Activation):
+        def __init__(self, latents: int, *, border: float, gain: float = 1.0) -> None:
+            super().__init__(latents)
+            self.border, self.gain = border, gain
+
+        def threshold(self, scores):
+            return scores.new_full((), self.border)
+
+        def curve(self, scores, tau, latents):
+            return self.gain * scores**2
+
+    yield Squared
+    ACTIVATIONS._classes.pop("squared")
+
+
+def test_a_part_registered_from_outside_is_one_like_any_other(squared, tmp_path):
+    sae = SAE(D, 20, "linear", "squared", border=0.5)
+    assert sae.config["gain"] == 1.0
+    x = tokens(6, D)
+    sae(x).loss.backward()
+    scores = sae.scores(x)
+    torch.testing.assert_close(sae.encode(x), scores**2 * (scores > 0.5))
+    sae.save(tmp_path)
+    assert torch.equal(SAE.load(tmp_path).encode(x), sae.encode(x))
+    with pytest.raises(ValueError, match="border has no default"):
+        SAE(D, 20, "linear", "squared")
+
+
+def test_a_name_is_given_once(squared):
+    with pytest.raises(ValueError, match="'relu' is taken"):
+        ACTIVATIONS.register("relu")(squared)
+    assert set(ARCHITECTURES) == {"linear", "attention"}
+
+
+def test_an_option_of_two_parts_is_refused():
+    @ACTIVATIONS.register("doubled")
+    class Doubled(Activation):
+        def __init__(self, latents: int, *, unit_decoder: bool = True) -> None:
+            super().__init__(latents)
+
+    try:
+        with pytest.raises(ValueError, match="'unit_decoder' is declared twice"):
+            SAE(D, 20, "linear", "doubled")
+    finally:
+        ACTIVATIONS._classes.pop("doubled")
+
+
+def test_files_that_are_no_sae_or_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no SAE"):
+        SAE.load(tmp_path)
+    build("topk").save(tmp_path)
+    weights = load_file(tmp_path / "sae.safetensors")
+    about = json.loads((tmp_path / "sae.json").read_text())
+
+    def write(weights=weights, **changes):
+        save_file(weights, tmp_path / "sae.safetensors")
+        (tmp_path / "sae.json").write_text(json.dumps({**about, **changes}))
+
+    fewer = {k: v for k, v in weights.items() if k != "architecture.b_enc"}
+    write(fewer)
+    with pytest.raises(ValueError, match=r"does not fit its config.*b_enc"):
+        SAE.load(tmp_path)
+    write({**weights, "extra": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"does not fit its config.*extra"):
+        SAE.load(tmp_path)
+    write(config={**about["config"], "latents": 41})
+    with pytest.raises(ValueError, match="does not fit its config"):
+        SAE.load(tmp_path)
+    write(version=99)
+    with pytest.raises(ValueError, match=r"version 99: expected .*up to"):
+        SAE.load(tmp_path)
+    write(format="other")
+    with pytest.raises(ValueError, match="format 'other'"):
+        SAE.load(tmp_path)
+    write()
+    assert SAE.load(tmp_path).config == about["config"]
