@@ -225,10 +225,24 @@ def test_batch_topk_s_threshold_is_the_moving_average_of_the_smallest_positive_c
         smallest = codes[codes > 0].min().item()
         expected = smallest if step <= 2 else 0.9 * expected + 0.1 * smallest
         assert sae.activation.inference_threshold.item() == pytest.approx(expected, rel=1e-6)
-    sae(torch.zeros(2, D) + sae.decoder_bias - 1000 * sae.architecture.W_enc.sum(0)).codes.sum()
     x = tokens(5, D, seed=50)
     scores = sae.eval().scores(x)
     assert torch.equal(sae.encode(x), scores * (scores > sae.activation.inference_threshold))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 5.0])
+def test_batch_topk_keeps_the_largest_of_the_batch_however_they_lie(spread):
+    sae = build("batch_topk")
+    scores = torch.randn(30, M) * torch.exp(spread * torch.randn(30, 1))
+    scores[3] = scores[4]
+    codes = sae.activation(scores)
+    border = scores.flatten().sort(descending=True).values[4 * 30 - 1]
+    assert (codes != 0).sum() == 4 * 30
+    assert torch.equal(codes[scores > border], scores[scores > border])
+    if spread == 5:
+        assert (codes != 0).sum(1).max() > 8  # more than twice k in one token
+    everywhere = sae.activation(torch.ones(6, M))
+    assert (everywhere != 0).sum() == 4 * 6
 
 
 def test_batch_topk_leaves_its_threshold_where_no_score_is_positive():

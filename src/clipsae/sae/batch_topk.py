@@ -51,9 +51,8 @@ class BatchTopK(Activation):
 
     def forward(self, scores: Tensor) -> Tensor:
         flat = scores.flatten()
-        kept = self.k * (flat.numel() // self.latents)
-        values, indices = flat.topk(kept, sorted=False)
-        values = torch.relu(values)
+        indices = _largest(scores.detach().reshape(-1, self.latents), self.k)
+        values = torch.relu(flat.gather(0, indices))
         self._update(values.detach())
         return torch.zeros_like(flat).scatter(0, indices, values).view_as(scores)
 
@@ -66,3 +65,16 @@ class BatchTopK(Activation):
         # A batch without any positive score says nothing of the threshold.
         old.copy_(torch.where(smallest.isfinite(), new, old))
         self.step += 1
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Where the k B largest of scores [B, M] are in scores.flatten(): LongTensor [k B]."""
+    flat, kept = scores.flatten(), k * len(scores)
+    if scores.device.type != "cpu" or 2 * k >= scores.shape[-1]:
+        return flat.topk(kept, sorted=False).indices
+    # The kept-th largest of any subset is a lower bound: that of each token's 2 k largest leaves
+    # few scores to choose from. (Elsewhere their number would have to be waited for.)
+    some = scores.topk(2 * k, dim=-1, sorted=False).values.flatten()
+    at_least = some.topk(kept, sorted=False).values.min()
+    left = (flat >= at_least).nonzero()[:, 0]
+    return left[flat[left].topk(kept, sorted=False).indices]
