@@ -1,9 +1,9 @@
 """The one entry point: compose a config and run its task.
 
-    python run.py                                      # the built-in world, minutes, offline
-    python run.py model=topk model.k=16 dataset=scenes_colour
-    python run.py -m model=topk,sparsemax dataset=scenes_shape,scenes_colour
-    python run.py --help                               # every group and its choices
+python run.py                                      # the built-in world, minutes, offline
+python run.py model=topk model.k=16 dataset=scenes_colour
+python run.py -m model=topk,sparsemax dataset=scenes_shape,scenes_colour
+python run.py --help                               # every group and its choices
 """
 
 import hashlib

@@ -36,14 +36,19 @@ def auxk_loss(
     Returns:
         A scalar; exactly 0 where no latent is dead.
     """
-    if not torch.compiler.is_compiling() and x.device.type == "cpu" and not dead.any():
-        # Known at once here; elsewhere the answer would have to be waited for.
-        return x.new_zeros((), dtype=at_least_float32(x).dtype)
     candidates = candidates.flatten(0, -2)
-    with torch.no_grad():
-        masked = candidates.masked_fill(~dead, -1)  # below all candidates
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Which are dead is known at once here; elsewhere the answer would have to be waited for.
+        of_dead = dead.nonzero().squeeze(1)
+        if not len(of_dead):
+            return x.new_zeros((), dtype=at_least_float32(x).dtype)
+        candidates = candidates.index_select(1, of_dead)
+        chosen = candidates.detach().topk(min(k, len(of_dead)), dim=-1, sorted=False).indices
+        values, indices = candidates.gather(-1, chosen), of_dead[chosen]
+    else:
+        masked = candidates.detach().masked_fill(~dead, -1)  # below all candidates
         indices = masked.topk(min(k, dead.numel()), dim=-1, sorted=False).indices
-    values = candidates.gather(-1, indices) * dead[indices]
+        values = candidates.gather(-1, indices) * dead[indices]
     aux = architecture.decode_chosen(values, indices)
     error = at_least_float32((x - reconstruction).detach()).flatten(0, -2)
     scale = at_least_float32(scale)

@@ -25,12 +25,12 @@ def plain(node: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
 
 
-def call_target(node: DictConfig, **more: Any) -> Any:
+def call_target(node: DictConfig | dict[str, Any], **more: Any) -> Any:
     """Call what `_target_` names with the node's other keys and `more`.
 
     Unlike Hydra's `instantiate` it leaves nested nodes and the values of `more` as they are.
     """
-    options = plain(node)
+    options = plain(node) if isinstance(node, DictConfig) else dict(node)
     return get_object(options.pop("_target_"))(**options, **more)
 
 
@@ -54,8 +54,8 @@ def build_dataset(node: DictConfig, split: str, image_size: int) -> ImageDataset
     Raises:
         ConfigError: nothing there, or not laid out as it should be.
     """
-    node = OmegaConf.masked_copy(node, [key for key in node if key != "name"])
-    return user_error(call_target, node, split=split, image_size=image_size)
+    options = {key: value for key, value in plain(node).items() if key != "name"}
+    return user_error(call_target, options, split=split, image_size=image_size)
 
 
 def train_dataset_node(cfg: DictConfig) -> DictConfig:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import FeatureDataModule, ImageDataset
-from clipsae.evaluation import evaluate_topn
+from clipsae.evaluation import check_topn_options, evaluate_topn
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
 from clipsae.tasks import build
@@ -23,6 +23,7 @@ from clipsae.tasks.table import print_results
 from clipsae.training.callbacks import ResumeCheckpoint, StepProgress, TokenRate
 from clipsae.training.logging import finish, log_results
 from clipsae.training.module import SAEModule
+from clipsae.training.schedule import warmup_then
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,7 @@ def run(cfg: DictConfig) -> None:
     clip = build.build_clip(cfg)
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
-    with torch.device("meta"):
-        build.build_sae(cfg, clip.width)  # refuses wrong options now, at no cost
+    check_options(cfg, clip, train_set)
     store = Store(cfg.paths.output_dir)
     sae_stage = training_stage(cfg, store, train_set)
     evaluation_stage_ = evaluation_stage(cfg, store, sae_stage, test_set)
@@ -52,6 +52,25 @@ def run(cfg: DictConfig) -> None:
         rows = pd.read_csv(evaluation_stage_.path / "results.csv")
         log_results(logger, rows.to_dict("records"), table_cells(rows))
     print_results(rows, sae=sae_stage.path, evaluation=evaluation_stage_.path)
+
+
+def check_options(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
+    """Refuse now, at no cost, what would be refused after the training or in its midst.
+
+    Raises:
+        ConfigError: an option of the SAE, its training or the evaluation that cannot be.
+    """
+    with torch.device("meta"):
+        sae = build.build_sae(cfg, clip.width)
+    options = build.training_options(cfg)
+    build.user_error(SAEModule, sae, **options)
+    build.user_error(
+        warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps
+    )
+    build.user_error(FeatureDataModule, clip, train_set, **build.plain(cfg.features))
+    build.user_error(
+        check_topn_options, cfg.evaluation.ns, cfg.evaluation.protocol, cfg.evaluation.settings
+    )
 
 
 def training_stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
@@ -219,8 +238,11 @@ def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Logger | None]:
 
 
 def public_config(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config without the machine's paths."""
-    return {key: value for key, value in build.plain(cfg).items() if key != "paths"}
+    """The resolved config without where things lie on this machine."""
+    public = {key: value for key, value in build.plain(cfg).items() if key != "paths"}
+    for group in ("dataset", "train_dataset"):
+        public[group] = {k: v for k, v in public[group].items() if k not in build.PLACE_KEYS}
+    return public
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:

@@ -1,0 +1,126 @@
+"""The main job as a user runs it: a real process each, on the built-in model and scenes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+SMALL = [
+    "model.latents=128",
+    "trainer.max_steps=12",
+    "trainer.log_every_n_steps=5",
+    "trainer.val_check_interval=6",
+    "trainer.limit_val_batches=1",
+    "features.batch_size=4",
+    "features.num_workers=0",
+    "dataset.size=40",
+]
+
+
+def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "run.py"), *overrides]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def small(folder: Path, *overrides: str, **options) -> subprocess.CompletedProcess:
+    return run(*overrides, f"paths.output_dir={folder}", *SMALL, **options)
+
+
+@pytest.mark.slow
+def test_the_default_job_ends_with_a_table_and_says_where_things_are(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = small(tmp_path / "out", "logger.mode=offline", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert list(elsewhere.iterdir()) == []
+
+    (evaluation,) = (tmp_path / "out").glob("evaluation/*")
+    (sae,) = (tmp_path / "out").glob("sae/*")
+    assert str(evaluation) in done.stdout
+    assert str(sae) in done.stdout
+    rows = pd.read_csv(evaluation / "results.csv")
+    assert set(rows.setting) == {"no_sae", "on", "off", "self"}
+    assert sorted(rows.n[rows.setting == "on"]) == [1, 5, 10, 50, 128]
+    assert set(rows.model) == {"sparsemax"}
+    assert {"k", "seed", "protocol", "dataset", "micro_accuracy"} <= set(rows.columns)
+    assert f"{rows.accuracy[rows.setting == 'no_sae'].iloc[0]:.2f}" in done.stdout
+    assert (evaluation / "config.yaml").is_file()
+    meta = json.loads((evaluation / "meta.json").read_text())
+    assert meta["key"]["sae"] == sae.name
+    assert set(meta) >= {"versions", "git_commit", "host"}
+
+    # The offline W&B run holds the same numbers, the config, and no path of this machine.
+    (record,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
+    read = subprocess.run(
+        ["wandb", "leet", "inspect", record, "--summary", "--json"], capture_output=True, text=True
+    )
+    assert read.returncode == 0, read.stderr
+    inspected = json.loads(read.stdout)
+    summary = inspected["summary"]
+    on = rows[rows.setting == "on"].set_index("n").accuracy
+    for n in on.index:
+        assert float(find(summary, f"topn/on_{n:.0f}")) == pytest.approx(on[n])
+    assert float(find(summary, "val/fvu")) > 0
+    assert find(inspected["config"], "model")["name"] == "sparsemax"
+    assert str(tmp_path) not in json.dumps(inspected["config"])
+
+
+def find(tree: dict, name: str):
+    """A value by its flat name, where the tree may be nested at slashes."""
+    if name in tree:
+        return tree[name]
+    first, rest = name.split("/", 1)
+    return find(tree[first], rest)
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_each_sae_once(tmp_path):
+    done = small(
+        tmp_path,
+        "-m",
+        "model=topk,relu",
+        "dataset=scenes_shape,scenes_colour",
+        "logger=csv",
+        "evaluation.settings=[no_sae,on]",
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("sae/*"))) == 2
+    assert len(list(tmp_path.glob("evaluation/*"))) == 4
+    assert done.stdout.count("training topk") == done.stdout.count("training relu") == 1
+    assert len(list(tmp_path.glob("sweeps/default/*/metrics.csv"))) == 4
+
+
+@pytest.mark.slow
+def test_heldout_counts_on_the_other_split(tmp_path):
+    done = small(tmp_path, "evaluation.protocol=heldout", "logger=none", "dataset=scenes_colour")
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("evaluation/*/results.csv")
+    assert set(pd.read_csv(file).protocol) == {"heldout"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dataset=image_folder", "dataset.root=nowhere"], "nowhere"),
+        (["model=topk", "model.k=0"], "expected a whole number from 1 to latents"),
+        (["clip=vit_b_16", "clip.name=ViT-B-16"], "use clip.name=ViT-B-16-quickgelu"),
+        (["clip=vit_b_16", "clip.name=RN50"], "ResNet"),
+        (["model.learning_rate=-1"], "learning_rate"),
+        (["features.batch_size=0"], "batch_size=0"),
+        (["evaluation.protocol=papre"], "expected one of paper, heldout"),
+        (["model=toppk"], "topk"),
+        (["model.kk=3"], "kk"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence_before_anything_begins(tmp_path, overrides, words):
+    done = run(f"paths.output_dir={tmp_path}", "logger=none", *overrides)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert words in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("sae/*"))
+    assert not list(tmp_path.glob("sae/.*"))
