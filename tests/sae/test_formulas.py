@@ -206,6 +206,7 @@ def test_topk_s_threshold_separates_the_kth_from_the_next(dtype):
     scores[2, 2:] = -torch.inf
     scores[3, :3], scores[3, 3:] = 2.0, -1.0
     tau = activation.threshold(scores)
+    assert (tau >= 0).all()
     codes = activation.gate(scores, tau)
     values, indices = scores.topk(4)
     expected = torch.zeros_like(scores).scatter(1, indices, values.clamp(min=0))
@@ -275,6 +276,13 @@ def test_sparsemax_s_frequent_latents_get_score_0_in_training_only():
     expected = s * (s > simplex_threshold(s))
     torch.testing.assert_close(sae.eval()(x).codes, expected)
     torch.testing.assert_close(sae.activation.frequency, frequency)
+
+
+def test_sparsemax_s_threshold_is_rounded_so_that_the_support_is_exact():
+    # tau = 3 - 2^-23 lies half-way between two float32 numbers, and 3 is in the support.
+    activation = build("sparsemax").activation
+    scores = torch.tensor([[4 - 2**-22, 3.0, 0.0]])
+    assert torch.equal(activation.gate(scores, activation.threshold(scores)), scores)
 
 
 def test_sparsemax_s_negative_scores_survive_unless_clamped():
