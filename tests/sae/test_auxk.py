@@ -79,3 +79,18 @@ def test_no_dead_latent_gives_exactly_0_and_no_residual_no_nan():
             assert loss.isfinite()
             assert not a.grad.any()
     assert auxk_loss(x, x, one, a, ~dead, 3, sae.architecture).item() == 0
+
+
+@pytest.mark.parametrize("dead", [1, 5, M])
+def test_without_a_look_at_which_latents_are_dead_it_is_the_same(dead):
+    sae, x = build("topk"), tokens(6, D)
+    is_dead = torch.arange(M) < dead
+    results = []
+    for function in (auxk_loss, torch.compile(auxk_loss, backend="eager")):
+        a = torch.rand(6, M, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss = function(x, 0.3 * x, torch.ones(6, 1), a, is_dead, 3, sae.architecture)
+        loss.backward()
+        results.append((loss.detach(), a.grad))
+    torch.testing.assert_close(results[1], results[0])
+    assert results[0][1][:, is_dead].any()
+    assert not results[0][1][:, ~is_dead].any()
