@@ -46,7 +46,43 @@ def test_sixteen_bits_are_not_clipped(tmp_path):
 def test_a_single_pixel_becomes_an_image(tmp_path):
     Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "dot.png")
     found = read_image(tmp_path / "dot.png", preprocessing(8))
-    assert torch.equal(found, torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
+    colour = torch.tensor([10, 20, 30], dtype=torch.uint8)
+    assert torch.equal(found, colour[:, None, None].expand(3, 8, 8))
+
+
+def test_orientation_tags_are_left_alone_as_open_clip_does(tmp_path, noise):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.fromarray(noise).save(tmp_path / "turned.jpg", exif=exif)
+    found = read_image(tmp_path / "turned.jpg", preprocessing(16))
+    assert torch.equal(found, as_open_clip(tmp_path / "turned.jpg", 16))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tiff", "webp", "bmp"])
+def test_broken_files_are_read_or_refused_by_name(tmp_path, noise, suffix):
+    path = tmp_path / f"broken.{suffix}"
+    Image.fromarray(noise).save(path)
+    whole, random = path.read_bytes(), np.random.default_rng(1)
+    for _ in range(150):
+        broken = bytearray(whole[: random.integers(len(whole) // 2, len(whole) + 1)])
+        for _ in range(random.integers(0, 8)):
+            broken[random.integers(len(broken))] = random.integers(256)
+        path.write_bytes(broken)
+        try:
+            assert read_image(path, preprocessing(8)).shape == (3, 8, 8)
+        except BadImageError as error:
+            assert path.name in str(error)  # noqa: PT017
+
+
+def test_a_decoder_that_raises_anything_is_a_bad_image(tmp_path, noise, monkeypatch):
+    """A broken TIFF made Pillow raise a TypeError."""
+    Image.fromarray(noise).save(tmp_path / "image.png")
+
+    def stumble(*_):
+        raise TypeError("'str' object cannot be interpreted as an integer")
+
+    with pytest.raises(BadImageError, match=r"image\.png: cannot be decoded \('str' object"):
+        read_image(tmp_path / "image.png", stumble)
 
 
 def test_what_is_no_image_is_named(tmp_path, noise):
@@ -93,12 +129,61 @@ def test_split_folders_are_found(tmp_path):
     assert len(ImageFolder(tmp_path, "test")) == 3
 
 
+@pytest.mark.parametrize("only", ["train", "val"])
+def test_a_lone_split_folder_serves_as_both_with_a_warning(tmp_path, caplog, only):
+    make(tmp_path, f"{only}/a/1.png", f"{only}/b/1.png")
+    for split in ("train", "test"):
+        data = ImageFolder(tmp_path, split)
+        assert data.classnames == ["a", "b"]
+        assert data.files == [f"{only}/a/1.png", f"{only}/b/1.png"]
+    assert f"{only} serves as both" in caplog.text
+
+
+def test_imagenets_own_layout_whose_test_images_have_no_labels(tmp_path):
+    make(tmp_path, "train/a/1.png", "val/a/2.png", "test/3.png")
+    assert ImageFolder(tmp_path, "test").files == ["val/a/2.png"]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    make(tmp_path, "bus/1.png", "train/1.png")
+    for split in ("train", "test"):
+        assert ImageFolder(tmp_path, split).classnames == ["bus", "train"]
+
+
+def test_a_label_means_the_same_in_each_split(tmp_path):
+    make(tmp_path, "train/a/1.png", "train/b/1.png", "test/b/1.png", "test/c/1.png")
+    train, test = ImageFolder(tmp_path, "train"), ImageFolder(tmp_path, "test")
+    assert train.classnames == test.classnames == ["a", "b", "c"]
+    assert train.labels.tolist() == [0, 1]
+    assert test.labels.tolist() == [1, 2]
+
+
+def test_hidden_files_and_links_that_lead_up_are_left_out(tmp_path):
+    make(tmp_path, "a/1.png", "elsewhere/2.png")
+    (tmp_path / "a" / "._1.png").write_bytes(b"what a Mac leaves")
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert ImageFolder(tmp_path).files == ["a/1.png", "a/linked/2.png", "elsewhere/2.png"]
+
+
 def test_the_fingerprint_says_what_the_images_are_not_where(tmp_path):
     make(tmp_path / "one", "a/1.png", "b/1.png")
     make(tmp_path / "two", "a/1.png", "b/1.png")
     make(tmp_path / "three", "a/1.png", "b/2.png")
-    one, two, three = (ImageFolder(tmp_path / n).fingerprint for n in ("one", "two", "three"))
-    assert one == two != three
+    make(tmp_path / "four", "a/1.png")
+    (tmp_path / "four" / "b").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "four" / "b" / "1.png")
+    one, two, three, four = (
+        ImageFolder(tmp_path / n).fingerprint for n in ("one", "two", "three", "four")
+    )
+    assert one == two
+    assert len({one, three, four}) == 3  # the fourth has the names of the first
+
+
+def test_splits_with_the_same_file_names_have_other_fingerprints(tmp_path):
+    make(tmp_path, "train/a/1.png", "test/a/1.png")
+    train, test = (ImageFolder(tmp_path, split).fingerprint for split in ("train", "test"))
+    assert train != test
 
 
 def test_wnids_are_imagenets_classes(tmp_path):
@@ -111,6 +196,19 @@ def test_wnids_are_imagenets_classes(tmp_path):
     make(tmp_path, "n99999999/1.png")
     with pytest.raises(ValueError, match="n99999999 is no wnid"):
         ImageFolder(tmp_path)
+    plain = ImageFolder(tmp_path, classnames="raw")
+    assert plain.classnames == sorted([wnids()[3], wnids()[207], "n99999999"])
+    assert plain.labels.tolist() == [0, 1, 2]
+
+
+def test_wnids_are_those_of_open_clips_names(photos):
+    """Where the names leave no doubt; and all folders of the real thing are there, in order."""
+    assert len(wnids()) == 1000
+    assert list(wnids()) == sorted(path.name for path in photos.iterdir())
+    known = {"n01440764": "tench", "n02123045": "tabby cat", "n03028079": "church"}
+    data = ImageFolder(photos)
+    for wnid, name in known.items():
+        assert data.classnames[wnids().index(wnid)] == name
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):

@@ -1,5 +1,7 @@
 """Each image once an epoch, the same order for everyone, and resumed at the very next batch."""
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,16 +26,20 @@ class Numbers(torch.utils.data.Dataset):
         return torch.full((3, 1, 1), index, dtype=torch.uint8), index
 
 
-def numbers(batches) -> list[list[int]]:
-    """What an epoch of batches shows, a list for each block's images."""
-    return [images[:, 0, 0, 0].tolist() for images, _ in batches if images is not None]
+def shown(images: list[torch.Tensor]) -> tuple[int, ...]:
+    return tuple(torch.cat(images)[:, 0, 0, 0].tolist())
+
+
+def numbers(batches) -> list[tuple[int, ...]]:
+    """What an epoch of batches shows, a tuple for each block's images."""
+    return [shown(images) for images, _ in batches if images is not None]
 
 
 def handed_out(batches) -> list[tuple[tuple[int, ...], int]]:
     """(images of the block, part) of each batch, whoever brought the images."""
     out, current = [], None
     for images, block in batches:
-        current = current if images is None else tuple(images[:, 0, 0, 0].tolist())
+        current = current if images is None else shown(images)
         out.append((current, block.part, block.seed))
     return out
 
@@ -50,7 +56,7 @@ def test_each_image_once_an_epoch_over_all_ranks(world, shuffle):
     for _ in range(2):
         seen = [handed_out(loader) for loader in loaders]
         assert [len(s) for s in seen] == [len(loader) for loader in loaders]
-        images = sum((sum(map(list, dict.fromkeys(x[0] for x in s)), []) for s in seen), [])
+        images = [i for s in seen for block in dict.fromkeys(x[0] for x in s) for i in block]
         assert len(images) == len(set(images)) == n // (b * world) * b * world
         epochs.append(images)
     assert epochs[0] != epochs[1]
@@ -60,10 +66,62 @@ def test_each_image_once_an_epoch_over_all_ranks(world, shuffle):
 def test_the_order_depends_on_seed_and_epoch_alone():
     first = numbers(ResumableLoader(Numbers(50), 5, seed=1))
     assert numbers(ResumableLoader(Numbers(50), 5, seed=1)) == first
-    assert numbers(ResumableLoader(Numbers(50), 5, seed=1, num_workers=2)) == first
+    several = ResumableLoader(Numbers(50), 5, seed=1, num_workers=2)
+    assert numbers(several) == first
+    once = ResumableLoader(Numbers(50), 5, seed=1)
+    assert [numbers(once), numbers(once)][1] == numbers(several)  # the second epoch
     assert numbers(ResumableLoader(Numbers(50), 5, seed=2)) != first
     torch.manual_seed(99)
     assert numbers(ResumableLoader(Numbers(50), 5, seed=1)) == first
+
+
+def test_an_epoch_that_was_left_is_not_continued_by_the_next():
+    expected = ResumableLoader(Numbers(20), 2, seed=4)
+    epochs = [numbers(expected) for _ in range(3)]
+    loader = ResumableLoader(Numbers(20), 2, seed=4)
+    for _ in zip(range(3), loader, strict=False):
+        pass
+    assert numbers(loader) == epochs[1]
+
+
+def test_a_used_loader_takes_up_a_state():
+    expected = ResumableLoader(Numbers(20), 2, seed=4)
+    epochs = [numbers(expected) for _ in range(3)]
+    loader = ResumableLoader(Numbers(20), 2, seed=4)
+    list(loader)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 2, "position": 7})
+    assert numbers(loader) == epochs[2][7:]
+
+
+def test_no_two_blocks_are_mixed_alike():
+    loaders = [
+        ResumableLoader(Numbers(101), 2, shuffle_images=4, seed=seed, rank=r, world_size=2)
+        for r in range(2)
+        for seed in range(2)
+    ]
+    batches = [block for _ in range(2) for loader in loaders for _, block in loader]
+    blocks = sum(block.part == 0 for block in batches)
+    assert len({block.seed for block in batches}) == blocks == 2 * 4 * 13
+
+
+def test_workers_live_through_epochs_until_the_end():
+    class Processes(Numbers):
+        """Image i is filled with the worker's process."""
+
+        def __getitem__(self, index: int):
+            return torch.full((3, 1, 1), torch.utils.data.get_worker_info().seed), index
+
+    loader = ResumableLoader(Processes(12), 4, num_workers=2)
+    made = []
+    original = loader._read_from
+    loader._read_from = lambda *at: made.append(at) or original(*at)
+    seeds = [shown(images) for _ in range(3) for images, _ in loader]
+    assert made == [(0, 0)]
+    assert len(seeds) == 9
+    assert len(set(seeds)) == 2
+    loader.close()
+    assert len(list(loader)) == 3  # goes on all the same
+    assert made == [(0, 0), (3, 0)]
 
 
 def test_reading_leaves_the_global_random_state_alone():
@@ -80,13 +138,19 @@ def test_reading_leaves_the_global_random_state_alone():
     b=st.integers(1, 4),
     parts=st.integers(0, 4),
     world=st.integers(1, 3),
+    rank=st.integers(0, 2),
     stop=st.integers(0, 100),
     seed=st.integers(0, 5),
 )
-def test_resumed_at_the_very_next_batch(n, b, parts, world, stop, seed):
+def test_resumed_at_the_very_next_batch(n, b, parts, world, rank, stop, seed):
     def fresh() -> ResumableLoader:
         return ResumableLoader(
-            Numbers(n), b, seed=seed, shuffle_images=parts * b, rank=world - 1, world_size=world
+            Numbers(n),
+            b,
+            seed=seed,
+            shuffle_images=parts * b,
+            rank=rank % world,
+            world_size=world,
         )
 
     def stream(loader, count):
@@ -97,7 +161,7 @@ def test_resumed_at_the_very_next_batch(n, b, parts, world, stop, seed):
             iterator, current = iter(loader), None
             while loader.position < len(loader) and len(out) < count:
                 images, block = next(iterator)
-                current = current if images is None else tuple(images[:, 0, 0, 0].tolist())
+                current = current if images is None else shown(images)
                 out.append((current, block.part, block.seed))
         return out
 
@@ -111,6 +175,20 @@ def test_resumed_at_the_very_next_batch(n, b, parts, world, stop, seed):
     assert beginning + stream(second, total - stop) == whole
 
 
+def test_another_streams_position_is_refused():
+    state = ResumableLoader(Numbers(30), 4).state_dict()
+    for other in (
+        ResumableLoader(Numbers(31), 4),
+        ResumableLoader(Numbers(30), 5),
+        ResumableLoader(Numbers(30), 4, seed=1),
+        ResumableLoader(Numbers(30), 4, world_size=2),
+        ResumableLoader(Numbers(30), 4, shuffle_images=8),
+    ):
+        with pytest.raises(ValueError, match="the checkpoint's stream of images has"):
+            other.load_state_dict(state)
+    ResumableLoader(Numbers(30), 4, num_workers=2, shuffle_images=4).load_state_dict(state)
+
+
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="fewer than one step's 8"):
         ResumableLoader(Numbers(7), 4, world_size=2)
@@ -118,6 +196,8 @@ def test_sizes_that_cannot_be_are_refused():
         ResumableLoader(Numbers(70), 4, shuffle_images=6)
     with pytest.raises(ValueError, match="batch_size=0"):
         ResumableLoader(Numbers(7), 0)
+    with pytest.raises(ValueError, match="num_workers=-1"):
+        ResumableLoader(Numbers(7), 1, num_workers=-1)
 
 
 def test_evaluation_reads_in_the_given_order_and_keeps_the_rest():
@@ -126,6 +206,21 @@ def test_evaluation_reads_in_the_given_order_and_keeps_the_rest():
     assert [x for _, _, indices in found for x in indices.tolist()] == [9, 1, 5, 3, 0, 2]
     assert [x for images, _, _ in found for x in images[:, 0, 0, 0].tolist()] == [9, 1, 5, 3, 0, 2]
     assert sum(len(i) for i, _, _ in image_batches(Numbers(10), 4, num_workers=2)) == 10
+    (_, labels, indices), *_ = image_batches(Numbers(10), 2, indices=torch.tensor([7, 3]))
+    assert labels.tolist() == indices.tolist() == [7, 3]
+    assert list(image_batches(Numbers(10), 4, indices=[])) == []
+
+
+def test_a_dataset_that_reads_many_at_once_is_asked_so():
+    class Many(Numbers):
+        def __getitem__(self, index: int):
+            raise AssertionError("asked for one")
+
+        def __getitems__(self, indices: list[int]):
+            return [Numbers.__getitem__(self, index) for index in indices]
+
+    found = [indices.tolist() for _, _, indices in image_batches(Many(6), 4)]
+    assert found == [[0, 1, 2, 3], [4, 5]]
 
 
 @pytest.fixture
@@ -139,9 +234,7 @@ def partly_bad(tmp_path):
 
     def make(on_bad_image):
         labels = list(range(10))
-        return ImageList(
-            tmp_path, files, labels, files, image_size=4, on_bad_image=on_bad_image
-        )
+        return ImageList(tmp_path, files, labels, files, image_size=4, on_bad_image=on_bad_image)
 
     return make
 
@@ -162,8 +255,43 @@ def test_skipped_images_are_left_out_of_an_evaluation_and_reported(partly_bad, w
     assert "2.png" in caplog.text
 
 
-def test_skipped_images_are_replaced_in_training(partly_bad, caplog):
-    batches = numbers(ResumableLoader(partly_bad("skip"), 5))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_are_replaced_in_training(partly_bad, caplog, workers):
+    loader = ResumableLoader(partly_bad("skip"), 5, num_workers=workers)
+    iterator = iter(loader)  # asked for as many as there are, and no further, as Lightning does
+    batches = [shown(next(iterator)[0]) for _ in range(len(loader))]
     assert [len(b) for b in batches] == [5, 5]
-    assert sorted(sum(batches, [])) == [0, 0, 1, 3, 3, 4, 5, 6, 7, 8]
+    assert sorted(chain(*batches)) == [0, 0, 1, 3, 3, 4, 5, 6, 7, 8]
     assert "2 images could not be read and were replaced by the next" in caplog.text
+    caplog.clear()
+    loader.close()
+    assert not caplog.text  # said once
+
+
+def test_skipped_images_are_reported_when_a_training_ends_within_an_epoch(partly_bad, caplog):
+    loader = ResumableLoader(partly_bad("skip"), 1)
+    for _ in zip(range(9), loader, strict=False):
+        pass
+    assert not caplog.text
+    loader.close()
+    assert "could not be read and were replaced by the next" in caplog.text
+
+
+def test_resumed_where_images_are_skipped(partly_bad):
+    whole = numbers(ResumableLoader(partly_bad("skip"), 2))
+    for stop in range(1, 5):
+        first = ResumableLoader(partly_bad("skip"), 2)
+        beginning = [shown(images) for (images, _), _ in zip(first, range(stop), strict=False)]
+        second = ResumableLoader(partly_bad("skip"), 2)
+        state = first.state_dict()
+        # `zip` asks for one more than it gives.
+        second.load_state_dict({**state, "position": stop})
+        assert beginning + numbers(second) == whole
+
+
+def test_a_training_set_of_bad_images_only_is_refused(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    dataset = ImageList(tmp_path, ["a.png"], [0], ["a"], image_size=4, on_bad_image="skip")
+    with pytest.raises(BadImageError, match="no image that can be read"):
+        list(ResumableLoader(dataset, 1))
+    assert list(image_batches(dataset, 1)) == []

@@ -4,7 +4,6 @@ B images of a batch, T tokens of an image, d width, S image side, N images of a 
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -13,6 +12,8 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.loader import Block, ResumableLoader, image_batches
+
+Batch = tuple[list[Tensor] | None, Block | None]  # uint8 images, several times [B, 3, S, S]
 
 
 class FeatureDataModule(LightningDataModule):
@@ -53,10 +54,20 @@ class FeatureDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._mixed: Tensor | None = None  # the tokens of the current block, already permuted
+        self._train_loader: ResumableLoader | None = None
         self._loader()  # refuses sizes that cannot be
 
+    def setup(self, stage: str) -> None:
+        self.clip.to(self.trainer.strategy.root_device)
+
+    def teardown(self, stage: str) -> None:
+        self._mixed = None
+        if self._train_loader is not None:
+            self._train_loader.close()
+
     def train_dataloader(self) -> ResumableLoader:
-        return self._loader(self.trainer.global_rank, self.trainer.world_size)
+        self._train_loader = self._loader(self.trainer.global_rank, self.trainer.world_size)
+        return self._train_loader
 
     def val_dataloader(self) -> "ValidationLoader | list":
         if self.val_dataset is None:
@@ -76,46 +87,43 @@ class FeatureDataModule(LightningDataModule):
         )
 
     def transfer_batch_to_device(
-        self, batch: tuple[Tensor | None, Block], device: torch.device, dataloader_idx: int
-    ) -> tuple[Tensor | None, Block]:
-        self.clip.to(device)
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
         images, block = batch
-        return (None if images is None else images.to(device, non_blocking=True)), block
+        if images is not None:
+            images = [some.to(device, non_blocking=True) for some in images]
+        return images, block
 
-    def on_after_batch_transfer(
-        self, batch: tuple[Tensor | None, Block], dataloader_idx: int
-    ) -> Tensor:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Tensor:
         """Tokens [B, T, d], float32, without a gradient."""
         images, block = batch
-        if block.parts == 1:
-            tokens = self._tokens(images)
-            return self._permuted(tokens, block) if self.shuffle_tokens else tokens
+        if block is None or not self.shuffle_tokens:
+            return self._tokens(images)
         if images is not None:
-            self._mixed = self._permuted(self._tokens(images), block)
+            self._mixed = None  # or two blocks would be held at once
+            self._mixed = self._permuted(self._tokens(images), block.seed)
         size = len(self._mixed) // block.parts
         return self._mixed[block.part * size : (block.part + 1) * size]
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for a backward pass
-    def _tokens(self, images: Tensor) -> Tensor:
-        parts = [self.clip.prefix(self.clip.normalize(i)) for i in images.split(self.batch_size)]
+    def _tokens(self, images: list[Tensor]) -> Tensor:
+        parts = [self.clip.prefix(self.clip.normalize(some)) for some in images]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _permuted(self, tokens: Tensor, block: Block) -> Tensor:
+    def _permuted(self, tokens: Tensor, seed: int) -> Tensor:
         """Mix all tokens of a block, [n, T, d] -> [n, T, d]; the same on every device."""
         flat = tokens.flatten(0, 1)
-        generator = torch.Generator().manual_seed(block.seed)
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(flat), generator=generator).to(flat.device)
         return flat[order].view_as(tokens)
 
     def first_batch(self, images: int) -> Tensor:
         """Tokens [n, T, d] of the first n images of the first epoch, for an initialisation that
-        looks at data; fewer where the dataset has fewer."""
-        wanted = self._loader().order(0)[:images].tolist()
-        parts = [
-            self._tokens(batch.to(self.clip.device))
-            for batch, _, _ in image_batches(self.train_dataset, self.batch_size, 0, wanted)
-        ]
-        return torch.cat(parts)
+        looks at data; fewer where the dataset has fewer. The same on every rank."""
+        count = min(images, len(self.train_dataset))
+        loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
+        (first,), _ = next(iter(loader))
+        return self._tokens([some.to(self.clip.device) for some in first.split(self.batch_size)])
 
 
 class ValidationLoader:
@@ -135,8 +143,8 @@ class ValidationLoader:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(0))
         batches = image_batches(self.dataset, self.batch_size, self.num_workers, order.tolist())
         for images, _, _ in batches:
-            yield images, Block(seed=0, part=0, parts=1)
+            yield [images], None

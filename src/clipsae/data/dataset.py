@@ -91,12 +91,15 @@ class ImageList(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the relative paths and labels, the class names beside them."""
+        """Hash of the relative paths and labels, the class names beside them, and the sizes in
+        bytes of at most 1,000 of the files: another folder's files often have the same names."""
         hashed = hashlib.sha256()
         for name in self.classnames:
             hashed.update(f"{name}\0".encode())
         for file, label in zip(self.files, self.labels.tolist(), strict=True):
             hashed.update(f"{file}\0{label}\0".encode(errors="surrogateescape"))
+        for file in self.files[:: -(-len(self.files) // 1000)]:
+            hashed.update(f"{_size(self.root / file)}\0".encode())
         return hashed.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -115,6 +118,8 @@ class ImageList(Dataset):
 def list_images(folder: Path, extensions: Sequence[str]) -> list[str]:
     """Paths of the images anywhere below a folder, relative to it, sorted.
 
+    Hidden files and folders are left out: `._a.jpg`, which a Mac leaves beside `a.jpg`, is none.
+
     Args:
         extensions: lower-case, with the dot.
     """
@@ -124,10 +129,27 @@ def list_images(folder: Path, extensions: Sequence[str]) -> list[str]:
         with os.scandir(folder / inside) as entries:
             for entry in entries:
                 relative = f"{inside}/{entry.name}" if inside else entry.name
+                if entry.name.startswith("."):
+                    continue
                 if entry.is_dir():
-                    visit(relative)
+                    if not _leads_up(entry):
+                        visit(relative)
                 elif Path(entry.name).suffix.lower() in extensions:
                     found.append(relative)
 
     visit("")
     return sorted(found)
+
+
+def _leads_up(entry: os.DirEntry) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    return entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(
+        Path(entry.path).resolve()
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1  # a reader will say what is wrong with it

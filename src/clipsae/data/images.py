@@ -45,9 +45,10 @@ def read_image(path: Path, transform: Compose) -> Tensor:
             width, height = image.size
             if max(width, height) > _LONGEST_ASPECT * min(width, height):
                 raise BadImageError(f"{path}: {width} x {height} pixels is too long for a crop")
-            if image.mode.startswith("I;16"):
-                # Pillow would clip 16 bits at 255: nearly all white.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode.startswith("I"):  # 16 bits; older Pillows call some of them 32
+                # Pillow would clip them at 255: nearly all white.
+                deep = np.asarray(image).clip(0, 65535)
+                image = Image.fromarray((deep >> 8).astype(np.uint8))
             pixels = np.array(transform(image))
     except BadImageError:
         raise
@@ -55,6 +56,6 @@ def read_image(path: Path, transform: Compose) -> Tensor:
         raise BadImageError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise BadImageError(f"{path}: not an image that Pillow can read") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # on broken data Pillow's decoders raise whatever they stumble over
         raise BadImageError(f"{path}: cannot be decoded ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -3,21 +3,16 @@
 B images of a batch, S image side, N images of the dataset.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.images import BadImageError
-
-log = logging.getLogger(__name__)
-
-_PREFETCH = 4  # batches that each worker holds ready
+from clipsae.data.reader import BadImages, read_batches
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,8 @@ class ResumableLoader:
     """Batches of training images, endlessly different by epoch, sharded over ranks.
 
     Lightning saves its state with a checkpoint. The position counts the batches that were handed
-    out, not those that workers have read ahead.
+    out, not those that workers have read ahead. Workers read on into the next epoch, so that no
+    epoch begins with a pause.
 
     Args:
         dataset: N images.
@@ -46,7 +42,8 @@ class ResumableLoader:
         seed: with the epoch, it decides the order.
         shuffle_images: images of a block within which tokens will be mixed; 0 for none. A
             multiple of B. A block's images come with its first batch (the first after a
-            resumption, too), the block's other batches bring none.
+            resumption, too), as several tensors [B, 3, S, S]; the block's other batches bring
+            none.
         rank, world_size: this process among all: rank r reads blocks r, r + world_size, ...
         num_workers: processes that read images; 0: this one. No influence on the order.
         pin_memory: for faster copies to a GPU.
@@ -74,6 +71,8 @@ class ResumableLoader:
                 f"shuffle_tokens={shuffle_images}: expected 0 or a multiple of "
                 f"batch_size={batch_size}"
             )
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}: expected 0 or more")
         if len(dataset) < batch_size * world_size:
             raise ValueError(
                 f"the training set has {len(dataset)} images, fewer than one step's "
@@ -89,67 +88,128 @@ class ResumableLoader:
         self.epoch = 0
         self.position = 0
         self._resumed = False  # within an epoch that is yet to be continued
+        self._stream: Iterator[tuple[list[Tensor] | None, Block]] | None = None
+        self._stream_at = (0, 0)  # epoch and position of what the stream brings next
+        self._bad = BadImages(dataset, "replaced by the next in the training")
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank; a remainder that does not fill one is left out."""
         return len(self.dataset) // (self.batch_size * self.world_size)
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+        """Where the stream stands, and what it is a stream of."""
+        return {"epoch": self.epoch, "position": self.position, **self._options()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where another loader with the same options was.
+
+        Raises:
+            ValueError: its options were others, so that its position means nothing here.
+        """
+        for name, mine in self._options().items():
+            if state.get(name) != mine:
+                raise ValueError(
+                    f"the checkpoint's stream of images has {name}={state.get(name)}, this one "
+                    f"{name}={mine}: continue with the former, or start a new training"
+                )
         self.epoch, self.position = state["epoch"], state["position"]
         self._resumed = True
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
 
-    def __iter__(self) -> Iterator[tuple[Tensor | None, Block]]:
+    def _options(self) -> dict[str, int]:
+        return {
+            "images": len(self.dataset),
+            "batch_size": self.batch_size,
+            "shuffle_tokens": self.parts * self.batch_size if self.parts > 1 else 0,
+            "seed": self.seed,
+            "world_size": self.world_size,
+        }
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor] | None, Block]]:
         # Here and not after the last batch: Lightning stops asking when `len` are handed out. It
         # also makes iterators that it does not use: an epoch of which nothing was handed out has
         # not been.
         if not self._resumed and self.position > 0:
             self.epoch, self.position = self.epoch + 1, 0
-        return self._batches()
+        return self._rest_of_epoch()
+
+    def close(self) -> None:
+        """Stop the workers, and report images that could not be read."""
+        self._stream = None
+        self._bad.report()
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of the images in an epoch, LongTensor [N]."""
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
         return torch.randperm(len(self.dataset), generator=generator)
 
-    def blocks(self, epoch: int) -> list[tuple[list[int], int]]:
+    def blocks(self, epoch: int) -> list[tuple[Tensor, int]]:
         """This rank's blocks of an epoch: image indices, and a number that is the block's own."""
         order = self.order(epoch)
         size = self.parts * self.batch_size
         usable = len(self) * self.world_size * self.batch_size
         whole = usable // (size * self.world_size) * self.world_size
         found = [
-            (order[b * size : (b + 1) * size].tolist(), b)
-            for b in range(self.rank, whole, self.world_size)
+            (order[b * size : (b + 1) * size], b) for b in range(self.rank, whole, self.world_size)
         ]
         # What does not fill a block on every rank is dealt out as shorter ones.
         rest = (usable - whole * size) // self.world_size
         if rest:
             start = whole * size + self.rank * rest
-            found.append((order[start : start + rest].tolist(), whole + self.rank))
+            found.append((order[start : start + rest], whole + self.rank))
         return found
 
-    def _batches(self) -> Iterator[tuple[Tensor | None, Block]]:
-        first, part = divmod(self.position, self.parts)
-        blocks = self.blocks(self.epoch)[first:]
-        reader = _reader(self.dataset, [b for b, _ in blocks], self.num_workers, self.pin_memory)
-        bad = _BadImages(self.dataset, replaced=True)
-        for (indices, number), (images, _, _, errors) in zip(blocks, reader, strict=True):
-            bad.add(errors)
-            if images is None:
-                raise BadImageError("the training set has no image that can be read")
+    def _rest_of_epoch(self) -> Iterator[tuple[list[Tensor] | None, Block]]:
+        while self.position < len(self):
+            if self._stream is None or self._stream_at != (self.epoch, self.position):
+                self._stream = self._read_from(self.epoch, self.position)
+            batch = next(self._stream)
+            self.position += 1
+            self._resumed = False
+            last = self.position == len(self)
+            self._stream_at = (self.epoch + 1, 0) if last else (self.epoch, self.position)
+            if last:  # before it is handed out: Lightning does not come back after it
+                self._bad.report()
+            yield batch
+
+    def _blocks_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, int, int]]:
+        """Blocks without end: image indices, the seed of their mix, the part to begin with."""
+        first, part = divmod(position, self.parts)
+        for at in count(epoch):
+            for indices, number in self.blocks(at)[first:]:
+                yield indices, _mix(self.seed, at, number), part
+                part = 0
+            first = 0
+
+    def _read_from(self, epoch: int, position: int) -> Iterator[tuple[list[Tensor] | None, Block]]:
+        """Batches without end."""
+        wanted = (
+            chunk.tolist()
+            for indices, _, _ in self._blocks_from(epoch, position)
+            for chunk in indices.split(self.batch_size)
+        )
+        reader = iter(
+            read_batches(
+                self.dataset,
+                wanted,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                replace=True,
+                ahead=self.parts,  # the next block is read while this one is trained on
+            )
+        )
+        for indices, seed, first in self._blocks_from(epoch, position):
             parts = len(indices) // self.batch_size
-            seed = _mix(self.seed, self.epoch, number)
-            for here in range(part, parts):
-                self.position += 1
-                self._resumed = False
-                yield (images if here == part else None), Block(seed, here, parts)
-            part = 0
-        bad.report()
+            images = []
+            for _ in range(parts):
+                chunk, _, _, errors = next(reader)
+                self._bad.add(errors)
+                if chunk is None:
+                    raise BadImageError("the training set has no image that can be read")
+                images.append(chunk)
+            for part in range(first, parts):
+                yield (images if part == first else None), Block(seed, part, parts)
 
 
 def image_batches(
@@ -173,12 +233,13 @@ def image_batches(
     Raises:
         BadImageError: a file that cannot be read, with `on_bad_image: error`.
     """
-    indices = list(range(len(dataset)) if indices is None else indices)
-    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    bad = _BadImages(dataset, replaced=False)
-    for images, labels, found, errors in _reader(dataset, batches, num_workers, False, keep=False):
+    wanted = torch.as_tensor(range(len(dataset)) if indices is None else indices).long()
+    batches = [batch.tolist() for batch in wanted.split(batch_size)] if len(wanted) else []
+    bad = BadImages(dataset, "left out")
+    reader = read_batches(dataset, batches, num_workers=min(num_workers, len(batches)))
+    for images, labels, found, errors in reader:
         bad.add(errors)
-        if len(found):
+        if images is not None:
             yield images, labels, found
     bad.report()
 
@@ -190,99 +251,3 @@ def _mix(*numbers: int) -> int:
         mixed = (mixed ^ (number + 1)) * 0xBF58476D1CE4E5B9 % 2**64
         mixed ^= mixed >> 31
     return mixed >> 1
-
-
-def _reader(
-    dataset: ImageDataset,
-    batches: list[list[int]],
-    num_workers: int,
-    pin_memory: bool,
-    keep: bool = True,
-) -> DataLoader:
-    return DataLoader(
-        _Indexed(dataset, replace=keep),
-        batch_sampler=batches,
-        num_workers=min(num_workers, len(batches)),
-        prefetch_factor=_PREFETCH if min(num_workers, len(batches)) else None,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        # Its own generator: the default draws from torch's global one, on which a resumed run
-        # and an undisturbed one would then differ.
-        generator=torch.Generator().manual_seed(0),
-    )
-
-
-@dataclass(frozen=True)
-class _Item:
-    image: Tensor | None
-    label: int
-    index: int
-    error: str | None = None
-
-
-class _Indexed(Dataset):
-    """Items with their indices; a bad image is an item with an error, which outlives a worker
-    process better than an exception."""
-
-    def __init__(self, dataset: ImageDataset, replace: bool) -> None:
-        self.dataset = dataset
-        self.replace = replace and getattr(dataset, "on_bad_image", "error") == "skip"
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: list[int]) -> list[_Item]:
-        if hasattr(self.dataset, "__getitems__"):
-            found = self.dataset.__getitems__(indices)
-            return [_Item(image, y, i) for (image, y), i in zip(found, indices, strict=True)]
-        return [item for index in indices for item in self._read(index)]
-
-    def _read(self, index: int) -> list[_Item]:
-        """The item; with `replace`, bad ones are followed by the next good one of the list."""
-        items: list[_Item] = []
-        for offset in range(len(self.dataset)):
-            at = (index + offset) % len(self.dataset)
-            try:
-                image, label = self.dataset[at]
-            except BadImageError as error:
-                items.append(_Item(None, -1, at, str(error)))
-                if not self.replace:
-                    break
-            else:
-                items.append(_Item(image, int(label), at))
-                break
-        return items
-
-
-def _collate(items: list[_Item]) -> tuple[Tensor | None, Tensor, Tensor, list[str]]:
-    good = [item for item in items if item.image is not None]
-    return (
-        torch.stack([item.image for item in good]) if good else None,
-        torch.tensor([item.label for item in good], dtype=torch.long),
-        torch.tensor([item.index for item in good], dtype=torch.long),
-        [item.error for item in items if item.error is not None],
-    )
-
-
-class _BadImages:
-    """Stops at the first unreadable file, or counts them, as the dataset says."""
-
-    def __init__(self, dataset: Any, replaced: bool) -> None:
-        self.skip = getattr(dataset, "on_bad_image", "error") == "skip"
-        self.replaced = replaced
-        self.errors: dict[str, None] = {}
-
-    def add(self, errors: list[str]) -> None:
-        if errors and not self.skip:
-            raise BadImageError(f"{errors[0]}; on_bad_image=skip goes on without such files")
-        self.errors.update(dict.fromkeys(errors))
-
-    def report(self) -> None:
-        if self.errors:
-            log.warning(
-                "%d images could not be read and were %s: %s%s",
-                len(self.errors),
-                "replaced by the next" if self.replaced else "left out",
-                "; ".join(list(self.errors)[:3]),
-                "; ..." if len(self.errors) > 3 else "",
-            )

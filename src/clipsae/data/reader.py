@@ -1,0 +1,150 @@
+"""Reads batches of images in worker processes, and keeps account of those that cannot be read.
+
+B images of a batch, S image side, N images of the dataset.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipsae.data.dataset import ImageDataset
+from clipsae.data.images import BadImageError
+
+log = logging.getLogger(__name__)
+
+_PREFETCH = 4  # batches that each worker holds ready
+
+
+def read_batches(
+    dataset: ImageDataset,
+    batches: Iterable[list[int]],
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    replace: bool = False,
+    ahead: int = 0,
+) -> DataLoader:
+    """Batches of images by their indices, in that order whatever the number of workers.
+
+    Args:
+        dataset: N images.
+        batches: the indices of each batch; taken as they are needed, so it may have no end.
+        num_workers: processes that read images; 0: this one.
+        pin_memory: for faster copies to a GPU.
+        replace: put the next readable image in the place of one that is skipped.
+        ahead: batches that all workers together hold ready, at least.
+
+    Yields:
+        (images uint8 [B, 3, S, S] or None where none was readable, labels [B], indices [B], what
+        is wrong with the others: list of str).
+    """
+    return DataLoader(
+        _Indexed(dataset, replace),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        prefetch_factor=max(_PREFETCH, -(-ahead // num_workers)) if num_workers else None,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        # Its own generator: the default draws from torch's global one, on which a resumed run
+        # and an undisturbed one would then differ.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+class BadImages:
+    """Stops at the first unreadable file, or counts them, as the dataset's `on_bad_image` says.
+
+    Args:
+        dataset: N images.
+        fate: what became of those that were skipped, for the report.
+    """
+
+    def __init__(self, dataset: ImageDataset, fate: str) -> None:
+        self.skip = skips(dataset)
+        self.fate = fate
+        self.errors: dict[str, None] = {}  # a set that keeps the order
+        self._reported = 0
+
+    def add(self, errors: list[str]) -> None:
+        """Take note of a batch's errors.
+
+        Raises:
+            BadImageError: there is one, and the dataset does not skip.
+        """
+        if errors and not self.skip:
+            raise BadImageError(f"{errors[0]}; on_bad_image=skip goes on without such files")
+        self.errors.update(dict.fromkeys(errors))
+
+    def report(self) -> None:
+        """One warning: how many so far, and the first few; none where nothing is new."""
+        if len(self.errors) > self._reported:
+            self._reported = len(self.errors)
+            log.warning(
+                "%d images could not be read and were %s: %s%s",
+                len(self.errors),
+                self.fate,
+                "; ".join(list(self.errors)[:3]),
+                "; ..." if len(self.errors) > 3 else "",
+            )
+
+
+def skips(dataset: Any) -> bool:
+    """Whether a dataset goes on without images that cannot be read."""
+    return getattr(dataset, "on_bad_image", "error") == "skip"
+
+
+@dataclass(frozen=True)
+class _Item:
+    image: Tensor | None
+    label: int
+    index: int
+    error: str | None = None
+
+
+class _Indexed(Dataset):
+    """Items with their indices; a bad image is an item with an error, which outlives a worker
+    process better than an exception."""
+
+    def __init__(self, dataset: ImageDataset, replace: bool) -> None:
+        self.dataset = dataset
+        self.replace = replace and skips(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> list[_Item]:
+        if hasattr(self.dataset, "__getitems__"):
+            found = self.dataset.__getitems__(indices)
+            return [_Item(image, int(y), i) for (image, y), i in zip(found, indices, strict=True)]
+        return [item for index in indices for item in self._read(index)]
+
+    def _read(self, index: int) -> list[_Item]:
+        """The item; with `replace`, bad ones are followed by the next good one of the list."""
+        items: list[_Item] = []
+        for offset in range(len(self.dataset)):
+            at = (index + offset) % len(self.dataset)
+            try:
+                image, label = self.dataset[at]
+            except BadImageError as error:
+                items.append(_Item(None, -1, at, str(error)))
+                if not self.replace:
+                    break
+            else:
+                items.append(_Item(image, int(label), at))
+                break
+        return items
+
+
+def _collate(items: list[_Item]) -> tuple[Tensor | None, Tensor, Tensor, list[str]]:
+    good = [item for item in items if item.image is not None]
+    return (
+        torch.stack([item.image for item in good]) if good else None,
+        torch.tensor([item.label for item in good], dtype=torch.long),
+        torch.tensor([item.index for item in good], dtype=torch.long),
+        [item.error for item in items if item.error is not None],
+    )
