@@ -7,7 +7,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-import run  # noqa: F401  (registers the resolvers that the configs use)
+import run
 from clipsae.sae import SAE, sparsemax_threshold
 from clipsae.tasks.build import sae_options
 

@@ -23,7 +23,9 @@ SMALL = [
 
 def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "run.py"), *overrides]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
 
 
 def small(folder: Path, *overrides: str, **options) -> subprocess.CompletedProcess:

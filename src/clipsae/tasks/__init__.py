@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 
@@ -11,6 +12,8 @@ from clipsae.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+SIGTERM_STATUS = 128 + signal.SIGTERM
+
 
 def run_task(cfg: DictConfig) -> None:
     """Run the task that the config names.
@@ -18,8 +21,8 @@ def run_task(cfg: DictConfig) -> None:
     A `ConfigError` is the user's to mend: it is shown as one line, without a traceback.
 
     Raises:
-        SystemExit: under SLURM, where Hydra would swallow the exception and the job would count
-            as completed; and for a `ConfigError` of a single run.
+        SystemExit: after a SIGTERM (status 143); for a `ConfigError` of a single run; under
+            SLURM, where Hydra would swallow an exception and the job would count as completed.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -28,6 +31,9 @@ def run_task(cfg: DictConfig) -> None:
     quiet_lightning()
     try:
         get_method(cfg.task._target_)(cfg)
+    except SystemExit as stop:
+        # Lightning's way out after a SIGTERM has no code: a cut run would count as done.
+        sys.exit(stop.code or SIGTERM_STATUS)
     except Exception as error:
         single = HydraConfig.get().mode == RunMode.RUN
         expected = isinstance(error, ConfigError)

@@ -1,6 +1,7 @@
 """`task=experiment`: train the SAE unless it is finished, evaluate it, print the table."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import FeatureDataModule, ImageDataset
+from clipsae.errors import ConfigError
 from clipsae.evaluation import check_topn_options, evaluate_topn
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
@@ -27,6 +29,8 @@ from clipsae.training.schedule import warmup_then
 
 log = logging.getLogger(__name__)
 
+IMAGES_WITH_RANDOM_WEIGHTS = 64
+
 
 def run(cfg: DictConfig) -> None:
     """Train, evaluate, show. What is finished is used, what was interrupted is continued.
@@ -38,6 +42,7 @@ def run(cfg: DictConfig) -> None:
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
     check_options(cfg, clip, train_set)
+    check_protocol(cfg, clip, test_set)
     store = Store(cfg.paths.output_dir)
     sae_stage = training_stage(cfg, store, train_set)
     evaluation_stage_ = evaluation_stage(cfg, store, sae_stage, test_set)
@@ -46,6 +51,8 @@ def run(cfg: DictConfig) -> None:
         if sae_stage.finished:
             log.info("using the trained SAE %s", sae_stage.path)
         sae_stage.make(lambda folder: train(cfg, clip, train_set, logger, sae_stage, folder))
+        if limit_images(cfg) is not None:
+            log.info("evaluating %d images only (evaluation.limit_images)", limit_images(cfg))
         if evaluation_stage_.finished:
             log.info("using the finished evaluation %s", evaluation_stage_.path)
         evaluation_stage_.make(lambda folder: evaluate(cfg, clip, sae_stage.path, test_set, folder))
@@ -64,13 +71,27 @@ def check_options(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) ->
         sae = build.build_sae(cfg, clip.width)
     options = build.training_options(cfg)
     build.user_error(SAEModule, sae, **options)
-    build.user_error(
-        warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps
-    )
+    build.user_error(warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps)
     build.user_error(FeatureDataModule, clip, train_set, **build.plain(cfg.features))
     build.user_error(
         check_topn_options, cfg.evaluation.ns, cfg.evaluation.protocol, cfg.evaluation.settings
     )
+
+
+def check_protocol(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
+    """Refuse `heldout` where both splits are the same images: nothing would be held out.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if cfg.evaluation.protocol != "heldout":
+        return
+    counted = build.build_dataset(cfg.dataset, "train", clip.image_size)
+    if counted.fingerprint == test_set.fingerprint:
+        raise ConfigError(
+            f"evaluation.protocol=heldout: {cfg.dataset.name} has one split only, which would be "
+            "counted and evaluated alike: use protocol=paper, or lay out train/ and test/"
+        )
 
 
 def training_stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
@@ -106,6 +127,7 @@ def evaluation_stage(
         "dataset": build.dataset_key(cfg.dataset, test_set),
         "evaluation": {
             **{k: v for k, v in build.plain(cfg.evaluation).items() if k != "batch_size"},
+            "limit_images": limit_images(cfg),
             "count_threshold": cfg.model.count_threshold,
         },
     }
@@ -187,6 +209,7 @@ def evaluate(
         count_dataset=count_set,
         count_threshold=cfg.model.count_threshold,
         batch_size=options.batch_size,
+        limit_images=limit_images(cfg),
         num_workers=cfg.features.num_workers,
         device=device,
         sparsity=True,
@@ -209,12 +232,22 @@ def evaluate(
             "active": result.active[name],
             "sparsity": result.sparsity[name],
             "class_accuracy": {
-                f"{setting}_{n}" if n else setting: accuracy.tolist()
+                f"{setting}_{n}" if n else setting: [
+                    None if math.isnan(a) else a for a in accuracy.tolist()
+                ]
                 for (_, setting, n), accuracy in result.class_accuracy.items()
             },
         },
     )
     save_config(cfg, folder)
+
+
+def limit_images(cfg: DictConfig) -> int | None:
+    """How many images are evaluated; None: all. With random CLIP weights, whose numbers mean
+    nothing, a few are enough to see that everything runs."""
+    if cfg.evaluation.limit_images is None and cfg.clip.pretrained is None:
+        return IMAGES_WITH_RANDOM_WEIGHTS
+    return cfg.evaluation.limit_images
 
 
 @contextmanager

@@ -123,3 +123,5 @@ def finish(logger: Logger | None, failed: bool) -> None:
     """Close the run, or the next job of this process would log into it."""
     if isinstance(logger, WandbLogger):
         logger.experiment.finish(exit_code=1 if failed else 0)
+    elif logger is not None:
+        logger.finalize("failed" if failed else "success")
