@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+
+from run import ROOT
 
 SMALL = [
     "model.latents=128",

@@ -7,13 +7,13 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from omegaconf import OmegaConf
 
 from clipsae.clip import tiny
 from clipsae.data.scenes import KINDS
 from clipsae.training import contrastive, pretrain
 from clipsae.training.pretrain import PretrainConfig
+from run import ROOT
 
 TASK = OmegaConf.load(ROOT / "conf/task/pretrain.yaml").task
 

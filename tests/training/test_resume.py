@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from run import ROOT
 
 OVERRIDES = [
     "model=batch_topk",  # thresholds, counters of dead latents, projected gradients: much to keep
