@@ -7,6 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["CLIPSAE_ROOT"] = str(ROOT)
+# Before torch is imported, and whatever is set outside: some tests fork, and OpenMP's threads do
+# not survive a fork: a child that computes with several waits for them for ever.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 PHOTOS = ROOT.parent / "shared" / "photos" / "imagenet" / "val"
 
