@@ -18,8 +18,7 @@ as decoding is linear. All that runs per setting is the tail, a sixth of a block
 B images, T tokens of an image, d width, e embedding size, M latents, C classes, n latents kept.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
+from clipsae.evaluation.passes import evenly_spaced, in_eval_mode
 from clipsae.evaluation.result import NO_SAE, TopNResult, make_rows, per_class_accuracy
 from clipsae.evaluation.single import Predictions, SingleSAE
 
@@ -120,7 +120,7 @@ def evaluate_topn(
             if progress is not None:
                 progress(done, total)
 
-    with _in_eval_mode(saes.values()):
+    with in_eval_mode(saes.values()):
         if protocol == "heldout" and runs:
             for tokens, labels, _ in batches(count_dataset, counted):
                 for run in runs:
@@ -185,25 +185,8 @@ def _by_class(dataset: Any, limit: int | None, classes: int) -> list[int]:
             f"labels from {int(labels.min())} to {int(labels.max())} with a classifier of "
             f"{classes} classes: expected 0..{classes - 1}"
         )
-    chosen = torch.arange(len(labels))
-    if limit is not None:
-        if limit < 1:
-            raise ValueError(f"limit_images={limit}: expected at least 1, or None for all")
-        limit = min(limit, len(labels))
-        chosen = chosen[:limit] * len(labels) // limit  # evenly spaced
+    chosen = torch.tensor(evenly_spaced(len(labels), limit))
     return chosen[labels[chosen].argsort(stable=True)].tolist()
-
-
-@contextmanager
-def _in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    training = [(module, module.training) for module in modules]
-    try:
-        for module, _ in training:
-            module.eval()
-        yield
-    finally:
-        for module, was in training:
-            module.train(was)
 
 
 def _result(

@@ -7,8 +7,7 @@ B images, T tokens of an image, d width, M latents, e embedding size, N images, 
 
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,7 @@ from clipsae.evaluation.metrics.truth import (
     image_concepts,
     patch_concepts,
 )
+from clipsae.evaluation.passes import evenly_spaced, in_eval_mode
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
 
@@ -115,14 +115,14 @@ def measure(
         encoder = encoder_by_name(encoder, dataset)
     if isinstance(encoder, nn.Module):
         encoder.to(device)
-    indices = _evenly(len(dataset.labels), limit_images)
+    indices = evenly_spaced(len(dataset.labels), limit_images)
     tokens = _drawn(len(indices) * clip.tokens, sample_tokens, seed) if "cknna" in chosen else []
     images = _drawn(len(indices), sample_images, seed) if "recovery" in chosen else []
     options = Options(chosen, pooling, k, threshold)
     runs = {name: SingleMeasure(sae.to(device), options) for name, sae in saes.items()}
 
     done = compared_tokens = compared_images = 0  # images that cannot be read may be left out
-    with _in_eval_mode(saes.values()):
+    with in_eval_mode(saes.values()):
         for pixels, _, found in image_batches(dataset, batch_size, num_workers, indices):
             stop = done + len(found)
             of_tokens = _within(tokens, done * clip.tokens, stop * clip.tokens)
@@ -181,15 +181,6 @@ def _check(pooling: str, sample_tokens: int, sample_images: int, images: int) ->
         raise ValueError("the dataset has no images: expected at least one")
 
 
-def _evenly(total: int, limit: int | None) -> list[int]:
-    if limit is None:
-        return list(range(total))
-    if limit < 1:
-        raise ValueError(f"limit_images={limit}: expected at least 1, or None for all")
-    limit = min(limit, total)
-    return [i * total // limit for i in range(limit)]
-
-
 def _drawn(total: int, size: int, seed: int) -> list[int]:
     """Ascending positions, drawn without replacement; all where there are no more."""
     return sorted(random.Random(seed).sample(range(total), min(size, total)))
@@ -199,18 +190,6 @@ def _within(positions: list[int], start: int, stop: int) -> list[int]:
     """The positions in start .. stop - 1, counted from start."""
     of = slice(bisect_left(positions, start), bisect_left(positions, stop))
     return [position - start for position in positions[of]]
-
-
-@contextmanager
-def _in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    training = [(module, module.training) for module in modules]
-    try:
-        for module, _ in training:
-            module.eval()
-        yield
-    finally:
-        for module, was in training:
-            module.train(was)
 
 
 def _result(
