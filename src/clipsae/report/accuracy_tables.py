@@ -1,4 +1,4 @@
-"""Tables 7-17, their average, ranks and fidelity, and the 2 x 2 ablation."""
+"""Tables 7-17, their average, ranks and fidelity."""
 
 import statistics
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ import pandas as pd
 from clipsae.evaluation.metrics.fidelity import fidelity
 from clipsae.report import published
 from clipsae.report.collect import NO_K
-from clipsae.report.names import SIX, column_order, column_title, dataset_title, model_title
+from clipsae.report.names import column_order, column_title, dataset_title, model_title
 from clipsae.report.select import Selection
 from clipsae.report.table import Cell, Column, Row, Table
 
@@ -31,10 +31,11 @@ def dataset_table(selection: Selection, dataset: str) -> Table:
         caption=(
             "Macro accuracy in percent. on_n keeps the n latents of the image's own class "
             f"({_MEANING.get(selection.wanted.protocol, selection.wanted.protocol)}), "
-            f"on_{selection.wanted.latents} all of them; no_sae is CLIP alone.{_images(selection, dataset)}"
+            f"on_{selection.wanted.latents} all of them; no_sae is CLIP alone."
+            + _images(selection, dataset)
         ),
         heads=("model",),
-        columns=_columns(selection, columns),
+        columns=plain_columns(selection, columns),
         rows=tuple(
             Row(
                 (row_title(selection, model),),
@@ -104,7 +105,10 @@ def average_table(selection: Selection, datasets: tuple[str, ...], name: str, of
             "models only where they have the same datasets."
         ),
         heads=("model",),
-        columns=(*_columns(selection, columns), Column("datasets", f"of {len(datasets)}", 0, "")),
+        columns=(
+            *plain_columns(selection, columns),
+            Column("datasets", f"of {len(datasets)}", 0, ""),
+        ),
         rows=tuple(rows),
     )
 
@@ -125,10 +129,11 @@ def average(selection: Selection, model: str, datasets: tuple[str, ...], column:
         & runs.dataset.isin(datasets)
     ]
     by_seed = runs.pivot(index="seed", columns="dataset", values="accuracy").dropna()
+    several = len(by_seed) > 1 and column != "no_sae"
     return Cell(
         ours=float(cells.accuracy.mean()) if len(cells) else None,
-        std=float(by_seed.mean(axis=1).std()) if len(by_seed) > 1 else None,
-        seeds=len(by_seed),
+        std=float(by_seed.mean(axis=1).std()) if several else None,
+        seeds=len(by_seed) if several else 0,
         published=mean,
         printed="" if mean is None else f"{mean:.3f}",
     )
@@ -197,40 +202,6 @@ def fidelity_table(selection: Selection) -> Table:
     )
 
 
-def ablation_table(selection: Selection, dataset: str) -> Table:
-    """Architecture x activation on one dataset; published for ImageNet."""
-    known = published.ablation() if dataset == published.ABLATED_ON else {}
-    columns = PAPER_COLUMNS[1:5]
-    rows = []
-    for model, parts in published.ablation_parts().items():
-        of = selection.of(model, dataset).set_index("column")
-        cells = {c: _joined(of, c, known.get((model, c))) for c in columns}
-        rows.append(Row((*parts, model_title(model)), cells, model))
-    rows.sort(key=lambda row: row.labels[:2], reverse=True)
-    also = (
-        " Published: the ablation's own figures for the two mixed models, Table 12 for the others."
-        if known
-        else ""
-    )
-    return Table(
-        name=f"ablation_{dataset}",
-        title=f"Ablation of architecture and activation: {dataset_title(dataset)}",
-        caption=f"Macro accuracy in percent.{also}",
-        heads=("architecture", "activation", "model"),
-        columns=_columns(selection, columns),
-        rows=tuple(rows),
-    )
-
-
-def ablated(selection: Selection) -> list[str]:
-    """Datasets of the ablation tables: ImageNet with the eleven, and where there are results."""
-    mixed = set(published.ablation_parts()) - set(SIX)
-    found = set(selection.cells.dataset[selection.cells.model.isin(mixed)])
-    if published.ABLATED_ON in selection.eleven:
-        found.add(published.ABLATED_ON)
-    return [name for name in selection.datasets if name in found]
-
-
 def accuracy_columns(selection: Selection, datasets: Iterable[str]) -> list[str]:
     """no_sae and on_n: the paper's, where it has a dataset, and all that were evaluated."""
     cells = selection.cells[
@@ -248,7 +219,8 @@ def row_title(selection: Selection, model: str) -> str:
     return model_title(model) + (f" (k = {k})" if k != NO_K else "")
 
 
-def _columns(selection: Selection, columns: Iterable[str]) -> tuple[Column, ...]:
+def plain_columns(selection: Selection, columns: Iterable[str]) -> tuple[Column, ...]:
+    """Columns of accuracies: higher is better, but for CLIP alone."""
     return tuple(
         Column(c, column_title(c, selection.wanted.latents), best="" if c == "no_sae" else "max")
         for c in columns
@@ -261,17 +233,19 @@ def _off_is_low(column: str) -> str:
 
 def _cell(selection: Selection, model: str, dataset: str, column: str) -> Cell:
     of = selection.of(model, dataset).set_index("column")
-    return _joined(of, column, published.zero_shot().get((dataset, model, column)))
+    return joined(of, column, published.zero_shot().get((dataset, model, column)))
 
 
-def _joined(of: pd.DataFrame, column: str, printed: str | None) -> Cell:
-    """Ours from cells indexed by column, and the published figure."""
+def joined(of: pd.DataFrame, column: str, printed: str | None) -> Cell:
+    """Ours from cells indexed by column, and the published figure as printed."""
     theirs = {} if printed is None else {"published": float(printed), "printed": printed}
     if column not in of.index:
         return Cell(**theirs)
     row = of.loc[column]
     if row.accuracy != row.accuracy:
         return Cell(**theirs)
+    if column == "no_sae":  # CLIP alone: seeds change nothing
+        return Cell(float(row.accuracy), **theirs)
     std = float(row["std"]) if row.seeds > 1 else None
     return Cell(float(row.accuracy), std, int(row.seeds), **theirs)
 

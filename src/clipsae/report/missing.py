@@ -19,7 +19,8 @@ class Missing:
     """One model on one dataset that lacks figures.
 
     Attributes:
-        model, dataset: which.
+        model: which.
+        dataset: which; several joined by ", ".
         what: the columns that lack, or `ALL`.
         command: the command line that fills them.
     """
@@ -42,12 +43,21 @@ class Commands:
     common: Sequence[str]
     seed: int = 0
 
-    def line(self, selection: Selection, model: str, dataset: str, seed: int | None = None) -> str:
-        """The command line of one cell."""
+    def line(
+        self,
+        selection: Selection,
+        model: str,
+        dataset: str,
+        seed: str | None = None,
+        *,
+        multirun: bool = False,
+    ) -> str:
+        """The command line of one cell, or of several: seeds and datasets joined by commas."""
         k = selection.k.get(model, NO_K)
         words = [
             "python",
             "run.py",
+            *(["-m"] if multirun else []),
             f"model={model}",
             *([f"model.k={k}"] if k != NO_K else []),
             f"dataset={dataset}",
@@ -93,24 +103,28 @@ def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
 
 
 def fewer_seeds(selection: Selection, commands: Commands) -> list[Missing]:
-    """Cells that are there, but not of every seed that the model's other cells have."""
+    """Cells that are there, but not of every seed that the model's other cells have: an entry a
+    model and set of seeds, its datasets in one multirun."""
     runs = selection.runs
     found = []
     for model in selection.models:
         of = runs[(runs.model == model) & (runs.k == selection.k[model])]
-        seeds = set(of.seed)
+        lacking: dict[tuple[int, ...], list[str]] = {}
         for dataset in selection.datasets:
             has = set(of.seed[of.dataset == dataset])
-            found += [
+            absent = tuple(sorted(set(of.seed) - has))
+            if has and absent:
+                lacking.setdefault(absent, []).append(dataset)
+        for seeds, datasets in lacking.items():
+            listed = ",".join(str(seed) for seed in seeds)
+            found.append(
                 Missing(
                     model,
-                    dataset,
-                    f"seed {seed}",
-                    commands.line(selection, model, dataset, seed),
+                    ", ".join(datasets),
+                    f"seed {listed}",
+                    commands.line(selection, model, ",".join(datasets), listed, multirun=True),
                 )
-                for seed in sorted(seeds - has)
-                if has
-            ]
+            )
     return found
 
 

@@ -25,10 +25,10 @@ from clipsae.report.names import (
 )
 from clipsae.report.select import Selection
 
-WIDTH = 4.8  # inches: on a phone 360 pixels wide a 9-point letter is 9 pixels high
+WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels high
 INK = "#1b1f24"  # of text and axes: the page replaces it by the reader's own
 STYLE: dict[str, Any] = {
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": INK,
@@ -43,7 +43,9 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.6,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -84,13 +86,8 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
         for model in selection.models:
             colour, marker = model_style(model, selection.models)
             of = cells[(cells.model == model) & cells.column.isin(columns)]
-            _line(
-                axes,
-                of.assign(x=of.column.map(position)),
-                colour,
-                marker,
-                row_title(selection, model),
-            )
+            of = of.assign(x=of.column.map(position))
+            _line(axes, of, colour, marker, row_title(selection, model))
             theirs = [(position[c], known.get((dataset, model, c))) for c in columns]
             theirs = [(x, float(y)) for x, y in theirs if y is not None]
             if theirs:
@@ -160,7 +157,7 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
                         label=f"Sparsemax (mean support {support:.1f})",
                     )
             _log_x(axes, ks)
-            axes.set_title(column_title(column, selection.wanted.latents), fontsize=9, loc="left")
+            axes.set_title(column_title(column, selection.wanted.latents), fontsize=10, loc="left")
         for axes in panels[len(columns) :]:
             axes.set_visible(False)
         for axes in panels[max(0, len(columns) - 2) : len(columns)]:
@@ -196,6 +193,7 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
         return None
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.2)
+        above = True  # curves of k lie near each other: their labels take different sides
         for model in shown:
             colour, marker = model_style(model, selection.models)
             points, error = value.loc[model].sort_index(), std.loc[model].sort_index()
@@ -216,10 +214,13 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
                     axes.annotate(
                         f"k {k}",
                         (point.active, point.fvu),
-                        xytext=(4, 4),
+                        xytext=(4, 4) if above else (-4, -4),
                         textcoords="offset points",
-                        fontsize=7,
+                        ha="left" if above else "right",
+                        va="bottom" if above else "top",
+                        fontsize=8,
                     )
+            above ^= any(points.index != NO_K)
         axes.set_xscale("log")
         _plain_log_ticks(axes, value.active)
         axes.set_xlabel("active latents of a token")
@@ -291,7 +292,10 @@ def _plain_log_ticks(axes: Axes, values: Iterable[float]) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
+    """The legend below; then the layout stays, or it would be found again for every file."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def _spread(cells: pd.DataFrame) -> str:

@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipsae.report import accuracy_tables, metric_tables, plots
+from clipsae.report import ablation, accuracy_tables, metric_tables, plots
 from clipsae.report.collect import Collected
 from clipsae.report.findings import differing_settings, findings
 from clipsae.report.metric_tables import MEASURED_ON
 from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
 from clipsae.report.names import dataset_title
 from clipsae.report.plots import Plot
+from clipsae.report.published import table_numbers
 from clipsae.report.select import Selection
 from clipsae.report.stability import seed_stability
 from clipsae.report.table import Table
@@ -118,7 +119,9 @@ def _called(eleven: tuple[str, ...]) -> str:
 
 def _dataset_section(selection: Selection, dataset: str) -> Section:
     """Accuracy, sparsity and interpretability of one dataset."""
-    section = Section(f"dataset-{dataset}", dataset_title(dataset))
+    number = table_numbers().get(dataset)
+    of_paper = f" (Table {number})" if number else ""
+    section = Section(f"dataset-{dataset}", dataset_title(dataset) + of_paper)
     accuracy = accuracy_tables.dataset_table(selection, dataset)
     section.tables.append(accuracy)
     others = accuracy_tables.other_settings_table(selection, dataset)
@@ -139,8 +142,8 @@ def _dataset_section(selection: Selection, dataset: str) -> Section:
 
 
 def _ablation(selection: Selection) -> Section:
-    datasets = accuracy_tables.ablated(selection)
-    tables = [accuracy_tables.ablation_table(selection, dataset) for dataset in datasets]
+    datasets = ablation.ablated(selection)
+    tables = [ablation.ablation_table(selection, dataset) for dataset in datasets]
     return Section("ablation", "Ablation", tables)
 
 

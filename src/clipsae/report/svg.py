@@ -2,7 +2,7 @@
 
 import io
 import re
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import quoteattr
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -29,6 +29,5 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     size = r'<svg width="[\d.]+pt" height="[\d.]+pt"'
-    return re.sub(
-        size, f'<svg role="img" aria-label="{escape(title, {chr(34): "&quot;"})}"', text, count=1
-    )
+    opening = f'<svg role="img" aria-label={quoteattr(title)}'
+    return re.sub(size, lambda _: opening, text, count=1)

@@ -20,8 +20,8 @@ MANIFEST = "files.json"  # what the report consists of: the next one removes wha
 def write_report(report: Report, folder: Path | str) -> Path:
     """Write all files of a report into `folder`; those of an earlier report are replaced.
 
-    `index.html`; `tables.md`, `cells.csv` and `tables/<name>.{md,csv,tex}`; `plots/<name>.{pdf,png}`;
-    `missing.md`.
+    `index.html`, `missing.md`, `tables.md`, `cells.csv`, `tables/<name>.{md,csv,tex}`,
+    `plots/<name>.pdf`.
 
     Returns:
         the page's path.
@@ -37,24 +37,18 @@ def write_report(report: Report, folder: Path | str) -> Path:
         texts[f"tables/{table.name}.md"] = to_markdown(table)
         texts[f"tables/{table.name}.csv"] = to_csv(table)
         texts[f"tables/{table.name}.tex"] = to_latex(table)
-    names = [
-        *texts,
-        *(f"plots/{plot.name}.{end}" for plot in report.plots for end in ("pdf", "png")),
-    ]
+    names = [*texts, *(f"plots/{plot.name}.pdf" for plot in report.plots)]
     for part in ("tables", "plots"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     _remove_stale(folder, names)
     for name, text in texts.items():
         _write(folder / name, text)
     for plot in report.plots:
+        path = folder / "plots" / f"{plot.name}.pdf"
+        aside = path.with_name(f".{path.name}.tmp")
         with matplotlib.rc_context(STYLE):
-            for end, options in (
-                ("pdf", {"metadata": {"CreationDate": None}}),
-                ("png", {"dpi": 200, "facecolor": "white"}),
-            ):
-                aside = folder / "plots" / f".{plot.name}.{end}.tmp"
-                plot.figure.savefig(aside, format=end, **options)
-                aside.replace(folder / "plots" / f"{plot.name}.{end}")
+            plot.figure.savefig(aside, format="pdf", metadata={"CreationDate": None})
+        aside.replace(path)
     _write(folder / MANIFEST, json.dumps(sorted(names), indent=1) + "\n")
     return folder / INDEX
 

@@ -125,9 +125,11 @@ def nothing_there(
     keys = ["clip", "weights", "layer", "latents", "protocol"]
     there = found.results[keys].drop_duplicates().head(3).to_dict("records")
     have = "; ".join(
-        f"clip.name={r['clip']} clip.pretrained={'null' if r['weights'] == 'None' else r['weights']}"
-        f" clip.layer={r['layer']} model.latents={r['latents']} evaluation.protocol={r['protocol']}"
-        for r in there
+        f"clip.name={of['clip']} "
+        f"clip.pretrained={'null' if of['weights'] == 'None' else of['weights']} "
+        f"clip.layer={of['layer']} model.latents={of['latents']} "
+        f"evaluation.protocol={of['protocol']}"
+        for of in there
     )
     return (
         f"{folder / 'evaluation'} holds no finished evaluation {what}, but {have}: report on those "
