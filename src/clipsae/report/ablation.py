@@ -2,7 +2,7 @@
 
 from clipsae.report import published
 from clipsae.report.accuracy_tables import PAPER_COLUMNS, joined, plain_columns
-from clipsae.report.names import SIX, dataset_title, model_title
+from clipsae.report.names import SIX, dataset_title, model_title, slug
 from clipsae.report.select import Selection
 from clipsae.report.table import Row, Table
 
@@ -16,14 +16,14 @@ def ablation_table(selection: Selection, dataset: str) -> Table:
         of = selection.of(model, dataset).set_index("column")
         cells = {c: joined(of, c, known.get((model, c))) for c in columns}
         rows.append(Row((*parts, model_title(model)), cells, model))
-    rows.sort(key=lambda row: row.labels[:2], reverse=True)
+    rows.sort(key=lambda row: (row.labels[0] != "linear", row.labels[1]))
     also = (
         " Published: the ablation's own figures for the two mixed models, Table 12 for the others."
         if known
         else ""
     )
     return Table(
-        name=f"ablation_{dataset}",
+        name=f"ablation_{slug(dataset)}",
         title=f"Ablation of architecture and activation: {dataset_title(dataset)}",
         caption=f"Macro accuracy in percent.{also}",
         heads=("architecture", "activation", "model"),

@@ -8,7 +8,7 @@ import pandas as pd
 from clipsae.evaluation.metrics.fidelity import fidelity
 from clipsae.report import published
 from clipsae.report.collect import NO_K
-from clipsae.report.names import column_order, column_title, dataset_title, model_title
+from clipsae.report.names import column_order, column_title, dataset_title, model_title, slug
 from clipsae.report.select import Selection
 from clipsae.report.table import Cell, Column, Row, Table
 
@@ -24,7 +24,7 @@ def dataset_table(selection: Selection, dataset: str) -> Table:
     columns = accuracy_columns(selection, [dataset])
     title = dataset_title(dataset)
     number = published.table_numbers().get(dataset)
-    name = f"table_{number:02d}_{dataset}" if number else f"accuracy_{dataset}"
+    name = f"table_{number:02d}_{slug(dataset)}" if number else f"accuracy_{slug(dataset)}"
     return Table(
         name=name,
         title=f"Table {number}: {title}" if number else title,
@@ -59,7 +59,7 @@ def other_settings_table(selection: Selection, dataset: str) -> Table:
         key=column_order,
     )
     return Table(
-        name=f"settings_{dataset}",
+        name=f"settings_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: without the class's latents, and without labels",
         caption=(
             "Macro accuracy in percent, ours only. off_n keeps all but the n latents of the "
@@ -203,12 +203,13 @@ def fidelity_table(selection: Selection) -> Table:
 
 
 def accuracy_columns(selection: Selection, datasets: Iterable[str]) -> list[str]:
-    """no_sae and on_n: the paper's, where it has a dataset, and all that were evaluated."""
+    """no_sae and on_n: all that were evaluated, and the paper's where it has a dataset or
+    nothing was."""
     cells = selection.cells[
         selection.cells.dataset.isin(list(datasets)) & selection.cells.model.isin(selection.models)
     ]
     found = {c for c in cells.column if c == "no_sae" or c.startswith("on_")}
-    if any(name in published.table_numbers() for name in datasets):
+    if not found or any(name in published.table_numbers() for name in datasets):
         found |= set(PAPER_COLUMNS)
     return sorted(found, key=column_order)
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from clipsae.report import published
 from clipsae.report.accuracy_tables import row_title
-from clipsae.report.names import dataset_title, model_title
+from clipsae.report.names import dataset_title, model_title, slug
 from clipsae.report.select import Selection
 from clipsae.report.stability import Stability
 from clipsae.report.table import Cell, Column, Row, Table
@@ -45,7 +45,7 @@ def sparsity_tables(selection: Selection, dataset: str) -> list[Table]:
     """Table 5 of one dataset: of the codes as selected, and of the code without its selection."""
     paper = dataset == MEASURED_ON
     label = "Table 5" if paper else "As Table 5"
-    name = "table_05" if paper else f"sparsity_{dataset}"
+    name = "table_05" if paper else f"sparsity_{slug(dataset)}"
     also = " Published: on data that the paper does not name." if paper else ""
     of = _by_metric(selection, dataset)
     selected = Table(
@@ -96,7 +96,7 @@ def interpretability_tables(selection: Selection, dataset: str) -> list[Table]:
         suffix = f"_{number}" if len(ways) > 1 else ""
         tables.append(
             Table(
-                name=(f"table_06{suffix}" if paper else f"monosemanticity_{dataset}{suffix}"),
+                name=(f"table_06{suffix}" if paper else f"monosemanticity_{slug(dataset)}{suffix}"),
                 title=f"{'Table 6' if paper else 'As Table 6'}: MonoSemanticity on "
                 f"{dataset_title(dataset)}" + (f" ({encoder}, {pooling})" if suffix else ""),
                 caption=(
@@ -124,7 +124,7 @@ def recovery_table(selection: Selection, dataset: str) -> Table | None:
     if not columns:
         return None
     return Table(
-        name=f"recovery_{dataset}",
+        name=f"recovery_{slug(dataset)}",
         title=f"Concept recovery on {dataset_title(dataset)}",
         caption=(
             "Against the ground truth, per patch and per image. Coverage: share of concepts that "

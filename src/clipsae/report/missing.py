@@ -138,8 +138,10 @@ def _note(
     of = selection.of(model, dataset)
     has = set(of.column[of.accuracy.notna()])
     lacking = [column for column in columns if column not in has]
-    if lacking:
-        gaps[model, dataset] = [ALL] if not has else lacking
+    if not has:
+        gaps[model, dataset] = [ALL]
+    elif lacking:
+        gaps[model, dataset] = lacking
 
 
 def _paper_order(column: str) -> int:

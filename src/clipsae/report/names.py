@@ -1,5 +1,8 @@
 """How models, datasets and columns are called, and one colour for each model everywhere."""
 
+import hashlib
+import re
+
 from clipsae.data.eleven import ELEVEN
 from clipsae.report.published import table_numbers
 
@@ -39,6 +42,15 @@ def model_title(model: str) -> str:
 def dataset_title(dataset: str) -> str:
     """As its authors call it; one that is not of the eleven by its own name."""
     return ELEVEN[dataset].about.title if dataset in ELEVEN else dataset
+
+
+def slug(dataset: str) -> str:
+    """A dataset's name where files and anchors are named by it: letters, digits, "_", "-", "."; a
+    hash keeps apart what would become the same."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", dataset)
+    if plain == dataset:
+        return dataset
+    return f"{plain}-{hashlib.sha256(dataset.encode()).hexdigest()[:6]}"
 
 
 def model_style(model: str, models: tuple[str, ...]) -> tuple[str, str]:

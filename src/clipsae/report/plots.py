@@ -22,6 +22,7 @@ from clipsae.report.names import (
     dataset_title,
     model_style,
     model_title,
+    slug,
 )
 from clipsae.report.select import Selection
 
@@ -107,7 +108,7 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
         _legend(figure, axes)
     paper = " Dashed: published." if dataset in published.table_numbers() else ""
     return Plot(
-        name=f"accuracy_{dataset}",
+        name=f"accuracy_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: accuracy over n",
         caption=f"Steps of n are drawn evenly. Dotted: CLIP alone.{paper}{_spread(cells)}",
         dataset=dataset,
@@ -166,7 +167,7 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
             axes.set_ylabel("accuracy, %")
         _legend(figure, panels[0])
     return Plot(
-        name=f"k_{dataset}",
+        name=f"k_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: accuracy over k",
         caption=(
             "A panel an on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
@@ -228,7 +229,7 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
         axes.set_ylim(bottom=0)
         _legend(figure, axes)
     return Plot(
-        name=f"sparsity_{dataset}",
+        name=f"sparsity_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: sparsity against FVU",
         caption=f"Lower left is better.{_spread(of)}",
         dataset=dataset,

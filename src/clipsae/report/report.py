@@ -9,7 +9,7 @@ from clipsae.report.collect import Collected
 from clipsae.report.findings import differing_settings, findings
 from clipsae.report.metric_tables import MEASURED_ON
 from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
-from clipsae.report.names import dataset_title
+from clipsae.report.names import dataset_title, slug
 from clipsae.report.plots import Plot
 from clipsae.report.published import table_numbers
 from clipsae.report.select import Selection
@@ -121,7 +121,7 @@ def _dataset_section(selection: Selection, dataset: str) -> Section:
     """Accuracy, sparsity and interpretability of one dataset."""
     number = table_numbers().get(dataset)
     of_paper = f" (Table {number})" if number else ""
-    section = Section(f"dataset-{dataset}", dataset_title(dataset) + of_paper)
+    section = Section(f"dataset-{slug(dataset)}", dataset_title(dataset) + of_paper)
     accuracy = accuracy_tables.dataset_table(selection, dataset)
     section.tables.append(accuracy)
     others = accuracy_tables.other_settings_table(selection, dataset)
