@@ -27,7 +27,7 @@ def dataset_table(selection: Selection, dataset: str) -> Table:
     name = f"table_{number:02d}_{slug(dataset)}" if number else f"accuracy_{slug(dataset)}"
     return Table(
         name=name,
-        title=f"Table {number}: {title}" if number else title,
+        title=f"Table {number}: {title}" if number else f"{title}: accuracy",
         caption=(
             "Macro accuracy in percent. on_n keeps the n latents of the image's own class "
             f"({_MEANING.get(selection.wanted.protocol, selection.wanted.protocol)}), "
@@ -100,9 +100,8 @@ def average_table(selection: Selection, datasets: tuple[str, ...], name: str, of
         name=name,
         title=f"Average over {of}",
         caption=(
-            "Mean macro accuracy in percent over the datasets that a model has results on; the "
-            "published mean is over the same ones, or over all where there are none. Compare "
-            "models only where they have the same datasets."
+            "Mean macro accuracy in percent over the datasets that a model has results on. Compare "
+            f"models only where they have the same datasets.{_published_mean(datasets)}"
         ),
         heads=("model",),
         columns=(
@@ -165,8 +164,8 @@ def rank_table(selection: Selection, datasets: tuple[str, ...], name: str, of: s
         title=f"Mean rank over {of}",
         caption=(
             f"1 is the best of {len(present)} models; ties share their mean rank. Over the {over} "
-            "datasets where all of them have the figure; published ranks are among the same "
-            "models and datasets."
+            "datasets where all of them have the figure; published ranks, where there are any, "
+            "are among the same models and datasets."
         ),
         heads=("model",),
         columns=tuple(
@@ -226,6 +225,12 @@ def plain_columns(selection: Selection, columns: Iterable[str]) -> tuple[Column,
         Column(c, column_title(c, selection.wanted.latents), best="" if c == "no_sae" else "max")
         for c in columns
     )
+
+
+def _published_mean(datasets: Iterable[str]) -> str:
+    if not set(datasets) & set(published.table_numbers()):
+        return ""
+    return " The published mean is over the same datasets, or over all where there are none."
 
 
 def _off_is_low(column: str) -> str:

@@ -53,7 +53,7 @@ def sparsity_tables(selection: Selection, dataset: str) -> list[Table]:
         title=f"{label}: sparsity and reconstruction on {dataset_title(dataset)}",
         caption=f"The code as the SAE selects it. {_DEFINITIONS}{_MORE_DEFINITIONS}{also}",
         heads=("model",),
-        columns=_SELECTED,
+        columns=_present(of, _SELECTED, paper),
         rows=_rows(selection, of, _SELECTED, paper),
     )
     dense = Table(
@@ -66,7 +66,7 @@ def sparsity_tables(selection: Selection, dataset: str) -> list[Table]:
             f"both tables show the published values. {_DEFINITIONS}"
         ),
         heads=("model",),
-        columns=_DENSE,
+        columns=_present(of, _DENSE, paper),
         rows=_rows(selection, of, _DENSE, paper),
     )
     return [table for table in (selected, dense) if paper or not table.empty]
@@ -166,6 +166,12 @@ def _by_metric(selection: Selection, dataset: str) -> pd.DataFrame:
     return selection.metrics[
         (selection.metrics.dataset == dataset) & (selection.metrics.image_encoder == "")
     ]
+
+
+def _present(of: pd.DataFrame, columns: tuple[Column, ...], paper: bool) -> tuple[Column, ...]:
+    """All of the paper's table; of another those that were measured."""
+    measured = set(of.metric)
+    return tuple(column for column in columns if paper or column.key in measured)
 
 
 def _rows(

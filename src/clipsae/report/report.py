@@ -62,6 +62,10 @@ class Report:
         return [t for section in self.sections for t in (*section.tables, *section.folded)]
 
     @property
+    def has_published(self) -> bool:
+        return any(table.has_published for table in self.tables)
+
+    @property
     def plots(self) -> list[Plot]:
         return [plot for section in self.sections for plot in section.plots]
 
@@ -95,7 +99,7 @@ def make_report(
 
 
 def _overview(selection: Selection) -> Section:
-    section = Section("average", "Average and ranks")
+    section = Section("overview", "Average and ranks")
     for datasets, name, of in (
         (selection.eleven, "average", _called(selection.eleven)),
         (selection.others, "average_others", f"the {len(selection.others)} other datasets"),
