@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
-from clipsae.clip.text import OPENAI_IMAGENET_TEMPLATES, text_classifier
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.sae import SAE
@@ -84,21 +82,6 @@ def build_sae(cfg: DictConfig, d: int) -> SAE:
         ConfigError: an option that does not exist or cannot be.
     """
     return user_error(SAE, d=d, **sae_options(cfg))
-
-
-def build_classifier(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> Tensor:
-    """The text embeddings [C, e] of the dataset's classes.
-
-    With random CLIP weights one prompt a class: 1,000 classes in 80 templates take an hour on a
-    CPU, and mean nothing.
-    """
-    templates = dataset.templates or OPENAI_IMAGENET_TEMPLATES
-    return text_classifier(
-        clip,
-        dataset.classnames,
-        templates[:1] if cfg.clip.pretrained is None else templates,
-        renormalize=cfg.evaluation.renormalize_text,
-    )
 
 
 def clip_key(cfg: DictConfig) -> dict[str, Any]:

@@ -11,11 +11,14 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
+from torch import Tensor
 
+from clipsae.clip import FrozenCLIP
+from clipsae.data import ImageDataset
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
 from clipsae.tasks.guidance import resolve_k
-from clipsae.tasks.stages import evaluation, measurement, sae
+from clipsae.tasks.stages import classifier, evaluation, measurement, sae
 from clipsae.tasks.table import print_results
 from clipsae.training.logging import finish, log_results
 
@@ -47,9 +50,22 @@ def run(cfg: DictConfig) -> None:
         if stage.finished:
             log.info("using the finished %s", stage.path)
 
+    def evaluate(folder: Path) -> None:
+        classes = text_embeddings(cfg, store, clip, test_set)
+        evaluation.make(cfg, clip, trained.path, classes, test_set, folder)
+
     with tracked(cfg, evaluated) as logger:
         trained.make(lambda folder: sae.make(cfg, clip, train_set, logger, trained, folder))
-        evaluated.make(lambda folder: evaluation.make(cfg, clip, trained.path, test_set, folder))
+        evaluated.make(
+            lambda folder: evaluation.make(
+                cfg,
+                clip,
+                trained.path,
+                text_embeddings(cfg, store, clip, test_set),
+                test_set,
+                folder,
+            )
+        )
         rows = evaluation.read(evaluated.path)
         evaluation.check_zero_shot(cfg, test_set, rows)
         cells = table_cells(rows)
@@ -62,6 +78,14 @@ def run(cfg: DictConfig) -> None:
             cells |= {f"measure/{name}": value for name, value in metrics.items()}
         log_results(logger, rows.to_dict("records"), cells)
     print_results(rows, metrics, [stage.path for stage in stages])
+
+
+def text_embeddings(
+    cfg: DictConfig, store: Store, clip: FrozenCLIP, dataset: ImageDataset
+) -> Tensor:
+    """The classes' text embeddings [C, e], from the store if they are there."""
+    stage = classifier.stage(cfg, store, dataset)
+    return classifier.read(stage.make(lambda folder: classifier.make(cfg, clip, dataset, folder)))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 from omegaconf import DictConfig
+from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
@@ -56,9 +57,14 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
 
 
 def make(
-    cfg: DictConfig, clip: FrozenCLIP, sae_folder: Path, test_set: ImageDataset, folder: Path
+    cfg: DictConfig,
+    clip: FrozenCLIP,
+    sae_folder: Path,
+    classifier: Tensor,
+    test_set: ImageDataset,
+    folder: Path,
 ) -> None:
-    """Evaluate a trained SAE and write the results into `folder`."""
+    """Evaluate a trained SAE with the classes' text embeddings [C, e]; write into `folder`."""
     options = cfg.evaluation
     device = build.best_device()
     count_set = None
@@ -71,7 +77,7 @@ def make(
         clip.to(device),
         {name: SAE.load(sae_folder).to(device)},
         test_set,
-        build.build_classifier(cfg, clip, test_set),
+        classifier,
         ns=tuple(options.ns),
         settings=tuple(options.settings),
         protocol=options.protocol,
