@@ -56,16 +56,7 @@ def run(cfg: DictConfig) -> None:
 
     with tracked(cfg, evaluated) as logger:
         trained.make(lambda folder: sae.make(cfg, clip, train_set, logger, trained, folder))
-        evaluated.make(
-            lambda folder: evaluation.make(
-                cfg,
-                clip,
-                trained.path,
-                text_embeddings(cfg, store, clip, test_set),
-                test_set,
-                folder,
-            )
-        )
+        evaluated.make(evaluate)
         rows = evaluation.read(evaluated.path)
         evaluation.check_zero_shot(cfg, test_set, rows)
         cells = table_cells(rows)
