@@ -15,8 +15,8 @@ def ablation_table(selection: Selection, dataset: str) -> Table:
     for model, parts in published.ablation_parts().items():
         of = selection.of(model, dataset).set_index("column")
         cells = {c: joined(of, c, known.get((model, c))) for c in columns}
-        rows.append(Row((*parts, model_title(model)), cells, model))
-    rows.sort(key=lambda row: (row.labels[0] != "linear", row.labels[1]))
+        rows.append(Row((model_title(model), *parts), cells, model))
+    rows.sort(key=lambda row: (row.labels[1] != "linear", row.labels[2]))
     also = (
         " Published: the ablation's own figures for the two mixed models, Table 12 for the others."
         if known
@@ -26,7 +26,7 @@ def ablation_table(selection: Selection, dataset: str) -> Table:
         name=f"ablation_{slug(dataset)}",
         title=f"Ablation of architecture and activation: {dataset_title(dataset)}",
         caption=f"Macro accuracy in percent.{also}",
-        heads=("architecture", "activation", "model"),
+        heads=("model", "architecture", "activation"),
         columns=plain_columns(selection, columns),
         rows=tuple(rows),
     )

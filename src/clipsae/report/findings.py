@@ -66,12 +66,13 @@ def _winners(
             compared += 1
             agree += theirs.mean().idxmax() == best
     if not by_model:
-        yield "No dataset has results of all models yet, so that none can be called the best."
+        yield "No dataset has results of all models that have any: none can be called the best yet."
         return
     low, high = min(counts), max(counts)
-    over = f"{low} to {high} datasets" if low < high else _count(high, "dataset")
+    over = f"{low} to {high} datasets" if low < high else f"{high} datasets"
+    where = "on the one dataset" if high == 1 else f"over the {over}"
     parts = [f"{model_title(m)} at {_listed(columns)}" for m, columns in by_model.items()]
-    yield f"Highest mean accuracy over the {over} that all share: {'; '.join(parts)}."
+    yield f"Highest mean accuracy {where} that all models with results share: {'; '.join(parts)}."
     if compared:
         yield (
             f"The best model is the published one at {agree} of {compared} values of n, over the "

@@ -176,7 +176,7 @@ def _counts(selection: Selection) -> list[str]:
     if selection.unfitting:
         lines.append(
             f"{_results(selection.unfitting)} left out, being of another CLIP than {wanted.clip} "
-            f"(weights {wanted.weights}, layer {wanted.layer}), another protocol than "
+            f"(weights {wanted.weights_title}, layer {wanted.layer}), another protocol than "
             f"{wanted.protocol} or another M than {wanted.latents}."
         )
     limited = selection.runs[~selection.runs.complete.astype(bool)]

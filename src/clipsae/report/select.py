@@ -1,6 +1,7 @@
 """Which finished result fills a cell, and the mean over seeds in it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,11 @@ class Wanted:
     models: tuple[str, ...] | None = None
     datasets: tuple[str, ...] | None = None
     k: int | None = None
+
+    @property
+    def weights_title(self) -> str:
+        """The weights without the folder they lie in."""
+        return Path(self.weights).name
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ def nothing_there(
 
 def log_report(cfg: DictConfig, report: Report) -> None:
     """The tables as W&B Tables of one run; other loggers have no place for them."""
-    wanted = vars(report.selection.wanted)
+    about = report.selection.wanted
+    wanted = {**vars(about), "weights": about.weights_title}
     logger: Logger | None = build.call_target(
         cfg.logger,
         name=f"report-{cfg.task.clip}-{cfg.task.protocol}",
