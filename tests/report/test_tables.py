@@ -215,3 +215,18 @@ def test_fewer_seeds_are_one_multirun_a_model(store):
             store.evaluation("relu", dataset, {"on_5": 1.0}, seed=seed)
     (entry,) = fewer_seeds(choose(store), Commands(["clip=tiny"]))
     assert entry.command == "python run.py -m model=relu dataset=b,c clip=tiny seed=1,2"
+
+
+def test_a_folder_of_ones_own_is_chosen_by_its_own_overrides(store):
+    for dataset in ("a", "b", "mine"):
+        for seed in (0, 1) if dataset == "a" else (0,):
+            store.evaluation("relu", dataset, {"on_5": 1.0}, seed=seed)
+    mine = ["dataset=image_folder", "dataset.root=/photos", "dataset.name=mine"]
+    commands = Commands(["clip=tiny"], datasets={"mine": mine})
+    assert [entry.command for entry in fewer_seeds(choose(store), commands)] == [
+        "python run.py -m model=relu dataset=b clip=tiny seed=1",
+        f"python run.py -m model=relu {' '.join(mine)} clip=tiny seed=1",
+    ]
+    gaps = {(g.model, g.dataset): g for g in missing_cells(choose(store), commands)}
+    expected = f"python run.py model=gated {' '.join(mine)} clip=tiny seed=0"
+    assert gaps["gated", "mine"].command == expected

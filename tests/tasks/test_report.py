@@ -45,6 +45,9 @@ def evaluation(root: Path, model: str, dataset: str, accuracy: float, **more) ->
     sparsity = {"l0": 0.9, "active": 5.0, "fvu": 0.1}
     (folder / "diagnostics.json").write_text(json.dumps({"active": 5.0, "sparsity": sparsity}))
     config = {"clip": {"name": "clipsae-tiny", "pretrained": "builtin", "layer": -2}}
+    if dataset == "photos":
+        target = "clipsae.data.ImageFolder"
+        config["dataset"] = {"_target_": target, "name": "photos", "root": "/my/photos"}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "meta.json").write_text(json.dumps({"finished": 1.0}))
 
@@ -56,13 +59,14 @@ def test_a_report_from_the_command_line(tmp_path):
     evaluation(out, "topk", "scenes_shape", 44.0, k=16, seed=0)
     evaluation(out, "topk", "scenes_shape", 46.0, k=16, seed=1)
     evaluation(out, "relu", "scenes_colour", 60.0)
+    evaluation(out, "relu", "photos", 50.0)
     done = report(out, "logger.mode=offline", "evaluation.batch_size=16")
     assert done.returncode == 0, done.stderr
     page = out / "report" / "index.html"
     assert page.is_file()
     assert str(page) in done.stdout
-    assert "Average over 2 datasets" in done.stdout
-    assert "50.00" in done.stdout  # ReLU's mean of 40 and 60
+    assert "Average over 3 datasets" in done.stdout
+    assert "50.00" in done.stdout  # ReLU's mean of 40, 50 and 60
     assert "45.00" in done.stdout  # TopK's mean over seeds
     missing = (out / "report" / "missing.md").read_text()
     command = (
@@ -70,6 +74,8 @@ def test_a_report_from_the_command_line(tmp_path):
         f"paths.output_dir={out} evaluation.batch_size=16 seed=0"
     )
     assert command in missing.splitlines()
+    of_photos = "dataset=image_folder dataset.root=/my/photos dataset.name=photos"
+    assert f"model=gated {of_photos} clip=tiny" in missing
 
     # The same tables lie in an offline W&B run of its own kind.
     (record,) = (out / "wandb").glob("offline-run-*/*.wandb")

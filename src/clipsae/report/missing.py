@@ -1,8 +1,8 @@
 """Cells without a figure, and the command that fills them."""
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from clipsae.report.accuracy_tables import PAPER_COLUMNS, accuracy_columns
 from clipsae.report.collect import NO_K
@@ -38,10 +38,12 @@ class Commands:
     Attributes:
         common: overrides that every command takes, such as "clip=vit_b_16".
         seed: of results that there is no seed of.
+        datasets: overrides that choose a dataset, where it is not `dataset=<name>`.
     """
 
     common: Sequence[str]
     seed: int = 0
+    datasets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def line(
         self,
@@ -60,7 +62,7 @@ class Commands:
             *(["-m"] if multirun else []),
             f"model={model}",
             *([f"model.k={k}"] if k != NO_K else []),
-            f"dataset={dataset}",
+            *self.datasets.get(dataset, [f"dataset={dataset}"]),
             *self.common,
             f"seed={self.seed if seed is None else seed}",
         ]
@@ -109,13 +111,14 @@ def fewer_seeds(selection: Selection, commands: Commands) -> list[Missing]:
     found = []
     for model in selection.models:
         of = runs[(runs.model == model) & (runs.k == selection.k[model])]
-        lacking: dict[tuple[int, ...], list[str]] = {}
+        lacking: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         for dataset in selection.datasets:
             has = set(of.seed[of.dataset == dataset])
             absent = tuple(sorted(set(of.seed) - has))
             if has and absent:
-                lacking.setdefault(absent, []).append(dataset)
-        for seeds, datasets in lacking.items():
+                alone = dataset if dataset in commands.datasets else ""
+                lacking.setdefault((alone, absent), []).append(dataset)
+        for (_, seeds), datasets in lacking.items():
             listed = ",".join(str(seed) for seed in seeds)
             found.append(
                 Missing(

@@ -43,7 +43,7 @@ def run(cfg: DictConfig) -> None:
     found = collect(cfg.paths.output_dir)
     wanted = wanted_of(cfg, found)
     selection = select(found, wanted)
-    commands = Commands(common=carried_overrides(cfg), seed=cfg.seed)
+    commands = Commands(carried_overrides(cfg), cfg.seed, image_folders(found))
     if not selection.folders:
         raise ConfigError(nothing_there(cfg, found, selection, commands))
     report = make_report(cfg.paths.output_dir, found, selection, commands)
@@ -102,6 +102,19 @@ def carried_overrides(cfg: DictConfig) -> list[str]:
         if key not in _OWN and not key.startswith(_OWN_KEYS):
             words.append(word)
     return words
+
+
+def image_folders(found: Collected) -> dict[str, list[str]]:
+    """The overrides that choose each of the user's own image folders, by its name."""
+    folders = {}
+    for origin in found.origins.values():
+        node = origin["config"].get("dataset") or {}
+        if str(node.get("_target_")).endswith(".ImageFolder") and node.get("root"):
+            words = ["dataset=image_folder", f"dataset.root={node['root']}"]
+            if node["name"] != "image_folder":
+                words.append(f"dataset.name={node['name']}")
+            folders[node["name"]] = words
+    return folders
 
 
 def nothing_there(
