@@ -202,7 +202,10 @@ def disk_is_full(error: BaseException, folder: Path) -> bool:
         if any(word in str(seen) for word in FULL_WORDS):
             return True
         seen = seen.__cause__ or seen.__context__
-    return isinstance(error, OSError | RuntimeError) and free_bytes(folder) < NEARLY_NOTHING
+    vague = isinstance(error, RuntimeError) or (
+        isinstance(error, OSError) and error.errno in (None, errno.EIO)
+    )
+    return vague and free_bytes(folder) < NEARLY_NOTHING
 
 
 def free_bytes(folder: Path) -> int:
