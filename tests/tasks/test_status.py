@@ -82,6 +82,7 @@ def test_what_a_sweep_runs_over():
     assert found == {"model": ["topk", "relu"], "seed": [0, 1, 2], "k": [8, 16], "dataset": ["a"]}
     assert len(combine(found)) == 12
     assert combine({}) == []
+    assert swept(["clip=vit_b_16"]) == {"clip": ["ViT-B-16-quickgelu"]}
     assert swept(["trainer.max_steps=5"]) == {}
     with pytest.raises(ConfigError, match=r"trainer\.max_steps"):
         swept(["trainer.max_steps=5,6"])

@@ -1,6 +1,7 @@
 """`task=status`: what is done, running, stalled, failed and missing, of a store and of a sweep."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -104,13 +105,21 @@ def swept(overrides: Iterable[str]) -> dict[str, list[Any]]:
         name = override.key_or_group.rpartition(".")[2]
         several = override.is_sweep_override()
         if name in CELL:
-            choices[name] = list(override.sweep_iterator()) if several else [override.value()]
+            values = list(override.sweep_iterator()) if several else [override.value()]
+            choices[name] = [name_of(override.key_or_group, value) for value in values]
         elif several:
             raise ConfigError(
                 f"the sweep runs over {override.key_or_group}: task=status tells cells by "
                 f"{', '.join(CELL)}; name them with task.models and task.datasets"
             )
     return choices
+
+
+def name_of(group: str, choice: Any) -> Any:
+    """What a choice of a config group calls itself (`clip=vit_b_16` is "ViT-B-16-quickgelu"); any
+    other value as it is."""
+    file = Path(os.environ["CLIPSAE_ROOT"], "conf", group, f"{choice}.yaml")
+    return OmegaConf.load(file).get("name", choice) if file.is_file() else choice
 
 
 def combine(choices: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
