@@ -10,9 +10,14 @@ from omegaconf import DictConfig
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import FeatureDataModule, ImageDataset
-from clipsae.store import Stage, Store, write_json
+from clipsae.store import Stage, Store, whole_checkpoint, write_json
 from clipsae.tasks import build
-from clipsae.training.callbacks import ResumeCheckpoint, StepProgress, TokenRate
+from clipsae.training.callbacks import (
+    ReportProgress,
+    ResumeCheckpoint,
+    StepProgress,
+    TokenRate,
+)
 from clipsae.training.module import SAEModule
 from clipsae.training.schedule import warmup_then
 
@@ -40,7 +45,9 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
         },
     }
     name = [cfg.model.name, cfg.clip.name, build.train_dataset_node(cfg).name]
-    return store.stage("sae", [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"], key)
+    words = [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"]
+    about = {k: v for k, v in build.cell(cfg).items() if k != "dataset"}
+    return store.stage("sae", words, key, about)
 
 
 def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
@@ -72,13 +79,15 @@ def make(
     data = FeatureDataModule(
         clip, train_set, val_dataset=held_out, seed=cfg.seed, **build.plain(cfg.features)
     )
-    checkpoint = stage.scratch / "last.ckpt"
+    place = stage.scratch / "last.ckpt"
+    checkpoint = whole_checkpoint(place)
     callbacks = [
         ResumeCheckpoint(
-            checkpoint,
+            place,
             every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
             every_n_seconds=cfg.callbacks.checkpoint_every_n_seconds,
         ),
+        ReportProgress(stage.progress),
         TokenRate(),
     ]
     if cfg.callbacks.progress_bar:
@@ -92,14 +101,12 @@ def make(
         enable_progress_bar=False,
         check_val_every_n_epoch=None,
     )
-    if checkpoint.exists():
-        log.info("continuing the training of %s", stage.path.name)
-    else:
-        log.info("training %s", stage.path.name)
+    continues = "training" if checkpoint is None else "continuing the training of"
+    log.info("%s %s", continues, stage.path.name)
     trainer.fit(
         module,
         datamodule=data,
-        ckpt_path=checkpoint if checkpoint.exists() else None,
+        ckpt_path=checkpoint,
         weights_only=True,
     )
     module.sae.save(folder)
