@@ -46,7 +46,7 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
     }
     name = [cfg.model.name, cfg.clip.name, build.train_dataset_node(cfg).name]
     words = [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"]
-    about = {k: v for k, v in build.cell(cfg).items() if k != "dataset"}
+    about = {**build.cell(cfg), "dataset": name[2]}
     return store.stage("sae", words, key, about)
 
 
