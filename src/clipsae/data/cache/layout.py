@@ -123,8 +123,8 @@ def write_manifest(
     (folder / MANIFEST).write_text(text + "\n")
 
 
-def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any], list[dict[str, Any]]]:
-    """The layout, what the tokens are of, and the shards.
+def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any], list[int]]:
+    """The layout, what the tokens are of, and the bytes of each shard's file.
 
     Raises:
         ValueError: there is none, or none that this version can read.
@@ -138,7 +138,13 @@ def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any], list[dict[str, 
                 f"{FORMAT!r}, version {VERSION}; remove the folder, and it is made anew"
             )
         layout = Layout(**{name: content[name] for name in Layout.__dataclass_fields__})
-        return layout, content["of"], content["shards"]
+        counts = [shard["images"] for shard in content["shards"]]
+        if counts != [layout.count(i) for i in range(layout.shards)]:
+            raise ValueError(
+                f"{path} lists shards that are not {layout.images} images: remove the folder, and "
+                "it is made anew"
+            )
+        return layout, dict(content["of"]), [shard["bytes"] for shard in content["shards"]]
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {MANIFEST}: expected a feature cache") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:

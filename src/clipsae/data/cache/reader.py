@@ -36,24 +36,17 @@ class TokenCache:
 
     def __init__(self, folder: Path | str, of: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        self.layout, self.of, shards = read_manifest(self.folder)
+        self.layout, self.of, sizes = read_manifest(self.folder)
         for name, wanted in (of or {}).items():
             if (found := self.of.get(name)) != wanted:
                 raise ValueError(
                     f"{self.folder} holds tokens of {name}={found}, expected {wanted}: choose "
                     "another features.cache.folder, or remove it, and it is made anew"
                 )
-        if [s.get("images") for s in shards] != [
-            self.layout.count(i) for i in range(self.layout.shards)
-        ]:
-            raise ValueError(
-                f"{self.folder} lists shards that are not {self.layout.images} images: remove it, "
-                "and it is made anew"
-            )
         self._lock = threading.Lock()  # files have one position each
         self._files: list[BinaryIO] = []
         self._starts: list[int] = []  # of the first token in each file
-        indices = [self._open(shard, about["bytes"]) for shard, about in enumerate(shards)]
+        indices = [self._open(shard, size) for shard, size in enumerate(sizes)]
         self.images, self.sources = (torch.cat(parts) for parts in zip(*indices, strict=True))
         if not torch.equal(self.images.sort().values, torch.arange(self.layout.images)):
             raise ValueError(

@@ -139,7 +139,7 @@ def make(
         # First whatever nobody works on; then what others have not finished.
         for on_busy in ("skip", "wait"):
             for i in range(sizes.shards):
-                if not whole.path.exists() or not whole.finished or content:
+                if content or not whole.finished:
                     _make_shard(cfg, clip, train_set, whole, shards[i], sizes, i, on_busy)
         of = content_key(cfg, train_set)
         whole.make(
