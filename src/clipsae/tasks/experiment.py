@@ -2,8 +2,9 @@
 table."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
-from clipsae.store import Stage, Store
-from clipsae.tasks import build
+from clipsae.store import Busy, Stage, Store
+from clipsae.store.lease import owner_of
+from clipsae.tasks import build, slurm
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, measurement, sae
 from clipsae.tasks.table import print_results
@@ -55,7 +57,7 @@ def run(cfg: DictConfig) -> None:
         evaluation.make(cfg, clip, trained.path, classes, test_set, folder)
 
     with tracked(cfg, evaluated) as logger:
-        trained.make(lambda folder: sae.make(cfg, clip, train_set, logger, trained, folder))
+        make_sae(trained, lambda folder: sae.make(cfg, clip, train_set, logger(), trained, folder))
         evaluated.make(evaluate)
         rows = evaluation.read(evaluated.path)
         evaluation.check_zero_shot(cfg, test_set, rows)
@@ -67,7 +69,7 @@ def run(cfg: DictConfig) -> None:
             )
             metrics = measurement.read(measured.path)
             cells |= {f"measure/{name}": value for name, value in metrics.items()}
-        log_results(logger, rows.to_dict("records"), cells)
+        log_results(logger(), rows.to_dict("records"), cells)
     print_results(rows, metrics, [stage.path for stage in stages])
 
 
@@ -79,24 +81,50 @@ def text_embeddings(
     return classifier.read(stage.make(lambda folder: classifier.make(cfg, clip, dataset, folder)))
 
 
+def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:
+    """Train the SAE unless it is there. While another SLURM job trains it, this one gives its
+    place back; anywhere else it waits.
+
+    Raises:
+        SystemExit: this job is queued again.
+    """
+    if slurm.can_give_way():
+        try:
+            trained.make(build_it, on_busy="fail")
+        except Busy:
+            owner = owner_of(trained.slot)
+            if owner is not None and owner.job is not None:
+                slurm.give_way(owner.job, trained.path.name)
+    trained.make(build_it)
+
+
 @contextmanager
-def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Logger | None]:
-    """The job's one run in W&B or a CSV file, closed with the right exit code."""
-    logger = build.call_target(
-        cfg.logger,
-        name=f"{cfg.model.name}-{cfg.dataset.name}-s{cfg.seed}",
-        run_id=stage.path.name[-10:],
-        job_type="experiment",
-        run_config=public_config(cfg),
-        folder=Path(cfg.paths.output_dir),
-        run_folder=Path(HydraConfig.get().runtime.output_dir),
-    )
+def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Callable[[], Logger | None]]:
+    """The job's one run in W&B or a CSV file, opened when it is first asked for, closed with the
+    right exit code. A job that gives its place back opens none."""
+
+    @cache
+    def logger() -> Logger | None:
+        return build.call_target(
+            cfg.logger,
+            name=f"{cfg.model.name}-{cfg.dataset.name}-s{cfg.seed}",
+            run_id=stage.path.name[-10:],
+            job_type="experiment",
+            run_config=public_config(cfg),
+            folder=Path(cfg.paths.output_dir),
+            run_folder=Path(HydraConfig.get().runtime.output_dir),
+        )
+
     failed = True
     try:
         yield logger
         failed = False
+    except Exception:
+        logger()  # a failure is to be seen there, however early
+        raise
     finally:
-        finish(logger, failed)
+        if logger.cache_info().currsize:
+            finish(logger(), failed)
 
 
 def public_config(cfg: DictConfig) -> dict[str, Any]:
