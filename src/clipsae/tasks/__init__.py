@@ -63,6 +63,7 @@ def quiet_lightning() -> None:
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",  # rendering scenes needs none
+        ".*`srun` command is available.*",  # one process needs none
         ".*exists and is not empty.*",  # a job's folder holds Hydra's files, too
     ):
         warnings.filterwarnings("ignore", message=message, module="lightning.*")

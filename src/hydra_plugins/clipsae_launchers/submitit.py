@@ -98,7 +98,7 @@ class _Awaited(BaseSubmititLauncher):
         """Jobs in one array."""
         return LARGEST_ARRAY
 
-    def _wait(self, jobs: list["submitit.Job"], overrides: list[Sequence[str]]) -> list["Outcome"]:
+    def _wait(self, jobs: list["submitit.Job"], names: list[str]) -> list["Outcome"]:
         """The outcome of each job, in their order; says when one is over."""
         found: dict[int, Outcome] = {}
         while len(found) < len(jobs):
