@@ -80,7 +80,7 @@ def test_a_finished_run_is_used_again(tmp_path):
     first = subprocess.run(command(tmp_path), check=True, capture_output=True, text=True)
     before = weights(tmp_path)
     again = subprocess.run(command(tmp_path), check=True, capture_output=True, text=True)
-    assert "using the trained SAE" not in first.stdout
-    assert "using the trained SAE" in again.stdout
-    assert "using the finished evaluation" in again.stdout
+    assert "using the finished" not in first.stdout
+    assert f"using the finished {tmp_path}/sae/" in again.stdout
+    assert f"using the finished {tmp_path}/evaluation/" in again.stdout
     assert weights(tmp_path) == before
