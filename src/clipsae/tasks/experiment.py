@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -57,7 +58,19 @@ def run(cfg: DictConfig) -> None:
         evaluation.make(cfg, clip, trained.path, classes, test_set, folder)
 
     with tracked(cfg, evaluated) as logger:
-        make_sae(trained, lambda folder: sae.make(cfg, clip, train_set, logger(), trained, folder))
+        make_sae(
+            trained,
+            lambda folder: sae.make(
+                cfg,
+                clip,
+                train_set,
+                logger() if rank_zero_only.rank == 0 else None,
+                trained,
+                folder,
+            ),
+        )
+        if rank_zero_only.rank > 0:  # the rest is the first rank's
+            return
         evaluated.make(evaluate)
         rows = evaluation.read(evaluated.path)
         evaluation.check_zero_shot(cfg, test_set, rows)
@@ -88,14 +101,15 @@ def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:
     Raises:
         SystemExit: this job is queued again.
     """
-    if slurm.can_give_way():
+    rank = rank_zero_only.rank
+    if rank == 0 and slurm.can_give_way():
         try:
             trained.make(build_it, on_busy="fail")
         except Busy:
             owner = owner_of(trained.slot)
             if owner is not None and owner.job is not None:
                 slurm.give_way(owner.job, trained.path.name)
-    trained.make(build_it)
+    trained.make(build_it, rank=rank)
 
 
 @contextmanager

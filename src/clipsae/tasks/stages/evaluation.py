@@ -34,7 +34,7 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
         },
     }
     name = [cfg.model.name, cfg.clip.name, cfg.dataset.name, cfg.evaluation.protocol]
-    return store.stage("evaluation", [*name, f"s{cfg.seed}"], key)
+    return store.stage("evaluation", [*name, f"s{cfg.seed}"], key, build.cell(cfg))
 
 
 def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:

@@ -54,7 +54,7 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
         },
     }
     name = [cfg.model.name, cfg.clip.name, cfg.dataset.name]
-    return store.stage("measurement", [*name, f"s{cfg.seed}"], key)
+    return store.stage("measurement", [*name, f"s{cfg.seed}"], key, build.cell(cfg))
 
 
 def check(cfg: DictConfig, test_set: ImageDataset) -> None:
