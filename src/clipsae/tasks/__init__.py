@@ -57,9 +57,10 @@ def _say_interrupted() -> None:
 
 def quiet_lightning() -> None:
     """Leave out the lines and warnings that a user can do nothing about."""
-    import lightning.pytorch  # sets its logger's level when imported
+    import lightning.pytorch  # noqa: F401, it sets its loggers' levels when imported
 
-    logging.getLogger(lightning.pytorch.__name__).setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",  # rendering scenes needs none
