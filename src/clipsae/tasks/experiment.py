@@ -23,7 +23,7 @@ from clipsae.tasks import build, slurm
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, measurement, sae
 from clipsae.tasks.table import print_results
-from clipsae.training.logging import finish, log_results
+from clipsae.training.logging import finish, log_results, log_sae
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ def run(cfg: DictConfig) -> None:
             metrics = measurement.read(measured.path)
             cells |= {f"measure/{name}": value for name, value in metrics.items()}
         log_results(logger(), rows.to_dict("records"), cells)
+        log_sae(logger(), trained.path, [cfg.model.name, f"seed-{cfg.seed}"])
     print_results(rows, metrics, [stage.path for stage in stages])
 
 
@@ -120,7 +121,7 @@ def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Callable[[], Logger | Non
     @cache
     def logger() -> Logger | None:
         return build.call_target(
-            cfg.logger,
+            logger_options(cfg),
             name=f"{cfg.model.name}-{cfg.dataset.name}-s{cfg.seed}",
             run_id=stage.path.name[-10:],
             job_type="experiment",
@@ -129,16 +130,28 @@ def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Callable[[], Logger | Non
             run_folder=Path(HydraConfig.get().runtime.output_dir),
         )
 
-    failed = True
+    failed, coming_back = True, False
     try:
         yield logger
         failed = False
     except Exception:
-        logger()  # a failure is to be seen there, however early
+        if rank_zero_only.rank == 0:
+            logger()  # a failure is to be seen there, however early
+        raise
+    except SystemExit:  # told to leave
+        coming_back = True
         raise
     finally:
         if logger.cache_info().currsize:
-            finish(logger(), failed)
+            finish(logger(), failed, coming_back)
+
+
+def logger_options(cfg: DictConfig) -> dict[str, Any]:
+    """`cfg.logger` with the tags that every run has."""
+    options = build.plain(cfg.logger)
+    if "tags" in options:
+        options["tags"] = [*options["tags"], cfg.model.name, cfg.dataset.name, cfg.clip.name]
+    return options
 
 
 def public_config(cfg: DictConfig) -> dict[str, Any]:

@@ -129,7 +129,8 @@ def make(
     )
     begun = whole_checkpoint(checkpoint)
     if begun:
-        log.info("continuing the training of %s", stage.path.name)
+        at = checkpoint_step(stage.scratch)
+        log.info("continuing the training of %s from step %s", stage.path.name, at)
     else:
         log.info("training %s", stage.path.name)
     try:
