@@ -17,7 +17,7 @@ from clipsae.evaluation.metrics.truth import (
 )
 from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
-from clipsae.visualization.collect import Collector, phi_coefficient
+from clipsae.visualization.collect import Collector, precision_gain
 from clipsae.visualization.references import BIN_EDGES, BINS, Shown
 
 B, P, M, K = 23, 6, 15, 4
@@ -108,16 +108,24 @@ def test_files_hold_everything(tmp_path):
     assert again.monosemanticity is None
 
 
-def test_phi_is_the_correlation_of_two_columns():
-    generator = torch.Generator().manual_seed(0)
-    active = torch.rand(200, 3, generator=generator) < 0.3
-    truth = torch.rand(200, 2, generator=generator) < 0.6
-    truth[:, 1] |= active[:, 0]
-    hits = active.double().T @ truth.double()
-    found = phi_coefficient(hits, active.sum(0), truth.sum(0), torch.tensor(200))
-    both = torch.corrcoef(torch.cat((active, truth), dim=1).T.double())
-    assert torch.allclose(found, both[:3, 3:])
-    assert phi_coefficient(hits * 0, active.sum(0) * 0, truth.sum(0), torch.tensor(200)).eq(0).all()
+def test_the_gain_of_a_latent_over_chance():
+    """Against Wilson's interval written for counts, where all activations are equal."""
+    mass, total = torch.tensor([[30.0, 12.0], [2.0, 0.0], [0.0, 0.0]]), torch.tensor([30.0, 2, 0])
+    base = torch.tensor([0.1, 0.5])
+    precision, gain = precision_gain(mass.double(), total.double(), total.double(), base.double())
+    for m, n in enumerate([30, 2]):
+        for c in range(2):
+            p = float(mass[m, c]) / n
+            assert precision[m, c] == pytest.approx(p)
+            # The lower end solves (p - q)^2 = z^2 q (1 - q) / n.
+            lower = base[c] + gain[m, c] * (1 - base[c])
+            assert (p - lower) ** 2 == pytest.approx(float(4 * lower * (1 - lower) / n), abs=1e-6)
+            assert lower <= p
+    assert gain[0, 0] > gain[1, 0] > 0  # thirty times of thirty says more than twice of two
+    assert gain[2].eq(0).all()
+    # Twice the activation on every row is no more evidence.
+    doubled = precision_gain(2 * mass.double(), 2 * total.double(), 4 * total.double(), base)
+    assert torch.allclose(doubled[1], gain)
 
 
 @pytest.fixture(scope="module")
@@ -151,19 +159,21 @@ def test_several_saes_in_one_pass_with_ground_truth(world):
         assert of.maps.shape == (sae.latents, 10, clip.tokens - 1)
         scores = monosemanticity(codes.mean(dim=1), _concepts(dataset))
         assert torch.allclose(of.monosemanticity, scores.float(), atol=1e-5, equal_nan=True)
-        active = (codes[:, 1:] > 0).flatten(0, 1)
+        on_patches = codes[:, 1:].flatten(0, 1).double()
         for m in range(sae.latents):
-            c = int(of.concept[m])
+            c, values = int(of.concept[m]), on_patches[:, m]
             if 0 <= c < len(names):
-                pair = torch.stack((active[:, m], truth[:, c])).double()
-                assert of.concept_score[m] == pytest.approx(
-                    float(torch.corrcoef(pair)[0, 1]), abs=1e-5
-                )
-                hits = (active[:, m] & truth[:, c]).sum()
-                assert of.concept_precision[m] == pytest.approx(float(hits / active[:, m].sum()))
-                assert of.concept_recall[m] == pytest.approx(float(hits / truth[:, c].sum()))
-            every = torch.cat((active[:, m : m + 1], truth), dim=1).T.double()
-            assert of.concept_score[m] >= torch.corrcoef(every)[0, 1:].nan_to_num().max() - 1e-5
+                precision = values[truth[:, c]].sum() / values.sum()
+                assert of.concept_precision[m] == pytest.approx(float(precision), rel=1e-4)
+                recall = (values[truth[:, c]] > 0).double().mean()
+                assert of.concept_recall[m] == pytest.approx(float(recall))
+            one = (truth.T.double() @ values, values.sum(), values.square().sum())
+            base = truth.double().mean(dim=0)
+            gain = precision_gain(one[0][None], one[1][None], one[2][None], base)[1]
+            assert of.concept_score[m] >= gain.max() - 1e-4
+            assert c >= len(names) or of.concept_score[m] == pytest.approx(
+                max(0.0, float(gain.max())), abs=1e-4
+            )
         assert of.shown.concepts[: len(names)] == names
         assert (of.concept >= -1).all()
         assert of.concept.max() < len(of.shown.concepts)

@@ -91,12 +91,14 @@ class Collector(nn.Module):
         self.register_buffer("maps", torch.zeros(latents, top, patches, dtype=torch.uint8))
         self.register_buffer("active_images", torch.zeros(latents, **long))
         self.register_buffer("active_tokens", torch.zeros(latents, **long))
-        self.register_buffer("active_patches", torch.zeros(latents, **long))
         self.register_buffer("strength", torch.zeros(latents, dtype=torch.float64))
         self.register_buffer("histogram", torch.zeros(latents, BINS, **long))
         for level, size in (("patch", patch_concepts), ("image", image_concepts)):
+            double = {"dtype": torch.float64}
             self.register_buffer(f"{level}_truth", torch.zeros(size, **long))
             self.register_buffer(f"{level}_hits", torch.zeros(latents, size, **long))
+            self.register_buffer(f"{level}_mass", torch.zeros(latents, size, **double))
+            self.register_buffer(f"{level}_total", torch.zeros(2, latents, **double))
         self.monosemanticity = None
         if embed_dim:
             self.monosemanticity = MonoSemanticity(latents, embed_dim)
@@ -129,10 +131,8 @@ class Collector(nn.Module):
         if self.monosemanticity is not None:
             self.monosemanticity.update(means, embeddings)
         if patch_truth is not None:
-            firing = (codes[:, 1:] > 0).flatten(0, 1)
-            self.active_patches += firing.sum(dim=0)
-            self._count_hits("patch", firing, patch_truth.flatten(0, 1))
-            self._count_hits("image", active, image_truth)
+            self._count_hits("patch", codes[:, 1:].flatten(0, 1), patch_truth.flatten(0, 1))
+            self._count_hits("image", means, image_truth)
         # Against an equal value the earlier image stays, which has the smaller index.
         entering = (means.amax(dim=0) > self.values[:, -1]).nonzero().squeeze(1)
         for rows in entering.split(_ROWS):
@@ -148,10 +148,13 @@ class Collector(nn.Module):
         cells = latent[positive] * BINS + bins
         self.histogram.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
-    def _count_hits(self, level: str, active: Tensor, truth: Tensor) -> None:
-        """Active [n, M] and truth [n, V]; float32 counts are exact below 2^24 rows."""
-        hits = active.float().T @ truth.float()
-        getattr(self, f"{level}_hits").add_(hits.long())
+    def _count_hits(self, level: str, values: Tensor, truth: Tensor) -> None:
+        """Values [n, M] and truth [n, V]; float32 counts are exact below 2^24 rows."""
+        values, of = values.float().clamp(min=0), truth.float()
+        getattr(self, f"{level}_hits").add_(((values > 0).float().T @ of).long())
+        getattr(self, f"{level}_mass").add_(values.T @ of)
+        total = torch.stack((values.sum(dim=0), values.square().sum(dim=0)))
+        getattr(self, f"{level}_total").add_(total)
         getattr(self, f"{level}_truth").add_(truth.sum(dim=0))
 
     def _enter(
@@ -204,42 +207,51 @@ class Collector(nn.Module):
         return References(**{name: value.cpu() for name, value in found.items()}, shown=shown)
 
     def _best_concept(self) -> dict[str, Tensor]:
-        parts = [
-            (self.patch_hits, self.active_patches, self.patch_truth, self.images * self.patches),
-            (self.image_hits, self.active_images, self.image_truth, self.images),
-        ]
-        phi = torch.cat([phi_coefficient(*part) for part in parts], dim=1)
-        best = top_latents(phi, 1)
-        score = phi.gather(1, best)
-        hits = torch.cat((self.patch_hits, self.image_hits), dim=1).gather(1, best)
-        sizes = [self.patch_hits.shape[1], self.image_hits.shape[1]]
-        active = torch.cat(
-            [part[1][:, None].expand(-1, size) for part, size in zip(parts, sizes, strict=True)],
-            dim=1,
-        ).gather(1, best)
-        truth = torch.cat((self.patch_truth, self.image_truth))[best]
+        levels = (("patch", self.images * self.patches), ("image", self.images))
+        precision, gain, recall = [], [], []
+        for level, rows in levels:
+            truth, mass = getattr(self, f"{level}_truth"), getattr(self, f"{level}_mass")
+            found = precision_gain(mass, *getattr(self, f"{level}_total"), truth / rows)
+            precision.append(found[0])
+            gain.append(found[1])
+            recall.append(getattr(self, f"{level}_hits") / truth.clamp(min=1))
+        score = torch.cat(gain, dim=1)
+        best = top_latents(score, 1)
+        score = score.gather(1, best).squeeze(1)
         none = score <= 0
         return {
-            "concept": best.masked_fill(none, -1).squeeze(1),
-            "concept_score": score.masked_fill(none, 0).squeeze(1).float(),
-            "concept_precision": (hits / active.clamp(min=1)).squeeze(1).float(),
-            "concept_recall": (hits / truth.clamp(min=1)).squeeze(1).float(),
+            "concept": best.squeeze(1).masked_fill(none, -1),
+            "concept_score": score.clamp(min=0).float(),
+            "concept_precision": torch.cat(precision, dim=1).gather(1, best).squeeze(1).float(),
+            "concept_recall": torch.cat(recall, dim=1).gather(1, best).squeeze(1).float(),
         }
 
 
-def phi_coefficient(hits: Tensor, active: Tensor, truth: Tensor, total: Tensor) -> Tensor:
-    """Correlation of two binary variables (Matthews), of each latent and concept, float64 [M, V].
+def precision_gain(
+    mass: Tensor, total: Tensor, squared: Tensor, base: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How much of a latent's activation lies where a concept is, and how much more than chance.
+
+    Unlike a correlation it does not punish a latent for being rarer than the concept, as those of
+    a large dictionary are. Few observations count for less: of the precision the lower end of
+    Wilson's interval (z = 2) is taken, with Kish's effective number of observations.
 
     Args:
-        hits: [M, V], rows where both hold.
-        active: [M].  truth: [V].  total: scalar, all rows.
+        mass: [M, V], activation summed over the rows (patches, images) that show the concept.
+        total, squared: [M], activation and its square summed over all rows.
+        base: [V], share of the rows that show the concept.
 
     Returns:
-        -1..1; 0 where either never or always holds.
+        The precision mass / total, and (lower end - base) / (1 - base), at most 1; both float64
+        [M, V], 0 for latents that are never active, and concepts that are everywhere.
     """
-    a, p, n = active.double()[:, None], truth.double(), total.double()
-    spread = (a * (n - a)).sqrt() * (p * (n - p)).sqrt()
-    return torch.where(spread > 0, (n * hits - a * p) / torch.where(spread > 0, spread, 1), 0)
+    z2 = 4.0
+    p = mass / torch.where(total > 0, total, 1)[:, None]
+    n = (total.square() / torch.where(squared > 0, squared, 1)).clamp(min=1e-9)[:, None]
+    spread = (z2 * (p * (1 - p)).clamp(min=0) / n + z2**2 / (4 * n**2)).sqrt()
+    lower = (p + z2 / (2 * n) - spread) / (1 + z2 / n)
+    gain = torch.where(base < 1, (lower - base) / torch.where(base < 1, 1 - base, 1), 0)
+    return p, torch.where((total > 0)[:, None], gain, 0)
 
 
 @torch.no_grad()

@@ -66,10 +66,11 @@ class References:
             the larger sum of values, then the smaller); -1 for none.
         histogram: int64 [M, BINS], codes above zero of all tokens, by `BIN_EDGES`.
         monosemanticity: float32 [M], NaN for dead latents; None if not measured.
-        concept: int64 [M], the concept whose presence correlates most with the latent's activity
-            (phi coefficient, over patches; for position and count over images); -1 for none.
-        concept_score: float32 [M], that coefficient.
-        concept_precision, concept_recall: float32 [M].
+        concept: int64 [M], the one that the latent's activity says most about (`precision_gain`,
+            over patches; for position and count over images); -1 for none.
+        concept_score: float32 [M], that gain, 0..1.
+        concept_precision: float32 [M], the share of the latent's activation that lies there.
+        concept_recall: float32 [M], the share of the concept's patches (images) it is active on.
         shown: what they were taken of.
     """
 
