@@ -149,9 +149,7 @@ def _columns(references: References, places: Tensor, words: Words) -> dict[str, 
         "tokens": references.token_frequency,
         "strength": references.strength,
         "entropy": references.entropy,
-        "monosemanticity": nan
-        if references.monosemanticity is None
-        else references.monosemanticity,
+        "monosemanticity": nan if measured is None else measured,
         "label": references.top_label,
         "concept": nothing if references.concept is None else references.concept,
         "precision": nan if references.concept is None else references.concept_precision,
