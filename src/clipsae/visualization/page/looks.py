@@ -32,9 +32,10 @@ class Look:
         latents, means: the image's largest token means, descending.
         clip, sae: (class, probability) of the most likely classes, as CLIP says, and with the
             stream replaced by the SAE's reconstruction.
-        off: for each of the first of `latents`: what CLIP's logit of its predicted class,
-            relative to the mean over all classes, loses when the latent's part is taken out of the
-            stream; and the class that is predicted then.
+        why: (latent, mean code, loss, class) of those that the prediction rests on most, for or
+            against, by descending size of the loss: what CLIP's logit of its predicted class,
+            relative to the mean over all classes, loses when the latent's part is taken out of
+            the stream; and the class that is predicted then.
     """
 
     index: int
@@ -44,7 +45,7 @@ class Look:
     means: list[float]
     clip: list[tuple[int, float]]
     sae: list[tuple[int, float]]
-    off: list[tuple[float, int]]
+    why: list[tuple[int, float, float, int]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def collect_looks(
     on_image: Callable[[int, Tensor], None] | None,
     per_token: int = 24,
     per_image: int = 40,
-    off: int = 12,
+    why: int = 16,
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> Looks:
@@ -128,7 +129,8 @@ def collect_looks(
             page or is a reference image; None: only what is computed on is read.
         per_token: codes of a token that are kept.
         per_image: latents of an image that are kept.
-        off: how many of these are switched off.
+        why: latents of an image that are switched off: those whose effect is largest to first
+            order.
     """
     classifier = classifier.to(clip.device)
     wanted: dict[int, list[int]] = {}
@@ -160,7 +162,7 @@ def collect_looks(
             ):
                 codes = sae.encode(stream[None])[0]
                 if index in with_page:
-                    sizes = (per_token, per_image, off)
+                    sizes = (per_token, per_image, why)
                     found.append(
                         _look(clip, sae, stream, codes, own, index, label, classifier, sizes)
                     )
@@ -190,7 +192,7 @@ def _look(
     classifier: Tensor,
     sizes: tuple[int, int, int],
 ) -> Look:
-    per_token, per_image, off = sizes
+    per_token, per_image, why = sizes
     means = pool_codes(codes[None])[0]
     best = top_latents(means[None], min(per_image, len(means)))[0]
     best = best[means[best] > 0]
@@ -201,11 +203,6 @@ def _look(
         tokens.append((latents[kept].tolist(), values[kept].tolist()))
     rebuilt = sae.decode(codes, sae.input_scale(stream))
     through = logits_of(clip, rebuilt[None], classifier)[0]
-    changes: list[tuple[float, int]] = []
-    if len(best) and off:
-        without = logits_without(clip, sae, stream, codes, best[:off], classifier)
-        lost = _centred(own - without)[:, own.argmax()]
-        changes = list(zip(lost.tolist(), without.argmax(dim=-1).tolist(), strict=True))
     return Look(
         index=index,
         label=label,
@@ -214,8 +211,55 @@ def _look(
         means=means[best].tolist(),
         clip=_likely(own),
         sae=_likely(through),
-        off=changes,
+        why=_why(clip, sae, stream, codes, own, classifier, why),
     )
+
+
+def _why(
+    clip: FrozenCLIP,
+    sae: nn.Module,
+    stream: Tensor,
+    codes: Tensor,
+    own: Tensor,
+    classifier: Tensor,
+    n: int,
+) -> list[tuple[int, float, float, int]]:
+    predicted = own.argmax()
+    estimate = first_order_effects(clip, sae, stream, codes, classifier, predicted).abs()
+    chosen = top_latents(estimate[None], min(n, len(estimate)))[0]
+    chosen = chosen[estimate[chosen] > 0]
+    if not len(chosen):
+        return []
+    without = logits_without(clip, sae, stream, codes, chosen, classifier)
+    lost = _centred(own - without)[:, predicted]
+    order = lost.abs().sort(descending=True, stable=True).indices
+    instead, means = without.argmax(dim=-1), codes[:, chosen].mean(dim=0)
+    found = zip(chosen, means, lost, instead, strict=True)
+    listed = [(int(m), float(mean), float(loss), int(other)) for m, mean, loss, other in found]
+    return [listed[i] for i in order]
+
+
+def first_order_effects(
+    clip: FrozenCLIP,
+    sae: nn.Module,
+    stream: Tensor,
+    codes: Tensor,
+    classifier: Tensor,
+    predicted: Tensor,
+) -> Tensor:
+    """What each latent adds to a class's logit, relative to the mean over all classes, to first
+    order: gradient times contribution, [M]. One backward pass for all latents.
+
+    Args:
+        stream: [T, d].  codes: [T, M].
+        predicted: the class.
+    """
+    with torch.enable_grad():
+        tokens = stream.detach().requires_grad_(True)
+        logits = logits_of(clip, tokens[None], classifier)[0]
+        (gradient,) = torch.autograd.grad(_centred(logits)[predicted], tokens)
+    along = (gradient * sae.input_scale(stream)).to(codes.dtype) @ sae.decoder_rows().T
+    return (along * codes).sum(dim=0)
 
 
 def _likely(logits: Tensor) -> list[tuple[int, float]]:

@@ -26,6 +26,8 @@ from clipsae.visualization.references import BIN_EDGES, References
 CHUNK = 64  # latents of a script
 MAP_LEVELS = 64  # of a patch in a heat map: one character
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+_CLASSES = 4  # that a latent helps or hurts
+_NEGLIGIBLE = 0.01  # a change of a logit
 THUMBNAIL = 112  # pixels of a side
 ASSETS = ("page.css", "app.js", "list.js", "latent.js", "images.js", "map.js")
 _TEMPLATE = Path(__file__).parent / "template"
@@ -195,10 +197,10 @@ def _latent(
         "words": _pairs(words.best[m], words.scores[m]),
     }
     if effect is not None:
-        of = effect[m].topk(min(4, len(effect[m])))
-        against = (-effect[m]).topk(min(4, len(effect[m])))
-        found["helps"] = [p for p in _pairs(of.indices, of.values) if p[1] > 0]
-        found["hurts"] = [p for p in _pairs(against.indices, -against.values) if p[1] < 0]
+        of = effect[m].topk(min(_CLASSES, len(effect[m])))
+        against = effect[m].topk(min(_CLASSES, len(effect[m])), largest=False)
+        found["helps"] = [p for p in _pairs(of.indices, of.values) if p[1] >= _NEGLIGIBLE]
+        found["hurts"] = [p for p in _pairs(*reversed(against)) if p[1] <= -_NEGLIGIBLE]
     return found
 
 
@@ -220,7 +222,7 @@ def _look(look: Look) -> dict[str, Any]:
         "means": _rounded(look.means),
         "clip": [[c, round(p, 4)] for c, p in look.clip],
         "sae": [[c, round(p, 4)] for c, p in look.sae],
-        "off": [[round(lost, 3), c] for lost, c in look.off],
+        "why": [[m, *_rounded([mean]), round(lost, 3), c] for m, mean, lost, c in look.why],
     }
 
 

@@ -68,8 +68,8 @@ function wordOf(m) {
   const at = clipsae.columns.word[m];
   return at < 0 ? "" : clipsae.meta.words[at];
 }
-function meaning(m) {
-  return conceptOf(m) ? `${conceptOf(m)} ${percent(clipsae.columns.precision[m])}` : labelOf(m);
+function meaning(m) { // a concept that is hardly above chance says less than the label
+  return conceptOf(m) && clipsae.columns.certainty[m] >= 0.15 ? `${conceptOf(m)} ${percent(clipsae.columns.precision[m])}` : labelOf(m);
 }
 
 function thumbnail(index, alt = "") {
@@ -200,7 +200,8 @@ clipsae.views.about = () => {
       "MonoSemanticity: how alike the images are that a latent is active on, in the eyes of a separate image encoder.",
       meta.concepts.length ? "Concept: the ground truth that the latent's activity says most about; the percentage is the share of its activation that lies there." : null,
       "Words: the cosine of the latent's decoder row with a text's embedding along the direct path alone (the row, centred and weighted as the last layer norm does, times the projection), the words' mean taken away. CLIP's last block lies in between: a hint, not a proof.",
-      "Helps and hurts: CLIP's logit of a class, relative to the mean over all classes, less the same with the latent's part taken out of the stream, on the latent's own reference images.",
+      "Helps and hurts: CLIP's logit of a class, relative to the mean over all classes, less the same with the latent's part taken out of the stream, on the latent's own reference images. What is below 0.01 is left out.",
+      "Why: the same on one image, for the class that CLIP predicts; the latents are those with the largest effect by gradient times contribution, each then switched off.",
       "Map: the two principal components of the decoder rows, each of unit length.",
     ].filter(Boolean).map((text) => el("p", {}, text)),
     el("h2", {}, "Keys"),

@@ -82,17 +82,27 @@
     }
     function ofPatch(patch) {
       const [latents, codes] = of.tokens[patch + 1];
-      return latents.map((m, k) => [m, codes[k], null]);
+      return latents.map((m, k) => [m, codes[k], losses.get(m) || null]);
     }
-    const ofImage = () => of.latents.map((m, k) => [m, of.means[k], of.off[k] || null]);
+    const rests = of.why.map(([m, mean, lost, instead]) => [m, mean, [lost, instead]]);
+    const losses = new Map(of.why.map(([m, , lost, instead]) => [m, [lost, instead]]));
+    const strongest = of.latents.map((m, k) => [m, of.means[k], losses.get(m) || null]);
+    let order = rests.length ? "why" : "strongest";
+    const ofImage = () => (order === "why" ? rests : strongest);
+    const orders = [["why", "Why this class"], ["strongest", "Strongest"]].map(([name, text]) => el("button", {
+      type: "button", "data-order": name, onclick: () => { order = name; pinned = null; tell(null); light(null); },
+    }, text));
     function tell(what) {
       const patch = what && what.patch != null ? what.patch : null;
       const entries = patch === null ? ofImage() : ofPatch(patch);
+      orders.forEach((b) => b.setAttribute("aria-pressed", String(patch === null && b.dataset.order === order)));
+      const predicted = meta.classnames[of.clip[0][0]];
+      const hint = "Hover a patch to see its latents, a latent to see its patches; click to keep.";
       said.textContent = patch === null
-        ? "Strongest in the whole image. Hover a patch to see its latents, a latent to see its patches; click to keep."
+        ? (order === "why" ? `What CLIP's "${predicted}" rests on: the change of its logit by each latent. ${hint}` : `Largest mean code over all tokens. ${hint}`)
         : `Patch in row ${Math.floor(patch / cols) + 1}, column ${patch % cols + 1}: ${entries.length} strongest latents.`;
       list.replaceChildren(...entries.map(([m, value, off]) => el("tr", {
-        "data-latent": m, onmouseenter: () => { if (!pinned || pinned.patch == null) light({ latent: m }); else light({ latent: m }); },
+        "data-latent": m, onmouseenter: () => light({ latent: m }),
         onmouseleave: () => light(pinned),
         onclick: (event) => { if (event.target.tagName !== "A") pin({ latent: m }); },
       },
@@ -141,7 +151,7 @@
       el("div", { class: "look", style: "margin-top:12px" },
         el("div", { class: "left" }, frame, el("p", { style: "margin:8px 0" }), heat,
           predictions("CLIP says", of.clip, of.label), predictions("CLIP on the SAE's reconstruction says", of.sae, of.label)),
-        el("div", {}, said, table)));
+        el("div", {}, el("div", { class: "row", role: "group", "aria-label": "Which latents" }, ...orders), said, table)));
     return {
       element,
       theme: () => light(pinned),

@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const state = { search: "", alive: "alive", concept: "", low: "", high: "", sort: "frequency", down: true, at: 0, top: 0 };
+  const state = { search: "", alive: "alive", concept: "", low: "", high: "", sort: "", down: true, at: 0, top: 0 };
   const heads = [
     ["id", "Latent", "id"], [null, "", "thumb"], ["label", "Label of top images", "label"], ["concept", "Concept", "concept"],
     ["word", "Word", "word"], ["frequency", "Frequency", "frequency"], ["strength", "Strength", "strength"],
@@ -18,8 +18,12 @@
     return texts.of;
   }
 
+  // What means something comes first, where that is known.
+  function start() { state.sort = state.sort || (clipsae.meta.concepts.length ? "concept" : "frequency"); }
+
   function choose() {
     const c = clipsae.columns;
+    start();
     const wanted = state.search.trim().toLowerCase().split(/\s+/).filter(Boolean);
     const low = state.low === "" ? -1 : Number(state.low) / 100;
     const high = state.high === "" ? 2 : Number(state.high) / 100;
@@ -41,18 +45,22 @@
     const name = { label: labelOf, word: wordOf }[state.sort];
     const direction = state.down ? -1 : 1;
     if (state.sort === "id") { if (state.down) shown.reverse(); return; }
+    // Searched by its name, a concept comes before labels and words that hold it.
+    const named = new Set(clipsae.meta.concepts.flatMap((text, k) => (wanted.some((word) => text.toLowerCase().split("=").pop() === word) ? [k] : [])));
+    const rank = (m) => (named.has(c.concept[m]) ? 0 : 1);
     if (name) {
       const key = new Map(shown.map((m) => [m, name(m)]));
-      shown.sort((a, b) => direction * key.get(a).localeCompare(key.get(b)) || a - b);
+      shown.sort((a, b) => rank(a) - rank(b) || direction * key.get(a).localeCompare(key.get(b)) || a - b);
       return;
     }
     const values = state.sort === "concept" ? c.certainty : c[state.sort];
     // What has no value comes last, either way.
-    shown.sort((a, b) => (Number.isNaN(values[a]) - Number.isNaN(values[b])) || direction * (values[a] - values[b]) || a - b);
+    shown.sort((a, b) => rank(a) - rank(b) || (Number.isNaN(values[a]) - Number.isNaN(values[b])) || direction * (values[a] - values[b]) || a - b);
   }
 
   clipsae.views.latents = () => {
     const meta = clipsae.meta;
+    start();
     const narrow = matchMedia("(max-width: 760px)");
     const height = () => (narrow.matches ? 64 : 48);
     const attributes = [...new Set(meta.concepts.map((name) => name.split("=")[0]))];
@@ -126,7 +134,7 @@
         el("span", { class: "id" }, String(m)),
         el("span", { class: "thumb" }, thumbnail(c.image[m])),
         el("span", { class: "label" }, narrow.matches ? (alive(m) ? meaning(m) : "dead") : labelOf(m) || "dead"),
-        el("span", { class: "concept" }, concept ? `${concept} ${percent(c.precision[m])}` : ""),
+        el("span", { class: `concept${c.certainty[m] < 0.15 ? " soft" : ""}` }, concept ? `${concept} ${percent(c.precision[m])}` : ""),
         el("span", { class: "word" }, wordOf(m)),
         el("span", { class: "number bar frequency" }, percent(c.frequency[m]), el("i", { style: `width:${100 * c.frequency[m]}%` })),
         el("span", { class: "number strength" }, digits(c.strength[m])),

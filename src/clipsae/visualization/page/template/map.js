@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const state = { colour: "frequency", zoom: 1, x: 0, y: 0 };
+  const state = { colour: "", zoom: 1, x: 0, y: 0 };
 
   function ramp(t) { // from blue over green to yellow, readable on light and dark
     const hue = 255 - 205 * t;
@@ -35,7 +35,7 @@
     const place = new Map(names.map(([, k], i) => [k, i]));
     const named = { red: "#d8262c", orange: "#f08a1d", yellow: "#d9bf1c", green: "#22a64b", cyan: "#1fb8c4", blue: "#2b46d8", purple: "#8a35b0", pink: "#ee8fc0", white: "#b9b9b9", black: "#333" };
     const colour = (k) => named[meta.concepts[k].split("=")[1]] || `hsl(${360 * place.get(k) / names.length} 65% 50%)`;
-    return { of: (m) => (place.has(c.concept[m]) ? colour(c.concept[m]) : "rgb(140 140 140 / .18)"), legend: names.map(([name, k]) => [colour(k), name.split("=")[1]]) };
+    return { of: (m) => (place.has(c.concept[m]) && c.certainty[m] >= 0.15 ? colour(c.concept[m]) : "rgb(140 140 140 / .18)"), legend: names.map(([name, k]) => [colour(k), name.split("=")[1]]) };
   }
   const sample = (values) => (values.length > 20000 ? values.filter((_, i) => i % Math.ceil(values.length / 20000) === 0) : values);
 
@@ -45,6 +45,10 @@
     const latents = [];
     for (let m = 0; m < meta.latents; m++) if (alive(m) && Number.isFinite(c.x[m])) latents.push(m);
     const attributes = [...new Set(meta.concepts.map((name) => name.split("=")[0]))];
+    if (!state.colour) { // what most latents have
+      const many = (a) => latents.filter((m) => conceptOf(m).startsWith(`${a}=`) && c.certainty[m] >= 0.15).length;
+      state.colour = attributes.length ? attributes.reduce((a, b) => (many(b) > many(a) ? b : a)) : "frequency";
+    }
     const canvas = el("canvas", { role: "img", "aria-label": `Map of ${latents.length} latents; the list shows the same` });
     const tip = el("div", { class: "tip" });
     const field = el("div", { class: "field" }, canvas, tip);
@@ -76,7 +80,7 @@
       const pen = canvas.getContext("2d");
       pen.scale(dots, dots);
       const colour = colouring(state.colour);
-      const size = Math.max(1.2, Math.min(5, 60 / Math.sqrt(latents.length) * Math.sqrt(state.zoom)));
+      const size = Math.max(1.4, Math.min(6, 110 / Math.sqrt(latents.length) * Math.sqrt(state.zoom)));
       for (const m of latents) {
         const [x, y] = place(m);
         if (x < -9 || y < -9 || x > canvas.clientWidth + 9 || y > canvas.clientHeight + 9) continue;
