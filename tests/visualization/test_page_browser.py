@@ -234,10 +234,8 @@ def test_patches_show_their_latents_and_latents_their_patches(browser, page):
     at = (round(side * (1.5 / 4 - 0.5)), round(side * (0.5 / 3 - 0.5)))
     ActionChains(browser).move_to_element_with_offset(frame, *at).perform()
     rows = "return [...document.querySelectorAll('tr[data-latent]')].map(r => +r.dataset.latent)"
-    wait(
-        browser,
-        "return document.querySelector('.look [role=status]').textContent.startsWith('Patch in row 1, column 2')",
-    )
+    said = "return document.querySelector('.look [role=status]').textContent"
+    wait(browser, f"{said}.startsWith('Patch in row 1, column 2')")
     assert browser.execute_script(rows) == [5]
     assert browser.execute_script(LIT) == [1]
     ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
