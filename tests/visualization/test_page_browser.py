@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from clipsae.visualization.page import Words, write_page
 from clipsae.visualization.page.looks import Look
+from clipsae.visualization.page.serve import PageServer
 from clipsae.visualization.page.write import write_picture, write_thumbnail
 from clipsae.visualization.references import BINS, References, Shown
 
@@ -227,6 +229,7 @@ def test_patches_show_their_latents_and_latents_their_patches(browser, page):
     from selenium.webdriver import ActionChains
 
     go(browser, f"{page}#/image/3", "tr[data-latent='5']")
+    assert not browser.find_elements("css selector", ".steer, button.off")  # no server, no switch
     frame = browser.find_element("css selector", ".look .framed")
     side = frame.size["width"]
     assert browser.execute_script(LIT) == []
@@ -276,3 +279,30 @@ def test_pictures_can_be_left_out(browser, tmp_path):
         go(browser, f"{url}#/{view}", f"main {wanted}")
         assert browser.execute_script("return document.images.length") == 0
     assert browser.get_log("browser") == []
+
+
+def test_latents_are_switched_off_and_on_where_a_server_is_behind_the_page(browser, tmp_path):
+    write(tmp_path / "live", made_up(), thumbnails=True)
+    asked = []
+
+    def steer(image: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
+        asked.append((image, strengths))
+        return [(6, 0.7), (3, 0.2)]
+
+    with PageServer(tmp_path / "live", steer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.get_log("browser")
+        go(browser, f"{server.url}#/image/3", "tr[data-latent='6'] button.off")
+        browser.find_element("css selector", "tr[data-latent='6'] button.off").click()
+        then = "return document.querySelector('.steer [role=status]').textContent"
+        wait(browser, f"{then}.includes('class 6')")
+        assert asked == [(3, {6: 0.0})]
+        pressed = "return document.querySelector('tr[data-latent=\"6\"] button').ariaPressed"
+        assert browser.execute_script(pressed) == "true"
+        browser.find_element("css selector", ".steer input[type=number]").send_keys("100", "\n")
+        wait(browser, "return document.querySelectorAll('.steer .bars li input').length === 2")
+        wait(browser, f"{then}.includes('class 6')")
+        strongest = made_up().scale[100].max().item()
+        assert asked[-1][1] == {6: 0.0, 100: pytest.approx(strongest, rel=0.01)}
+        assert browser.get_log("browser") == []
+        server.shutdown()

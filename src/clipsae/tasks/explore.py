@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ from clipsae.tasks.stages import classifier, pictures
 from clipsae.visualization.collect import TOP
 from clipsae.visualization.page import Words, write_page
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
-from clipsae.visualization.page.looks import collect_looks
+from clipsae.visualization.page.looks import collect_looks, likely
+from clipsae.visualization.page.serve import PageServer
+from clipsae.visualization.page.steer import steered_logits
 from clipsae.visualization.page.write import write_picture, write_thumbnail
 from clipsae.visualization.references import References
 
@@ -62,6 +65,8 @@ def run(cfg: DictConfig) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     console = Console(width=None if Console().is_terminal else 110)
     console.print(f"page        {folder / 'index.html'}", soft_wrap=True, highlight=False)
+    if cfg.task.serve:
+        serve(cfg, store, clip, dataset, trained, folder, console)
 
 
 def check(cfg: DictConfig) -> None:
@@ -75,6 +80,7 @@ def check(cfg: DictConfig) -> None:
         ("pages", 0, None),
         ("effect_images", 0, TOP),
         ("neighbours", 0, None),
+        ("port", 0, 65535),
     ):
         value = task[name]
         if not isinstance(value, int) or value < low or (high is not None and value > high):
@@ -84,6 +90,48 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"task.words={task.words!r}: no such file; expected a text file, one word a line"
         )
+
+
+def serve(
+    cfg: DictConfig,
+    store: Store,
+    clip: FrozenCLIP,
+    dataset: ImageDataset,
+    trained: Stage,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Serve the page until it is interrupted.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    sae = SAE.load(trained.path).to(clip.device)
+    classes = class_embeddings(cfg, store, clip, dataset).to(clip.device)
+
+    def steer(index: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
+        if not 0 <= index < len(dataset):
+            raise ValueError(f"image {index}: expected 0 to {len(dataset) - 1}")
+        return likely(steered_logits(clip, sae, dataset[index][0], strengths, classes))
+
+    try:
+        server = PageServer(folder, steer, cfg.task.port)
+    except OSError as error:
+        raise ConfigError(
+            f"task.port={cfg.task.port}: {error.strerror}; choose another, or 0 for any free one"
+        ) from error
+    with server:
+        console.print(f"serving     {server.url} (Ctrl-C ends it)", soft_wrap=True, highlight=False)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+def class_embeddings(
+    cfg: DictConfig, store: Store, clip: FrozenCLIP, dataset: ImageDataset
+) -> Tensor:
+    """The classes' text embeddings [C, e], from the store if they are there."""
+    stage = classifier.stage(cfg, store, dataset)
+    return classifier.read(stage.make(lambda path: classifier.make(cfg, clip, dataset, path)))
 
 
 @torch.no_grad()
@@ -100,9 +148,7 @@ def write(
     device = build.best_device()
     clip.to(device)
     sae = SAE.load(trained.path).to(device)
-    of_classes = classifier.stage(cfg, store, dataset)
-    of_classes.make(lambda path: classifier.make(cfg, clip, dataset, path))
-    classes = classifier.read(of_classes.path)
+    classes = class_embeddings(cfg, store, clip, dataset)
     rows = sae.decoder_rows().float()
     alive = references.alive.to(device)
     names, embeddings = words(cfg, clip, dataset, classes)

@@ -209,8 +209,8 @@ def _look(
         tokens=tokens,
         latents=best.tolist(),
         means=means[best].tolist(),
-        clip=_likely(own),
-        sae=_likely(through),
+        clip=likely(own),
+        sae=likely(through),
         why=_why(clip, sae, stream, codes, own, classifier, why),
     )
 
@@ -262,7 +262,8 @@ def first_order_effects(
     return (along * codes).sum(dim=0)
 
 
-def _likely(logits: Tensor) -> list[tuple[int, float]]:
+def likely(logits: Tensor) -> list[tuple[int, float]]:
+    """The most likely classes and their probabilities, from logits [C]."""
     probability = logits.softmax(dim=-1)
     top = probability.topk(min(PREDICTIONS, len(logits)))
     return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))

@@ -29,7 +29,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _CLASSES = 4  # that a latent helps or hurts
 _NEGLIGIBLE = 0.01  # a change of a logit
 THUMBNAIL = 112  # pixels of a side
-ASSETS = ("page.css", "app.js", "list.js", "latent.js", "images.js", "map.js")
+ASSETS = ("page.css", "app.js", "list.js", "latent.js", "steer.js", "images.js", "map.js")
 _TEMPLATE = Path(__file__).parent / "template"
 
 

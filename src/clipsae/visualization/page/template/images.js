@@ -61,6 +61,8 @@
       const most = Math.max(...codes);
       return Array.from(codes, (code) => code / most);
     };
+    const steer = clipsae.live() ? clipsae.steering(of.index, of.clip, () => mark()) : null;
+    const mark = () => list.querySelectorAll("button.off").forEach((b) => b.setAttribute("aria-pressed", String(steer.off(Number(b.dataset.of)))));
     const canvas = el("canvas");
     const image = meta.thumbnails ? el("img", { src: `images/${of.index}.jpg`, alt: `image ${of.index}: ${meta.classnames[of.label]}` }) : null;
     const frame = el("div", { class: "framed", tabindex: 0, role: "img", "aria-label": "Patches: hover or use the arrow keys" }, image, canvas);
@@ -111,7 +113,9 @@
       el("td", {}, meaning(m)),
       el("td", { class: "number" }, digits(value)),
       el("td", { class: `number ${off ? (off[0] > 0 ? "good" : "bad") : ""}` }, off ? signed(off[0]) : ""),
-      el("td", { class: "bad" }, off && off[1] !== of.clip[0][0] ? `→ ${meta.classnames[off[1]]}` : ""))));
+      el("td", { class: "bad" }, off && off[1] !== of.clip[0][0] ? `→ ${meta.classnames[off[1]]}` : ""),
+      steer ? el("td", {}, el("button", { type: "button", class: "off", "data-of": m, "aria-label": `Switch latent ${m} off`, onclick: (event) => { event.stopPropagation(); steer.toggle(m); } }, "off")) : null)));
+      if (steer) mark();
     }
     function pin(what) {
       const same = pinned && what && pinned.patch === what.patch && pinned.latent === what.latent;
@@ -150,7 +154,7 @@
     const element = el("div", { class: "page" }, head,
       el("div", { class: "look", style: "margin-top:12px" },
         el("div", { class: "left" }, frame, el("p", { style: "margin:8px 0" }), heat,
-          predictions("CLIP says", of.clip, of.label), predictions("CLIP on the SAE's reconstruction says", of.sae, of.label)),
+          predictions("CLIP says", of.clip, of.label), steer ? steer.element : null, predictions("CLIP on the SAE's reconstruction says", of.sae, of.label)),
         el("div", {}, el("div", { class: "row", role: "group", "aria-label": "Which latents" }, ...orders), said, table)));
     return {
       element,
