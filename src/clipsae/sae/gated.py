@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clipsae.sae.base import Activation, Step, per_latent
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import l1_norm, not_negative
+from clipsae.sae.support import positions_above
 
 
 @ACTIVATIONS.register("gated")
@@ -48,12 +49,16 @@ class Gated(Activation):
         shift = per_latent(self.b_mag, self.latents, latents)
         return torch.relu(gain * scores + shift).to(scores.dtype)
 
+    def support(self, scores: Tensor) -> Tensor | None:
+        return positions_above(scores, -self.b_gate)
+
     def losses(self, step: Step) -> dict[str, Tensor]:
-        gate = torch.relu(step.scores + self.b_gate).to(step.scores.dtype)
+        b_gate = per_latent(self.b_gate, self.latents, step.latents)
+        gate = torch.relu(step.scores + b_gate).to(step.scores.dtype)
         terms = {}
         if self.l1:
             terms["l1"] = self.l1 * l1_norm(gate, step)
         if self.gate_weight:
-            by_gate = step.architecture.decode_frozen(gate) * step.scale
+            by_gate = step.decode_frozen(gate) * step.scale
             terms["gate_reconstruction"] = self.gate_weight * step.relative_error(by_gate)
         return terms

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipsae.sae.base import Activation, Step
+from clipsae.sae.base import Activation, Step, per_latent
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import not_negative
+from clipsae.sae.support import Support, positions_above
 
 
 @ACTIVATIONS.register("jumprelu")
@@ -61,14 +62,21 @@ class JumpReLU(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return self.log_theta.exp()
 
-    def forward(self, scores: Tensor) -> Tensor:
-        return _Jump.apply(scores, self.log_theta.exp(), self.bandwidth)
+    def support(self, scores: Tensor) -> Tensor | None:
+        # Scores a little below theta have no code, but move theta.
+        return positions_above(scores, self.log_theta.exp() - 0.50001 * self.bandwidth)
+
+    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+        return _Jump.apply(scores, self._theta(support and support.latent), self.bandwidth)
+
+    def _theta(self, latents: Tensor | None) -> Tensor:
+        return per_latent(self.log_theta, self.latents, latents).exp()
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         if not self.l0:
             return {}
-        tokens = step.scores.numel() // self.latents
-        passing = _Step.apply(step.scores, self.log_theta.exp(), self.bandwidth) / tokens
+        theta = self._theta(step.latents)
+        passing = _Step.apply(step.scores, theta, self.bandwidth) / step.tokens
         if self.target_l0 is not None:
             passing = (passing / self.target_l0 - 1).square()
         return {"l0": self.l0 * passing}
@@ -79,8 +87,15 @@ def _kernel(scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     return (scores - theta).abs_() < bandwidth / 2
 
 
+def _summed(values: Tensor, theta: Tensor) -> Tensor:
+    """[..., M] -> [M], in theta's dtype; as they are where each value has a theta of its own."""
+    if values.shape == theta.shape:
+        return values.to(theta.dtype)
+    return values.flatten(0, -2).sum(dim=0, dtype=theta.dtype)
+
+
 class _Jump(torch.autograd.Function):
-    """s [..., M], theta [M] -> s 1[s > theta]."""
+    """s [..., M], theta [M], or both [p] -> s 1[s > theta]."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
@@ -92,12 +107,12 @@ class _Jump(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         scores, theta = ctx.saved_tensors
         near = torch.where(_kernel(scores, theta, ctx.bandwidth), gradient, 0)
-        near = near.flatten(0, -2).sum(dim=0, dtype=theta.dtype)
+        near = _summed(near, theta)
         return torch.where(scores > theta, gradient, 0), -theta / ctx.bandwidth * near, None
 
 
 class _Step(torch.autograd.Function):
-    """s [..., M], theta [M] -> the number of s > theta, a scalar of theta's dtype."""
+    """s [..., M], theta [M], or both [p] -> the number of s > theta, a scalar of theta's dtype."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
@@ -108,5 +123,5 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         scores, theta = ctx.saved_tensors
-        near = _kernel(scores, theta, ctx.bandwidth).flatten(0, -2).sum(dim=0)
+        near = _summed(_kernel(scores, theta, ctx.bandwidth), theta)
         return None, -gradient / ctx.bandwidth * near, None
