@@ -223,7 +223,7 @@ class Activation(nn.Module):
         default is None: all.
 
         Args:
-            scores: [N, M], without gradient.
+            scores: [N, M], without gradient. They may be overwritten where codes cannot be.
 
         Returns:
             LongTensor [p], token * M + latent; None where dense products are faster.

@@ -57,33 +57,48 @@ class _Scores(torch.autograd.Function):
             grads[1] = -(summed @ keys.to(summed.dtype)).to(center.dtype)
         if for_keys:
             query = x if center is None else x - center
-            grads[2] = product.transposed_times(product.gradient, query).to(keys.dtype)
+            terms = [(product.gradient, query)]
+            if ctx.support is not None:
+                terms += ctx.support.pending
+                ctx.support.pending = []
+            grads[2] = product.transposed_times(*terms).to(keys.dtype)
         if for_bias:
             grads[3] = summed.to(bias.dtype)
         return tuple(grads)
 
 
 class _Mixed(torch.autograd.Function):
-    """Z rows, with Z of codes: on the support [p], or all [N, M]; rows [M, d]."""
+    """Z rows, with Z of codes: on the support [p], or all [N, M]; rows [M, d].
+
+    Tied: the rows are the keys of the scores that the codes come from. Their gradient, two [M, d]
+    that would be added, is then left to the scores' backward pass, which always follows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, rows: Tensor, support: Support | None) -> Tensor:
+    def forward(
+        ctx: Any, codes: Tensor, rows: Tensor, support: Support | None, tied: bool
+    ) -> Tensor:
         ctx.save_for_backward(codes, rows)
         ctx.support = support
+        ctx.tied = tied and support is not None
         if support is None:
             return codes @ rows
         return support.times_rows(codes, at_least_float32(rows)).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         codes, rows = ctx.saved_tensors
-        for_codes, for_rows, _ = ctx.needs_input_grad
+        for_codes, for_rows, *_ = ctx.needs_input_grad
         product = _Product(ctx.support, gradient)
         of_codes = product.sampled(product.gradient, rows).to(codes.dtype) if for_codes else None
         of_rows = None
         if for_rows:
-            of_rows = product.transposed_times(codes, product.gradient).to(rows.dtype)
-        return of_codes, of_rows, None
+            term = codes, product.gradient
+            if ctx.tied and for_codes:
+                ctx.support.pending.append(term)
+            else:
+                of_rows = product.transposed_times(term).to(rows.dtype)
+        return of_codes, of_rows, None, None
 
 
 class _Product:
@@ -103,11 +118,12 @@ class _Product:
         rows = rows.to(self.dtype)
         return values @ rows if self.support is None else self.support.times_rows(values, rows)
 
-    def transposed_times(self, values: Tensor, of_tokens: Tensor) -> Tensor:
-        """Z^T of_tokens: [N, d] -> [M, d]."""
-        values, of_tokens = values.to(self.dtype), of_tokens.to(self.dtype)
+    def transposed_times(self, *terms: tuple[Tensor, Tensor]) -> Tensor:
+        """The sum of Z^T of_tokens over terms, one where dense: [N, d] -> [M, d]."""
+        terms = tuple((a.to(self.dtype), b.to(self.dtype)) for a, b in terms)
         if self.support is not None:
-            return self.support.transposed_times(values, of_tokens)
+            return self.support.transposed_times(*terms)
+        ((values, of_tokens),) = terms
         out = empty(values.shape[1], of_tokens.shape[1], like=of_tokens)
         return torch.mm(values.T, of_tokens, out=out)
 
@@ -177,7 +193,8 @@ class Dictionary:
 
     def mixed(self, codes: Tensor, support: Support | None, frozen: bool = False) -> Tensor:
         """Z rows: codes [p] on a support, or [N, M] -> [N, d]. Frozen: rows get no gradient."""
-        return _Mixed.apply(codes, self.rows.detach() if frozen else self.rows, support)
+        rows = self.rows.detach() if frozen else self.rows
+        return _Mixed.apply(codes, rows, support, self.rows is self.keys)
 
     def _part(self, latents: Tensor) -> "Dictionary":
         bias = None if self.bias is None else self.bias[latents]

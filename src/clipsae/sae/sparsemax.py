@@ -73,7 +73,7 @@ class Sparsemax(Activation):
         if limit is not None:
             capped = (self.frequency > limit).nonzero()[:, 0]
             if len(capped):
-                scores = scores.index_fill(1, capped, 0)
+                scores.index_fill_(1, capped, 0)
         found = _from_maxima(scores)
         return None if found is None else found[1]
 

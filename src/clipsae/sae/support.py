@@ -6,6 +6,7 @@ CPU the second is cheaper below some `DENSE_FROM` of all pairs.
 """
 
 import mmap
+import warnings
 from functools import cached_property
 from math import prod
 
@@ -35,6 +36,8 @@ class Support:
         self.positions = positions
         self.tokens = tokens
         self.latents = latents
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        """Terms of `transposed_times` that the scores' backward pass adds: see `products`."""
 
     @cached_property
     def token(self) -> Tensor:
@@ -87,16 +90,20 @@ class Support:
                 out += _bags(latent[pairs], rows, tile - first, values[pairs])
         return out
 
-    def transposed_times(self, values: Tensor, of_tokens: Tensor) -> Tensor:
-        """Z^T of_tokens: values [p], of_tokens [N, d] -> [M, d]."""
+    def transposed_times(self, *terms: tuple[Tensor, Tensor]) -> Tensor:
+        """The sum of Z^T of_tokens over terms: values [p] of Z, of_tokens [N, d] -> [M, d]."""
         order, token, begin = self._by_latent
-        values = values.to(of_tokens.dtype)[order]
-        out = empty(self.latents, of_tokens.shape[1], like=of_tokens)
+        # One table of all terms' tokens: the result is written once.
+        table = torch.cat([of_tokens for _, of_tokens in terms])
+        values = torch.stack([v.to(table.dtype)[order] for v, _ in terms], dim=1).flatten()
+        shift = self.tokens * torch.arange(len(terms), device=token.device)
+        token, begin = (token[:, None] + shift).flatten(), begin * len(terms)
+        out = empty(self.latents, table.shape[1], like=table)
         for start in range(0, self.latents, _TILE):
             part = begin[start : start + _TILE + 1]
             first, last = int(part[0]), int(part[-1])
             pairs = slice(first, last)
-            out[start : start + _TILE] = _bags(token[pairs], of_tokens, part - first, values[pairs])
+            out[start : start + _TILE] = _bags(token[pairs], table, part - first, values[pairs])
         return out
 
     def sampled(self, of_tokens: Tensor, rows: Tensor) -> Tensor:
@@ -105,7 +112,9 @@ class Support:
         # By latents: each row is read once, and tokens stay in the cache.
         values = rows.new_zeros(len(token))
         shape = (self.latents, self.tokens)
-        pattern = torch.sparse_csr_tensor(begin, token, values, shape, check_invariants=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            pattern = torch.sparse_csr_tensor(begin, token, values, shape, check_invariants=False)
         found = torch.sparse.sampled_addmm(pattern, rows, of_tokens.T, beta=0).values()
         return torch.empty_like(found).index_copy_(0, order, found)
 
