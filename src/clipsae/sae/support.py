@@ -2,7 +2,7 @@
 
 Letters: N tokens, d width, M latents. A dense product of tokens and dictionary costs N M d; one
 on the support costs as many rows of d numbers as there are active pairs of token and latent. On a
-CPU the second is cheaper below some `DENSE_FROM` of all pairs.
+CPU the second is cheaper below a share of all pairs, `DENSE_FROM`.
 """
 
 import mmap
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 DENSE_FROM = {"cpu": 0.1}
-"""Share of active pairs from which dense products are faster, by type of device. Devices that are
+"""Share of active pairs above which dense products are faster, by type of device. Devices that are
 not named always have dense ones."""
 
 # Rows of 4096 latents fit in the cache that tokens would otherwise fetch them to again and again.
