@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clipsae.sae import SAE, SAEOutput
+from clipsae.sae import blockwise as blockwise_module
 from clipsae.sae import support as support_module
 from clipsae.sae.base import SparseCodes
 from clipsae.sae.support import Support, empty, largest, positions_above
@@ -89,6 +90,26 @@ def test_both_ways_give_the_same(recipe, case, dtype):
             )
         for name, value in dense.named_buffers():
             torch.testing.assert_close(dict(sparse.named_buffers())[name], value, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dense_codes_in_blocks_are_those_in_one_piece(recipe, dtype, monkeypatch):
+    for options in OPTIONS[recipe]:
+        whole = build(recipe, **options).to(dtype)
+        parts, x = copy.deepcopy(whole), tokens(3, 5, D, dtype=dtype)
+        expected, expected_gradients = two_steps(whole, x, -1)
+        with monkeypatch.context() as patch:
+            patch.setattr(blockwise_module, "_BLOCK", 4 * M)  # four tokens, the last ones three
+            out, gradients = two_steps(parts, x, -1)
+        assert torch.equal(out.codes, expected.codes)
+        tolerance = (
+            {"rtol": 1e-9, "atol": 1e-11}
+            if dtype == torch.float64
+            else {"rtol": 0.02, "atol": 0.02}
+        )
+        torch.testing.assert_close(out.loss, expected.loss, **tolerance)
+        for name, gradient in expected_gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, **tolerance)
 
 
 def test_each_way_is_taken_by_density():

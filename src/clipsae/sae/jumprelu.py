@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Activation, Step, per_latent
+from clipsae.sae.blockwise import blockwise
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import not_negative
 from clipsae.sae.support import Support, positions_above
@@ -67,7 +68,8 @@ class JumpReLU(Activation):
         return positions_above(scores, self.log_theta.exp() - 0.50001 * self.bandwidth)
 
     def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
-        return _Jump.apply(scores, self._theta(support and support.latent), self.bandwidth)
+        theta = self._theta(support and support.latent)
+        return blockwise(lambda s, theta: _Jump.apply(s, theta, self.bandwidth), scores, theta)
 
     def _theta(self, latents: Tensor | None) -> Tensor:
         return per_latent(self.log_theta, self.latents, latents).exp()
@@ -123,5 +125,10 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         scores, theta = ctx.saved_tensors
-        near = _summed(_kernel(scores, theta, ctx.bandwidth), theta)
+        if scores.shape == theta.shape:
+            near = _kernel(scores, theta, ctx.bandwidth).to(theta.dtype)
+        else:
+            near = torch.zeros_like(theta)
+            for part in scores.flatten(0, -2).split(16):  # in the cache, where there is one
+                near += _kernel(part, theta, ctx.bandwidth).sum(dim=0, dtype=theta.dtype)
         return None, -gradient / ctx.bandwidth * near, None

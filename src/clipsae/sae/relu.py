@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clipsae.sae.base import Activation, Step, per_latent
+from clipsae.sae.blockwise import blockwise
 from clipsae.sae.losses import mean_over_tokens
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.support import Support, positions_above
@@ -38,7 +39,7 @@ class ReLU(Activation):
         return positions_above(scores, scores.new_zeros(()))
 
     def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
-        return torch.relu(scores)
+        return blockwise(torch.relu, scores)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         return {"l1": self.l1 * l1_norm(step.codes, step)} if self.l1 else {}
