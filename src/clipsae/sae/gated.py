@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Activation, Step, per_latent
-from clipsae.sae.blockwise import blockwise
+from clipsae.sae.blockwise import blockwise, passing
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import l1_norm, not_negative
 from clipsae.sae.support import Support, positions_above
@@ -79,7 +79,7 @@ def _magnitude(h: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
 
 
 def _codes(h: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
-    return torch.where(h > -b_gate, _magnitude(h, r_mag, b_mag), 0)
+    return _magnitude(h, r_mag, b_mag) * passing(h, -b_gate)
 
 
 def _gate(h: Tensor, b_gate: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Activation, Step, per_latent
-from clipsae.sae.blockwise import blockwise
+from clipsae.sae.blockwise import blockwise, passing
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import not_negative
 from clipsae.sae.support import Support, positions_above
@@ -69,7 +69,9 @@ class JumpReLU(Activation):
 
     def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
         theta = self._theta(support and support.latent)
-        return blockwise(lambda s, theta: _Jump.apply(s, theta, self.bandwidth), scores, theta)
+        flat = scores if support is not None else scores.flatten(0, -2)
+        codes = blockwise(lambda s, theta: _Jump.apply(s, theta, self.bandwidth), flat, theta)
+        return codes.view(scores.shape)
 
     def _theta(self, latents: Tensor | None) -> Tensor:
         return per_latent(self.log_theta, self.latents, latents).exp()
@@ -78,57 +80,58 @@ class JumpReLU(Activation):
         if not self.l0:
             return {}
         theta = self._theta(step.latents)
-        passing = _Step.apply(step.scores, theta, self.bandwidth) / step.tokens
+        scores = step.scores if step.latents is not None else step.scores.flatten(0, -2)
+        active = _Step.apply(scores, theta, self.bandwidth) / step.tokens
         if self.target_l0 is not None:
-            passing = (passing / self.target_l0 - 1).square()
-        return {"l0": self.l0 * passing}
+            active = (active / self.target_l0 - 1).square()
+        return {"l0": self.l0 * active}
 
 
 def _kernel(scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-    """Where |s - theta| < eps / 2: a BoolTensor [..., M]."""
-    return (scores - theta).abs_() < bandwidth / 2
+    """1 where |s - theta| < eps / 2, else 0: [..., M], in theta's dtype."""
+    distance = (scores - theta).abs_()
+    return torch.lt(distance, bandwidth / 2, out=distance)
 
 
 def _summed(values: Tensor, theta: Tensor) -> Tensor:
-    """[..., M] -> [M], in theta's dtype; as they are where each value has a theta of its own."""
-    if values.shape == theta.shape:
-        return values.to(theta.dtype)
-    return values.flatten(0, -2).sum(dim=0, dtype=theta.dtype)
+    """[n, M] -> [M], in theta's dtype; as they are where each value has a theta of its own."""
+    return values if values.shape == theta.shape else values.sum(dim=0, dtype=theta.dtype)
 
 
 class _Jump(torch.autograd.Function):
-    """s [..., M], theta [M], or both [p] -> s 1[s > theta]."""
+    """s [n, M], theta [M], or both [p] -> s 1[s > theta]."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(scores, theta)
         ctx.bandwidth = bandwidth
-        return torch.where(scores > theta, scores, 0)
+        return passing(scores, theta).mul_(scores)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         scores, theta = ctx.saved_tensors
-        near = torch.where(_kernel(scores, theta, ctx.bandwidth), gradient, 0)
-        near = _summed(near, theta)
-        return torch.where(scores > theta, gradient, 0), -theta / ctx.bandwidth * near, None
+        near = _summed(_kernel(scores, theta, ctx.bandwidth).mul_(gradient), theta)
+        return passing(scores, theta).mul_(gradient), -theta / ctx.bandwidth * near, None
 
 
 class _Step(torch.autograd.Function):
-    """s [..., M], theta [M], or both [p] -> the number of s > theta, a scalar of theta's dtype."""
+    """s [n, M], theta [M], or both [p] -> the number of s > theta, a scalar of theta's dtype."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(scores, theta)
         ctx.bandwidth = bandwidth
-        return (scores > theta).sum().to(theta.dtype)
+        counts = [_summed(passing(part, theta), theta) for part in _parts(scores, theta)]
+        return sum(counts).sum(dtype=torch.float64).to(theta.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         scores, theta = ctx.saved_tensors
-        if scores.shape == theta.shape:
-            near = _kernel(scores, theta, ctx.bandwidth).to(theta.dtype)
-        else:
-            near = torch.zeros_like(theta)
-            for part in scores.flatten(0, -2).split(16):  # in the cache, where there is one
-                near += _kernel(part, theta, ctx.bandwidth).sum(dim=0, dtype=theta.dtype)
+        parts = _parts(scores, theta)
+        near = sum(_summed(_kernel(part, theta, ctx.bandwidth), theta) for part in parts)
         return None, -gradient / ctx.bandwidth * near, None
+
+
+def _parts(scores: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
+    """A few tokens each, whose comparisons stay in the cache."""
+    return (scores,) if scores.shape == theta.shape else scores.split(16)
