@@ -11,7 +11,18 @@ from omegaconf import OmegaConf
 
 from run import ROOT  # (and the resolvers that the configs use)
 
-GROUPS = ["clip", "model", "dataset", "train_dataset", "features", "trainer", "logger", "task"]
+GROUPS = [
+    "clip",
+    "model",
+    "dataset",
+    "train_dataset",
+    "features",
+    "trainer",
+    "evaluation",
+    "measurement",
+    "logger",
+    "task",
+]
 CHOICES = [
     f"{group}={file.stem}"
     for group in GROUPS
@@ -60,6 +71,26 @@ def test_an_unknown_key_and_an_unknown_choice_are_refused(composed):
 def test_which_images_train_the_sae(composed):
     assert composed("dataset=scenes_colour").train_dataset.name == "scenes"
     assert "_target_" not in composed("dataset=image_folder", "dataset.root=x").train_dataset
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_a_sweep_is_chosen_by_name_and_its_axes_exist(sweep):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"sweeps={sweep}"], return_hydra_config=True)
+        assert cfg.sweep_name == sweep
+        assert str(cfg.hydra.mode) == "RunMode.MULTIRUN"
+        for key, values in cfg.hydra.sweeper.params.items():
+            for value in str(values).split(","):
+                more = ["model=topk"] if key == "model.k" else []
+                assert compose("config", [*more, f"{key}={value}"])
+
+
+def test_the_benchmark_is_six_models_on_eleven_datasets():
+    from clipsae.data.eleven import ELEVEN
+
+    params = OmegaConf.load(ROOT / "sweeps" / "benchmark.yaml").hydra.sweeper.params
+    assert params.dataset.split(",") == list(ELEVEN)
+    assert len(params.model.split(",")) == 6
 
 
 def test_the_entry_point_does_not_import_torch():

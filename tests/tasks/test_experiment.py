@@ -56,6 +56,14 @@ def test_the_default_job_ends_with_a_table_and_says_where_things_are(tmp_path):
     assert meta["key"]["sae"] == sae.name
     assert set(meta) >= {"versions", "git_commit", "host"}
 
+    (measurement,) = (tmp_path / "out").glob("measurement/*")
+    metrics = pd.read_csv(measurement / "metrics.csv").set_index("metric").value
+    diagnostics = json.loads((evaluation / "diagnostics.json").read_text())
+    assert metrics["fvu"] == pytest.approx(diagnostics["sparsity"]["fvu"])
+    assert {"cknna", "monosemanticity_mean", "l0_dense", "patch_coverage"} <= set(metrics.index)
+    assert "shape_colour" in measurement.name
+    assert set(pd.read_csv(measurement / "concepts.csv").level) == {"patch", "image"}
+
     # The offline W&B run holds the same numbers, the config, and no path of this machine.
     (record,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
     read = subprocess.run(
@@ -68,6 +76,7 @@ def test_the_default_job_ends_with_a_table_and_says_where_things_are(tmp_path):
     for n in on.index:
         assert float(find(summary, f"topn/on_{n:.0f}")) == pytest.approx(on[n])
     assert float(find(summary, "val/fvu")) > 0
+    assert float(find(summary, "measure/cknna")) == pytest.approx(metrics["cknna"])
     assert find(inspected["config"], "model")["name"] == "sparsemax"
     assert str(tmp_path) not in json.dumps(inspected["config"])
 
@@ -89,6 +98,7 @@ def test_a_sweep_trains_each_sae_once(tmp_path):
         "dataset=scenes_shape,scenes_colour",
         "logger=csv",
         "evaluation.settings=[no_sae,on]",
+        "measurement=none",
     )
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("sae/*"))) == 2
@@ -99,7 +109,13 @@ def test_a_sweep_trains_each_sae_once(tmp_path):
 
 @pytest.mark.slow
 def test_heldout_counts_on_the_other_split(tmp_path):
-    done = small(tmp_path, "evaluation.protocol=heldout", "logger=none", "dataset=scenes_colour")
+    done = small(
+        tmp_path,
+        "evaluation.protocol=heldout",
+        "logger=none",
+        "dataset=scenes_colour",
+        "measurement=none",
+    )
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("evaluation/*/results.csv")
     assert set(pd.read_csv(file).protocol) == {"heldout"}
@@ -115,6 +131,9 @@ def test_heldout_counts_on_the_other_split(tmp_path):
         (["model.learning_rate=-1"], "learning_rate"),
         (["features.batch_size=0"], "batch_size=0"),
         (["evaluation.protocol=papre"], "expected one of paper, heldout"),
+        (["measurement.metrics=[cknna,l00]"], "l00"),
+        (["measurement.image_encoder=dino"], "open_clip:MODEL/WEIGHTS"),
+        (["model=topk", "model.k=auto"], "run the same command with model=sparsemax first"),
         (["model=toppk"], "topk"),
         (["model.kk=3"], "kk"),
     ],

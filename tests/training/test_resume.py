@@ -1,5 +1,6 @@
 """A real process, a real signal: the continued run ends with the weights of one undisturbed."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -42,6 +43,12 @@ def results(folder: Path) -> str:
     return file.read_text()
 
 
+def checkpoint_times(folder: Path) -> list[float]:
+    with contextlib.suppress(FileNotFoundError):  # its folder has just changed hands
+        return [file.stat().st_mtime for file in folder.glob("sae/.*/*/scratch/last.ckpt")]
+    return []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [0, 16])
 def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
@@ -54,7 +61,7 @@ def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
             command(tmp_path / "cut", more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         while process.poll() is None:  # until a checkpoint of this run is there, then no mercy
-            times = [f.stat().st_mtime for f in (tmp_path / "cut").glob("sae/.*/scratch/last.ckpt")]
+            times = checkpoint_times(tmp_path / "cut")
             if times and seen and times[0] > seen:
                 process.send_signal(sign)
                 break
@@ -69,11 +76,30 @@ def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_training_begins_anew(tmp_path):
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    process = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.DEVNULL)
+    while not checkpoint_times(tmp_path / "cut"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (file,) = (tmp_path / "cut").glob("sae/.*/*/scratch/last.ckpt")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    again = subprocess.run(command(tmp_path / "cut"), check=True, capture_output=True, text=True)
+    assert "last.ckpt does not match its checksum" in again.stdout
+    assert "continuing" not in again.stdout
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_used_again(tmp_path):
     first = subprocess.run(command(tmp_path), check=True, capture_output=True, text=True)
     before = weights(tmp_path)
     again = subprocess.run(command(tmp_path), check=True, capture_output=True, text=True)
-    assert "using the trained SAE" not in first.stdout
-    assert "using the trained SAE" in again.stdout
-    assert "using the finished evaluation" in again.stdout
+    assert "using the finished" not in first.stdout
+    assert f"using the finished {tmp_path}/sae/" in again.stdout
+    assert f"using the finished {tmp_path}/evaluation/" in again.stdout
     assert weights(tmp_path) == before

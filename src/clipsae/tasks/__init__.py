@@ -51,4 +51,9 @@ def quiet_lightning() -> None:
     import lightning.pytorch  # sets its logger's level when imported
 
     logging.getLogger(lightning.pytorch.__name__).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning.*")
+    for message in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",  # rendering scenes needs none
+        ".*exists and is not empty.*",  # a job's folder holds Hydra's files, too
+    ):
+        warnings.filterwarnings("ignore", message=message, module="lightning.*")

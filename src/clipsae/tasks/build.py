@@ -1,18 +1,19 @@
 """From a config to objects: the one place where `_target_` is followed."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
-from clipsae.clip.text import OPENAI_IMAGENET_TEMPLATES, text_classifier
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.sae import SAE
 
+IMAGES_WITH_RANDOM_WEIGHTS = 64
 # Keys of conf/model that are the training's or the evaluation's, not the SAE's.
 TRAINING_KEYS = ("learning_rate", "betas", "warmup_steps", "decay", "initial_images", "compile")
 EVALUATION_KEYS = ("count_threshold",)
@@ -83,21 +84,6 @@ def build_sae(cfg: DictConfig, d: int) -> SAE:
     return user_error(SAE, d=d, **sae_options(cfg))
 
 
-def build_classifier(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> Tensor:
-    """The text embeddings [C, e] of the dataset's classes.
-
-    With random CLIP weights one prompt a class: 1,000 classes in 80 templates take an hour on a
-    CPU, and mean nothing.
-    """
-    templates = dataset.templates or OPENAI_IMAGENET_TEMPLATES
-    return text_classifier(
-        clip,
-        dataset.classnames,
-        templates[:1] if cfg.clip.pretrained is None else templates,
-        renormalize=cfg.evaluation.renormalize_text,
-    )
-
-
 def clip_key(cfg: DictConfig) -> dict[str, Any]:
     """What decides the tokens: the model, its weights (a file by its content), the layer."""
     key = plain(cfg.clip)
@@ -111,6 +97,36 @@ def dataset_key(node: DictConfig, dataset: ImageDataset) -> dict[str, Any]:
     """What decides the images: the options, and the list of files by content where there is one."""
     key = {k: v for k, v in plain(node).items() if k not in PLACE_KEYS}
     return {**key, "fingerprint": dataset.fingerprint}
+
+
+def cell(cfg: DictConfig) -> dict[str, Any]:
+    """What tells a result from the others of a sweep; the first columns of every table."""
+    return {
+        "model": cfg.model.name,
+        "dataset": cfg.dataset.name,
+        "clip": cfg.clip.name,
+        "latents": cfg.model.latents,
+        "k": cfg.model.get("k"),
+        "seed": cfg.seed,
+    }
+
+
+def limit_images(cfg: DictConfig) -> int | None:
+    """How many images are evaluated; None: all. With random CLIP weights, whose numbers mean
+    nothing, a few are enough to see that everything runs."""
+    if cfg.evaluation.limit_images is None and cfg.clip.pretrained is None:
+        return IMAGES_WITH_RANDOM_WEIGHTS
+    return cfg.evaluation.limit_images
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    """The resolved config beside the result."""
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def user_error(build: Any, *args: Any, **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """Results as a person reads them in a terminal."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -14,12 +15,27 @@ SETTINGS = {
 }
 
 
-def print_results(rows: pd.DataFrame, *, sae: Path, evaluation: Path) -> None:
-    """Top-n accuracies as one table, n across, and where the finished work lies.
+# What a line beside the table shows of a measurement: name, label, format.
+MEASURED = (
+    ("active", "active latents a token", ".1f"),
+    ("l0", "L0", ".4f"),
+    ("fvu", "FVU", ".3f"),
+    ("cosine", "cosine", ".3f"),
+    ("cknna", "CKNNA", ".3f"),
+    ("dead_fraction", "silent latents", ".1%"),
+    ("monosemanticity_mean", "MonoSemanticity mean", ".3f"),
+    ("monosemanticity_max", "max", ".3f"),
+    ("patch_coverage", "concepts found", ".0%"),
+)
+
+
+def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: list[Path]) -> None:
+    """Top-n accuracies as one table, n across, the measured numbers, and where the work lies.
 
     Args:
         rows: tidy rows of one evaluation (`results.csv`).
-        sae, evaluation: the finished folders.
+        metrics: the numbers of a measurement by name; empty: none was made.
+        folders: the finished ones; each lies in a folder named by its kind.
     """
     first = rows.iloc[0]
     console = Console(width=None if Console().is_terminal else 110)
@@ -47,5 +63,8 @@ def print_results(rows: pd.DataFrame, *, sae: Path, evaluation: Path) -> None:
             cells = [by_n.get(n, "") for n in ns]
         table.add_row(setting, meaning, *cells)
     console.print(table)
-    console.print(f"SAE         {sae}", soft_wrap=True)
-    console.print(f"evaluation  {evaluation}", soft_wrap=True)
+    shown = [f"{label} {metrics[name]:{form}}" for name, label, form in MEASURED if name in metrics]
+    if shown:
+        console.print(", ".join(shown), highlight=False)
+    for folder in folders:
+        console.print(f"{folder.parent.name:<12}{folder}", soft_wrap=True, highlight=False)

@@ -2,8 +2,8 @@
 progress line."""
 
 import logging
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from clipsae.store import put_checkpoint
+
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +30,8 @@ class ResumeCheckpoint(Checkpoint):
 
     Lightning's own writes through a temporary file that may lie on another file system, from
     where a move is a copy: a kill in the middle leaves half a file under the final name. Here it
-    is written beside its place, flushed to disk and renamed.
+    is written beside its place, flushed to disk, renamed, and its checksum noted, by which
+    `whole_checkpoint` knows a damaged one.
 
     Args:
         path: where the checkpoint lies.
@@ -72,11 +75,28 @@ class ResumeCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         self.last_step, self.last_time = trainer.global_step, time.monotonic()
         aside = self.path.with_suffix(".tmp")
-        trainer.save_checkpoint(aside)
-        if trainer.is_global_zero:
-            with aside.open("rb+") as file:
-                os.fsync(file.fileno())
-            aside.replace(self.path)
+        try:
+            trainer.save_checkpoint(aside)
+            if trainer.is_global_zero:
+                put_checkpoint(aside, self.path, trainer.global_step)
+        except BaseException:
+            if trainer.is_global_zero:  # half of it: the disk may be full
+                aside.unlink(missing_ok=True)
+            raise
+
+
+class ReportProgress(Callback):
+    """Tells `report(done, total)` after every step how far the training is.
+
+    Args:
+        report: such as `Stage.progress`; what it raises ends the training.
+    """
+
+    def __init__(self, report: Callable[[int, int], None]) -> None:
+        self.report = report
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.report(trainer.global_step, trainer.max_steps)
 
 
 class TokenRate(Callback):

@@ -20,6 +20,8 @@ class About:
         coop: published sizes (train, test) of CoOp's split; None where that is the official one.
         split_file: CoOp's split; None where that is the official one.
         prompt: CoOp's one hand-written prompt for it.
+        zero_shot: top-1 accuracy in percent of OpenAI's ViT-B/16 on CoOp's test split with the 80
+            ImageNet templates, as quoted from TPT (Shu et al., 2022, arXiv 2209.07511).
         own_split: what "official" means, for the line that says it.
     """
 
@@ -31,6 +33,7 @@ class About:
     classes: int
     official: tuple[int, int]
     prompt: str
+    zero_shot: float
     coop: tuple[int, int] | None = None
     split_file: str | None = None
     own_split: str = "official split"

@@ -35,6 +35,7 @@ class Caltech101(PublishedDataset):
         coop=(4_128, 2_465),
         split_file="split_zhou_Caltech101.json",
         prompt="a photo of a {}.",
+        zero_shot=93.55,
         own_split="fixed rule",
     )
     other_folders = ("caltech-101",)

@@ -26,6 +26,7 @@ class DTD(PublishedDataset):
         coop=(2_820, 1_692),
         split_file="split_zhou_DescribableTextures.json",
         prompt="{} texture.",
+        zero_shot=45.04,
     )
     homes = (".", "dtd", "dtd/dtd")
     torchvision_class = "DTD"

@@ -25,6 +25,7 @@ class FGVCAircraft(PublishedDataset):
         classes=100,
         official=(3_334, 3_333),
         prompt="a photo of a {}, a type of aircraft.",
+        zero_shot=23.22,
     )
     other_folders = ("fgvc-aircraft-2013b", "fgvc-aircraft")
     homes = (".", "data", "fgvc-aircraft-2013b/data")

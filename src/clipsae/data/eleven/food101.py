@@ -27,6 +27,7 @@ class Food101(PublishedDataset):
         coop=(50_500, 30_300),
         split_file="split_zhou_Food101.json",
         prompt="a photo of {}, a type of food.",
+        zero_shot=82.86,
     )
     other_folders = ("food-101",)
     homes = (".", "food-101")

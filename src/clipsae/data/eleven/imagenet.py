@@ -40,6 +40,7 @@ class ImageNet(PublishedDataset):
         classes=1_000,
         official=(1_281_167, 50_000),
         prompt="a photo of a {}.",
+        zero_shot=68.34,
     )
     other_folders = ("ImageNet", "imagenet-1k", "ILSVRC2012")
     homes = (".", "images", "ILSVRC/Data/CLS-LOC")
@@ -73,6 +74,7 @@ class ImageNetSketch(ImageNet):
         classes=1_000,
         official=(50_889, 50_889),
         prompt="a photo of a {}.",
+        zero_shot=48.24,
     )
     other_folders = ("imagenet-sketch", "ImageNet-Sketch")
     homes = (".",)

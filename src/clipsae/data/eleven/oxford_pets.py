@@ -27,6 +27,7 @@ class OxfordPets(PublishedDataset):
         coop=(2_944, 3_669),
         split_file="split_zhou_OxfordPets.json",
         prompt="a photo of a {}, a type of pet.",
+        zero_shot=86.92,
     )
     other_folders = ("oxford-iiit-pet",)
     homes = (".", "oxford-iiit-pet")

@@ -31,6 +31,7 @@ class StanfordCars(PublishedDataset):
         coop=(6_509, 8_041),
         split_file="split_zhou_StanfordCars.json",
         prompt="a photo of a {}.",
+        zero_shot=66.11,
     )
     other_folders = ("stanford-cars",)
     homes = (".", "stanford_cars")

@@ -31,6 +31,7 @@ class SUN397(PublishedDataset):
         coop=(15_880, 19_850),
         split_file="split_zhou_SUN397.json",
         prompt="a photo of a {}.",
+        zero_shot=65.63,
     )
     other_folders = (".",)  # torchvision makes SUN397 in the data folder itself
     torchvision_class = "SUN397"

@@ -30,6 +30,7 @@ class UCF101(PublishedDataset):
         coop=(7_639, 3_783),
         split_file="split_zhou_UCF101.json",
         prompt="a photo of a person doing {}.",
+        zero_shot=65.16,
     )
     image_folders = ("UCF-101-midframes",)
 

@@ -8,7 +8,11 @@ float64. The sums of sparsity and reconstruction are `clipsae.evaluation.sparsit
 from clipsae.evaluation.metrics.cknna import CKNNA, cknna
 from clipsae.evaluation.metrics.encoders import ImageEncoder, image_encoder
 from clipsae.evaluation.metrics.fidelity import fidelity
-from clipsae.evaluation.metrics.measure import MeasureResult, measure
+from clipsae.evaluation.metrics.measure import (
+    MeasureResult,
+    check_measure_options,
+    measure,
+)
 from clipsae.evaluation.metrics.monosemanticity import MonoSemanticity, monosemanticity, pool_codes
 from clipsae.evaluation.metrics.orthogonality import DecoderOrthogonality, decoder_orthogonality
 from clipsae.evaluation.metrics.recovery import ConceptRecovery, concept_recovery
@@ -21,6 +25,7 @@ __all__ = [
     "ImageEncoder",
     "MeasureResult",
     "MonoSemanticity",
+    "check_measure_options",
     "cknna",
     "concept_recovery",
     "decoder_orthogonality",

@@ -106,8 +106,14 @@ def measure(
         ValueError: an unknown metric or pooling, one that lacks what it needs, no images, sizes
             below 1.
     """
-    chosen = _chosen(metrics, dataset, image_encoder)
-    _check(pooling, sample_tokens, sample_images, len(dataset.labels))
+    chosen = check_measure_options(
+        dataset,
+        metrics=metrics,
+        image_encoder=image_encoder,
+        pooling=pooling,
+        sample_tokens=sample_tokens,
+        sample_images=sample_images,
+    )
     device = clip.device if device is None else torch.device(device)
     clip.to(device)
     encoder = image_encoder if "monosemanticity" in chosen else None
@@ -152,9 +158,30 @@ def measure(
     return _result(runs, done, compared_tokens, compared_images, pooling, encoder)
 
 
-def _chosen(
-    metrics: Sequence[str] | None, dataset: Any, image_encoder: str | Encoder | None
+def check_measure_options(
+    dataset: Any,
+    *,
+    metrics: Sequence[str] | None = None,
+    image_encoder: str | Encoder | None = None,
+    pooling: str = "mean",
+    sample_tokens: int = 10_000,
+    sample_images: int = 2_000,
 ) -> tuple[str, ...]:
+    """Refuse what `measure` would, without any model at hand.
+
+    Returns:
+        The metrics that will be measured.
+
+    Raises:
+        ValueError: see `measure`.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
+    for name, value in (("sample_tokens", sample_tokens), ("sample_images", sample_images)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if not len(dataset.labels):
+        raise ValueError("the dataset has no images: expected at least one")
     missing = {}
     if image_encoder is None:
         missing["monosemanticity"] = "an image_encoder, such as 'open_clip:ViT-B-32/openai'"
@@ -169,16 +196,6 @@ def _chosen(
         if metric in missing:
             raise ValueError(f"metrics: {metric!r} needs {missing[metric]}")
     return tuple(metrics)
-
-
-def _check(pooling: str, sample_tokens: int, sample_images: int, images: int) -> None:
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
-    for name, value in (("sample_tokens", sample_tokens), ("sample_images", sample_images)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
-    if not images:
-        raise ValueError("the dataset has no images: expected at least one")
 
 
 def _drawn(total: int, size: int, seed: int) -> list[int]:

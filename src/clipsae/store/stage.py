@@ -1,0 +1,312 @@
+"""The store and its stages."""
+
+import errno
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from clipsae.store import files, lease
+from clipsae.store.files import MARK, find_damage, write_json
+from clipsae.store.lease import FREE, Lease, LeaseLost
+from clipsae.store.provenance import provenance
+from clipsae.store.queue import LOOKS, OnBusy, Queue, StoreError
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1  # raise it when the same config would no longer give the same content
+ABOUT = "about.json"  # what an unfinished stage is
+FAILED = "failed.json"  # why its last making failed
+BEAT = 15.0  # seconds between two signs of life
+DEAD_AFTER = 180.0  # seconds without one; a network file system may show files a minute late
+
+
+class Damaged(StoreError):
+    """A finished folder is not as it was sealed."""
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """Ten hex digits of the SHA-256 of a JSON-like mapping, whatever the order of its keys.
+
+    Raises:
+        TypeError: a value that JSON cannot hold.
+    """
+    text = json.dumps({"schema": SCHEMA, **key}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@dataclass
+class Stage:
+    """A piece of work with a place in the store.
+
+    Attributes:
+        path: the folder of the finished work.
+        key: what determines its content.
+        about: what a person knows it by (model, dataset, k, seed), for `task=status`.
+        beat, dead_after: the lease's, see `Store`.
+    """
+
+    path: Path
+    key: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    beat: float = BEAT
+    dead_after: float = DEAD_AFTER
+    _lease: Lease | None = field(default=None, init=False, repr=False)
+    _joined: Path | None = field(default=None, init=False, repr=False)
+
+    @property
+    def home(self) -> Path:
+        """The folder that is there while the stage is unfinished."""
+        return self.path.with_name(f".{self.path.name}.partial")
+
+    @property
+    def slot(self) -> Path:
+        """Where the unfinished work lies now: its name changes with its owner."""
+        if self._lease is not None:
+            return self._lease.slot
+        return self._joined or lease.find_slot(self.home) or self.home / FREE
+
+    @property
+    def work(self) -> Path:
+        """The folder while the work is being made."""
+        return self.slot / "work"
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for checkpoints, kept until the work is finished. Its path holds while `build`
+        runs."""
+        return self.slot / "scratch"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is there, with its mark and with files of the right sizes."""
+        return self.path.is_dir() and find_damage(self.path, content=False) is None
+
+    def verify(self) -> None:
+        """Compare every file with its checksum.
+
+        Raises:
+            Damaged: it is not there, or not as it was sealed.
+        """
+        if (wrong := find_damage(self.path)) is not None:
+            raise Damaged(f"{self.path}: {wrong}: run what made it again, and it is made anew")
+
+    def progress(self, done: int, total: int) -> None:
+        """Say how far `build` is, in steps; costs nothing, call it as often as you like.
+
+        Raises:
+            LeaseLost: this process stood still and another has taken over; let it pass.
+        """
+        if self._lease is not None:
+            self._lease.progress(done, total)
+
+    def make(
+        self,
+        build: Callable[[Path], None],
+        *,
+        on_busy: OnBusy = "wait",
+        check: Literal["content", "size"] = "content",
+        rank: int = 0,
+    ) -> Path:
+        """Return the finished folder, making it first where it is missing or damaged.
+
+        Args:
+            build: writes the content into the folder that it is given, which is empty. It may
+                find in `scratch` what an earlier, interrupted call left.
+            on_busy: what to do while another process makes it: wait and use what it made (or go
+                on from its checkpoint if it dies), or raise.
+            check: how finished work is looked at before it is used: "content" compares checksums
+                (a second for a gigabyte or two), "size" is for what is too large for that.
+            rank: of this process in a distributed run whose ranks all call `build`: the lease is
+                rank 0's, the others join it.
+
+        Raises:
+            Busy: `on_busy` is "fail"; BusySkip: it is "skip".
+            StoreError: the disk is full, or the store cannot be written to.
+        """
+        queue = Queue(self.path, self.home, self.beat, self.dead_after, on_busy)
+        while True:
+            if self.path.exists() and find_damage(self.path, content=check == "content") is None:
+                return self.path
+            if rank > 0:
+                if self._join(build, queue):
+                    return self.path
+            elif self._lead(build, queue, check):
+                return self.path
+            queue.pause()
+
+    def _lead(self, build: Callable[[Path], None], queue: Queue, check: str) -> bool:
+        """Make it if the lease can be had; whether it is finished now."""
+        try:
+            self._lease = queue.look()
+        except OSError as error:
+            raise self._readable(error) from error
+        if self._lease is None:
+            return False
+        try:
+            self._build(build, check)
+        except LeaseLost:
+            log.warning(
+                "%s was taken over by another process while this one stood still: using what that "
+                "one makes",
+                self.path.name,
+            )
+            return False
+        finally:
+            self._lease.release()
+            self._lease = None
+        return True
+
+    def _build(self, build: Callable[[Path], None], check: str) -> None:
+        """Make it, holding the lease."""
+        held = self._lease
+        try:
+            if self.path.exists():
+                wrong = find_damage(self.path, content=check == "content")
+                if wrong is None:  # made while the lease was being taken
+                    held.discard()
+                    return
+                aside = files.set_aside(self.path)
+                log.warning("%s: %s: set aside as %s, made anew", self.path, wrong, aside.name)
+            (held.slot / FAILED).unlink(missing_ok=True)
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir()
+            self.scratch.mkdir(exist_ok=True)
+            write_json(held.slot / ABOUT, {"key": dict(self.key), "about": dict(self.about)})
+            wall, start = time.time(), time.monotonic()
+            build(self.work)
+            self._publish(wall, time.monotonic() - start)
+        except Exception as error:
+            if held.lost or not held.slot.exists():
+                raise LeaseLost(self.path.name) from error
+            readable = self._readable(error)
+            shutil.rmtree(self.work, ignore_errors=True)  # of no use, and the disk may be full
+            self._note_failure(readable)
+            if readable is error:
+                raise
+            raise readable from error
+
+    def _publish(self, started: float, seconds: float) -> None:
+        files.seal(
+            self.work,
+            {
+                "schema": SCHEMA,
+                "key": dict(self.key),
+                "about": dict(self.about),
+                "started": started,
+                "finished": time.time(),
+                "seconds": seconds,
+                **provenance(),
+            },
+        )
+        try:
+            self.work.rename(self.path)
+        except OSError:
+            # There already: finished by another, which a network file system showed late.
+            if not self.finished:
+                raise
+        files.fsync(self.path.parent)
+        self._lease.discard()
+
+    def _note_failure(self, error: Exception) -> None:
+        said = str(error).strip().splitlines()
+        try:
+            write_json(
+                self.slot / FAILED,
+                {
+                    "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                    "host": platform.node(),
+                    "type": type(error).__name__,
+                    "message": said[-1] if said else "",
+                },
+            )
+        except OSError:
+            log.debug("the failure could not be noted", exc_info=True)
+
+    def _join(self, build: Callable[[Path], None], queue: Queue) -> bool:
+        """As a rank that is not the first: build along in the first one's slot if it is there,
+        and see it published."""
+        slot = lease.find_slot(self.home)
+        if slot is None:
+            return False
+        if not lease.is_my_group(slot):
+            queue.alive(slot)
+            return False
+        if not (slot / "work").is_dir():
+            return False
+        self._joined = slot
+        try:
+            build(self.work)
+            while slot.exists():
+                time.sleep(LOOKS[0])
+        finally:
+            self._joined = None
+        if not self.finished:
+            raise StoreError(f"{self.path.name}: the first rank did not finish it")
+        return True
+
+    def _readable(self, error: Exception) -> Exception:
+        """The same error, or in its place the sentence for a full disk or a store that cannot be
+        written to."""
+        where, name = self.path.parent, self.path.name
+        if isinstance(error, StoreError):
+            return error
+        if files.disk_is_full(error, where):
+            free = files.free_bytes(where) / 1e6
+            return StoreError(
+                f"{where}: no space left on the disk ({free:.1f} MB free) for {name}: make space "
+                "and run the same command again, it continues from its last checkpoint"
+            )
+        code = error.errno if isinstance(error, OSError) else None
+        if code == errno.EROFS or (code in (errno.EACCES, errno.EPERM) and self._lease is None):
+            return StoreError(
+                f"{where}: cannot be written to, and {name} is not finished there: set "
+                "paths.output_dir to a folder of your own"
+            )
+        return error
+
+
+class Store:
+    """The folder that holds all finished work.
+
+    Args:
+        root: created when something is first written.
+        beat: seconds between two signs of life of a process that makes a stage.
+        dead_after: seconds without one after which others take its work over.
+    """
+
+    def __init__(
+        self, root: Path | str, *, beat: float = BEAT, dead_after: float = DEAD_AFTER
+    ) -> None:
+        self.root = Path(root)
+        self.beat = beat
+        self.dead_after = dead_after
+
+    def stage(
+        self,
+        kind: str,
+        words: list[str],
+        key: Mapping[str, Any],
+        about: Mapping[str, Any] | None = None,
+    ) -> Stage:
+        """The place of one piece of work.
+
+        Args:
+            kind: "sae", "evaluation", ...: the folder it lies in.
+            words: what a person wants to read in the name.
+            key: what determines the content: plain JSON values, no paths, no devices.
+            about: what `task=status` finds it by: model, dataset, k, seed.
+        """
+        slug = "-".join(word.lower().replace("/", "_").replace(" ", "_") for word in words)
+        path = self.root / kind / f"{slug}-{digest(key)}"
+        return Stage(path, key, dict(about or {}), self.beat, self.dead_after)
+
+    def finished(self, kind: str) -> list[Path]:
+        """All finished folders of a kind, sorted by name."""
+        return sorted(mark.parent for mark in (self.root / kind).glob(f"[!.]*/{MARK}"))

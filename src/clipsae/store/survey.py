@@ -1,0 +1,152 @@
+"""What lies in a store: finished, being made, left, failed, damaged."""
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from clipsae.store import files, lease
+from clipsae.store.files import MARK, find_damage, read_json
+from clipsae.store.lease import Owner
+from clipsae.store.stage import ABOUT, DEAD_AFTER, FAILED
+
+State = Literal["done", "running", "stalled", "failed", "damaged", "left over"]
+
+NAME = r"[^./][^/]*-[0-9a-f]{10}"
+FINISHED = re.compile(NAME)
+PARTIAL = re.compile(rf"\.(?P<name>{NAME})\.partial")
+ASIDE = re.compile(rf"\.(?P<name>{NAME})\.(damaged-\d+|gone-\w+|partial\.\S+)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder of the store.
+
+    Attributes:
+        kind: "sae", "evaluation", ...
+        name: the stage's.
+        path: the folder (of unfinished work the one that belongs to its owner).
+        state: done · running · stalled: nobody works on it, the next to need it continues ·
+            failed · damaged · left over: of a process killed while it tidied up.
+        about: model, dataset, k, seed.
+        key: what determines its content.
+        schema: of the key; None where it is not known.
+        host: where it was or is made.
+        when: local time on that host: finished, failed or started.
+        owner: who makes it, or made it last.
+        step: of its newest checkpoint.
+        why: of a failure or damage.
+    """
+
+    kind: str
+    name: str
+    path: Path
+    state: State
+    about: Mapping[str, Any] = field(default_factory=dict)
+    key: Mapping[str, Any] = field(default_factory=dict)
+    schema: int | None = None
+    host: str | None = None
+    when: str | None = None
+    owner: Owner | None = None
+    step: int | None = None
+    why: str | None = None
+
+
+def survey(root: Path, dead_after: float = DEAD_AFTER) -> list[Entry]:
+    """Everything in a store, by kind and name; reads small files only, writes nothing lasting.
+
+    An owner on another machine is shown as stalled when its last sign of life is `dead_after`
+    seconds older than a file written now: for the eye. Before anything is taken or removed it is
+    judged as `lease.py` says.
+    """
+    now = _file_system_time(root)
+    found = []
+    for kind in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
+        for path in sorted(kind.iterdir()):
+            if match := PARTIAL.fullmatch(path.name):
+                found += _unfinished(kind.name, match["name"], path, now - dead_after)
+            elif match := ASIDE.fullmatch(path.name):
+                found.append(_aside(kind.name, match["name"], path))
+            elif FINISHED.fullmatch(path.name) and (path / MARK).is_file():
+                found.append(_finished(kind.name, path))
+    return found
+
+
+def size(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for _, file in files.files_below(path))
+
+
+def _finished(kind: str, path: Path) -> Entry:
+    meta = read_json(path / MARK)
+    wrong = find_damage(path, content=False)
+    when = meta.get("finished")
+    return Entry(
+        kind,
+        path.name,
+        path,
+        "damaged" if wrong else "done",
+        meta.get("about", {}),
+        meta.get("key", {}),
+        meta.get("schema"),
+        host=meta.get("host"),
+        when=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else None,
+        why=wrong,
+    )
+
+
+def _unfinished(kind: str, name: str, home: Path, stale: float) -> Iterator[Entry]:
+    slot = lease.find_slot(home)
+    if slot is None:
+        yield Entry(kind, name, home, "left over", why="an empty folder")
+        return
+    told = read_json(slot / ABOUT)
+    owner = lease.owner_of(slot)
+    entry = {"owner": owner, "step": files.checkpoint_step(slot / "scratch")}
+    if owner:
+        entry |= {"host": owner.host, "when": owner.since}
+    failed = read_json(slot / FAILED)
+    try:
+        late = (slot / lease.LEASE).stat().st_mtime < stale
+    except OSError:
+        late = False
+    if not lease.surely_dead(slot) and (lease.lives_here(slot.name) or not late):
+        state = "running"
+    elif (home.parent / name / MARK).is_file():
+        state = "left over"
+        entry["why"] = "finished; its maker was killed while it tidied up"
+    elif failed:
+        state = "failed"
+        entry |= {"host": failed["host"], "when": failed["time"]}
+        entry["why"] = f"{failed['type']}: {failed['message']}"
+    else:
+        state = "stalled"
+    yield Entry(kind, name, slot, state, told.get("about", {}), told.get("key", {}), **entry)
+
+
+def _aside(kind: str, name: str, path: Path) -> Entry:
+    if ".damaged-" in path.name:
+        meta = read_json(path / MARK)
+        why = find_damage(path, content=False) or "does not match its checksums"
+        return Entry(
+            kind, name, path, "damaged", meta.get("about", {}), meta.get("key", {}), why=why
+        )
+    return Entry(kind, name, path, "left over", why="never begun, or half removed")
+
+
+def _file_system_time(root: Path) -> float:
+    """Now by the clock that stamps the files; this machine's where nothing can be written."""
+    try:
+        descriptor, name = tempfile.mkstemp(dir=root, prefix=".clock-")
+    except OSError:
+        return time.time()
+    os.close(descriptor)
+    probe = Path(name)
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink()

@@ -1,0 +1,58 @@
+"""Kind "classifier": the text embeddings of a dataset's classes, which all SAEs share.
+`classifier.safetensors`."""
+
+import hashlib
+from pathlib import Path
+
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clipsae.clip import FrozenCLIP
+from clipsae.clip.text import OPENAI_IMAGENET_TEMPLATES, Template, text_classifier
+from clipsae.data import ImageDataset
+from clipsae.store import Stage, Store
+from clipsae.tasks import build
+
+
+def templates(cfg: DictConfig, dataset: ImageDataset) -> tuple[Template, ...]:
+    """The prompts that are averaged over.
+
+    With random CLIP weights one alone: 1,000 classes in 80 templates take an hour on a CPU, and
+    mean nothing.
+    """
+    chosen = tuple(dataset.templates or OPENAI_IMAGENET_TEMPLATES)
+    return chosen[:1] if cfg.clip.pretrained is None else chosen
+
+
+def stage(cfg: DictConfig, store: Store, dataset: ImageDataset) -> Stage:
+    """The place of the embeddings: the text tower and every prompt are in the key."""
+    prompts = hashlib.sha256()
+    for name in dataset.classnames:
+        for template in templates(cfg, dataset):
+            prompt = template.format(name) if isinstance(template, str) else template(name)
+            prompts.update(f"{prompt}\0".encode())
+    clip = {k: v for k, v in build.clip_key(cfg).items() if k != "layer"}
+    key = {
+        "clip": clip,
+        "prompts": prompts.hexdigest(),
+        "classes": len(dataset.classnames),
+        "renormalize": cfg.evaluation.renormalize_text,
+    }
+    return store.stage("classifier", [cfg.clip.name, cfg.dataset.name], key)
+
+
+def make(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, folder: Path) -> None:
+    """Embed the class names and write them into `folder`."""
+    rows = text_classifier(
+        clip.to(build.best_device()),
+        dataset.classnames,
+        templates(cfg, dataset),
+        renormalize=cfg.evaluation.renormalize_text,
+    )
+    save_file({"classifier": rows.cpu().contiguous()}, folder / "classifier.safetensors")
+
+
+def read(folder: Path) -> Tensor:
+    """The text embeddings [C, e] on the CPU."""
+    return load_file(folder / "classifier.safetensors")["classifier"]

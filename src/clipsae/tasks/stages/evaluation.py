@@ -1,0 +1,147 @@
+"""Kind "evaluation": top-n concept classification of one SAE on one dataset (Tables 7-17).
+`results.csv`, `diagnostics.json`, `config.yaml`."""
+
+import logging
+import math
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig
+from torch import Tensor
+
+from clipsae.clip import FrozenCLIP
+from clipsae.data import ImageDataset
+from clipsae.errors import ConfigError
+from clipsae.evaluation import check_topn_options, evaluate_topn
+from clipsae.sae import SAE
+from clipsae.store import Stage, Store, write_json
+from clipsae.tasks import build
+
+log = logging.getLogger(__name__)
+
+LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published zero-shot accuracy
+
+
+def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDataset) -> Stage:
+    """The place of the results: the SAE, the images and the protocol are in the key."""
+    key = {
+        "sae": sae_stage.path.name,
+        "dataset": build.dataset_key(cfg.dataset, test_set),
+        "evaluation": {
+            **{k: v for k, v in build.plain(cfg.evaluation).items() if k != "batch_size"},
+            "limit_images": build.limit_images(cfg),
+            "count_threshold": cfg.model.count_threshold,
+        },
+    }
+    name = [cfg.model.name, cfg.clip.name, cfg.dataset.name, cfg.evaluation.protocol]
+    return store.stage("evaluation", [*name, f"s{cfg.seed}"], key, build.cell(cfg))
+
+
+def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
+    """Refuse now what would be refused after the training.
+
+    Raises:
+        ConfigError: options that cannot be, or `heldout` where both splits are the same images:
+            nothing would be held out.
+    """
+    options = cfg.evaluation
+    build.user_error(check_topn_options, options.ns, options.protocol, options.settings)
+    if options.protocol != "heldout":
+        return
+    counted = build.build_dataset(cfg.dataset, "train", clip.image_size)
+    if counted.fingerprint == test_set.fingerprint:
+        raise ConfigError(
+            f"evaluation.protocol=heldout: {cfg.dataset.name} has one split only, which would be "
+            "counted and evaluated alike: use protocol=paper, or lay out train/ and test/"
+        )
+
+
+def make(
+    cfg: DictConfig,
+    clip: FrozenCLIP,
+    sae_folder: Path,
+    classifier: Tensor,
+    test_set: ImageDataset,
+    folder: Path,
+) -> None:
+    """Evaluate a trained SAE with the classes' text embeddings [C, e]; write into `folder`."""
+    options = cfg.evaluation
+    device = build.best_device()
+    count_set = None
+    if options.protocol == "heldout":
+        count_set = build.build_dataset(cfg.dataset, "train", clip.image_size)
+    if build.limit_images(cfg) is not None:
+        log.info("evaluating %d images only", build.limit_images(cfg))
+    name = cfg.model.name
+    result = evaluate_topn(
+        clip.to(device),
+        {name: SAE.load(sae_folder).to(device)},
+        test_set,
+        classifier,
+        ns=tuple(options.ns),
+        settings=tuple(options.settings),
+        protocol=options.protocol,
+        count_dataset=count_set,
+        count_threshold=cfg.model.count_threshold,
+        batch_size=options.batch_size,
+        limit_images=build.limit_images(cfg),
+        num_workers=cfg.features.num_workers,
+        device=device,
+        sparsity=True,
+    )
+    rows = [
+        {**build.cell(cfg), **{k: v for k, v in row.items() if k != "sae"}} for row in result.rows
+    ]
+    pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
+    write_json(
+        folder / "diagnostics.json",
+        {
+            "count_threshold": result.count_threshold[name],
+            "share_above_threshold": result.share_above_threshold[name],
+            "active": result.active[name],
+            "sparsity": result.sparsity[name],
+            "class_accuracy": {
+                f"{setting}_{n}" if n else setting: [
+                    None if math.isnan(a) else a for a in accuracy.tolist()
+                ]
+                for (_, setting, n), accuracy in result.class_accuracy.items()
+            },
+        },
+    )
+    build.save_config(cfg, folder)
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """The tidy rows of a finished evaluation."""
+    return pd.read_csv(folder / "results.csv")
+
+
+def check_zero_shot(cfg: DictConfig, test_set: ImageDataset, rows: pd.DataFrame) -> None:
+    """Warn where CLIP's own accuracy is not what is published for these weights and images.
+
+    It can be known for OpenAI's ViT-B/16 on the whole test split of the eleven datasets.
+    """
+    about = getattr(test_set, "about", None)
+    no_sae = rows[rows.setting == "no_sae"]
+    known = (cfg.clip.name, cfg.clip.pretrained, cfg.evaluation.split)
+    if (
+        about is None
+        or known != ("ViT-B-16-quickgelu", "openai", "test")
+        or no_sae.empty
+        or build.limit_images(cfg) is not None
+    ):
+        return
+    found, published = float(no_sae.micro_accuracy.iloc[0]), about.zero_shot
+    if abs(found - published) > LARGEST_DIFFERENCE:
+        log.warning(
+            "CLIP alone names %.2f %% of %s rightly, where %.2f %% is published for these weights: "
+            "look at the split (dataset.split_source=%s), the class names (dataset.classnames=%s), "
+            "the prompts (dataset.templates=%s), the resize (bicubic to %d pixels) and QuickGELU",
+            found,
+            cfg.dataset.name,
+            published,
+            getattr(test_set, "split_source", "as it comes"),
+            cfg.dataset.get("classnames", "clean"),
+            cfg.dataset.get("templates", "imagenet"),
+            test_set.image_size,
+        )

@@ -1,0 +1,110 @@
+"""`task=gc` lists what nothing needs, and removes it when told to, but nothing that lives."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from made_up import ELSEWHERE, MadeUp
+
+from clipsae.store.lease import LEASE, begin
+from clipsae.store.survey import survey
+from clipsae.tasks.gc import remove, waste
+from run import ROOT
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    made_up = MadeUp(tmp_path / "store")
+    yield made_up
+    made_up.living.discard()
+
+
+def names(found):
+    return {e.about.get("model") if e.kind == "sae" else e.about.get("dataset") for e in found}
+
+
+def listed(made_up, unused=False):
+    return {
+        next(iter(names([one.entry]))): one
+        for one in waste(survey(made_up.store.root), unused=unused)
+    }
+
+
+def test_what_may_go(made_up):
+    found = listed(made_up)
+    assert set(found) == {"b", "c", "d", "e", "jumprelu", "batch_topk"}
+    assert found["jumprelu"].reason == "unfinished, a checkpoint at step 30, nobody works on it"
+    assert found["jumprelu"].bytes > 2_000_000
+    assert found["d"].reason == "its SAE gone-0123456789 is gone"
+    assert found["e"].reason == "damaged: results.csv has 0 of 1 bytes"
+
+
+def test_unused_saes_on_request(made_up):
+    assert "topk" not in listed(made_up, unused=True)
+    lone = made_up.sae("lone")
+    lone.make(lambda folder: None)
+    assert "lone" not in listed(made_up)
+    assert listed(made_up, unused=True)["lone"].reason == "an SAE that nothing refers to"
+    # One whose evaluation is being made is used.
+    evaluation = made_up.evaluation("f", sae=lone.path.name)
+    made_up.left(evaluation, ELSEWHERE)
+    assert "lone" not in listed(made_up, unused=True)
+
+
+def test_of_an_older_schema(made_up, monkeypatch):
+    monkeypatch.setattr("clipsae.tasks.gc.SCHEMA", 2)
+    assert listed(made_up)["topk"].reason == "superseded: of schema 1, now 2"
+
+
+def test_what_is_removed_is_gone_whole_and_the_rest_stays(made_up):
+    root = made_up.store.root
+    going = [one.entry for one in listed(made_up).values()]
+    removed = remove(going, root, dead_after=0.2)
+    assert names(removed) == {"b", "c", "d", "e", "jumprelu", "batch_topk"}
+    assert names(survey(root)) == {"topk", "a", "relu", "gated"}
+    hidden = [p.name for kind in root.iterdir() for p in kind.iterdir() if p.name.startswith(".")]
+    assert len(hidden) == 2  # what is being made
+    made_up.living.progress(301, 600)
+    assert made_up.living.slot.exists()
+
+
+def test_what_comes_to_life_in_between_stays(made_up, monkeypatch):
+    root = made_up.store.root
+    batch_topk = next(e for e in survey(root) if e.about["model"] == "batch_topk")
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", lambda _: os.utime(batch_topk.path / LEASE))
+        assert remove([batch_topk], root, dead_after=60) == []
+    assert batch_topk.path.exists()
+    # Taken over: its path is another's by now.
+    batch_topk.path.rename(batch_topk.path.with_name("free"))
+    assert remove([batch_topk], root, dead_after=0.01) == []
+    assert batch_topk.path.with_name("free").exists()
+
+
+def test_rubble_of_killed_processes(made_up):
+    root = made_up.store.root
+    stage = made_up.sae("rubble")
+    begun = begin(stage.home, 1000)
+    begun.stop()
+    dead = begun.slot.with_name(begun.slot.name.replace(f"-{os.getpid()}-", "-1-"))
+    begun.slot.rename(dead)
+    stage.home.rename(stage.home.with_name(f"{stage.home.name}.{dead.name}"))  # before its rename
+    (root / "sae" / ".emptied-0123456789.partial").mkdir()
+    (root / "sae" / ".x-0123456789.gone-12345678").mkdir()
+    rubble = [e for e in survey(root) if e.state == "left over"]
+    assert len(rubble) == 3
+    assert len(remove(rubble, root)) == 3
+    assert not [e for e in survey(root) if e.state == "left over"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_by_default(made_up):
+    root = made_up.store.root
+    command = [sys.executable, str(ROOT / "run.py"), "task=gc", f"paths.output_dir={root}"]
+    before = names(survey(root))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint at step 30" in done.stdout
+    assert "task.delete=true" in done.stdout
+    assert names(survey(root)) == before

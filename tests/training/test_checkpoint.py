@@ -1,0 +1,39 @@
+"""The checkpoint a killed run continues from is whole, or known not to be."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from clipsae.store import whole_checkpoint
+from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint
+
+
+class FakeTrainer(SimpleNamespace):
+    world_size, is_global_zero, max_steps = 1, True, 9
+
+    def save_checkpoint(self, path):
+        path.write_text(f"step {self.global_step}")
+        if self.full:
+            raise RuntimeError("file write failed")
+
+
+def test_it_is_sealed_and_a_failed_one_leaves_the_last(tmp_path):
+    path = tmp_path / "last.ckpt"
+    callback = ResumeCheckpoint(path, every_n_steps=2)
+    for step in range(1, 6):
+        callback.on_train_batch_end(FakeTrainer(global_step=step, full=False))
+    assert whole_checkpoint(path).read_text() == "step 4"
+    with pytest.raises(RuntimeError):
+        callback.on_train_batch_end(FakeTrainer(global_step=6, full=True))
+    assert whole_checkpoint(path).read_text() == "step 4"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.json"]
+    path.write_text("step 5")
+    assert whole_checkpoint(path) is None
+
+
+def test_progress_is_reported_after_every_step():
+    told = []
+    callback = ReportProgress(lambda done, total: told.append((done, total)))
+    for step in (1, 2):
+        callback.on_train_batch_end(FakeTrainer(global_step=step))
+    assert told == [(1, 9), (2, 9)]
