@@ -1,8 +1,8 @@
 """As much of a W&B server as a run needs, which can be lost in the middle.
 
 wandb_server.py: serves, and prints where.
-wandb_server.py FOLDER CASE: logs to such a server, loses it (CASE "server") or W&B's own process ("core"),
-logs on, finishes.
+wandb_server.py FOLDER CASE: logs to such a server, loses it (CASE "server") or W&B's own process
+("core"), logs on, finishes.
 """
 
 import json
