@@ -90,7 +90,7 @@ def test_what_a_sweep_runs_over():
 
 @pytest.mark.slow
 def test_json_alone_on_stdout_for_the_cells_of_a_sweep(root):
-    done = status(root, "sweeps=demo", "hydra.mode=RUN", "task.json=true")
+    done = status(root, "sweeps=demo", "task.json=true")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert len(told["cells"]) == 30

@@ -76,6 +76,25 @@ def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_training_begins_anew(tmp_path):
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    process = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.DEVNULL)
+    while not checkpoint_times(tmp_path / "cut"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (file,) = (tmp_path / "cut").glob("sae/.*/*/scratch/last.ckpt")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    again = subprocess.run(command(tmp_path / "cut"), check=True, capture_output=True, text=True)
+    assert "last.ckpt does not match its checksum" in again.stdout
+    assert "continuing" not in again.stdout
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_used_again(tmp_path):
     first = subprocess.run(command(tmp_path), check=True, capture_output=True, text=True)
     before = weights(tmp_path)

@@ -59,6 +59,14 @@ def process_group() -> str | None:
     return None
 
 
+def slurm_job() -> str | None:
+    """This process's SLURM job as `squeue` shows it: "123", of an array "123_4"."""
+    env = os.environ
+    if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")
+
+
 def lives_here(token: str) -> bool:
     """Whether a token's process is one of this machine that has not ended."""
     match = TOKEN.fullmatch(token)

@@ -34,7 +34,14 @@ from pathlib import Path
 from typing import Any
 
 from clipsae.store.files import read_json
-from clipsae.store.identity import TOKEN, lives_here, machine, new_token, process_group
+from clipsae.store.identity import (
+    TOKEN,
+    lives_here,
+    machine,
+    new_token,
+    process_group,
+    slurm_job,
+)
 
 FREE = "free"
 LEASE = "lease.json"
@@ -83,14 +90,11 @@ class Lease:
         self._beats = 0
         self._progress: tuple[int | None, int | None] = (None, None)
         env = os.environ
-        array = "SLURM_ARRAY_JOB_ID" in env
         self._owner = {
             "token": slot.name,
             "host": platform.node(),
             "pid": os.getpid(),
-            "job": f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-            if array
-            else env.get("SLURM_JOB_ID"),
+            "job": slurm_job(),
             "job_id": env.get("SLURM_JOB_ID"),
             "restart": int(env.get("SLURM_RESTART_COUNT", 0)),
             "group": process_group(),

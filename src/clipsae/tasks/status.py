@@ -55,9 +55,7 @@ def run(cfg: DictConfig) -> None:
         ConfigError: a sweep's job of its own, or cells that cannot be told.
     """
     if HydraConfig.get().mode.name == "MULTIRUN":
-        raise ConfigError(
-            "task=status looks at a whole sweep at once: add hydra.mode=RUN to the command"
-        )
+        raise ConfigError("task=status looks at a whole sweep at once: leave out -m")
     entries = survey(Path(cfg.paths.output_dir))
     wanted = wanted_cells(cfg)
     cells = [find_cell(about, entries, cfg.task.kind) for about in wanted]

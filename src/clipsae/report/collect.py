@@ -1,0 +1,162 @@
+"""What the store holds: all finished evaluations and measurements as tidy frames.
+
+Any number, of any age. A folder that cannot be read is named in one line and left out.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from clipsae.store import MARK, Store
+
+IDENTITY = ("model", "dataset", "clip", "latents", "k", "seed")
+SETTINGS = ("no_sae", "on", "off", "self")
+NO_K = 0  # of variants that have no k
+_RESULT_COLUMNS = (*IDENTITY, "protocol", "setting", "n", "accuracy", "images", "classes")
+_MEASUREMENT_COLUMNS = (*IDENTITY, "image_encoder", "pooling", "metric", "value")
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OmegaConfBaseException,
+    YAMLError,
+)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything readable in a store.
+
+    Every frame has the columns of `IDENTITY` (k is `NO_K` for variants without), `weights`,
+    `layer`, `folder` (its name), `finished` (seconds since 1970), `complete` (the whole split was
+    looked at).
+
+    Attributes:
+        results: a row a (evaluation, setting, n): also protocol, setting, column ("no_sae",
+            "on_5", "on_all" for all M), n (0 for no_sae), accuracy (macro, %), images, classes.
+        diagnostics: a row a (evaluation, metric): metric, value; also protocol.
+        measurements: a row a (measurement, metric): metric, value, image_encoder, pooling.
+        origins: folder name -> {"meta": ..., "config": ...}.
+        problems: a line for each folder that was left out.
+    """
+
+    results: pd.DataFrame
+    diagnostics: pd.DataFrame
+    measurements: pd.DataFrame
+    origins: dict[str, dict[str, Any]]
+    problems: list[str]
+
+
+def collect(root: Path | str) -> Collected:
+    """Read all finished evaluations and measurements of the store at `root`."""
+    store = Store(root)
+    results, diagnostics, measurements = [], [], []
+    origins: dict[str, dict[str, Any]] = {}
+    problems = []
+    for kind in ("evaluation", "measurement"):
+        for folder in store.finished(kind):
+            try:
+                origin = _origin(folder)
+                common = _common(origin, folder)
+                if kind == "evaluation":
+                    rows, metrics = _evaluation(folder)
+                    results.append(rows.assign(**common))
+                    diagnostics.append(metrics.assign(**common))
+                else:
+                    measurements.append(_measurement(folder).assign(**common))
+            except _UNREADABLE as error:
+                why = " ".join(str(error).split()) or type(error).__name__
+                problems.append(f"{kind}/{folder.name}: {why.replace(f'{folder}/', '')}")
+            else:
+                origins[folder.name] = origin
+    columns = ["weights", "layer", "folder", "finished", "complete"]
+    return Collected(
+        results=_stack(results, [*_RESULT_COLUMNS, "column", *columns]),
+        diagnostics=_stack(diagnostics, [*IDENTITY, "protocol", "metric", "value", *columns]),
+        measurements=_stack(measurements, [*_MEASUREMENT_COLUMNS, *columns]),
+        origins=origins,
+        problems=problems,
+    )
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    meta = json.loads((folder / MARK).read_text())
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    if not isinstance(meta, dict) or not isinstance(config, dict):
+        raise ValueError(f"{MARK} and config.yaml: expected mappings")
+    return {"meta": meta, "config": config}
+
+
+def _common(origin: dict[str, Any], folder: Path) -> dict[str, Any]:
+    clip = origin["config"]["clip"]
+    limit = (origin["config"].get("evaluation") or {}).get("limit_images")
+    return {
+        "weights": str(clip.get("pretrained")),
+        "layer": int(clip["layer"]),
+        "folder": folder.name,
+        "finished": float(origin["meta"]["finished"]),
+        "complete": limit is None,
+    }
+
+
+def _evaluation(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    rows = _table(folder / "results.csv", _RESULT_COLUMNS)
+    unknown = set(rows.setting) - set(SETTINGS)
+    if unknown:
+        raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {SETTINGS}")
+    rows["n"] = rows.n.fillna(0).astype(int)
+    rows["accuracy"] = rows.accuracy.astype(float)
+    rows["column"] = [
+        column_name(setting, n, latents)
+        for setting, n, latents in zip(rows.setting, rows.n, rows.latents, strict=True)
+    ]
+    content = json.loads((folder / "diagnostics.json").read_text())
+    metrics = {"active": content["active"], **(content.get("sparsity") or {})}
+    first = {name: rows[name].iloc[0] for name in (*IDENTITY, "protocol")}
+    found = [{**first, "metric": name, "value": float(v)} for name, v in metrics.items()]
+    return rows, pd.DataFrame(found)
+
+
+def _measurement(folder: Path) -> pd.DataFrame:
+    rows = _table(folder / "metrics.csv", _MEASUREMENT_COLUMNS)
+    rows["value"] = rows.value.astype(float)
+    for name in ("image_encoder", "pooling"):
+        rows[name] = rows[name].fillna("").astype(str)
+    return rows
+
+
+def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """A CSV file with whole numbers where they are whole."""
+    rows = pd.read_csv(path)
+    absent = [name for name in columns if name not in rows.columns]
+    if absent:
+        raise ValueError(f"{path.name} lacks the columns {', '.join(absent)}")
+    if rows.empty:
+        raise ValueError(f"{path.name} has no rows")
+    rows["k"] = rows.k.fillna(NO_K).astype(int)
+    for name in ("latents", "seed"):
+        rows[name] = rows[name].astype(int)
+    for name in ("model", "dataset", "clip"):
+        rows[name] = rows[name].astype(str)
+    return rows
+
+
+def column_name(setting: str, n: int, latents: int) -> str:
+    """A setting as the tables name it: "no_sae", "on_5", "on_all"."""
+    if setting == "no_sae":
+        return setting
+    return f"{setting}_all" if n == latents else f"{setting}_{n}"
+
+
+def _stack(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    if not frames:
+        return pd.DataFrame(columns=columns)
+    return pd.concat(frames, ignore_index=True)[columns]

@@ -1,0 +1,201 @@
+"""Tables 5 and 6, and what the paper does not measure: concept recovery, seed stability."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from clipsae.report import published
+from clipsae.report.accuracy_tables import row_title
+from clipsae.report.names import dataset_title, model_title, slug
+from clipsae.report.select import Selection
+from clipsae.report.stability import Stability
+from clipsae.report.table import Cell, Column, Row, Table
+
+MEASURED_ON = "imagenet"  # our reading of Tables 5 and 6, which do not say it
+
+_SELECTED = (
+    Column("l0", "L0 (zeros)", 4),
+    Column("active", "active", 1, ""),
+    Column("fvu_per_token", "FVU, per token", 3, "min"),
+    Column("fvu", "FVU, corpus", 3, "min"),
+    Column("cosine", "CS", 3),
+    Column("cknna", "CKNNA", 3),
+    Column("decoder_orthogonality", "DO, decoder", 4, "min"),
+    Column("dead_fraction", "DO, dead", 4, "min"),
+)
+_DENSE = tuple(
+    Column(f"{column.key}_dense", column.title, column.digits, column.best)
+    for column in _SELECTED[:5]
+)
+_DEFINITIONS = (
+    "L0: share of zeros among a token's M codes, as the paper counts it (higher is sparser); "
+    "active: mean number of codes that are not zero. FVU, per token: mean over tokens of var(x - "
+    "x_hat) / var(x), which the published figure is; FVU, corpus: sum |x - x_hat|² / sum "
+    "|x - mean x|². CS: mean cosine of x and x_hat."
+)
+_MORE_DEFINITIONS = (
+    " CKNNA: alignment of the nearest neighbours of tokens and codes. DO, decoder: mean squared "
+    "cosine of different decoder rows, which the published values fit; DO, dead: share of latents "
+    "that were never active, which the paper's text says."
+)
+_WHICH_CODE = (
+    "Published L0 values of TopK and BatchTopK (0.966, 0.814) are far from k = 32 of 49,152 "
+    "(0.9993): presumably the paper counted this code for them. Both tables show the published "
+    "values. "
+)
+_RECOVERY = ("coverage", "auroc", "f1", "purity", "splitting", "absorption")
+
+
+def sparsity_tables(selection: Selection, dataset: str) -> list[Table]:
+    """Table 5 of one dataset: of the codes as selected, and of the code without its selection."""
+    paper = dataset == MEASURED_ON
+    label = "Table 5" if paper else "As Table 5"
+    name = "table_05" if paper else f"sparsity_{slug(dataset)}"
+    also = " Published: on data that the paper does not name." if paper else ""
+    of = _by_metric(selection, dataset)
+    selected = Table(
+        name=f"{name}_selected",
+        title=f"{label}: sparsity and reconstruction on {dataset_title(dataset)}",
+        caption=f"The code as the SAE selects it. {_DEFINITIONS}{_MORE_DEFINITIONS}{also}",
+        heads=("model",),
+        columns=_present(of, _SELECTED, paper),
+        rows=_rows(selection, of, _SELECTED, paper),
+    )
+    dense = Table(
+        name=f"{name}_dense",
+        title=f"{label}: the same without the selection, on {dataset_title(dataset)}",
+        caption=(
+            "The code without its selection: the positive scores before top-k, threshold or "
+            f"sparsemax. {_WHICH_CODE if paper else ''}{_DEFINITIONS}"
+        ),
+        heads=("model",),
+        columns=_present(of, _DENSE, paper),
+        rows=_rows(selection, of, _DENSE, paper),
+    )
+    return [table for table in (selected, dense) if paper or not table.empty]
+
+
+def interpretability_tables(selection: Selection, dataset: str) -> list[Table]:
+    """Table 6 of one dataset, one for each pooling and image encoder that was used."""
+    paper = dataset == MEASURED_ON
+    of = selection.metrics[
+        (selection.metrics.dataset == dataset)
+        & selection.metrics.metric.str.startswith("monosemanticity_")
+    ]
+    ways = sorted(set(zip(of.image_encoder, of.pooling, strict=True)))
+    live = "monosemanticity_live"
+    columns = [
+        Column("monosemanticity_mean", "MEAN-MS", 4),
+        Column("monosemanticity_max", "MAX-MS", 4),
+    ]
+    tables = []
+    for number, (encoder, pooling) in enumerate(ways or [("", "")] * paper, start=1):
+        here = of[(of.image_encoder == encoder) & (of.pooling == pooling)]
+        shown = (
+            [*columns, Column(live, "live latents", 0, "")] if live in set(here.metric) else columns
+        )
+        how = f"Image encoder: {encoder}; pooling of token codes: {pooling}." if encoder else ""
+        also = " The paper does not say which encoder, pooling and data its figures rest on."
+        suffix = f"_{number}" if len(ways) > 1 else ""
+        tables.append(
+            Table(
+                name=(f"table_06{suffix}" if paper else f"monosemanticity_{slug(dataset)}{suffix}"),
+                title=f"{'Table 6' if paper else 'As Table 6'}: MonoSemanticity on "
+                f"{dataset_title(dataset)}" + (f" ({encoder}, {pooling})" if suffix else ""),
+                caption=(
+                    "Mean and maximum over live latents of the similarity of the images that a "
+                    f"latent is active on, weighted by its activations. {how}"
+                    f"{also if paper else ''}"
+                ).strip(),
+                heads=("model",),
+                columns=tuple(shown),
+                rows=_rows(selection, here, shown, paper),
+            )
+        )
+    return tables
+
+
+def recovery_table(selection: Selection, dataset: str) -> Table | None:
+    """How well single latents are the concepts of a dataset with ground truth; None: unmeasured."""
+    of = _by_metric(selection, dataset)
+    columns = [
+        Column(f"{level}_{name}", f"{level} {name}", 3, "" if name in _RECOVERY[4:] else "max")
+        for level in ("patch", "image")
+        for name in _RECOVERY
+        if f"{level}_{name}" in set(of.metric)
+    ]
+    if not columns:
+        return None
+    return Table(
+        name=f"recovery_{slug(dataset)}",
+        title=f"Concept recovery on {dataset_title(dataset)}",
+        caption=(
+            "Against the ground truth, per patch and per image. Coverage: share of concepts with a "
+            "latent good for it (by AUROC); auroc, f1: of a concept's best latent, mean over "
+            "concepts; purity: largest share of a latent's activation on one concept, mean over "
+            "latents; splitting: good latents of a covered concept; absorption: share of good "
+            "latents that are good for several concepts. "
+            "Ours only."
+        ),
+        heads=("model",),
+        columns=tuple(columns),
+        rows=_rows(selection, of, columns, False),
+    )
+
+
+def stability_table(found: list[Stability]) -> Table:
+    """Mean max cosine between the decoders of different seeds."""
+    columns = (Column("cosine", "mean max cosine", 3), Column("pairs", "pairs of seeds", 0, ""))
+    return Table(
+        name="stability",
+        title="Seed stability",
+        caption=(
+            "For each decoder row of one seed the largest cosine with a row of another seed, mean "
+            "over rows and over ordered pairs of seeds (spread: over pairs). Ours only."
+        ),
+        heads=("model", "trained on"),
+        columns=columns,
+        rows=tuple(
+            Row(
+                (model_title(s.model) + (f" (k = {s.k})" if s.k else ""), s.trained_on),
+                {"cosine": Cell(s.mean, s.std, s.pairs), "pairs": Cell(float(s.pairs))},
+                s.model,
+            )
+            for s in found
+        ),
+    )
+
+
+def _by_metric(selection: Selection, dataset: str) -> pd.DataFrame:
+    """Metrics of one dataset that have nothing to do with an image encoder."""
+    return selection.metrics[
+        (selection.metrics.dataset == dataset) & (selection.metrics.image_encoder == "")
+    ]
+
+
+def _present(of: pd.DataFrame, columns: tuple[Column, ...], paper: bool) -> tuple[Column, ...]:
+    """All of the paper's table; of another those that were measured."""
+    measured = set(of.metric)
+    return tuple(column for column in columns if paper or column.key in measured)
+
+
+def _rows(
+    selection: Selection, of: pd.DataFrame, columns: Iterable[Column], paper: bool
+) -> tuple[Row, ...]:
+    known = published.metrics() if paper else {}
+    rows = []
+    for model in selection.models:
+        mine = of[(of.model == model) & (of.k == selection.k[model])].set_index("metric")
+        cells = {}
+        for column in columns:
+            printed = known.get((model, column.key.removesuffix("_dense")))
+            theirs = {} if printed is None else {"published": float(printed), "printed": printed}
+            value = mine.value.get(column.key)
+            if value is None or value != value:
+                cells[column.key] = Cell(**theirs)
+                continue
+            at = mine.loc[column.key]
+            std = float(at["std"]) if at.seeds > 1 else None
+            cells[column.key] = Cell(float(value), std, int(at.seeds), **theirs)
+        rows.append(Row((row_title(selection, model),), cells, model))
+    return tuple(rows)

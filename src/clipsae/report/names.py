@@ -1,0 +1,74 @@
+"""How models, datasets and columns are called, and one colour for each model everywhere."""
+
+import hashlib
+import re
+
+from clipsae.data.eleven import ELEVEN
+from clipsae.report.published import table_numbers
+
+SIX = ("relu", "jumprelu", "gated", "topk", "batch_topk", "sparsemax")
+WITH_K = ("topk", "batch_topk")
+ELEVEN_NAMES = tuple(table_numbers())  # in the order of the paper's tables
+
+_MODELS = {
+    "relu": "ReLU",
+    "jumprelu": "JumpReLU",
+    "gated": "Gated",
+    "topk": "TopK",
+    "batch_topk": "BatchTopK",
+    "sparsemax": "Sparsemax",
+    "attention_relu": "Attention + ReLU",
+    "linear_sparsemax": "Linear + sparsemax",
+}
+# Okabe and Ito's palette, told apart with any kind of colour vision; markers differ as well.
+_COLOURS = {
+    "relu": ("#0072b2", "o"),
+    "jumprelu": ("#56b4e9", "s"),
+    "gated": ("#009e73", "D"),
+    "topk": ("#e69f00", "^"),
+    "batch_topk": ("#cc79a7", "v"),
+    "sparsemax": ("#d55e00", "*"),
+    "attention_relu": ("#999999", "P"),
+    "linear_sparsemax": ("#b8a500", "X"),
+}
+_MORE_COLOURS = (("#7f5fb0", "h"), ("#8c564b", "<"), ("#5f7f3f", ">"), ("#c0508f", "d"))
+
+
+def model_title(model: str) -> str:
+    """As the paper writes it; a model that it does not have by its own name."""
+    return _MODELS.get(model, model)
+
+
+def dataset_title(dataset: str) -> str:
+    """As its authors call it; one that is not of the eleven by its own name."""
+    return ELEVEN[dataset].about.title if dataset in ELEVEN else dataset
+
+
+def slug(dataset: str) -> str:
+    """A dataset's name where files and anchors are named by it: letters, digits, "_", "-", "."; a
+    hash keeps apart what would become the same."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", dataset)
+    if plain == dataset:
+        return dataset
+    return f"{plain}-{hashlib.sha256(dataset.encode()).hexdigest()[:6]}"
+
+
+def model_style(model: str, models: tuple[str, ...]) -> tuple[str, str]:
+    """Colour ("#rrggbb") and matplotlib marker of a model among the `models` of a report."""
+    if model in _COLOURS:
+        return _COLOURS[model]
+    unknown = [name for name in models if name not in _COLOURS]
+    return _MORE_COLOURS[unknown.index(model) % len(_MORE_COLOURS)]
+
+
+def column_title(column: str, latents: int) -> str:
+    """ "on_all" by its number, such as "on_49152"; others as they are."""
+    return column.replace("_all", f"_{latents}")
+
+
+def column_order(column: str) -> tuple[int, float]:
+    """Sort key of "no_sae", "on_1", ..., "on_all", "off_1", ..., "self_1", ..."""
+    setting, _, n = column.partition("_")
+    if column == "no_sae":
+        return 0, 0.0
+    return 1 + ("on", "off", "self").index(setting), float("inf") if n == "all" else float(n)

@@ -1,0 +1,304 @@
+"""The report's plots: accuracy over n, over k, and sparsity against FVU.
+
+Drawn without pyplot, so that nothing global is touched. Every model has its one colour and marker.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+from clipsae.report import published
+from clipsae.report.accuracy_tables import row_title
+from clipsae.report.collect import NO_K
+from clipsae.report.names import (
+    column_order,
+    column_title,
+    dataset_title,
+    model_style,
+    model_title,
+    slug,
+)
+from clipsae.report.select import Selection
+
+WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels high
+INK = "#1b1f24"  # of text and axes: the page replaces it by the reader's own
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.14,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.6,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "clipsae",  # the same data, the same file
+    "pdf.fonttype": 42,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure and what is to be said about it.
+
+    Attributes:
+        name: of its files.
+        title, caption: plain text.
+        dataset: what it shows; "": several.
+        figure: drawn.
+    """
+
+    name: str
+    title: str
+    caption: str
+    dataset: str
+    figure: Figure
+
+
+def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
+    """Accuracy over n, a line a model, published ones dashed; None: nothing of ours."""
+    cells = _accuracies(selection, dataset)
+    if cells.empty:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _figure(3.4)
+        columns = sorted({c for c in cells.column if c.startswith("on_")}, key=column_order)
+        known = published.zero_shot()
+        position = {column: x for x, column in enumerate(columns)}
+        for model in selection.models:
+            colour, marker = model_style(model, selection.models)
+            of = cells[(cells.model == model) & cells.column.isin(columns)]
+            of = of.assign(x=of.column.map(position))
+            _line(axes, of, colour, marker, row_title(selection, model))
+            theirs = [(position[c], known.get((dataset, model, c))) for c in columns]
+            theirs = [(x, float(y)) for x, y in theirs if y is not None]
+            if theirs:
+                axes.plot(
+                    *zip(*theirs, strict=True), color=colour, linestyle=(0, (3, 2)), linewidth=1
+                )
+        alone = cells[cells.column == "no_sae"].accuracy
+        if len(alone):
+            axes.axhline(alone.mean(), color=INK, linewidth=1, linestyle=":", label="no SAE")
+        axes.set_xticks(range(len(columns)), [c.removeprefix("on_") for c in columns])
+        axes.set_xticklabels(
+            [column_title(c, selection.wanted.latents).removeprefix("on_") for c in columns]
+        )
+        axes.set_xlabel("latents of the class kept, n")
+        axes.set_ylabel("macro accuracy, %")
+        axes.set_ylim(bottom=0)
+        _legend(figure, axes)
+    paper = " Dashed: published." if dataset in published.table_numbers() else ""
+    return Plot(
+        name=f"accuracy_{slug(dataset)}",
+        title=f"{dataset_title(dataset)}: accuracy over n",
+        caption=f"Steps of n are drawn evenly. Dotted: CLIP alone.{paper}{_spread(cells)}",
+        dataset=dataset,
+        figure=figure,
+    )
+
+
+def k_plot(selection: Selection, dataset: str) -> Plot | None:
+    """Accuracy over k, a panel an n, the Sparsemax SAE at its mean support; None: no sweep."""
+    cells = selection.cells[selection.cells.dataset == dataset]
+    swept = [
+        m for m in selection.models if cells[cells.model == m].k[lambda k: k > NO_K].nunique() > 1
+    ]
+    if not swept:
+        return None
+    cells = cells[cells.column.str.startswith("on_")]
+    guide = cells[cells.model == "sparsemax"]
+    support = mean_support(selection, dataset)
+    columns = sorted(set(cells.column[cells.model.isin(swept)]), key=column_order)
+    rows = -(-len(columns) // 2)
+    with matplotlib.rc_context(STYLE):
+        figure, panels = _figure(1.0 + 1.75 * rows, rows, 2 if len(columns) > 1 else 1)
+        for axes, column in zip(panels, columns, strict=False):
+            here = cells[cells.column == column]
+            ks = sorted(set(here.k[here.model.isin(swept)]))
+            for model in swept:
+                of = here[(here.model == model) & (here.k > NO_K)]
+                _line(
+                    axes,
+                    of.assign(x=of.k),
+                    *model_style(model, selection.models),
+                    model_title(model),
+                )
+            point = guide[guide.column == column]
+            if support is not None:
+                colour, marker = model_style("sparsemax", selection.models)
+                axes.axvline(support, color=colour, linewidth=1, linestyle=":")
+                if len(point):
+                    axes.errorbar(
+                        [support],
+                        point.accuracy,
+                        yerr=point["std"].fillna(0),
+                        color=colour,
+                        marker=marker,
+                        markersize=9,
+                        linestyle="none",
+                        label=f"Sparsemax (mean support {support:.1f})",
+                    )
+            _log_x(axes, ks)
+            axes.set_title(column_title(column, selection.wanted.latents), fontsize=10, loc="left")
+        for axes in panels[len(columns) :]:
+            axes.set_visible(False)
+        for axes in panels[max(0, len(columns) - 2) : len(columns)]:
+            axes.set_xlabel("k")
+        for axes in panels[::2]:
+            axes.set_ylabel("accuracy, %")
+        _legend(figure, panels[0])
+    return Plot(
+        name=f"k_{slug(dataset)}",
+        title=f"{dataset_title(dataset)}: accuracy over k",
+        caption=(
+            "A panel an on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
+            f"which needs no k; the star is its accuracy.{_spread(cells)}"
+        ),
+        dataset=dataset,
+        figure=figure,
+    )
+
+
+def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
+    """Active latents of a token against FVU, every model and k; None: nothing measured."""
+    of = selection.metrics[
+        (selection.metrics.dataset == dataset) & selection.metrics.metric.isin(["active", "fvu"])
+    ]
+    value = of.pivot_table(index=["model", "k"], columns="metric", values="value")
+    if not {"active", "fvu"} <= set(value.columns):
+        return None
+    value = value.dropna()
+    std = of.pivot_table(index=["model", "k"], columns="metric", values="std")
+    std = std.reindex(value.index).reindex(columns=["active", "fvu"]).fillna(0)
+    shown = [m for m in selection.models if m in value.index.get_level_values("model")]
+    if not shown:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _figure(3.2)
+        above = True  # curves of k lie near each other: their labels take different sides
+        for model in shown:
+            colour, marker = model_style(model, selection.models)
+            points, error = value.loc[model].sort_index(), std.loc[model].sort_index()
+            axes.errorbar(
+                points.active,
+                points.fvu,
+                xerr=error.active,
+                yerr=error.fvu,
+                color=colour,
+                marker=marker,
+                markersize=9 if marker == "*" else 6,
+                linewidth=1,
+                elinewidth=1,
+                label=model_title(model),
+            )
+            for k, point in points.iterrows():
+                if k != NO_K:
+                    axes.annotate(
+                        f"k {k}",
+                        (point.active, point.fvu),
+                        xytext=(4, 4) if above else (-4, -4),
+                        textcoords="offset points",
+                        ha="left" if above else "right",
+                        va="bottom" if above else "top",
+                        fontsize=8,
+                    )
+            above ^= any(points.index != NO_K)
+        axes.set_xscale("log")
+        _plain_log_ticks(axes, value.active)
+        axes.set_xlabel("active latents of a token")
+        axes.set_ylabel("FVU, corpus")
+        axes.set_ylim(bottom=0)
+        _legend(figure, axes)
+    return Plot(
+        name=f"sparsity_{slug(dataset)}",
+        title=f"{dataset_title(dataset)}: sparsity against FVU",
+        caption=f"Lower left is better.{_spread(of)}",
+        dataset=dataset,
+        figure=figure,
+    )
+
+
+def mean_support(selection: Selection, dataset: str) -> float | None:
+    """Mean number of active latents of a token of the Sparsemax SAE, over seeds."""
+    of = selection.metrics
+    of = of[(of.model == "sparsemax") & (of.dataset == dataset) & (of.metric == "active")]
+    return float(of.value.mean()) if len(of) else None
+
+
+def _accuracies(selection: Selection, dataset: str) -> pd.DataFrame:
+    """The tables' cells of one dataset: one k a model."""
+    frames = [selection.of(model, dataset) for model in selection.models]
+    cells = pd.concat(frames) if frames else selection.cells[:0]
+    return cells[cells.column.isin(["no_sae"]) | cells.column.str.startswith("on_")]
+
+
+def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _line(axes: Axes, cells: pd.DataFrame, colour: str, marker: str, label: str) -> None:
+    """A line through `accuracy` over `x`, with a band of one standard deviation over seeds."""
+    if cells.empty:
+        return
+    cells = cells.sort_values("x")
+    size = 8 if marker == "*" else None
+    axes.plot(cells.x, cells.accuracy, color=colour, marker=marker, markersize=size, label=label)
+    several = cells[cells.seeds > 1]
+    if len(several):
+        low, high = several.accuracy - several["std"], several.accuracy + several["std"]
+        axes.fill_between(several.x, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _log_x(axes: Axes, ks: list[int]) -> None:
+    """A logarithmic axis with a tick at each k, thinned where they would collide."""
+    axes.set_xscale("log", base=2)
+    step = -(-len(ks) // 5)
+    axes.xaxis.set_major_locator(FixedLocator(ks[::step]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ks[::step], [str(k) for k in ks[::step]])
+
+
+def _plain_log_ticks(axes: Axes, values: Iterable[float]) -> None:
+    """1, 2, 5, 10, ... within the values' range, as numbers."""
+    values = [v for v in values if v > 0]
+    if not values:
+        return
+    low, high = min(values) / 1.3, max(values) * 1.3
+    axes.set_xlim(low, high)
+    ticks = [b * 10**e for e in range(-3, 7) for b in (1, 2, 5) if low <= b * 10**e <= high]
+    if len(ticks) > 7:
+        ticks = [t for t in ticks if str(t).strip("0.")[0] == "1"]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """The legend below; then the layout stays, or it would be found again for every file."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def _spread(cells: pd.DataFrame) -> str:
+    several = (cells.seeds > 1).any() if len(cells) else False
+    return " Bands and bars: one standard deviation over seeds." if several else ""

@@ -1,0 +1,215 @@
+"""The whole report as an object: sections of tables and plots, findings, gaps, origins."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipsae.report import ablation, accuracy_tables, metric_tables, plots
+from clipsae.report.collect import Collected
+from clipsae.report.findings import differing_settings, findings
+from clipsae.report.metric_tables import MEASURED_ON
+from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
+from clipsae.report.names import dataset_title, slug
+from clipsae.report.plots import Plot
+from clipsae.report.published import table_numbers
+from clipsae.report.select import Selection
+from clipsae.report.stability import seed_stability
+from clipsae.report.table import Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        name: its anchor.
+        title: plain text.
+        tables, plots: shown.
+        folded: tables shown when asked for.
+    """
+
+    name: str
+    title: str
+    tables: list[Table] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+    folded: list[Table] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is written.
+
+    Attributes:
+        selection: what it rests on.
+        sections: in order; the first holds the averages.
+        findings: sentences.
+        missing, fewer: gaps, with commands.
+        notes: lines on what was left out or is not alike.
+        origins: a dict a result that is used: kind, name, model, dataset, k, seed, finished
+            (seconds since 1970), commit, versions, host.
+    """
+
+    selection: Selection
+    sections: list[Section]
+    findings: list[str]
+    missing: list[Missing]
+    fewer: list[Missing]
+    notes: list[str]
+    origins: list[dict[str, Any]]
+
+    @property
+    def tables(self) -> list[Table]:
+        return [t for section in self.sections for t in (*section.tables, *section.folded)]
+
+    @property
+    def has_published(self) -> bool:
+        return any(table.has_published for table in self.tables)
+
+    @property
+    def plots(self) -> list[Plot]:
+        return [plot for section in self.sections for plot in section.plots]
+
+
+def make_report(
+    root: Path | str, found: Collected, selection: Selection, commands: Commands
+) -> Report:
+    """Build tables, plots and sentences from a selection of what the store at `root` holds."""
+    missing = missing_cells(selection, commands)
+    stable, unread = seed_stability(root, found, selection)
+    sections = [
+        _overview(selection),
+        *(_dataset_section(selection, dataset) for dataset in selection.datasets),
+        _ablation(selection),
+        _sweep(selection),
+        _beyond(selection, stable),
+    ]
+    return Report(
+        selection=selection,
+        sections=[s for s in sections if s.tables or s.plots],
+        findings=findings(selection, missing),
+        missing=missing,
+        fewer=fewer_seeds(selection, commands),
+        notes=[
+            *(f"Left out, it cannot be read: {line}" for line in [*found.problems, *unread]),
+            *_counts(selection),
+            *(f"Not alike: {line}." for line in differing_settings(selection, found.origins)),
+        ],
+        origins=_origins(found, selection),
+    )
+
+
+def _overview(selection: Selection) -> Section:
+    section = Section("overview", "Average and ranks")
+    for datasets, name, of in (
+        (selection.eleven, "average", _called(selection.eleven)),
+        (selection.others, "average_others", f"the {len(selection.others)} other datasets"),
+    ):
+        if not datasets:
+            continue
+        if name != "average" and not selection.eleven:
+            name, of = "average", f"{len(datasets)} datasets"
+        suffix = "_others" if name == "average_others" else ""
+        if len(datasets) > 1:
+            section.tables.append(accuracy_tables.average_table(selection, datasets, name, of))
+            section.tables.append(
+                accuracy_tables.rank_table(selection, datasets, f"rank{suffix}", of)
+            )
+    return section
+
+
+def _called(eleven: tuple[str, ...]) -> str:
+    return "the eleven datasets" if len(eleven) == 11 else f"{len(eleven)} of the eleven datasets"
+
+
+def _dataset_section(selection: Selection, dataset: str) -> Section:
+    """Accuracy, sparsity and interpretability of one dataset."""
+    number = table_numbers().get(dataset)
+    of_paper = f" (Table {number})" if number else ""
+    section = Section(f"dataset-{slug(dataset)}", dataset_title(dataset) + of_paper)
+    accuracy = accuracy_tables.dataset_table(selection, dataset)
+    section.tables.append(accuracy)
+    others = accuracy_tables.other_settings_table(selection, dataset)
+    if others.columns:
+        section.folded.append(others)
+    measured = [
+        *metric_tables.sparsity_tables(selection, dataset),
+        *metric_tables.interpretability_tables(selection, dataset),
+    ]
+    (section.tables if dataset == MEASURED_ON else section.folded).extend(measured)
+    recovered = metric_tables.recovery_table(selection, dataset)
+    if recovered is not None:
+        section.folded.append(recovered)
+    for plot in (plots.accuracy_plot(selection, dataset), plots.sparsity_plot(selection, dataset)):
+        if plot is not None:
+            section.plots.append(plot)
+    return section
+
+
+def _ablation(selection: Selection) -> Section:
+    datasets = ablation.ablated(selection)
+    tables = [ablation.ablation_table(selection, dataset) for dataset in datasets]
+    return Section("ablation", "Ablation", tables)
+
+
+def _sweep(selection: Selection) -> Section:
+    drawn = [plots.k_plot(selection, dataset) for dataset in selection.datasets]
+    return Section("k", "Sweep of k", plots=[plot for plot in drawn if plot is not None])
+
+
+def _beyond(selection: Selection, stable: list) -> Section:
+    tables = []
+    fidelity = accuracy_tables.fidelity_table(selection)
+    if not fidelity.empty:
+        tables.append(fidelity)
+    if stable:
+        tables.append(metric_tables.stability_table(stable))
+    return Section("beyond", "Beyond the paper", tables)
+
+
+def _counts(selection: Selection) -> list[str]:
+    wanted, lines = selection.wanted, []
+    if selection.superseded:
+        lines.append(
+            f"{_results(selection.superseded)} superseded by a newer one of the same cell (or by "
+            "one of the whole split, where it looked at a part of the images)."
+        )
+    if selection.unfitting:
+        lines.append(
+            f"{_results(selection.unfitting)} left out, being of another CLIP than {wanted.clip} "
+            f"(weights {wanted.weights_title}, layer {wanted.layer}), another protocol than "
+            f"{wanted.protocol} or another M than {wanted.latents}."
+        )
+    limited = selection.runs[~selection.runs.complete.astype(bool)]
+    if len(limited):
+        lines.append(
+            f"{_results(limited.folder.nunique())} used that looked at a part of the images only "
+            "(evaluation.limit_images)."
+        )
+    return lines
+
+
+def _results(count: int) -> str:
+    return f"{count} result is" if count == 1 else f"{count} results are"
+
+
+def _origins(found: Collected, selection: Selection) -> list[dict[str, Any]]:
+    rows = []
+    for kind, frame in (("evaluation", found.results), ("measurement", found.measurements)):
+        used = frame[frame.folder.isin(selection.folders)].drop_duplicates("folder")
+        for row in used.itertuples():
+            meta = found.origins[row.folder]["meta"]
+            rows.append(
+                {
+                    "kind": kind,
+                    "name": row.folder,
+                    "model": row.model,
+                    "dataset": row.dataset,
+                    "k": row.k or "",
+                    "seed": row.seed,
+                    "finished": row.finished,
+                    "commit": meta.get("git_commit") or "",
+                    "versions": meta.get("versions") or {},
+                    "host": meta.get("host") or "",
+                }
+            )
+    return rows

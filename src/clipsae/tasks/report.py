@@ -1,0 +1,208 @@
+"""`task=report`: the paper's tables, ours beside the published, from all finished results."""
+
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from clipsae.errors import ConfigError
+from clipsae.report import (
+    Collected,
+    Commands,
+    Report,
+    Selection,
+    Table,
+    Wanted,
+    collect,
+    make_report,
+    select,
+    shown,
+    to_frame,
+    write_report,
+)
+from clipsae.store import digest
+from clipsae.tasks import build
+from clipsae.training.logging import finish
+
+# Overrides of the report's own command line that say nothing about how to fill a cell.
+_OWN = ("task", "model", "dataset", "seed", "logger", "sweeps", "clip")
+_OWN_KEYS = ("task.", "model.k", "dataset.", "logger.", "hydra.")
+
+
+def run(cfg: DictConfig) -> None:
+    """Collect, write, log, show.
+
+    Raises:
+        ConfigError: no result to report, or a model or dataset that does not exist.
+    """
+    found = collect(cfg.paths.output_dir)
+    wanted = wanted_of(cfg, found)
+    selection = select(found, wanted)
+    commands = Commands(carried_overrides(cfg), cfg.seed, image_folders(found))
+    if not selection.folders:
+        raise ConfigError(nothing_there(cfg, found, selection, commands))
+    report = make_report(cfg.paths.output_dir, found, selection, commands)
+    page = write_report(report, cfg.task.folder)
+    log_report(cfg, report)
+    print_report(report, page)
+
+
+def wanted_of(cfg: DictConfig, found: Collected) -> Wanted:
+    """The task's options.
+
+    Raises:
+        ConfigError: an unknown model or dataset.
+    """
+    task = cfg.task
+    chosen = {}
+    for group in ("model", "dataset"):
+        names = task[f"{group}s"]
+        known = {
+            *GlobalHydra.instance().config_loader().get_group_options(group),
+            *found.results[group],
+            *found.measurements[group],
+        }
+        unknown = [name for name in names or () if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"task.{group}s has {unknown[0]!r}: expected names among {', '.join(sorted(known))}"
+            )
+        chosen[f"{group}s"] = tuple(names) if names else None
+    return Wanted(
+        clip=task.clip,
+        weights=str(task.weights),
+        layer=task.layer,
+        protocol=task.protocol,
+        latents=task.latents,
+        k=task.k,
+        **chosen,
+    )
+
+
+def carried_overrides(cfg: DictConfig) -> list[str]:
+    """What a command that fills a cell takes from the report's command line."""
+    hydra, task = HydraConfig.get(), cfg.task
+    words = [f"clip={hydra.runtime.choices.clip}"]
+    for value, own, key in (
+        (task.clip, cfg.clip.name, "clip.name"),
+        (task.weights, cfg.clip.pretrained, "clip.pretrained"),
+        (task.layer, cfg.clip.layer, "clip.layer"),
+        (task.protocol, cfg.evaluation.protocol, "evaluation.protocol"),
+        (task.latents, cfg.model.latents, "model.latents"),
+    ):
+        if value != own:
+            words.append(f"{key}={'null' if value is None else value}")
+    for word in hydra.overrides.task:
+        key = word.split("=", 1)[0].lstrip("+~")
+        if key not in _OWN and not key.startswith(_OWN_KEYS):
+            words.append(word)
+    return words
+
+
+def image_folders(found: Collected) -> dict[str, list[str]]:
+    """The overrides that choose each of the user's own image folders, by its name."""
+    folders = {}
+    for origin in found.origins.values():
+        node = origin["config"].get("dataset") or {}
+        if str(node.get("_target_")).endswith(".ImageFolder") and node.get("root"):
+            words = ["dataset=image_folder", f"dataset.root={node['root']}"]
+            if node["name"] != "image_folder":
+                words.append(f"dataset.name={node['name']}")
+            folders[node["name"]] = words
+    return folders
+
+
+def nothing_there(
+    cfg: DictConfig, found: Collected, selection: Selection, commands: Commands
+) -> str:
+    """The sentence for a store without a fitting result."""
+    wanted = selection.wanted
+    folder = Path(cfg.paths.output_dir)
+    what = (
+        f"of {wanted.clip} (weights {wanted.weights}, layer {wanted.layer}) with "
+        f"{wanted.latents} latents by the {wanted.protocol} protocol"
+    )
+    dataset = (wanted.datasets or (cfg.dataset.name,))[0]
+    model = (wanted.models or (cfg.model.name,))[0]
+    command = commands.line(selection, model, dataset)
+    if found.results.empty:
+        unread = f" that can be read ({found.problems[0]})" if found.problems else ""
+        return (
+            f"{folder / 'evaluation'} holds no finished evaluation{unread}: run `{command}` first"
+        )
+    keys = ["clip", "weights", "layer", "latents", "protocol"]
+    there = found.results[keys].drop_duplicates().head(3).to_dict("records")
+    have = "; ".join(
+        f"clip.name={of['clip']} "
+        f"clip.pretrained={'null' if of['weights'] == 'None' else of['weights']} "
+        f"clip.layer={of['layer']} model.latents={of['latents']} "
+        f"evaluation.protocol={of['protocol']}"
+        for of in there
+    )
+    return (
+        f"{folder / 'evaluation'} holds no finished evaluation {what}, but {have}: report on those "
+        f"by these overrides, or run `{command}` first"
+    )
+
+
+def log_report(cfg: DictConfig, report: Report) -> None:
+    """The tables as W&B Tables of one run; other loggers have no place for them."""
+    about = report.selection.wanted
+    wanted = {**vars(about), "weights": about.weights_title}
+    logger: Logger | None = build.call_target(
+        cfg.logger,
+        name=f"report-{cfg.task.clip}-{cfg.task.protocol}",
+        run_id=digest({**wanted, "results": report.selection.folders}),
+        job_type="report",
+        run_config={"report": {**wanted, "results": list(report.selection.folders)}},
+        folder=Path(cfg.paths.output_dir),
+        run_folder=Path(HydraConfig.get().runtime.output_dir),
+    )
+    failed = True
+    try:
+        if isinstance(logger, WandbLogger):
+            for table in report.tables:
+                frame = to_frame(table).astype(object)
+                logger.log_table(table.name, dataframe=frame.where(frame.notna(), None))
+            logger.experiment.summary.update({"missing": len(report.missing)})
+        failed = False
+    finally:
+        finish(logger, failed)
+
+
+def print_report(report: Report, page: Path) -> None:
+    """The first table, what is missing, and where the page lies."""
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(_rich(report.tables[0]))
+    for sentence in report.findings:
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    for note in report.notes:
+        console.print(f"- {note}", markup=False, highlight=False)
+    if report.missing:
+        missing = page.with_name("missing.md")
+        console.print(f"missing  {missing} ({len(report.missing)} commands)", soft_wrap=True)
+    console.print(f"page     {page}", soft_wrap=True)
+
+
+def _rich(table: Table) -> RichTable:
+    """Ours, and behind it the difference to the published figure where there is one."""
+    rich = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for head in table.heads:
+        rich.add_column(head)
+    for column in table.columns:
+        rich.add_column(column.title, justify="right")
+    for row in table.rows:
+        cells = []
+        for column in table.columns:
+            texts = shown(row.cells[column.key], column) if column.key in row.cells else None
+            difference = f" [dim]{texts['difference']}[/]" if texts and texts["difference"] else ""
+            cells.append((texts["ours"] if texts else "") + difference)
+        rich.add_row(*row.labels, *cells)
+    if table.has_published:
+        rich.caption, rich.caption_justify = "dim: difference to the published figure", "left"
+    return rich

@@ -1,0 +1,144 @@
+"""A store with results whose numbers are known, written as the experiment writes them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+METRICS = {
+    "l0": 0.96875,
+    "active": 4.0,
+    "fvu": 0.25,
+    "explained_variance": 0.75,
+    "fvu_per_token": 0.2,
+    "cosine": 0.9,
+    "dead_fraction": 0.125,
+}
+
+
+class FakeStore:
+    """Writes finished folders: `evaluation` and `measurement`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.made = 0
+
+    def evaluation(
+        self,
+        model: str,
+        dataset: str,
+        accuracy: dict[str, float],
+        *,
+        k: int | None = None,
+        seed: int = 0,
+        finished: float | None = None,
+        classes: int = 10,
+        latents: int = 128,
+        metrics: dict[str, float] | None = None,
+        **more: Any,
+    ) -> Path:
+        """An evaluation with accuracies by column: "no_sae", "on_5", "on_all", ..."""
+        about = self._about(model, dataset, latents, k, seed, more)
+        rows = []
+        for column, value in accuracy.items():
+            setting, _, n = column.partition("_")
+            setting, n = ("no_sae", None) if column == "no_sae" else (setting, n)
+            rows.append(
+                {
+                    **about,
+                    "protocol": more.get("protocol", "paper"),
+                    "setting": setting,
+                    "n": latents if n == "all" else n,
+                    "accuracy": value,
+                    "micro_accuracy": value,
+                    "images": 1000,
+                    "classes": classes,
+                }
+            )
+        folder = self._folder("evaluation", model, dataset, seed)
+        pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
+        sparsity = METRICS if metrics is None else metrics
+        content = {"active": sparsity.get("active", 4.0), "sparsity": sparsity}
+        (folder / "diagnostics.json").write_text(json.dumps(content))
+        return self._finish(folder, about, finished, more)
+
+    def measurement(
+        self,
+        model: str,
+        dataset: str,
+        values: dict[str, float],
+        *,
+        k: int | None = None,
+        seed: int = 0,
+        finished: float | None = None,
+        latents: int = 128,
+        image_encoder: str | None = "tiny",
+        pooling: str = "mean",
+        **more: Any,
+    ) -> Path:
+        """A measurement with metrics by name."""
+        about = self._about(model, dataset, latents, k, seed, more)
+        rows = [
+            {
+                **about,
+                "images": 1000,
+                "image_encoder": image_encoder,
+                "pooling": pooling,
+                "metric": name,
+                "value": value,
+            }
+            for name, value in values.items()
+        ]
+        folder = self._folder("measurement", model, dataset, seed)
+        pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
+        return self._finish(folder, about, finished, more)
+
+    def _about(self, model, dataset, latents, k, seed, more) -> dict[str, Any]:
+        clip = more.get("clip", "clipsae-tiny")
+        return {
+            "model": model,
+            "dataset": dataset,
+            "clip": clip,
+            "latents": latents,
+            "k": k,
+            "seed": seed,
+        }
+
+    def _folder(self, kind: str, model: str, dataset: str, seed: int) -> Path:
+        self.made += 1
+        folder = self.root / kind / f"{model}-{dataset}-s{seed}-{self.made:010x}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def _finish(self, folder, about, finished, more) -> Path:
+        config = {
+            "clip": {
+                "name": about["clip"],
+                "pretrained": more.get("weights", "builtin"),
+                "layer": -2,
+            },
+            "model": {"name": about["model"], "latents": about["latents"], "k": about["k"]},
+            "dataset": {"name": about["dataset"]},
+            "evaluation": {"limit_images": more.get("limit_images")},
+            "trainer": {"max_steps": more.get("max_steps", 600)},
+            "train_dataset": {"name": "scenes"},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        meta = {
+            "started": 1.0,
+            "finished": float(self.made if finished is None else finished),
+            "key": {"sae": more.get("sae", "none")},
+            "versions": {"torch": "2.9.0"},
+            "git_commit": "0123456789abcdef",
+            "host": "somewhere",
+        }
+        (folder / "meta.json").write_text(json.dumps(meta))
+        return folder
+
+
+@pytest.fixture
+def store(tmp_path) -> FakeStore:
+    return FakeStore(tmp_path / "out")

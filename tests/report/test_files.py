@@ -1,0 +1,206 @@
+"""The report's files: formats, escaping, what stays and what goes."""
+
+import csv
+import io
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from clipsae.report import Commands, Wanted, collect, make_report, select, write_report
+from clipsae.report.formats import latex, to_csv, to_latex, to_markdown
+from clipsae.report.plots import k_plot
+from clipsae.report.svg import inline_svg
+from clipsae.report.table import MINUS, Cell, Column, Row, Table, number
+
+TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
+TABLE = Table(
+    name="table_08_dtd",
+    title="Table 8: a&b",
+    caption="100 % of on_5",
+    heads=("model",),
+    columns=(Column("on_5", "on_5"), Column("fvu", "FVU", 3, "min")),
+    rows=(
+        Row(("new_model",), {"on_5": Cell(8.0, 0.5, 2, 8.2501, "8.2501"), "fvu": Cell(0.1)}),
+        Row(("x|y",), {"on_5": Cell(7.0), "fvu": Cell(published=0.3, printed="0.30")}),
+        Row(("gone",), {"on_5": Cell()}),
+    ),
+)
+
+
+def write(store, **more):
+    found = collect(store.root)
+    selection = select(found, Wanted(**{**vars(TINY), **more}))
+    report = make_report(store.root, found, selection, Commands(["clip=tiny"]))
+    write_report(report, store.root / "report")
+    return report, store.root / "report"
+
+
+def test_numbers_have_a_real_minus_and_zero_has_no_sign():
+    assert number(-0.2501, 2, signed=True) == f"{MINUS}0.25"
+    assert number(0.2, 2, signed=True) == "+0.20"
+    assert number(-0.001, 2, signed=True) == "0.00"
+    assert number(float("nan"), 2) == ""
+
+
+def test_csv_has_figures_in_full_and_published_as_printed():
+    first, second, third = csv.DictReader(io.StringIO(to_csv(TABLE)))
+    assert float(first["on_5_difference"]) == 8.0 - 8.2501
+    assert first["on_5_published"] == "8.2501"
+    assert (first["on_5_std"], first["on_5_seeds"]) == ("0.5", "2.0")
+    assert second["FVU_published"] == "0.30"
+    assert second["FVU"] == ""
+    assert set(third.values()) == {"gone", ""}
+    assert "FVU_std" not in first
+
+
+def test_markdown_has_a_line_each_for_ours_published_and_difference():
+    lines = to_markdown(TABLE).splitlines()
+    assert lines[0] == "## Table 8: a&b"
+    assert lines[4:10] == [
+        "| new\\_model | ours | 8.00 ± 0.50 | 0.100 |",
+        "|  | published | 8.2501 |  |",
+        f"|  | difference | {MINUS}0.25 |  |",
+        "| x\\|y | ours | 7.00 |  |",
+        "|  | published |  | 0.30 |",
+        "|  | difference |  |  |",
+    ]
+    assert lines[10] == "| gone | ours |  |  |"
+
+
+def test_latex_is_escaped_and_bold_where_best():
+    text = to_latex(TABLE)
+    assert r"\caption{Table 8: a\&b. 100 \% of on\_5}" in text
+    assert r"new\_model & ours & \textbf{8.00 $\pm$ 0.50} & 0.100 \\" in text
+    assert r" & difference & $-$0.25 &  \\" in text
+    assert r"x\textbar{}y & ours & 7.00 &  \\" in text
+    assert text.count(r"\begin{") == text.count(r"\end{") == 2
+    assert r"\begin{tabular}{llrr}" in text
+
+
+@pytest.mark.parametrize(
+    ("plain", "escaped"),
+    [
+        ("a_b & 50 %", r"a\_b \& 50 \%"),
+        ("$5 #1 {x}", r"\$5 \#1 \{x\}"),
+        ("~^", r"\textasciitilde{}\textasciicircum{}"),
+        ("back\\slash", r"back\textbackslash{}slash"),
+        ("|x|²", r"\textbar{}x\textbar{}\textsuperscript{2}"),
+    ],
+)
+def test_latex_escapes(plain, escaped):
+    assert latex(plain) == escaped
+
+
+def test_a_report_of_a_store_in_any_state(store):
+    """Names that need escaping, gaps, several seeds and k, an unreadable folder."""
+    for seed in (0, 1):
+        for k in (8, 16):
+            accuracy = {"no_sae": 90.0, "on_5": 20.0 + k + seed, "on_all": 80.0}
+            store.evaluation("topk", "dtd", accuracy, k=k, seed=seed)
+    store.evaluation("sparsemax", "dtd", {"no_sae": 90.0, "on_5": 50.0, "on_10": 51.0})
+    store.evaluation("sparsemax", "my <b>&_50%", {"no_sae": 90.0, "on_5": 50.0})
+    broken = store.evaluation("relu", "dtd", {"on_5": 1.0})
+    (broken / "results.csv").write_text("nothing")
+    report, folder = write(store)
+
+    page = (folder / "index.html").read_text()
+    assert "my &lt;b&gt;&amp;_50%" in page
+    assert "my <b>" not in page
+    assert f"evaluation/{broken.name}: results.csv lacks the columns" in page
+    assert "http" not in page.replace("https://", "http").split("<script>")[0].lower()
+    missing = (folder / "missing.md").read_text()
+    assert "python run.py model=relu dataset=dtd clip=tiny seed=0" in missing
+    assert "python run.py model=relu 'dataset=my <b>&_50%' clip=tiny seed=0" in missing
+    assert f"{len(report.missing)} commands" in missing
+    tables = {path.name for path in (folder / "tables").iterdir()}
+    for number_, dataset in ((7, "caltech101"), (8, "dtd"), (17, "ucf101")):
+        for end in ("md", "csv", "tex"):
+            assert f"table_{number_:02d}_{dataset}.{end}" in tables
+    assert {"table_05_selected.tex", "table_06.md", "average.csv", "rank.csv"} <= tables
+    (row,) = [
+        row
+        for row in csv.DictReader((folder / "cells.csv").open())
+        if row["table"] == "table_08_dtd"
+        and row["row"] == "TopK (k = 8)"
+        and row["column"] == "on_5"
+    ]
+    assert float(row["ours"]) == 28.5
+    assert row["published"] == "15.372"
+    assert float(row["difference"]) == pytest.approx(28.5 - 15.372)
+    assert (folder / "plots" / "accuracy_dtd.pdf").read_bytes().startswith(b"%PDF")
+    assert (folder / "plots" / "k_dtd.pdf").is_file()
+    assert not list(folder.rglob(".*"))
+
+
+def test_files_of_an_earlier_report_go_and_other_files_stay(store):
+    store.evaluation("relu", "first", {"no_sae": 90.0, "on_5": 50.0})
+    _, folder = write(store)
+    assert (folder / "tables" / "accuracy_first.md").is_file()
+    (folder / "tables" / "mine.txt").write_text("notes")
+    (folder / "files.json").write_text(
+        json.dumps([*json.loads((folder / "files.json").read_text()), "../evaluation"])
+    )
+    store.evaluation("relu", "second", {"no_sae": 90.0, "on_5": 50.0})
+    write(store, datasets=("second",))
+    assert not (folder / "tables" / "accuracy_first.md").exists()
+    assert (folder / "tables" / "accuracy_second.md").is_file()
+    assert (folder / "tables" / "mine.txt").read_text() == "notes"
+    assert (store.root / "evaluation").is_dir()
+
+
+def test_findings_follow_the_data(store):
+    for dataset, (relu, sparse) in {"a": (10.0, 30.0), "b": (20.0, 16.0)}.items():
+        store.evaluation(
+            "relu", dataset, {"on_5": relu, "on_10": 50.0}, metrics={"active": 100.0, "fvu": 0.1}
+        )
+        store.evaluation(
+            "sparsemax",
+            dataset,
+            {"on_5": sparse, "on_10": 40.0},
+            metrics={"active": 15, "fvu": 0.2},
+        )
+    for k, accuracy in ((8, 30.0), (16, 33.0), (32, 35.0)):
+        store.evaluation("topk", "a", {"on_10": accuracy}, k=k, metrics={"active": k, "fvu": 0.3})
+    report, _ = write(store, models=("relu", "sparsemax"))
+    text = " ".join(report.findings)
+    assert "Highest mean accuracy over the 2 datasets that all models with results share" in text
+    assert "Sparsemax at on_5 (23.00 %)" in text
+    assert "ReLU at on_10 (50.00 %)" in text
+    assert "Sparsemax uses the fewest latents of a token (15.0, FVU 0.200)" in text
+    assert "ReLU reconstructs best (FVU 0.100, 100.0 latents)" in text
+    # Mean support 15: the nearest k is 16, two points below the best of the sweep.
+    assert "mean support is 15.0" in text
+    assert "best by on_10 in 0 of 1 sweep " in text
+    assert "2.00 points below the best" in text
+
+
+def test_settings_that_differ_within_a_model_are_named(store):
+    store.evaluation("relu", "a", {"on_5": 1.0}, max_steps=5)
+    store.evaluation("relu", "b", {"on_5": 1.0}, max_steps=600)
+    report, _ = write(store)
+    assert "Not alike: ReLU: trainer.max_steps is 5 and 600." in report.notes
+
+
+def test_an_inline_plot_is_one_svg_element_in_the_readers_colours(store):
+    for k in (8, 16, 32):
+        store.evaluation("topk", "a", {"on_5": float(k), "on_all": 80.0}, k=k)
+    store.evaluation("sparsemax", "a", {"on_5": 40.0, "on_all": 85.0})
+    selection = select(collect(store.root), TINY)
+    plot = k_plot(selection, "a")
+    text = inline_svg(plot.figure, plot.name, 'a "quoted" title')
+    root = ET.fromstring(text)
+    assert root.tag == "svg"
+    assert root.get("aria-label") == 'a "quoted" title'
+    assert root.get("width") is None
+    assert "currentColor" in text
+    assert "http" not in text
+    ids = [e.get("id") for e in root.iter() if e.get("id")]
+    assert ids
+    assert all(i.startswith("k_a-") for i in ids)
+    used = [e.get("href") for e in root.iter() if e.get("href")]
+    assert {u[1:] for u in used} <= set(ids)
+    # The vertical line of the Sparsemax SAE stands at its mean support, 4 active latents.
+    axes = plot.figure.axes[0]
+    upright = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert [list(line.get_xdata()) for line in upright] == [[4.0, 4.0]]
