@@ -98,7 +98,9 @@ def main(folder: str, case: str) -> None:
             os.kill(pid, signal.SIGKILL)
     for step in range(2, 300):
         logger.log_metrics({"train/loss": 1.0 / step}, step=step)
-    log_results(logger, [{"setting": "on", "n": 5, "accuracy": 50.0}], {"topn/on_5": 50.0})
+    log_results(
+        logger, [{"dataset": "a", "setting": "on", "n": 5, "accuracy": 50.0}], {"topn/on_5": 50.0}
+    )
     finish(logger, failed=False)
     print("done", flush=True)
     server.kill()
