@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,10 +93,13 @@ def wandb_logger(
             console="off",
         ),
     }
+    if "WANDB_SWEEP_ID" in os.environ:  # its agent has given the run an id
+        del options["id"]
     mode = mode or ("online" if logged_in() else "offline")
     if mode == "online":
         try:
-            run = wandb.init(mode="online", resume="allow", **options)
+            resume = "allow" if "id" in options else None
+            run = wandb.init(mode="online", resume=resume, **options)
         except wandb.errors.Error as error:
             log.warning("W&B: OFFLINE, since the server did not take the run: %s", error)
             mode = "offline"
