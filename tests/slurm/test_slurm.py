@@ -93,7 +93,8 @@ def sweeps(launch: Callable, tmp_path_factory: pytest.TempPathFactory) -> Sweeps
     while left and time.monotonic() < end:
         for number, name in list(left.items()):
             if is_training(stores[name]):
-                subprocess.run([*DISTURBANCES[name], f"{array}_{number}"], check=True)
+                # Not waited for: while a job changes hands scancel tries again for a minute.
+                subprocess.Popen(["timeout", "3", *DISTURBANCES[name], f"{array}_{number}"])
                 del left[number]
         time.sleep(0.1)
     whole = launch(root / "whole.log", f"paths.output_dir={root}/whole")
