@@ -1,4 +1,4 @@
-"""`hydra/launcher=slurm` and `submitit_local`: jobs of their own, through submitit."""
+"""`hydra/launcher=slurm` and `many_cores`: jobs of their own, through submitit."""
 
 import logging
 import os
