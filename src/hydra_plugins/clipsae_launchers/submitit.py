@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.singleton import Singleton
@@ -33,7 +32,12 @@ LARGEST_ARRAY = 1000  # SLURM's MaxArraySize where it does not tell
 
 
 class _Awaited(BaseSubmititLauncher):
-    """Submits all jobs, waits for every one of them, however it ends."""
+    """Submits all jobs, waits for every one of them, however it ends.
+
+    Pickled with each job, and again in the job when it is preempted: by then Hydra has loaded this
+    module anew, so that the class is pickled, too. It must hold nothing that cannot be (a
+    `cached_property` has a lock).
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> JobReturn:
         done = super().__call__(*args, **kwargs)
@@ -51,10 +55,11 @@ class _Awaited(BaseSubmititLauncher):
         outcomes: dict[int, Outcome] = {}
         with _no_allocation():
             executor = self._executor()
+            largest = self._array()
         log.info("logs in %s", str(self.params["submitit_folder"]).removesuffix("/%j"))
         try:
             while len(outcomes) < len(names):
-                some = waiting[: min(self._at_once, self._places - len(jobs) + len(outcomes))]
+                some = waiting[: min(largest, self._places - len(jobs) + len(outcomes))]
                 if some:
                     del waiting[: len(some)]
                     jobs |= self._submit(executor, some, job_overrides, initial_job_idx)
@@ -113,9 +118,8 @@ class _Awaited(BaseSubmititLauncher):
         executor.update_parameters(**options)
         return executor
 
-    @property
-    def _at_once(self) -> int:
-        """Jobs in one array."""
+    def _array(self) -> int:
+        """Jobs in one array, at most."""
         return 1
 
     @property
@@ -129,8 +133,7 @@ class Slurm(_Awaited):
 
     _EXECUTOR = "slurm"
 
-    @cached_property
-    def _at_once(self) -> int:
+    def _array(self) -> int:
         try:
             told = subprocess.run(
                 ["scontrol", "show", "config"], capture_output=True, text=True, timeout=30
