@@ -23,7 +23,7 @@ from clipsae.tasks import build, slurm
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, measurement, sae
 from clipsae.tasks.table import print_results
-from clipsae.training.logging import finish, log_results, log_sae
+from clipsae.training.logging import finish, log_failure, log_results, log_sae
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +134,9 @@ def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Callable[[], Logger | Non
     try:
         yield logger
         failed = False
-    except Exception:
+    except Exception as error:
         if rank_zero_only.rank == 0:
-            logger()  # a failure is to be seen there, however early
+            log_failure(logger(), error)  # to be seen there, however early it is
         raise
     except SystemExit:  # told to leave
         coming_back = True

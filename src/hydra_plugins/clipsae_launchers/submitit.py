@@ -1,12 +1,14 @@
-"""`hydra/launcher=slurm` and `submitit_local`: jobs of their own, through submitit."""
+"""`hydra/launcher=slurm` and `many_cores`: jobs of their own, through submitit."""
 
 import logging
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.singleton import Singleton
@@ -41,34 +43,54 @@ class _Awaited(BaseSubmititLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-
         from clipsae.tasks.outcome import cells, conclude
 
-        jobs = []
+        names = cells(job_overrides)
+        waiting = list(range(len(names)))
+        jobs: dict[int, submitit.Job] = {}
+        outcomes: dict[int, Outcome] = {}
         with _no_allocation():
             executor = self._executor()
-            for start in range(0, len(job_overrides), self._at_once()):
-                some = job_overrides[start : start + self._at_once()]
-                first = initial_job_idx + start
-                numbers = range(first, first + len(some))
-                jobs += executor.map_array(
-                    self,
-                    [list(overrides) for overrides in some],
-                    ["hydra.sweep.dir"] * len(some),
-                    numbers,
-                    [f"job_id_for_{n}" for n in numbers],
-                    [Singleton.get_state()] * len(some),
-                )
-        log.info("submitted %d jobs, %s ...; logs in %s", len(jobs), jobs[0].job_id, self._logs())
+        log.info("logs in %s", str(self.params["submitit_folder"]).removesuffix("/%j"))
         try:
-            outcomes = self._wait(jobs, cells(job_overrides))
+            while len(outcomes) < len(names):
+                some = waiting[: min(self._at_once, self._places - len(jobs) + len(outcomes))]
+                if some:
+                    del waiting[: len(some)]
+                    jobs |= self._submit(executor, some, job_overrides, initial_job_idx)
+                    continue
+                for i in sorted(jobs.keys() - outcomes.keys()):
+                    if jobs[i].done():
+                        outcomes[i] = _outcome(jobs[i], names[i])
+                        log.info("%d of %d: %s", len(outcomes), len(names), outcomes[i])
+                time.sleep(LOOK_EVERY)
         except KeyboardInterrupt:
             log.warning(
                 "stopped waiting; the jobs go on: %s ends them, task=status shows them", self._end
             )
             raise
-        conclude(outcomes)
-        return [job.results()[0] for job in jobs]
+        conclude([outcomes[i] for i in range(len(names))])
+        return [jobs[i].results()[0] for i in range(len(names))]
+
+    def _submit(
+        self,
+        executor: "submitit.Executor",
+        some: list[int],
+        job_overrides: Sequence[Sequence[str]],
+        first: int,
+    ) -> dict[int, "submitit.Job"]:
+        """Submit some of the jobs, as one array."""
+        with _no_allocation():
+            jobs = executor.map_array(
+                self,
+                [list(job_overrides[i]) for i in some],
+                ["hydra.sweep.dir"] * len(some),
+                [first + i for i in some],
+                [f"job_id_for_{first + i}" for i in some],
+                [Singleton.get_state()] * len(some),
+            )
+        log.info("submitted %d jobs, %s ...", len(jobs), jobs[0].job_id)
+        return dict(zip(some, jobs, strict=True))
 
     _end = "scancel"
 
@@ -91,23 +113,15 @@ class _Awaited(BaseSubmititLauncher):
         executor.update_parameters(**options)
         return executor
 
-    def _logs(self) -> str:
-        return str(self.params["submitit_folder"]).removesuffix("/%j")
-
+    @property
     def _at_once(self) -> int:
         """Jobs in one array."""
-        return LARGEST_ARRAY
+        return 1
 
-    def _wait(self, jobs: list["submitit.Job"], names: list[str]) -> list["Outcome"]:
-        """The outcome of each job, in their order; says when one is over."""
-        found: dict[int, Outcome] = {}
-        while len(found) < len(jobs):
-            for i in sorted(set(range(len(jobs))) - set(found)):
-                if jobs[i].done():
-                    found[i] = _outcome(jobs[i], names[i])
-                    log.info("%d of %d: %s", len(found), len(jobs), found[i])
-            time.sleep(LOOK_EVERY)
-        return [found[i] for i in range(len(jobs))]
+    @property
+    def _places(self) -> int:
+        """Jobs that are submitted and not over."""
+        return sys.maxsize
 
 
 class Slurm(_Awaited):
@@ -115,6 +129,7 @@ class Slurm(_Awaited):
 
     _EXECUTOR = "slurm"
 
+    @cached_property
     def _at_once(self) -> int:
         try:
             told = subprocess.run(
@@ -127,10 +142,22 @@ class Slurm(_Awaited):
 
 
 class ManyCores(_Awaited):
-    """All jobs at once on this machine, each a process of its own."""
+    """Several jobs at a time on this machine, each a process of its own.
+
+    Args:
+        parallel: how many; None: one a core.
+    """
 
     _EXECUTOR = "local"
     _end = "kill"
+
+    def __init__(self, parallel: int | None = None, **params: Any) -> None:
+        super().__init__(**params)
+        self.parallel = parallel
+
+    @property
+    def _places(self) -> int:
+        return self.parallel or os.cpu_count() or 1
 
 
 @contextmanager
@@ -158,6 +185,7 @@ def _outcome(job: "submitit.Job", cell: str) -> "Outcome":
         return Outcome(cell)
     if isinstance(error, submitit.core.utils.FailedJobError):
         trace = str(error).split("-" * 22)[1]
-        return Outcome(cell, trace.strip().splitlines()[-1], str(job.paths.stdout))
+        why = trace.strip().splitlines()[-1].removeprefix("clipsae.errors.ConfigError: ")
+        return Outcome(cell, why, str(job.paths.stdout))
     # Killed, out of memory, cancelled, the node failed: only the cluster knows.
     return Outcome(cell, f"ended without a result, {job.state}", str(job.paths.stderr))
