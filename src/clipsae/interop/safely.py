@@ -69,8 +69,11 @@ def read_pickle(path: Path, classes: Iterable[str] = ()) -> Any:
                 f"{path} is a pickle that asks for {asked[1]}, which could run code, so it is not "
                 "opened: ask its author for safetensors, or for a pickle of tensors alone"
             ) from error
+        # torch's own sentence would advise to run the code.
+        reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        why = reason[1] if reason else type(error).__name__
         raise ValueError(
-            f"{path} is no pickle of tensors that can be read: {_line(error)}"
+            f"{path} is no pickle of tensors that can be read, or a damaged one: {why}"
         ) from error
 
 
