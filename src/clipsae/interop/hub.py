@@ -53,6 +53,11 @@ def fetch(source: str, files: tuple[str, ...], suffixes: tuple[str, ...]) -> Pat
     return path
 
 
+def is_id(text: str) -> bool:
+    """Whether it is a repository's id, owner/name."""
+    return re.fullmatch(rf"{_PART}/{_PART}", text) is not None
+
+
 def push_to_hub(
     sae: SAE | str | Path,
     repo_id: str,
@@ -78,7 +83,7 @@ def push_to_hub(
         ValueError: no id, or the Hub cannot be reached or refuses.
         FileNotFoundError: the folder holds no SAE.
     """
-    if re.fullmatch(rf"{_PART}/{_PART}", repo_id) is None:
+    if not is_id(repo_id):
         raise ValueError(f"repo_id={repo_id!r}: expected owner/name")
     with tempfile.TemporaryDirectory() as folder:
         save_with_card(sae, Path(folder), repo_id)

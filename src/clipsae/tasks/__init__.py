@@ -28,8 +28,11 @@ def run_task(cfg: DictConfig) -> None:
     from hydra.types import RunMode
     from hydra.utils import get_method
 
+    from clipsae.tasks import plugins
+
     quiet_lightning()
     try:
+        plugins.load(cfg)
         get_method(cfg.task._target_)(cfg)
     except SystemExit as stop:
         # Lightning's way out after a SIGTERM has no code: a cut run would count as done.

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from clipsae.clip import FrozenCLIP
 from clipsae.data import FeatureDataModule, ImageDataset
 from clipsae.store import Stage, Store, whole_checkpoint, write_json
-from clipsae.tasks import build
+from clipsae.tasks import build, plugins
 from clipsae.training.callbacks import (
     ReportProgress,
     ResumeCheckpoint,
@@ -44,6 +44,8 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
             "seed": cfg.seed,
         },
     }
+    if plugged := plugins.digests(cfg):
+        key["plugins"] = plugged
     name = [cfg.model.name, cfg.clip.name, build.train_dataset_node(cfg).name]
     words = [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"]
     about = {**build.cell(cfg), "dataset": name[2]}
