@@ -10,14 +10,17 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
+from clipsae.data.cache import CachedLoader, TokenCache
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.loader import Block, ResumableLoader, image_batches
 
-Batch = tuple[list[Tensor] | None, Block | None]  # uint8 images, several times [B, 3, S, S]
+# Several times uint8 images [B, 3, S, S], or from a cache tokens [n, T, d].
+Batch = tuple[list[Tensor] | None, Block | None]
 
 
 class FeatureDataModule(LightningDataModule):
     """Images from a dataset, through the frozen prefix on the training device: tokens [B, T, d].
+    With a cache those of the training are read instead, and images are read for validation alone.
 
     The CLIP lives here and not in the LightningModule: it is no part of a checkpoint.
 
@@ -32,6 +35,8 @@ class FeatureDataModule(LightningDataModule):
         num_workers: processes that read images.
         seed: decides the order of the images, with the epoch.
         val_dataset: images for validation, in one fixed order; None: no validation.
+        cache: the tokens of `train_dataset`.
+        block_images, buffer_images: how the cache is read, see `CachedLoader`.
     """
 
     def __init__(
@@ -44,6 +49,9 @@ class FeatureDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_dataset: ImageDataset | None = None,
+        cache: TokenCache | None = None,
+        block_images: int = 64,
+        buffer_images: int = 1024,
     ) -> None:
         super().__init__()
         self.clip = clip
@@ -53,6 +61,9 @@ class FeatureDataModule(LightningDataModule):
         self.shuffle_tokens = shuffle_tokens
         self.num_workers = num_workers
         self.seed = seed
+        self.cache = cache
+        self.block_images = block_images
+        self.buffer_images = buffer_images
         self._mixed: Tensor | None = None  # the tokens of the current block, already permuted
         self._train_loader: ResumableLoader | None = None
         self._loader()  # refuses sizes that cannot be
@@ -75,15 +86,23 @@ class FeatureDataModule(LightningDataModule):
         return ValidationLoader(self.val_dataset, self.batch_size, self.num_workers)
 
     def _loader(self, rank: int = 0, world_size: int = 1) -> ResumableLoader:
+        options = {
+            "seed": self.seed,
+            "shuffle_images": self.shuffle_tokens,
+            "rank": rank,
+            "world_size": world_size,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        if self.cache is not None:
+            return CachedLoader(
+                self.cache,
+                self.batch_size,
+                block_images=self.block_images,
+                buffer_images=self.buffer_images,
+                **options,
+            )
         return ResumableLoader(
-            self.train_dataset,
-            self.batch_size,
-            seed=self.seed,
-            shuffle_images=self.shuffle_tokens,
-            rank=rank,
-            world_size=world_size,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
         )
 
     def transfer_batch_to_device(
@@ -107,7 +126,13 @@ class FeatureDataModule(LightningDataModule):
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for a backward pass
     def _tokens(self, images: list[Tensor]) -> Tensor:
-        parts = [self.clip.prefix(self.clip.normalize(some)) for some in images]
+        parts = [
+            # Tokens of a cache are no bytes.
+            self.clip.prefix(self.clip.normalize(some))
+            if some.dtype == torch.uint8
+            else some.float()
+            for some in images
+        ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _permuted(self, tokens: Tensor, seed: int) -> Tensor:
@@ -119,8 +144,12 @@ class FeatureDataModule(LightningDataModule):
 
     def first_batch(self, images: int) -> Tensor:
         """Tokens [n, T, d] of the first n images of the first epoch, for an initialisation that
-        looks at data; fewer where the dataset has fewer. The same on every rank."""
+        looks at data; fewer where the dataset has fewer. The same on every rank. From a cache
+        they are the first before a buffer permutes them, which are read in one go."""
         count = min(images, len(self.train_dataset))
+        if self.cache is not None:
+            positions = self._loader().order(0)[:count]
+            return self.cache.read(positions).to(self.clip.device).float()
         loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
         (first,), _ = next(iter(loader))
         return self._tokens([some.to(self.clip.device) for some in first.split(self.batch_size)])

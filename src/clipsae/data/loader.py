@@ -141,8 +141,7 @@ class ResumableLoader:
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of the images in an epoch, LongTensor [N]."""
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-        return torch.randperm(len(self.dataset), generator=generator)
+        return permutation(len(self.dataset), self.seed, epoch)
 
     def blocks(self, epoch: int) -> list[tuple[Tensor, int]]:
         """This rank's blocks of an epoch: image indices, and a number that is the block's own."""
@@ -178,7 +177,7 @@ class ResumableLoader:
         first, part = divmod(position, self.parts)
         for at in count(epoch):
             for indices, number in self.blocks(at)[first:]:
-                yield indices, _mix(self.seed, at, number), part
+                yield indices, mix(self.seed, at, number), part
                 part = 0
             first = 0
 
@@ -244,7 +243,12 @@ def image_batches(
     bad.report()
 
 
-def _mix(*numbers: int) -> int:
+def permutation(n: int, *numbers: int) -> Tensor:
+    """A permutation of n that is a pure function of several numbers, LongTensor [n]."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(*numbers)))
+
+
+def mix(*numbers: int) -> int:
     """A seed of 63 bits from several numbers, each of which matters."""
     mixed = 0x9E3779B97F4A7C15
     for number in numbers:

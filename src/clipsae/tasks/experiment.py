@@ -21,7 +21,7 @@ from clipsae.store import Busy, Stage, Store
 from clipsae.store.lease import owner_of
 from clipsae.tasks import build, slurm
 from clipsae.tasks.guidance import resolve_k
-from clipsae.tasks.stages import classifier, evaluation, measurement, sae
+from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
 from clipsae.tasks.table import print_results
 from clipsae.training.logging import finish, log_failure, log_results, log_sae
 
@@ -159,6 +159,8 @@ def public_config(cfg: DictConfig) -> dict[str, Any]:
     public = {key: value for key, value in build.plain(cfg).items() if key != "paths"}
     for group in ("dataset", "train_dataset"):
         public[group] = {k: v for k, v in public[group].items() if k not in build.PLACE_KEYS}
+    if features.cached(cfg):
+        public["features"]["cache"].pop("folder")
     return public
 
 

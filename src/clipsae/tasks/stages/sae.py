@@ -13,11 +13,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data import FeatureDataModule, ImageDataset
+from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.store import Stage, Store, whole_checkpoint, write_json
 from clipsae.store.files import checkpoint_step
-from clipsae.tasks import build
+from clipsae.tasks import build, plugins
+from clipsae.tasks.stages import features
 from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint, StepProgress, TokenRate
 from clipsae.training.module import SAEModule
 from clipsae.training.schedule import warmup_then
@@ -44,8 +45,11 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
             * int(trainer.num_nodes)
             * (trainer.devices if isinstance(trainer.devices, int) else len(trainer.devices)),
             "seed": cfg.seed,
+            **features.training_key(cfg),
         },
     }
+    if plugged := plugins.digests(cfg):
+        key["plugins"] = plugged
     name = [cfg.model.name, cfg.clip.name, build.train_dataset_node(cfg).name]
     about = {**build.cell(cfg), "dataset": name[2]}
     return store.stage("sae", [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"], key, about)
@@ -63,7 +67,9 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
     options = build.training_options(cfg)
     build.user_error(SAEModule, sae, **options)
     build.user_error(warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps)
-    build.user_error(FeatureDataModule, clip, train_set, **build.plain(cfg.features))
+    features.data_module(cfg, clip, train_set)
+    if features.cached(cfg) and not stage(cfg, Store(cfg.paths.output_dir), train_set).finished:
+        features.check(cfg, clip, train_set)
 
 
 def check_devices(cfg: DictConfig) -> None:
@@ -99,9 +105,8 @@ def make(
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     module = SAEModule(build.build_sae(cfg, clip.width), **build.training_options(cfg))
     held_out = build.build_dataset(build.train_dataset_node(cfg), "test", clip.image_size)
-    data = FeatureDataModule(
-        clip, train_set, val_dataset=held_out, seed=cfg.seed, **build.plain(cfg.features)
-    )
+    cache = features.open_cache(cfg, clip, train_set)
+    data = features.data_module(cfg, clip, train_set, held_out, cache=cache)
     checkpoint = stage.scratch / "last.ckpt"
     resume = ResumeCheckpoint(
         checkpoint,

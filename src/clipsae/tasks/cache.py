@@ -1,0 +1,26 @@
+"""`task=cache`: only make the feature cache, or look whether it is as it was written."""
+
+import logging
+
+from omegaconf import DictConfig
+
+from clipsae.errors import ConfigError
+from clipsae.tasks import build
+from clipsae.tasks.stages import features
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> None:
+    """Make the cache of the training images, unless it is there.
+
+    Raises:
+        ConfigError: something in the config that cannot be, or a disk that is too small.
+    """
+    if not features.cached(cfg):
+        raise ConfigError("task=cache makes what features=cached reads: leave out features=online")
+    clip = build.build_clip(cfg)
+    train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
+    features.check(cfg, clip, train_set, content=cfg.task.verify)
+    folder = features.make(cfg, clip, train_set, content=cfg.task.verify)
+    log.info("the feature cache is in %s", folder)

@@ -1,0 +1,76 @@
+"""A cache whose tokens say where they come from: token t of image i is the number 4 i + t."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from clipsae.data.cache import Layout, TokenCache, write_manifest, write_shard
+from clipsae.store.files import sha256
+
+T = 4
+
+
+class Indices(Dataset):
+    """Image i: its number, in three digits to the base 256."""
+
+    def __init__(self, n: int) -> None:
+        self.labels = torch.zeros(n, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        digits = [index % 256, index // 256 % 256, index // 65536]
+        return torch.tensor(digits, dtype=torch.uint8).view(3, 1, 1), 0
+
+
+class Counting(nn.Module):
+    """A stand-in for the frozen CLIP: tokens 4 i + (0, 1, 2, 3), [B, 4, 1]."""
+
+    device = torch.device("cpu")
+
+    def normalize(self, images):
+        return images.float()
+
+    def prefix(self, images):
+        index = images.flatten(1) @ torch.tensor([1.0, 256.0, 65536.0])
+        return (index[:, None] * T + torch.arange(T)).unsqueeze(-1)
+
+
+@pytest.fixture
+def indices() -> type[Indices]:
+    return Indices
+
+
+@pytest.fixture
+def counting() -> Counting:
+    return Counting()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a cache as a stage would."""
+
+    def write(n: int, *, clip=None, dataset=None, of=None, folder="cache", **options) -> Path:
+        options = {"tokens": T, "width": 1, "dtype": "fp32", "shard_images": 100, **options}
+        layout = Layout(images=n, **options)
+        place = tmp_path / folder
+        place.mkdir()
+        for shard in range(layout.shards):
+            write_shard(place, layout, shard, clip or Counting(), dataset or Indices(n))
+        files = [place / layout.file(shard) for shard in range(layout.shards)]
+        sealed = [{"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files]
+        write_manifest(place, layout, of or {"clip": "counting"}, sealed)
+        return place
+
+    return write
+
+
+@pytest.fixture
+def cache(write) -> Callable[..., TokenCache]:
+    """A finished cache, opened."""
+    return lambda n, **options: TokenCache(write(n, **options))
