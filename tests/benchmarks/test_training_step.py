@@ -5,19 +5,11 @@ Run apart from the tests: they assert nothing about time.
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-import run
-from clipsae.sae import SAE, sparsemax_threshold
-from clipsae.tasks.build import sae_options
+from clipsae.sae import sparsemax_threshold
+from tests.benchmarks.recipes import recipe
 
 RECIPES = ["relu", "jumprelu", "gated", "topk", "batch_topk", "sparsemax"]
-
-
-def recipe(model: str, d: int, latents: int) -> SAE:
-    with initialize_config_dir(str(run.ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [f"model={model}", "clip=vit_b_16", f"model.latents={latents}"])
-    return SAE(d=d, **sae_options(cfg)).train()
 
 
 @pytest.mark.parametrize("model", RECIPES)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Architecture
+from clipsae.sae.products import Dictionary
 from clipsae.sae.registry import ARCHITECTURES
 
 QUERIES = ("identity", "learned")
@@ -55,11 +56,19 @@ class Attention(Architecture):
         self.W_K = nn.Parameter(_kaiming(d, d, fan_in=d))
         self.W_V = nn.Parameter(_kaiming(d, d, fan_in=d))
 
-    def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+    def dictionary(self) -> Dictionary:
+        return Dictionary(self.C, self.C)
+
+    def query(self, x: Tensor) -> Tensor:
         q = x if self.W_Q is None else x @ self.W_Q
         # Scaled while it is [..., d], not [..., M].
-        q = (q @ self.W_K.T) / self.scale
-        return q @ self._rows(latents).mT
+        return (q @ self.W_K.T) / self.scale
+
+    def output(self, mixed: Tensor, frozen: bool = False) -> Tensor:
+        return mixed @ (self.W_V.detach() if frozen else self.W_V)
+
+    def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        return self.query(x) @ self._rows(latents).mT
 
     def decode(self, codes: Tensor, latents: Tensor | None = None) -> Tensor:
         return (codes @ self._rows(latents)) @ self.W_V

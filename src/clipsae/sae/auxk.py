@@ -5,11 +5,14 @@ dictionary_learning (https://github.com/saprmarks/dictionary_learning). Ghost gr
 older remedy for the same ill; this one has replaced them.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from clipsae.sae.base import Architecture
 from clipsae.sae.losses import at_least_float32
+from clipsae.sae.support import largest
 
 
 def auxk_loss(
@@ -37,19 +40,55 @@ def auxk_loss(
         A scalar; exactly 0 where no latent is dead.
     """
     candidates = candidates.flatten(0, -2)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Which are dead is known at once here; elsewhere the answer would have to be waited for.
-        of_dead = dead.nonzero().squeeze(1)
-        if not len(of_dead):
-            return x.new_zeros((), dtype=at_least_float32(x).dtype)
-        candidates = candidates.index_select(1, of_dead)
-        chosen = candidates.detach().topk(min(k, len(of_dead)), dim=-1, sorted=False).indices
-        values, indices = candidates.gather(-1, chosen), of_dead[chosen]
-    else:
-        masked = candidates.detach().masked_fill(~dead, -1)  # below all candidates
-        indices = masked.topk(min(k, dead.numel()), dim=-1, sorted=False).indices
-        values = candidates.gather(-1, indices) * dead[indices]
+    # Which are dead is not looked at: on a GPU, the answer would have to be waited for.
+    masked = candidates.detach().masked_fill(~dead, -1)  # below all candidates
+    indices = masked.topk(min(k, dead.numel()), dim=-1, sorted=False).indices
+    values = candidates.gather(-1, indices) * dead[indices]
     aux = architecture.decode_chosen(values, indices)
+    return leftover_loss(x, reconstruction, scale, aux, dead.any())
+
+
+def auxk_loss_at(
+    x: Tensor,
+    reconstruction: Tensor,
+    scale: Tensor,
+    query: Tensor,
+    candidates: Callable[[Tensor], Tensor],
+    dead: Tensor,
+    k: int,
+    architecture: Architecture,
+) -> Tensor:
+    """The same where a dictionary is known, from the scores of the dead latents alone.
+
+    Args:
+        query: [N, d], what the dictionary's scores are of.
+        candidates: (scores) -> how strongly latents would act.
+    """
+    of_dead = dead.nonzero()[:, 0]
+    if not len(of_dead):
+        return x.new_zeros((), dtype=at_least_float32(x[:0]).dtype)
+
+    def choose(scores: Tensor) -> Tensor:
+        n, m = scores.shape
+        chosen = largest(candidates(scores), min(k, m))[1]
+        return (chosen + m * torch.arange(n, device=x.device)[:, None]).flatten()
+
+    dictionary = architecture.dictionary()
+    scores, support = dictionary.find(query, choose, latents=of_dead)
+    aux = architecture.output(dictionary.mixed(candidates(scores), support))
+    return leftover_loss(x, reconstruction, scale, aux, dead.new_ones(()))
+
+
+def leftover_loss(
+    x: Tensor, reconstruction: Tensor, scale: Tensor, aux: Tensor, defined: Tensor
+) -> Tensor:
+    """||e - aux||^2 / ||e - mean e||^2 with e = x - x_hat held fixed.
+
+    Args:
+        x, reconstruction: [..., d].
+        aux: [N, d], without bias and scale.
+        defined: BoolTensor; where it is False, or e is the same for all tokens, the result is 0.
+    """
     error = at_least_float32((x - reconstruction).detach()).flatten(0, -2)
     scale = at_least_float32(scale)
     aux = at_least_float32(aux) * (scale.flatten(0, -2) if scale.ndim > 1 else scale)
@@ -57,5 +96,5 @@ def auxk_loss(
     whole = (error - error.mean(dim=0)).square().sum()
     # A residual that is the same for all tokens leaves only rounding errors here.
     rounding = torch.finfo(error.dtype).eps * error.square().sum()
-    defined = dead.any() & (whole > rounding)
+    defined = defined & (whole > rounding)
     return torch.where(defined, left / torch.where(defined, whole, 1), 0)

@@ -10,6 +10,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipsae.sae.products import Dictionary
+from clipsae.sae.support import Support
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """Codes [..., M] that are 0 but on a support.
+
+    Attributes:
+        values: [p].
+        support: their places, for tokens in one row.
+        shape: of the dense codes.
+    """
+
+    values: Tensor
+    support: Support
+    shape: tuple[int, ...]
+
+    def dense(self) -> Tensor:
+        """[..., M], differentiable."""
+        return self.support.dense(self.values).view(self.shape)
+
+    def fired(self) -> Tensor:
+        """LongTensor [M]: how many tokens each latent is active on."""
+        return self.support.count(self.values != 0)
+
+
+def _fired(codes: Tensor) -> Tensor:
+    active = (codes != 0).flatten(0, -2)
+    if active.device.type != "cpu":
+        return active.sum(dim=0)
+    # Bytes, as long as they suffice: int64 sums of booleans take ten times as long.
+    parts = active.view(torch.uint8).split(255)
+    return sum(part.sum(dim=0, dtype=torch.uint8).long() for part in parts)
+
 
 @dataclass(frozen=True)
 class SAEOutput:
@@ -17,13 +52,22 @@ class SAEOutput:
 
     Attributes:
         reconstruction: [..., d], in the units of the input.
-        codes: [..., M].
+        held: codes [..., M], or in training the sparse form of them.
         losses: named terms, scalars, each already weighted. In eval mode the reconstruction only.
     """
 
     reconstruction: Tensor
-    codes: Tensor
+    held: Tensor | SparseCodes
     losses: dict[str, Tensor]
+
+    @property
+    def codes(self) -> Tensor:
+        """[..., M]. In training, where `held` is sparse, made at each call."""
+        return self.held.dense() if isinstance(self.held, SparseCodes) else self.held
+
+    def fired(self) -> Tensor:
+        """LongTensor [M]: how many tokens each latent is active on."""
+        return self.held.fired() if isinstance(self.held, SparseCodes) else _fired(self.held)
 
     @property
     def loss(self) -> Tensor:
@@ -40,6 +84,32 @@ class Architecture(nn.Module):
 
     unit_rows = False
     """Whether decoder rows are kept at unit norm: a penalty on codes then needs no norms."""
+
+    def dictionary(self) -> Dictionary | None:
+        """What training needs to touch the active latents alone, for inputs `query(x)`.
+
+        None: only `scores` and `decode` are known, and all products are dense.
+        """
+        return None
+
+    def query(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]: what the dictionary's scores are of."""
+        return x
+
+    def output(self, mixed: Tensor, frozen: bool = False) -> Tensor:
+        """Mixed rows of the dictionary [..., d] -> tokens [..., d], *without* the bias.
+
+        Args:
+            frozen: parameters receive no gradient.
+        """
+        return mixed
+
+    def decode_at(self, codes: Tensor, support: Support | None, frozen: bool = False) -> Tensor:
+        """`decode`, or `decode_frozen`, of codes [p] on a support, or [N, M]: [N, d]."""
+        out = self.output(self.dictionary().mixed(codes, support, frozen), frozen)
+        if self.bias is None:
+            return out
+        return out + (self.bias.detach() if frozen else self.bias)
 
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """[..., d] -> [..., M], or [..., n] of `latents` ([n], or [B, n] for x [B, T, d])."""
@@ -91,7 +161,10 @@ class Step:
     Attributes:
         x: the input [..., d].
         scale: what a reconstruction is multiplied with, [..., 1] or a scalar.
-        scores, codes: [..., M].
+        scores, codes: [..., M], or [p] on the support.
+        latents: whose they are: None (all M), or LongTensor [p].
+        tokens: their number N.
+        decode_frozen: codes like these -> [..., d]; the decoder receives no gradient.
         architecture: of the SAE.
         relative_error: (reconstruction) -> scalar, the reconstruction loss of this batch.
     """
@@ -100,6 +173,9 @@ class Step:
     scale: Tensor
     scores: Tensor
     codes: Tensor
+    latents: Tensor | None
+    tokens: int
+    decode_frozen: Callable[[Tensor], Tensor]
     architecture: Architecture
     relative_error: Callable[[Tensor], Tensor]
 
@@ -112,6 +188,9 @@ class Activation(nn.Module):
 
     encoder_bias = True
     """False where the activation has biases of its own, so that the encoder needs none."""
+
+    across_tokens = False
+    """Whether a token's codes in training depend on the batch's other tokens."""
 
     holds_back = True
     """Whether a score above 0 can be held back. Where none can, a silent latent has nothing to
@@ -137,16 +216,38 @@ class Activation(nn.Module):
         tau = per_latent(tau, self.latents, latents)
         return torch.where(scores > tau, self.curve(scores, tau, latents), 0)
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """Codes in training, with the gradients that the variant defines. May update buffers."""
-        return self.gate(scores, self.threshold(scores))
+    def support(self, scores: Tensor) -> Tensor | None:
+        """Where codes in training, or gradients of their losses, may differ from 0.
+
+        What opts into sparse training: `forward` then gets the scores at these places only. The
+        default is None: all.
+
+        Args:
+            scores: [N, M], without gradient. They may be overwritten where codes cannot be.
+
+        Returns:
+            LongTensor [p], token * M + latent; None where dense products are faster.
+        """
+        return None
+
+    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+        """Codes in training, with the gradients that the variant defines. May update buffers.
+
+        Args:
+            scores: [..., M], or [p] on a support.
+        """
+        latents = None if support is None else support.latent
+        return self.gate(scores, self.threshold(scores), latents)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Loss terms beyond the reconstruction, weighted."""
         return {}
 
     def candidates(self, scores: Tensor) -> Tensor:
-        """How strongly latents would act if none were suppressed, >= 0: where AuxK chooses."""
+        """How strongly latents would act if none were suppressed, >= 0: where AuxK chooses.
+
+        Element by element, for scores of any shape and any latents.
+        """
         return torch.relu(scores)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -165,5 +266,6 @@ def per_latent(values: Tensor, m: int, latents: Tensor | None) -> Tensor:
     """Align [M] values with scores of `latents`: [n] or [B, 1, n]. Others pass unchanged."""
     if latents is None or values.ndim != 1 or values.shape[0] != m:
         return values
-    chosen = values[latents]
-    return chosen if latents.ndim == 1 else chosen[:, None, :]
+    if latents.ndim == 1:
+        return values.index_select(0, latents)
+    return values[latents][:, None, :]

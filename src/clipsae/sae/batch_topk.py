@@ -5,10 +5,12 @@ dictionary_learning. At inference one threshold, estimated in training, stands f
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipsae.sae.base import Activation
+from clipsae.sae.losses import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
+from clipsae.sae.support import Support, positions_above, strided_maxima, too_dense
 from clipsae.sae.topk import check_k
 
 
@@ -24,6 +26,7 @@ class BatchTopK(Activation):
             is the last batch's, so that an SAE that was trained for less has one, too.
     """
 
+    across_tokens = True
     full_precision = ("inference_threshold",)
 
     def __init__(
@@ -49,9 +52,30 @@ class BatchTopK(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return self.inference_threshold
 
-    def forward(self, scores: Tensor) -> Tensor:
+    def support(self, scores: Tensor) -> Tensor | None:
+        kept = self.k * len(scores)
+        if too_dense(kept, scores):
+            return None
+        # The kept-th largest of any part is a lower bound, which leaves few to choose from.
+        floor = at_least_float32(scores.new_zeros(()))
+        part = strided_maxima(scores, 16).flatten()
+        if len(part) >= kept:
+            border = at_least_float32(part.topk(kept, sorted=False).values.min())
+            floor = torch.nextafter(border, torch.full_like(border, -torch.inf)).clamp(min=0)
+        positions = positions_above(scores, floor)
+        if positions is None or len(positions) <= kept:
+            return positions
+        values = scores.flatten().index_select(0, positions)
+        return positions[values.topk(kept, sorted=False).indices]
+
+    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+        if support is not None:
+            values = torch.relu(scores)
+            self._update(values.detach())
+            return values
         flat = scores.flatten()
-        indices = _largest(scores.detach().reshape(-1, self.latents), self.k)
+        kept = self.k * (len(flat) // self.latents)
+        indices = flat.detach().topk(kept, sorted=False).indices
         values = torch.relu(flat.gather(0, indices))
         self._update(values.detach())
         return torch.zeros_like(flat).scatter(0, indices, values).view_as(scores)
@@ -59,22 +83,11 @@ class BatchTopK(Activation):
     @torch.no_grad()
     def _update(self, values: Tensor) -> None:
         old = self.inference_threshold
-        smallest = torch.where(values > 0, values, torch.inf).min().to(old.dtype)
+        # (In one longer than the values: there may be none.)
+        positive = torch.where(values > 0, values, torch.inf)
+        smallest = nn.functional.pad(positive, (0, 1), value=torch.inf).min().to(old.dtype)
         decay = torch.where(self.step > self.threshold_start_step, self.threshold_decay, 0.0)
         new = decay * old + (1 - decay) * smallest
         # A batch without any positive score says nothing of the threshold.
         old.copy_(torch.where(smallest.isfinite(), new, old))
         self.step += 1
-
-
-def _largest(scores: Tensor, k: int) -> Tensor:
-    """Where the k B largest of scores [B, M] are in scores.flatten(): LongTensor [k B]."""
-    flat, kept = scores.flatten(), k * len(scores)
-    if scores.device.type != "cpu" or 2 * k >= scores.shape[-1]:
-        return flat.topk(kept, sorted=False).indices
-    # The kept-th largest of any subset is a lower bound: that of each token's 2 k largest leaves
-    # few scores to choose from. (Elsewhere their number would have to be waited for.)
-    some = scores.topk(2 * k, dim=-1, sorted=False).values.flatten()
-    at_least = some.topk(kept, sorted=False).values.min()
-    left = (flat >= at_least).nonzero()[:, 0]
-    return left[flat[left].topk(kept, sorted=False).indices]

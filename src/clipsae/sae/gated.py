@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Activation, Step, per_latent
+from clipsae.sae.blockwise import blockwise, passing
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import l1_norm, not_negative
+from clipsae.sae.support import Support, positions_above
 
 
 @ACTIVATIONS.register("gated")
@@ -44,16 +46,41 @@ class Gated(Activation):
         return -self.b_gate
 
     def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
-        gain = per_latent(self.r_mag, self.latents, latents).exp()
+        gain = per_latent(self.r_mag, self.latents, latents)
         shift = per_latent(self.b_mag, self.latents, latents)
-        return torch.relu(gain * scores + shift).to(scores.dtype)
+        return _magnitude(scores, gain, shift)
+
+    def support(self, scores: Tensor) -> Tensor | None:
+        return positions_above(scores, -self.b_gate)
+
+    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+        latents = None if support is None else support.latent
+        # The gate's threshold learns from the penalty and the gate's own reconstruction alone.
+        parameters = (
+            per_latent(p, self.latents, latents)
+            for p in (self.b_gate.detach(), self.r_mag, self.b_mag)
+        )
+        return blockwise(_codes, scores, *parameters)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
-        gate = torch.relu(step.scores + self.b_gate).to(step.scores.dtype)
+        b_gate = per_latent(self.b_gate, self.latents, step.latents)
+        gate = blockwise(_gate, step.scores, b_gate)
         terms = {}
         if self.l1:
             terms["l1"] = self.l1 * l1_norm(gate, step)
         if self.gate_weight:
-            by_gate = step.architecture.decode_frozen(gate) * step.scale
+            by_gate = step.decode_frozen(gate) * step.scale
             terms["gate_reconstruction"] = self.gate_weight * step.relative_error(by_gate)
         return terms
+
+
+def _magnitude(h: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
+    return torch.relu(r_mag.exp() * h + b_mag).to(h.dtype)
+
+
+def _codes(h: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
+    return _magnitude(h, r_mag, b_mag) * passing(h, -b_gate)
+
+
+def _gate(h: Tensor, b_gate: Tensor) -> Tensor:
+    return torch.relu(h + b_gate).to(h.dtype)

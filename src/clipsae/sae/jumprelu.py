@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipsae.sae.base import Activation, Step
+from clipsae.sae.base import Activation, Step, per_latent
+from clipsae.sae.blockwise import blockwise, passing
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import not_negative
+from clipsae.sae.support import Support, positions_above
 
 
 @ACTIVATIONS.register("jumprelu")
@@ -61,52 +63,75 @@ class JumpReLU(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return self.log_theta.exp()
 
-    def forward(self, scores: Tensor) -> Tensor:
-        return _Jump.apply(scores, self.log_theta.exp(), self.bandwidth)
+    def support(self, scores: Tensor) -> Tensor | None:
+        # Scores a little below theta have no code, but move theta.
+        return positions_above(scores, self.log_theta.exp() - 0.50001 * self.bandwidth)
+
+    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+        theta = self._theta(support and support.latent)
+        flat = scores if support is not None else scores.flatten(0, -2)
+        codes = blockwise(lambda s, theta: _Jump.apply(s, theta, self.bandwidth), flat, theta)
+        return codes.view(scores.shape)
+
+    def _theta(self, latents: Tensor | None) -> Tensor:
+        return per_latent(self.log_theta, self.latents, latents).exp()
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         if not self.l0:
             return {}
-        tokens = step.scores.numel() // self.latents
-        passing = _Step.apply(step.scores, self.log_theta.exp(), self.bandwidth) / tokens
+        theta = self._theta(step.latents)
+        scores = step.scores if step.latents is not None else step.scores.flatten(0, -2)
+        active = _Step.apply(scores, theta, self.bandwidth) / step.tokens
         if self.target_l0 is not None:
-            passing = (passing / self.target_l0 - 1).square()
-        return {"l0": self.l0 * passing}
+            active = (active / self.target_l0 - 1).square()
+        return {"l0": self.l0 * active}
 
 
 def _kernel(scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-    """Where |s - theta| < eps / 2: a BoolTensor [..., M]."""
-    return (scores - theta).abs_() < bandwidth / 2
+    """1 where |s - theta| < eps / 2, else 0: [..., M], in theta's dtype."""
+    distance = (scores - theta).abs_()
+    return torch.lt(distance, bandwidth / 2, out=distance)
+
+
+def _summed(values: Tensor, theta: Tensor) -> Tensor:
+    """[n, M] -> [M], in theta's dtype; as they are where each value has a theta of its own."""
+    return values if values.shape == theta.shape else values.sum(dim=0, dtype=theta.dtype)
 
 
 class _Jump(torch.autograd.Function):
-    """s [..., M], theta [M] -> s 1[s > theta]."""
+    """s [n, M], theta [M], or both [p] -> s 1[s > theta]."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(scores, theta)
         ctx.bandwidth = bandwidth
-        return torch.where(scores > theta, scores, 0)
+        return passing(scores, theta).mul_(scores)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         scores, theta = ctx.saved_tensors
-        near = torch.where(_kernel(scores, theta, ctx.bandwidth), gradient, 0)
-        near = near.flatten(0, -2).sum(dim=0, dtype=theta.dtype)
-        return torch.where(scores > theta, gradient, 0), -theta / ctx.bandwidth * near, None
+        near = _summed(_kernel(scores, theta, ctx.bandwidth).mul_(gradient), theta)
+        return passing(scores, theta).mul_(gradient), -theta / ctx.bandwidth * near, None
 
 
 class _Step(torch.autograd.Function):
-    """s [..., M], theta [M] -> the number of s > theta, a scalar of theta's dtype."""
+    """s [n, M], theta [M], or both [p] -> the number of s > theta, a scalar of theta's dtype."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(scores, theta)
         ctx.bandwidth = bandwidth
-        return (scores > theta).sum().to(theta.dtype)
+        counts = [_summed(passing(part, theta), theta) for part in _parts(scores, theta)]
+        return sum(counts).sum(dtype=torch.float64).to(theta.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         scores, theta = ctx.saved_tensors
-        near = _kernel(scores, theta, ctx.bandwidth).flatten(0, -2).sum(dim=0)
+        parts = _parts(scores, theta)
+        near = sum(_summed(_kernel(part, theta, ctx.bandwidth), theta) for part in parts)
         return None, -gradient / ctx.bandwidth * near, None
+
+
+def _parts(scores: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
+    """A few tokens each, whose comparisons stay in the cache."""
+    return (scores,) if scores.shape == theta.shape else scores.split(16)

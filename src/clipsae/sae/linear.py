@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipsae.sae.base import Architecture
 from clipsae.sae.median import geometric_median
+from clipsae.sae.products import Dictionary
 from clipsae.sae.registry import ARCHITECTURES
 
 ENCODER_INITS = ("independent", "tied")
@@ -63,6 +64,9 @@ class Linear(Architecture):
             else:
                 nn.init.uniform_(self.W_enc, -math.sqrt(6 / latents), math.sqrt(6 / latents))
 
+    def dictionary(self) -> Dictionary:
+        return Dictionary(self.W_enc, self.W_dec, self.b_enc, self.b_dec)
+
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         u = x - self.b_dec
         if latents is None:
@@ -104,8 +108,9 @@ class Linear(Architecture):
     @torch.no_grad()
     def after_backward(self) -> None:
         if self.unit_rows and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(dim=-1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+            for gradient, rows in zip(_parts(self.W_dec.grad), _parts(self.W_dec), strict=True):
+                along = (gradient * rows).sum(dim=-1, keepdim=True)
+                gradient.addcmul_(along, rows, value=-1)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -113,8 +118,14 @@ class Linear(Architecture):
             self._normalize_rows()
 
     def _normalize_rows(self) -> None:
-        norm = torch.linalg.vector_norm(self.W_dec, dim=-1, keepdim=True)
-        self.W_dec.div_(torch.where(norm > 0, norm, 1))
+        for rows in _parts(self.W_dec):
+            norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+            rows.div_(torch.where(norm > 0, norm, 1))
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows [M, d] in parts that stay in a CPU's cache while they are worked on."""
+    return rows.split(1024 if rows.device.type == "cpu" else len(rows))
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -35,9 +35,8 @@ def relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
     return ((reconstruction - x).square().mean(dim=-1) * weight).mean()
 
 
-def mean_over_tokens(values: Tensor) -> Tensor:
-    """Sum over the last axis, mean over the others: [..., M] -> scalar, in float32 at least."""
-    tokens = values.numel() // values.shape[-1]
+def mean_over_tokens(values: Tensor, tokens: int) -> Tensor:
+    """The sum of all values over the number of tokens, a scalar, in float32 at least."""
     dtype = torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else None
     return values.sum(dtype=dtype) / tokens
 

@@ -7,9 +7,11 @@ scale this is.
 import torch
 from torch import Tensor
 
-from clipsae.sae.base import Activation, Step
+from clipsae.sae.base import Activation, Step, per_latent
+from clipsae.sae.blockwise import blockwise
 from clipsae.sae.losses import mean_over_tokens
 from clipsae.sae.registry import ACTIVATIONS
+from clipsae.sae.support import Support, positions_above
 
 
 @ACTIVATIONS.register("relu")
@@ -33,19 +35,27 @@ class ReLU(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return scores.new_zeros(())
 
-    def forward(self, scores: Tensor) -> Tensor:
-        return torch.relu(scores)
+    def support(self, scores: Tensor) -> Tensor | None:
+        return positions_above(scores, scores.new_zeros(()))
+
+    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+        return blockwise(torch.relu, scores)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         return {"l1": self.l1 * l1_norm(step.codes, step)} if self.l1 else {}
 
 
 def l1_norm(codes: Tensor, step: Step) -> Tensor:
-    """Mean over tokens of the sum of codes >= 0, times the decoder's norms where they vary."""
+    """Mean over tokens of the sum of codes >= 0, times the decoder's norms where they vary.
+
+    Args:
+        codes: as the step's: [..., M], or [p] on its support.
+    """
     if step.architecture.unit_rows:
-        return mean_over_tokens(codes)
+        return mean_over_tokens(codes, step.tokens)
     norms = torch.linalg.vector_norm(step.architecture.decoder_rows(), dim=-1)
-    return mean_over_tokens(codes * norms)
+    norms = per_latent(norms, len(norms), step.latents)
+    return mean_over_tokens(codes * norms, step.tokens)
 
 
 def not_negative(name: str, value: float) -> None:

@@ -5,6 +5,7 @@ Letters: B images or tokens, T tokens of an image, d width, M latents, n latents
 
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clipsae.sae.auxk import auxk_loss
-from clipsae.sae.base import Activation, Architecture, SAEOutput, Step
+from clipsae.sae.auxk import auxk_loss, auxk_loss_at
+from clipsae.sae.base import Activation, Architecture, SAEOutput, SparseCodes, Step
 from clipsae.sae.losses import at_least_float32, relative_error
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
 from clipsae.sae.relu import not_negative
+from clipsae.sae.support import DENSE_FROM
 
 FORMAT = "clipsae.sae"
 VERSION = 1
@@ -158,35 +160,71 @@ class SAE(nn.Module):
         """
         self._check(x)
         scale = self.input_scale(x)
-        scores = self.architecture.scores(x / scale)
         if not self.training:
+            scores = self.architecture.scores(x / scale)
             codes = self.gate(scores, self.threshold(scores))
             reconstruction = self.decode(codes, scale)
             return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, x))
-        codes = self.activation(scores)
-        reconstruction = self.decode(codes, scale)
-        self._count_silence(codes)
+        return self._train_forward(x, scale)
+
+    def _train_forward(self, x: Tensor, scale: Tensor) -> SAEOutput:
+        shape, unit = (*x.shape[:-1], self.latents), x / scale
+        by_dictionary = self._knows_supports(x)
+        support = None
+        if by_dictionary:
+            query = self.architecture.query(unit.flatten(0, -2))
+            scores, support = self.architecture.dictionary().find(
+                query, self.activation.support, together=self.activation.across_tokens
+            )
+        else:
+            scores = self.architecture.scores(unit)
+        if support is None:
+            scores = scores.view(shape)
+            held = codes = self.activation(scores)
+        else:
+            codes = self.activation(scores, support)
+            held = SparseCodes(codes, support, shape)
+
+        def decode(codes: Tensor, frozen: bool = False) -> Tensor:
+            if not by_dictionary:
+                how = self.architecture.decode_frozen if frozen else self.architecture.decode
+                return how(codes)
+            codes = codes if support is not None else codes.flatten(0, -2)
+            return self.architecture.decode_at(codes, support, frozen).view(x.shape)
+
+        reconstruction = decode(codes) * scale
         losses = self._reconstruction_loss(reconstruction, x)
+        out = SAEOutput(reconstruction, held, losses)
+        self._count_silence(out.fired(), x.numel() // self.d)
         step = Step(
             x=x,
             scale=scale,
             scores=scores,
             codes=codes,
+            latents=None if support is None else support.latent,
+            tokens=x.numel() // self.d,
+            decode_frozen=partial(decode, frozen=True),
             architecture=self.architecture,
             relative_error=lambda other: relative_error(other, x),
         )
         losses.update(self.activation.losses(step))
         if self.auxk:
-            losses["auxk"] = self.auxk * auxk_loss(
-                x,
-                reconstruction,
-                scale,
-                self.activation.candidates(scores),
-                self.dead,
-                self.auxk_k,
-                self.architecture,
-            )
-        return SAEOutput(reconstruction, codes, losses)
+            rest = self.dead, self.auxk_k, self.architecture
+            if by_dictionary:
+                loss = auxk_loss_at(
+                    x, reconstruction, scale, query, self.activation.candidates, *rest
+                )
+            else:
+                candidates = self.activation.candidates(scores)
+                loss = auxk_loss(x, reconstruction, scale, candidates, *rest)
+            losses["auxk"] = self.auxk * loss
+        return out
+
+    def _knows_supports(self, x: Tensor) -> bool:
+        """Whether there is a dictionary, on a device where sparse products can be faster."""
+        if torch.compiler.is_compiling() or x.device.type not in DENSE_FROM:
+            return False
+        return self.architecture.dictionary() is not None
 
     def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
         loss = relative_error(reconstruction, x)
@@ -221,10 +259,9 @@ class SAE(nn.Module):
         return self.tokens_since_fired >= self.dead_after
 
     @torch.no_grad()
-    def _count_silence(self, codes: Tensor) -> None:
-        fired = (codes != 0).flatten(0, -2).any(dim=0)
-        tokens = codes.numel() // self.latents
-        self.tokens_since_fired.copy_(torch.where(fired, 0, self.tokens_since_fired + tokens))
+    def _count_silence(self, fired: Tensor, tokens: int) -> None:
+        silence = torch.where(fired > 0, 0, self.tokens_since_fired + tokens)
+        self.tokens_since_fired.copy_(silence)
 
     # --- around a training step ---
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsae.sae.base import Activation
+from clipsae.sae.base import Activation, per_latent
+from clipsae.sae.losses import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
+from clipsae.sae.support import Support, positions_above, strided_maxima
 
 WEIGHTS = ("scores", "probabilities")
-
-_FIRST_LOOK = 128
 
 
 @ACTIVATIONS.register("sparsemax")
@@ -68,38 +68,56 @@ class Sparsemax(Activation):
             return (scores - tau).to(scores.dtype)
         return torch.relu(scores) if self.clamp else scores
 
-    def forward(self, scores: Tensor) -> Tensor:
+    def support(self, scores: Tensor) -> Tensor | None:
         limit = self.max_activation_frequency
         if limit is not None:
-            scores = scores * (self.frequency <= limit).to(scores.dtype)
-        tau = sparsemax_threshold(scores)
-        function = _Probabilities if self.weights == "probabilities" else _Scores
-        codes = function.apply(scores, tau)
+            capped = (self.frequency > limit).nonzero()[:, 0]
+            if len(capped):
+                scores.index_fill_(1, capped, 0)
+        found = _from_maxima(scores)
+        return None if found is None else found[1]
+
+    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+        limit = self.max_activation_frequency
+        latents = None if support is None else support.latent
+        if limit is not None:
+            allowed = per_latent(self.frequency <= limit, self.latents, latents)
+            scores = scores * allowed.to(scores.dtype)
+        if support is not None:
+            codes = _less_tau(scores, support) if self.weights == "probabilities" else scores
+        else:
+            tau = sparsemax_threshold(scores)
+            function = _Probabilities if self.weights == "probabilities" else _Scores
+            codes = function.apply(scores, tau)
         if self.clamp:
             codes = torch.relu(codes)
         if limit is not None:
-            self._count(codes.detach())
+            self._count(codes.detach(), support)
         return codes
 
     @torch.no_grad()
-    def _count(self, codes: Tensor) -> None:
+    def _count(self, codes: Tensor, support: Support | None) -> None:
         # f_t = ((t - 1) f_{t-1} + share of this batch's tokens) / t
-        share = (codes > 0).flatten(0, -2).sum(dim=0) / (codes.numel() // self.latents)
+        if support is None:
+            share = (codes > 0).flatten(0, -2).sum(dim=0) / (codes.numel() // self.latents)
+        else:
+            share = support.count(codes > 0) / support.tokens
         self.step += 1
-        self.frequency += (share - self.frequency) / self.step
+        # Not in place: a compiled backward pass compares with the old ones again.
+        self.frequency = self.frequency + (share - self.frequency) / self.step
 
 
+@torch.compiler.disable  # how many steps it takes depends on the scores
 @torch.no_grad()
 def sparsemax_threshold(scores: Tensor) -> Tensor:
     """tau of sparsemax: the one number for which the sum of max(s - tau, 0) is 1.
 
-    With S_r the sum of the r largest scores, tau is the largest (S_r - 1) / r. The r largest alone
-    give a lower bound, which is exact once the r-th is not above it: a look at the 128 largest,
-    then at four times as many for the tokens whose support does not fit. Supports beyond an eighth
-    of M are left to Newton's method over all M, from that bound (Michelot 1986): tau <- (sum of
-    the scores above tau - 1) / their number, which grows to the solution in a few steps. No sort
-    of M; the sums are float64: in float32 a running sum over thousands of scores moves the
-    boundary.
+    tau is the root of a convex, piecewise linear function: Newton's steps from below,
+    tau <- (sum of the scores above tau - 1) / their number, reach it exactly in a few passes
+    (Michelot 1986). The threshold of a part of the scores is a lower bound of that of all, so the
+    steps are done on the maxima of 64 scores each, from there on the maxima of 16, and from there
+    on the scores above the bound alone. No sort of M; the last sums are float64: in float32 a
+    running sum over thousands of scores moves the boundary.
 
     Args:
         scores: [..., M].
@@ -108,21 +126,9 @@ def sparsemax_threshold(scores: Tensor) -> Tensor:
         [..., 1], float64 for float64 scores, else float32, rounded down: no score lies between
         the rounded and the true tau, so `scores > tau` is the exact support.
     """
-    m = scores.shape[-1]
-    flat = scores.reshape(-1, m)
-    tau = flat.new_empty(len(flat), 1, dtype=torch.float64)
-    rest = torch.arange(len(flat), device=flat.device)
-    look = min(_FIRST_LOOK, m)
-    while True:
-        some = flat if len(rest) == len(flat) else flat[rest]
-        tau[rest], fits = _from_largest(some, look)
-        # Whether all fit is a synchronisation on a GPU; the answer decides what is done next.
-        rest = rest[~fits]
-        if not len(rest) or 4 * look > m // 8:
-            break
-        look *= 4
-    if len(rest) and look < m:
-        tau[rest] = _newton(flat[rest], tau[rest])
+    flat = scores.reshape(-1, scores.shape[-1])
+    found = _from_maxima(flat)
+    tau = _newton(flat, _lower_bound(flat).double()) if found is None else found[0]
     if scores.dtype != torch.float64:
         rounded = tau.float()
         down = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
@@ -130,12 +136,53 @@ def sparsemax_threshold(scores: Tensor) -> Tensor:
     return tau.view(*scores.shape[:-1], 1)
 
 
-def _from_largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """tau [N, 1] in float64 from the k largest of scores [N, M], and where [N] it is exact."""
-    largest = scores.topk(k, dim=-1).values.double()
-    r = torch.arange(1, k + 1, dtype=torch.float64, device=scores.device)
-    tau = ((largest.cumsum(dim=-1) - 1) / r).amax(dim=-1, keepdim=True)
-    return tau, largest[:, -1] <= tau[:, 0]
+@torch.no_grad()
+def _from_maxima(scores: Tensor) -> tuple[Tensor, Tensor] | None:
+    """tau [N, 1] in float64 of scores [N, M], and the positions token * M + latent above it.
+
+    None where they are so many that passes over all M are faster.
+    """
+    bound = _lower_bound(scores)
+    positions = positions_above(scores, bound)
+    if positions is None:
+        return None
+    n, m = scores.shape
+    tau = bound[:, 0].double()
+    values = scores.flatten().index_select(0, positions).double()
+    token = torch.div(positions, m, rounding_mode="floor")
+    while True:
+        size = torch.bincount(token, minlength=n)
+        total = tau.new_zeros(n).index_add_(0, token, values)
+        tau = torch.maximum(tau, (total - 1) / size.clamp(min=1))
+        above = (values > tau.index_select(0, token)).nonzero()[:, 0]
+        if len(above) == len(values):
+            return tau[:, None], positions
+        values, token, positions = (t.index_select(0, above) for t in (values, token, positions))
+
+
+def _lower_bound(scores: Tensor) -> Tensor:
+    """Slightly below tau, or less: [N, 1] of scores [N, M], float32 at least."""
+    fine = at_least_float32(strided_maxima(scores, 16) if scores.shape[-1] >= 512 else scores)
+    bound = fine.amax(dim=-1, keepdim=True) - 1
+    if scores.shape[-1] >= 512:
+        bound = _approach(strided_maxima(fine, 4), bound)
+    return _approach(fine, bound)
+
+
+def _approach(scores: Tensor, tau: Tensor) -> Tensor:
+    """Newton's steps from lower bounds tau [N, 1] to just below the solutions."""
+    top = scores.amax(dim=-1, keepdim=True)
+    eps = torch.finfo(scores.dtype).eps
+    for _ in range(50):
+        rest = torch.relu(scores - tau)
+        size = torch.count_nonzero(rest, dim=-1)[:, None].clamp(min=1)
+        step = (rest.sum(dim=-1, keepdim=True) - 1) / size
+        # What rounding may have added.
+        margin = 64 * eps * (top - tau) + 4 * eps * tau.abs()
+        if not (step > 2 * margin).any():
+            break
+        tau = torch.maximum(tau, tau + step - margin)
+    return tau - margin
 
 
 def _newton(scores: Tensor, tau: Tensor) -> Tensor:
@@ -149,6 +196,14 @@ def _newton(scores: Tensor, tau: Tensor) -> Tensor:
         size = new_size
         total = torch.where(above, scores, 0).sum(dim=-1, keepdim=True, dtype=torch.float64)
         tau = torch.maximum(tau, (total - 1) / size.clamp(min=1))
+
+
+def _less_tau(scores: Tensor, support: Support) -> Tensor:
+    """s - tau of the scores [p] on their support; the gradient is the projection onto it."""
+    wide, token = scores.double(), support.token
+    total = wide.new_zeros(support.tokens).index_add(0, token, wide)
+    tau = (total - 1) / torch.bincount(token, minlength=support.tokens).clamp(min=1)
+    return (wide - tau.index_select(0, token)).to(scores.dtype)
 
 
 class _Scores(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor
 from clipsae.sae.base import Activation
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
+from clipsae.sae.support import Support, largest, too_dense
 
 
 @ACTIVATIONS.register("topk")
@@ -46,7 +47,16 @@ class TopK(Activation):
     def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         return torch.relu(scores)
 
-    def forward(self, scores: Tensor) -> Tensor:
+    def support(self, scores: Tensor) -> Tensor | None:
+        n, m = scores.shape
+        if too_dense(self.k * n, scores):
+            return None
+        indices = largest(scores, self.k)[1]
+        return (indices + m * torch.arange(n, device=scores.device)[:, None]).flatten()
+
+    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+        if support is not None:
+            return torch.relu(scores)
         values, indices = scores.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(scores).scatter(-1, indices, torch.relu(values))
 

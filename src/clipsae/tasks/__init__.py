@@ -1,7 +1,6 @@
 """The tasks that `run.py task=...` runs: each a module with `run(cfg)`."""
 
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -13,6 +12,7 @@ from clipsae.errors import ConfigError
 log = logging.getLogger(__name__)
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
+SIGINT_STATUS = 128 + signal.SIGINT
 
 
 def run_task(cfg: DictConfig) -> None:
@@ -21,8 +21,8 @@ def run_task(cfg: DictConfig) -> None:
     A `ConfigError` is the user's to mend: it is shown as one line, without a traceback.
 
     Raises:
-        SystemExit: after a SIGTERM (status 143); for a `ConfigError` of a single run; under
-            SLURM, where Hydra would swallow an exception and the job would count as completed.
+        SystemExit: after a SIGTERM (status 143) or Ctrl-C (130); for a `ConfigError` of a single
+            run. In a multirun the launcher tells what failed.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -31,32 +31,43 @@ def run_task(cfg: DictConfig) -> None:
     from clipsae.tasks import plugins
 
     quiet_lightning()
+    single = HydraConfig.get().mode == RunMode.RUN
     try:
         plugins.load(cfg)
         get_method(cfg.task._target_)(cfg)
+    except KeyboardInterrupt:
+        _say_interrupted()
     except SystemExit as stop:
-        # Lightning's way out after a SIGTERM has no code: a cut run would count as done.
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way out
+            _say_interrupted()
+        # After a SIGTERM it has no code: a cut run would count as done.
         sys.exit(stop.code or SIGTERM_STATUS)
-    except Exception as error:
-        single = HydraConfig.get().mode == RunMode.RUN
-        expected = isinstance(error, ConfigError)
-        if expected:
-            log.error("%s", error)
-        if "SLURM_JOB_ID" in os.environ or (single and expected):
-            if not expected:
-                log.exception("the task failed")
+    except ConfigError as error:
+        log.error("%s", error)
+        if single:
             sys.exit(1)
         raise
+    except Exception:
+        if not single:  # of a sweep's failures no other traceback is shown
+            log.exception("the job failed")
+        raise
+
+
+def _say_interrupted() -> None:
+    log.warning("interrupted: the same command goes on from the last checkpoint")
+    sys.exit(SIGINT_STATUS)
 
 
 def quiet_lightning() -> None:
     """Leave out the lines and warnings that a user can do nothing about."""
-    import lightning.pytorch  # sets its logger's level when imported
+    import lightning.pytorch  # noqa: F401, it sets its loggers' levels when imported
 
-    logging.getLogger(lightning.pytorch.__name__).setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",  # rendering scenes needs none
+        ".*`srun` command is available.*",  # one process needs none
         ".*exists and is not empty.*",  # a job's folder holds Hydra's files, too
     ):
         warnings.filterwarnings("ignore", message=message, module="lightning.*")

@@ -2,25 +2,28 @@
 table."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
-from clipsae.store import Stage, Store
-from clipsae.tasks import build
+from clipsae.store import Busy, Stage, Store
+from clipsae.store.lease import owner_of
+from clipsae.tasks import build, slurm
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, measurement, sae
 from clipsae.tasks.table import print_results
-from clipsae.training.logging import finish, log_results
+from clipsae.training.logging import finish, log_results, log_sae
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +40,42 @@ def run(cfg: DictConfig) -> None:
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
     sae.check(cfg, clip, train_set)
-    evaluation.check(cfg, clip, test_set)
     trained = sae.stage(cfg, store, train_set)
+
+    def train(logger: Callable[[], Logger | None]) -> None:
+        make_sae(
+            trained,
+            lambda folder: sae.make(
+                cfg,
+                clip,
+                train_set,
+                logger() if rank_zero_only.rank == 0 else None,
+                trained,
+                folder,
+            ),
+        )
+
+    benchmark(cfg, store, clip, test_set, trained, train)
+
+
+def benchmark(
+    cfg: DictConfig,
+    store: Store,
+    clip: FrozenCLIP,
+    test_set: ImageDataset,
+    trained: Stage,
+    make_it: Callable[[Callable[[], Logger | None]], None],
+) -> None:
+    """Make an SAE, evaluate and measure it, show the numbers.
+
+    Args:
+        trained: the SAE's place in the store.
+        make_it: makes it there, given what opens the job's logger.
+
+    Raises:
+        ConfigError: something in the config that cannot be; before the SAE is made.
+    """
+    evaluation.check(cfg, clip, test_set)
     evaluated = evaluation.stage(cfg, store, trained, test_set)
     measured = None
     if cfg.measurement.metrics != []:
@@ -55,7 +92,9 @@ def run(cfg: DictConfig) -> None:
         evaluation.make(cfg, clip, trained.path, classes, test_set, folder)
 
     with tracked(cfg, evaluated) as logger:
-        trained.make(lambda folder: sae.make(cfg, clip, train_set, logger, trained, folder))
+        make_it(logger)
+        if rank_zero_only.rank > 0:  # the rest is the first rank's
+            return
         evaluated.make(evaluate)
         rows = evaluation.read(evaluated.path)
         evaluation.check_zero_shot(cfg, test_set, rows)
@@ -67,7 +106,8 @@ def run(cfg: DictConfig) -> None:
             )
             metrics = measurement.read(measured.path)
             cells |= {f"measure/{name}": value for name, value in metrics.items()}
-        log_results(logger, rows.to_dict("records"), cells)
+        log_results(logger(), rows.to_dict("records"), cells)
+        log_sae(logger(), trained.path, [cfg.model.name, f"seed-{cfg.seed}"])
     print_results(rows, metrics, [stage.path for stage in stages])
 
 
@@ -79,24 +119,63 @@ def text_embeddings(
     return classifier.read(stage.make(lambda folder: classifier.make(cfg, clip, dataset, folder)))
 
 
+def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:
+    """Train the SAE unless it is there. While another SLURM job trains it, this one gives its
+    place back; anywhere else it waits.
+
+    Raises:
+        SystemExit: this job is queued again.
+    """
+    rank = rank_zero_only.rank
+    if rank == 0 and slurm.can_give_way():
+        try:
+            trained.make(build_it, on_busy="fail")
+        except Busy:
+            owner = owner_of(trained.slot)
+            if owner is not None and owner.job is not None:
+                slurm.give_way(owner.job, trained.path.name)
+    trained.make(build_it, rank=rank)
+
+
 @contextmanager
-def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Logger | None]:
-    """The job's one run in W&B or a CSV file, closed with the right exit code."""
-    logger = build.call_target(
-        cfg.logger,
-        name=f"{cfg.model.name}-{cfg.dataset.name}-s{cfg.seed}",
-        run_id=stage.path.name[-10:],
-        job_type="experiment",
-        run_config=public_config(cfg),
-        folder=Path(cfg.paths.output_dir),
-        run_folder=Path(HydraConfig.get().runtime.output_dir),
-    )
-    failed = True
+def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Callable[[], Logger | None]]:
+    """The job's one run in W&B or a CSV file, opened when it is first asked for, closed with the
+    right exit code. A job that gives its place back opens none."""
+
+    @cache
+    def logger() -> Logger | None:
+        return build.call_target(
+            logger_options(cfg),
+            name=f"{cfg.model.name}-{cfg.dataset.name}-s{cfg.seed}",
+            run_id=stage.path.name[-10:],
+            job_type="experiment",
+            run_config=public_config(cfg),
+            folder=Path(cfg.paths.output_dir),
+            run_folder=Path(HydraConfig.get().runtime.output_dir),
+        )
+
+    failed, coming_back = True, False
     try:
         yield logger
         failed = False
+    except Exception:
+        if rank_zero_only.rank == 0:
+            logger()  # a failure is to be seen there, however early
+        raise
+    except SystemExit:  # told to leave
+        coming_back = True
+        raise
     finally:
-        finish(logger, failed)
+        if logger.cache_info().currsize:
+            finish(logger(), failed, coming_back)
+
+
+def logger_options(cfg: DictConfig) -> dict[str, Any]:
+    """`cfg.logger` with the tags that every run has."""
+    options = build.plain(cfg.logger)
+    if "tags" in options:
+        options["tags"] = [*options["tags"], cfg.model.name, cfg.dataset.name, cfg.clip.name]
+    return options
 
 
 def public_config(cfg: DictConfig) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class ResumeCheckpoint(Checkpoint):
         if trainer.world_size == 1:  # ranks would not agree on the time
             due = due or time.monotonic() - self.last_time >= self.every_n_seconds
         if due:
-            self._save(trainer)
+            self.save(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -70,9 +70,10 @@ class ResumeCheckpoint(Checkpoint):
         # Lightning raises this one between steps, where the state is whole. Any other exception
         # may come from the middle of a step.
         if isinstance(exception, SIGTERMException) and trainer.global_step != self.last_step:
-            self._save(trainer)
+            self.save(trainer)
 
-    def _save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint; between two steps, on every rank."""
         self.last_step, self.last_time = trainer.global_step, time.monotonic()
         aside = self.path.with_suffix(".tmp")
         try:

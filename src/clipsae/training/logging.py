@@ -1,12 +1,40 @@
 """Where numbers go: W&B, a CSV file, or nowhere. One run a job, whatever the job does."""
 
+import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 log = logging.getLogger(__name__)
+
+
+class PatientWandbLogger(WandbLogger):
+    """A W&B run whose troubles are told and never end the work."""
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        with _told():
+            super().log_metrics(*args, **kwargs)
+
+    def log_table(self, *args: Any, **kwargs: Any) -> None:
+        with _told():
+            super().log_table(*args, **kwargs)
+
+    def finalize(self, *args: Any, **kwargs: Any) -> None:
+        with _told():
+            super().finalize(*args, **kwargs)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Whatever W&B raises becomes a warning: the compute is dearer than the dashboard."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("W&B: %s: %s; the work goes on", type(error).__name__, error)
 
 
 def wandb_logger(
@@ -22,8 +50,11 @@ def wandb_logger(
     run_config: dict[str, Any],
     folder: Path,
     run_folder: Path,
-) -> WandbLogger:
-    """A W&B run that never stops the work: without login or network it is written offline.
+    finish_timeout: float = 300.0,
+    upload_sae: bool = False,
+) -> PatientWandbLogger:
+    """A W&B run that never stops the work: without login or network it is written offline. A
+    server that is lost later is tried again and again; what it has not got in the end is on disk.
 
     Args:
         project, entity, group, tags, name, job_type: as W&B shows them.
@@ -32,6 +63,8 @@ def wandb_logger(
         run_config: plain values, without paths and secrets.
         folder: offline runs lie under `folder/wandb`.
         run_folder: the job's own folder; not used by W&B.
+        finish_timeout: seconds that the end of a run waits for its upload.
+        upload_sae: whether `log_sae` uploads.
 
     Raises:
         ValueError: an unknown mode.
@@ -51,7 +84,13 @@ def wandb_logger(
         "job_type": job_type,
         "config": run_config,
         "dir": folder,
-        "settings": wandb.Settings(init_timeout=30, silent=True, console="off"),
+        "settings": wandb.Settings(
+            init_timeout=30,
+            finish_timeout=finish_timeout,
+            finish_timeout_raises=True,
+            silent=True,
+            console="off",
+        ),
     }
     mode = mode or ("online" if logged_in() else "offline")
     if mode == "online":
@@ -64,7 +103,9 @@ def wandb_logger(
         run = wandb.init(mode=mode, **options)
         if mode == "offline":
             log.warning("W&B: offline run in %s; `wandb sync` sends it later", Path(run.dir).parent)
-    return WandbLogger(experiment=run)
+    logger = PatientWandbLogger(experiment=run)
+    logger.upload_sae = upload_sae
+    return logger
 
 
 def logged_in() -> bool:
@@ -99,7 +140,8 @@ def log_results(logger: Logger | None, rows: list[dict[str, Any]], cells: dict[s
     if isinstance(logger, WandbLogger):
         columns = list(rows[0])
         logger.log_table("results", columns=columns, data=[[r[c] for c in columns] for r in rows])
-        logger.experiment.summary.update(cells)
+        with _told():
+            logger.experiment.summary.update(cells)
     else:
         logger.log_metrics(cells)
 
@@ -116,12 +158,44 @@ def log_histogram(logger: Logger | None, name: str, values: Any, step: int) -> N
         import wandb
 
         histogram = wandb.Histogram(values, num_bins=64)
-        logger.experiment.log({name: histogram, "trainer/global_step": step})
+        with _told():
+            logger.experiment.log({name: histogram, "trainer/global_step": step})
 
 
-def finish(logger: Logger | None, failed: bool) -> None:
-    """Close the run, or the next job of this process would log into it."""
+def log_sae(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
+    """Upload a trained SAE as an artifact, where the logger was asked to (`upload_sae`).
+
+    Args:
+        folder: with `sae.safetensors` and `sae.json`; its name becomes the artifact's.
+        aliases: by which it is found, beside "latest".
+    """
+    if not isinstance(logger, PatientWandbLogger) or not logger.upload_sae:
+        return
+    import wandb
+
+    with _told():
+        about = json.loads((folder / "sae.json").read_text())
+        artifact = wandb.Artifact(folder.name, type="sae", metadata=about["config"])
+        for name in ("sae.safetensors", "sae.json"):
+            artifact.add_file(str(folder / name), policy="immutable")
+        logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])
+
+
+def finish(logger: Logger | None, failed: bool, coming_back: bool = False) -> None:
+    """Close the run, or the next job of this process would log into it.
+
+    Args:
+        failed: the job ends with an error.
+        coming_back: it was told to leave, and will go on later; W&B then shows "preempted".
+    """
     if isinstance(logger, WandbLogger):
-        logger.experiment.finish(exit_code=1 if failed else 0)
+        run = logger.experiment
+        folder = Path(run.dir).parent
+        try:
+            if coming_back and not run.offline:
+                run.mark_preempting()
+            run.finish(exit_code=1 if failed else 0)
+        except Exception as error:
+            log.warning("W&B: %s: `wandb sync %s` sends what is missing", error, folder)
     elif logger is not None:
         logger.finalize("failed" if failed else "success")

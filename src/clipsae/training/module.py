@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clipsae.sae import SAE, SAEOutput
 from clipsae.training.logging import log_histogram
+from clipsae.training.ranks import reduce_statistics
 from clipsae.training.schedule import Decay, warmup_then
 from clipsae.training.window import TokenSums
 
@@ -62,6 +63,9 @@ class SAEModule(LightningModule):
             super().__setattr__(name, value)
 
     def on_fit_start(self) -> None:
+        # The first step whose loss was NaN or infinite, -1: none. It is read now and then only: a
+        # GPU that is asked after every step waits. (No buffer: DDP would overwrite it.)
+        self.bad_step = torch.tensor(-1, device=self.device)
         fresh = self.trainer.ckpt_path is None and self.global_step == 0
         if fresh:
             tokens = self.trainer.datamodule.first_batch(self.initial_images)
@@ -69,12 +73,44 @@ class SAEModule(LightningModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         out: SAEOutput = self.forward_sae(tokens)
+        if self.trainer.world_size > 1:
+            reduce_statistics(self.sae, tokens.shape[:-1].numel())
         self.train_window.update(tokens, out)
         step = self.global_step + 1
+        loss = out.loss
+        first = ~loss.detach().isfinite() & (self.bad_step < 0)
+        self.bad_step.masked_fill_(first, step)
         if step % self.trainer.log_every_n_steps == 0:
+            self.check_finite()
             self._log_window("train", self.train_window)
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])
-        return out.loss
+        return loss
+
+    def check_finite(self) -> None:
+        """Stop a training that has become useless.
+
+        Raises:
+            FloatingPointError: the loss was NaN or infinite; it names the step and its rate.
+        """
+        bad = self.bad_step
+        if self.trainer.world_size > 1:  # or the other ranks would wait for this one for ever
+            bad = self.trainer.strategy.reduce(bad.clone(), reduce_op="max")
+        step = int(bad)
+        if step < 0 and not all(p.isfinite().all() for p in self.sae.parameters()):
+            step = self.global_step
+        if step >= 0:
+            factor = warmup_then(self.decay, self.warmup_steps, self.trainer.max_steps)
+            rate = self.learning_rate * factor(max(0, step - 1))
+            raise FloatingPointError(
+                f"the loss became NaN or infinite at step {step:,} of {self.trainer.max_steps:,}, "
+                f"at a learning rate of {rate:.3g}"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_finite()  # the last good checkpoint is kept
+
+    def on_train_end(self) -> None:
+        self.check_finite()
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
         self.val_window.update(tokens, self.sae(tokens))

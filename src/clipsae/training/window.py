@@ -44,12 +44,10 @@ class TokenSums(Metric):
         self.squared_error += error.square().sum(dtype=torch.float64)
         self.squared_norm += flat.square().sum(dtype=torch.float64)
         self.token_sum += flat.sum(0, dtype=torch.float64)
-        if self.latents is None:
-            self.active += torch.count_nonzero(out.codes)
-        else:
-            fired = (out.codes != 0).flatten(0, -2).sum(0)
+        fired = out.fired()
+        self.active += fired.sum()
+        if self.latents is not None:
             self.fired += fired
-            self.active += fired.sum()
         for name, term in out.losses.items():
             state = f"loss_{name}"
             if state not in self._defaults:  # the variant's named terms, known from its first step

@@ -1,25 +1,27 @@
 """Kind "sae": a trained SAE. `sae.safetensors`, `sae.json`, `training.json`, `config.yaml`."""
 
 import logging
+import os
 from pathlib import Path
 
 import lightning
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import FeatureDataModule, ImageDataset
+from clipsae.errors import ConfigError
 from clipsae.store import Stage, Store, whole_checkpoint, write_json
+from clipsae.store.files import checkpoint_step
 from clipsae.tasks import build, plugins
-from clipsae.training.callbacks import (
-    ReportProgress,
-    ResumeCheckpoint,
-    StepProgress,
-    TokenRate,
-)
+from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint, StepProgress, TokenRate
 from clipsae.training.module import SAEModule
 from clipsae.training.schedule import warmup_then
+from clipsae.training.signals import CheckpointOnSignal
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +49,8 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
     if plugged := plugins.digests(cfg):
         key["plugins"] = plugged
     name = [cfg.model.name, cfg.clip.name, build.train_dataset_node(cfg).name]
-    words = [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"]
     about = {**build.cell(cfg), "dataset": name[2]}
-    return store.stage("sae", words, key, about)
+    return store.stage("sae", [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"], key, about)
 
 
 def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
@@ -58,12 +59,34 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
     Raises:
         ConfigError: an option of the SAE or its training that cannot be.
     """
+    check_devices(cfg)
     with torch.device("meta"):
         sae = build.build_sae(cfg, clip.width)
     options = build.training_options(cfg)
     build.user_error(SAEModule, sae, **options)
     build.user_error(warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps)
     build.user_error(FeatureDataModule, clip, train_set, **build.plain(cfg.features))
+
+
+def check_devices(cfg: DictConfig) -> None:
+    """Refuse devices that cannot be counted, and those whose processes cannot be had.
+
+    Raises:
+        ConfigError: such devices.
+    """
+    devices = cfg.trainer.devices
+    if isinstance(devices, str) or devices == -1:
+        raise ConfigError(
+            f"trainer.devices={devices}: expected a number or a list, since the images of a step, "
+            "and so the SAE, depend on how many there are"
+        )
+    several = devices > 1 if isinstance(devices, int) else len(devices) > 1
+    started = SLURMEnvironment.detect() or "LOCAL_RANK" in os.environ
+    if several and HydraConfig.get().mode == RunMode.MULTIRUN and not started:
+        raise ConfigError(
+            f"trainer.devices={devices} in a sweep on this machine: Lightning would start the "
+            "whole sweep once a device; run one job at a time, or use hydra/launcher=slurm"
+        )
 
 
 def make(
@@ -81,16 +104,17 @@ def make(
     data = FeatureDataModule(
         clip, train_set, val_dataset=held_out, seed=cfg.seed, **build.plain(cfg.features)
     )
-    place = stage.scratch / "last.ckpt"
-    checkpoint = whole_checkpoint(place)
+    checkpoint = stage.scratch / "last.ckpt"
+    resume = ResumeCheckpoint(
+        checkpoint,
+        every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
+        every_n_seconds=cfg.callbacks.checkpoint_every_n_seconds,
+    )
     callbacks = [
-        ResumeCheckpoint(
-            place,
-            every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
-            every_n_seconds=cfg.callbacks.checkpoint_every_n_seconds,
-        ),
-        ReportProgress(stage.progress),
+        resume,
+        CheckpointOnSignal(resume.save),
         TokenRate(),
+        ReportProgress(stage.progress),
     ]
     if cfg.callbacks.progress_bar:
         callbacks.append(StepProgress())
@@ -98,19 +122,32 @@ def make(
         cfg.trainer,
         logger=logger if logger is not None else False,
         callbacks=callbacks,
+        # Lightning's own requeuing and submitit's would meet.
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         default_root_dir=folder,
         enable_model_summary=False,
         enable_progress_bar=False,
         check_val_every_n_epoch=None,
     )
-    continues = "training" if checkpoint is None else "continuing the training of"
-    log.info("%s %s", continues, stage.path.name)
-    trainer.fit(
-        module,
-        datamodule=data,
-        ckpt_path=checkpoint,
-        weights_only=True,
-    )
+    begun = whole_checkpoint(checkpoint)
+    if begun:
+        at = checkpoint_step(stage.scratch)
+        log.info("continuing the training of %s from step %s", stage.path.name, at)
+    else:
+        log.info("training %s", stage.path.name)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=begun, weights_only=True)
+    except FloatingPointError as error:
+        kept = checkpoint_step(stage.scratch)
+        raise ConfigError(
+            f"{error}: the last good checkpoint "
+            + ("is none" if kept is None else f"is that of step {kept:,}, kept in {stage.home}")
+            + "; lower model.learning_rate, or set trainer.gradient_clip_val=1"
+        ) from error
+    if torch.distributed.is_initialized():  # or the evaluation's metrics wait for other ranks
+        torch.distributed.destroy_process_group()
+    if not trainer.is_global_zero:
+        return
     module.sae.save(folder)
     build.save_config(cfg, folder)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -1,0 +1,191 @@
+"""Where codes are not zero, and the products that touch these places alone.
+
+Letters: N tokens, d width, M latents. A dense product of tokens and dictionary costs N M d; one
+on the support costs as many rows of d numbers as there are active pairs of token and latent. On a
+CPU the second is cheaper below a share of all pairs, `DENSE_FROM`.
+"""
+
+import mmap
+import warnings
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+DENSE_FROM = {"cpu": 0.1}
+"""Share of active pairs above which dense products are faster, by type of device. Devices that are
+not named always have dense ones."""
+
+# Rows of 4096 latents fit in the cache that tokens would otherwise fetch them to again and again.
+_TILE = 4096
+_LARGE = 2**25
+
+
+class Support:
+    """Pairs of token and latent, in any order, none of them twice.
+
+    Args:
+        positions: LongTensor [p], token * M + latent.
+        tokens: N.
+        latents: M.
+    """
+
+    def __init__(self, positions: Tensor, tokens: int, latents: int) -> None:
+        self.positions = positions
+        self.tokens = tokens
+        self.latents = latents
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        """Terms of `transposed_times` that the scores' backward pass adds: see `products`."""
+
+    @cached_property
+    def token(self) -> Tensor:
+        """[p]."""
+        return torch.div(self.positions, self.latents, rounding_mode="floor")
+
+    @cached_property
+    def latent(self) -> Tensor:
+        """[p]."""
+        return self.positions % self.latents
+
+    @cached_property
+    def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs sorted by latent [p], their tokens [p], and where each latent's begin [M + 1]."""
+        order, begin = _sorted_by(self.latent, self.latents)
+        return order, self.token[order], begin
+
+    @cached_property
+    def _by_tile(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs sorted by tile of latents and token, their latents, where each tile's tokens
+        begin [tiles, N + 1]."""
+        tiles = -(-self.latents // _TILE)
+        tile = torch.div(self.latent, _TILE, rounding_mode="floor")
+        order, begin = _sorted_by(tile * self.tokens + self.token, tiles * self.tokens)
+        begin = begin.as_strided((tiles, self.tokens + 1), (self.tokens, 1))
+        return order, self.latent[order], begin
+
+    def count(self, chosen: Tensor) -> Tensor:
+        """Pairs of each latent, LongTensor [M], that are chosen: BoolTensor [p]."""
+        return torch.bincount(self.latent[chosen], minlength=self.latents)
+
+    def per_latent(self, values: Tensor) -> Tensor:
+        """Sums over each latent's tokens: [p] -> [M]."""
+        return values.new_zeros(self.latents).index_add_(0, self.latent, values)
+
+    def dense(self, values: Tensor) -> Tensor:
+        """[p] -> [N, M], differentiable."""
+        flat = values.new_zeros(self.tokens * self.latents)
+        return flat.scatter(0, self.positions, values).view(self.tokens, self.latents)
+
+    def times_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Z rows, with Z the sparse [N, M] of values [p], rows [M, d] -> [N, d]."""
+        order, latent, begin = self._by_tile
+        out = rows.new_zeros(self.tokens, rows.shape[1])
+        values = values.to(rows.dtype)[order]
+        for tile in begin:
+            first, last = int(tile[0]), int(tile[-1])
+            if first < last:
+                pairs = slice(first, last)
+                out += _bags(latent[pairs], rows, tile - first, values[pairs])
+        return out
+
+    def transposed_times(self, *terms: tuple[Tensor, Tensor]) -> Tensor:
+        """The sum of Z^T of_tokens over terms: values [p] of Z, of_tokens [N, d] -> [M, d]."""
+        order, token, begin = self._by_latent
+        # One table of all terms' tokens: the result is written once.
+        table = torch.cat([of_tokens for _, of_tokens in terms])
+        values = torch.stack([v.to(table.dtype)[order] for v, _ in terms], dim=1).flatten()
+        shift = self.tokens * torch.arange(len(terms), device=token.device)
+        token, begin = (token[:, None] + shift).flatten(), begin * len(terms)
+        out = empty(self.latents, table.shape[1], like=table)
+        for start in range(0, self.latents, _TILE):
+            part = begin[start : start + _TILE + 1]
+            first, last = int(part[0]), int(part[-1])
+            pairs = slice(first, last)
+            out[start : start + _TILE] = _bags(token[pairs], table, part - first, values[pairs])
+        return out
+
+    def sampled(self, of_tokens: Tensor, rows: Tensor) -> Tensor:
+        """of_tokens rows^T on the support: [N, d], [M, d] -> [p]."""
+        order, token, begin = self._by_latent
+        # By latents: each row is read once, and tokens stay in the cache.
+        values = rows.new_zeros(len(token))
+        shape = (self.latents, self.tokens)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            pattern = torch.sparse_csr_tensor(begin, token, values, shape, check_invariants=False)
+        found = torch.sparse.sampled_addmm(pattern, rows, of_tokens.T, beta=0).values()
+        return torch.empty_like(found).index_copy_(0, order, found)
+
+
+def too_dense(active: int | Tensor, scores: Tensor) -> bool:
+    """Whether dense products are faster where so many of the scores are active."""
+    return bool(active > DENSE_FROM.get(scores.device.type, 0) * scores.numel())
+
+
+def positions_above(scores: Tensor, floor: Tensor) -> Tensor | None:
+    """Where scores [N, M] > floor (broadcast): LongTensor [p], token * M + latent, ascending.
+
+    None where dense products are faster: a look at every 32nd token tells before the rest is done.
+    """
+    some = scores[::32]
+    if too_dense(torch.count_nonzero(some > floor.expand_as(scores)[::32]), some):
+        return None
+    above = (scores > floor).flatten()
+    if len(above) % 8:
+        return above.nonzero()[:, 0]
+    # Eight at a time, as nearly all are False.
+    words = above.view(torch.int64).nonzero()[:, 0]
+    within = above.view(-1, 8).index_select(0, words).flatten().nonzero()[:, 0]
+    return words.index_select(0, within >> 3).mul_(8).add_(within & 7)
+
+
+def strided_maxima(scores: Tensor, stride: int) -> Tensor:
+    """[N, M] -> [N, M // stride], each the largest of `stride` scores: of m, m + M // stride, ...
+
+    The last M % stride scores are in none.
+    """
+    parts = scores.shape[-1] // stride
+    return scores[..., : stride * parts].unflatten(-1, (stride, parts)).amax(dim=-2)
+
+
+def largest(scores: Tensor, k: int, stride: int = 16) -> tuple[Tensor, Tensor]:
+    """The k largest of each token, unsorted: values and indices [N, k] of scores [N, M].
+
+    `topk` without a queue over all M: the k largest are in the k groups with the largest maxima.
+    """
+    m = scores.shape[-1]
+    parts = m // stride
+    if parts < 2 * k:
+        return torch.topk(scores, k, dim=-1, sorted=False)
+    groups = strided_maxima(scores, stride).topk(k, dim=-1, sorted=False).indices
+    within = parts * torch.arange(stride, device=scores.device)
+    columns = (groups[:, :, None] + within).flatten(1)
+    in_none = torch.arange(stride * parts, m, device=scores.device).expand(len(scores), -1)
+    columns = torch.cat([columns, in_none], dim=-1)
+    values, chosen = scores.gather(-1, columns).topk(k, dim=-1, sorted=False)
+    return values, columns.gather(-1, chosen)
+
+
+def empty(*shape: int, like: Tensor) -> Tensor:
+    """`like.new_empty(shape)`, on a CPU in huge pages: small ones cost more than the writing."""
+    size = prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    storage = torch.frombuffer(memory, dtype=like.dtype).untyped_storage()
+    return like.new_empty(0).set_(storage, 0, shape)  # no view, for autograd
+
+
+def _sorted_by(key: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """The order by key [p], and where each of 0 ... keys begins in it [keys + 1]."""
+    ordered, order = torch.sort(key, stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(keys + 1, device=key.device))
+
+
+def _bags(index: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor:
+    return embedding_bag(
+        index, rows, begin, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )

@@ -1,0 +1,269 @@
+"""Images through an SAE for the page: which latents fire where, what is predicted, and what
+changes when a latent is switched off.
+
+B images, T tokens of an image, d width, M latents, C classes, n latents.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipsae.clip import FrozenCLIP
+from clipsae.data.loader import image_batches
+from clipsae.evaluation.metrics import pool_codes
+from clipsae.evaluation.passes import in_eval_mode
+from clipsae.evaluation.ranking import top_latents
+from clipsae.visualization.references import References
+
+_STREAMS = 64  # token streams that go through the tail together
+PREDICTIONS = 5
+
+
+@dataclass(frozen=True)
+class Look:
+    """One image through the SAE.
+
+    Attributes:
+        index, label: in the dataset.
+        tokens: for each of T tokens, the class token first, its largest codes: (latents, codes).
+        latents, means: the image's largest token means, descending.
+        clip, sae: (class, probability) of the most likely classes, as CLIP says, and with the
+            stream replaced by the SAE's reconstruction.
+        why: (latent, mean code, loss, class) of those that the prediction rests on most, for or
+            against, by descending size of the loss: what CLIP's logit of its predicted class,
+            relative to the mean over all classes, loses when the latent's part is taken out of
+            the stream; and the class that is predicted then.
+    """
+
+    index: int
+    label: int
+    tokens: list[tuple[list[int], list[float]]]
+    latents: list[int]
+    means: list[float]
+    clip: list[tuple[int, float]]
+    sae: list[tuple[int, float]]
+    why: list[tuple[int, float, float, int]]
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What `collect_looks` found.
+
+    Attributes:
+        images: the images that get a page, by ascending index.
+        effect: float32 [M, C], how much a latent adds to each class's logit, relative to the mean
+            over all classes, on its own reference images; None if not wanted.
+    """
+
+    images: list[Look]
+    effect: Tensor | None
+
+
+def logits_of(clip: FrozenCLIP, tokens: Tensor, classifier: Tensor) -> Tensor:
+    """Streams [B, T, d] -> CLIP's logits [B, C], its temperature included."""
+    parts = [
+        nn.functional.normalize(clip.tail(part), dim=-1) @ classifier.T
+        for part in tokens.split(_STREAMS)
+    ]
+    return torch.cat(parts) * clip.logit_scale
+
+
+def logits_without(
+    clip: FrozenCLIP,
+    sae: nn.Module,
+    tokens: Tensor,
+    codes: Tensor,
+    latents: Tensor,
+    classifier: Tensor,
+) -> Tensor:
+    """CLIP's logits when one latent's part is taken out of the stream, for each of some latents.
+
+    The rest of the stream, what the SAE does not reconstruct included, stays as it is.
+
+    Args:
+        tokens: one image's [T, d].
+        codes: its codes [T, M].
+        latents: LongTensor [n].
+
+    Returns:
+        [n, C].
+    """
+    scale = sae.input_scale(tokens)
+    found = []
+    for part in latents.split(_STREAMS):
+        rows = sae.decoder_rows(part)
+        share = codes[:, part].T[:, :, None] * rows[:, None, :] * scale  # [n, T, d]
+        found.append(logits_of(clip, tokens - share, classifier))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def collect_looks(
+    clip: FrozenCLIP,
+    sae: nn.Module,
+    dataset: Any,
+    classifier: Tensor,
+    references: References,
+    *,
+    pages: list[int],
+    effect_images: int,
+    on_image: Callable[[int, Tensor], None] | None,
+    per_token: int = 24,
+    per_image: int = 40,
+    why: int = 16,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> Looks:
+    """One pass over the images that the page shows.
+
+    Args:
+        sae: on the device of `clip`.
+        classifier: text embeddings [C, e], of unit length or not.
+        pages: indices of the images that get a page.
+        effect_images: of how many of its reference images a latent's effect on the classes is
+            averaged; 0: it is not computed.
+        on_image: called with the index and the pixels, uint8 [3, S, S], of each image that has a
+            page or is a reference image; None: only what is computed on is read.
+        per_token: codes of a token that are kept.
+        per_image: latents of an image that are kept.
+        why: latents of an image that are switched off: those whose effect is largest to first
+            order.
+    """
+    classifier = classifier.to(clip.device)
+    wanted: dict[int, list[int]] = {}
+    for latent, images in enumerate(references.index[:, :effect_images].tolist()):
+        for index in images:
+            if index >= 0:
+                wanted.setdefault(index, []).append(latent)
+    with_page = set(pages)
+    needed = with_page | set(wanted)
+    if on_image is not None:
+        needed |= set(references.index[references.index >= 0].tolist())
+    effect = counts = None
+    if effect_images:
+        effect = torch.zeros(references.latents, len(classifier))
+        counts = torch.zeros(references.latents)
+    found = []
+    with in_eval_mode([sae]):
+        for pixels, labels, at in image_batches(dataset, batch_size, num_workers, sorted(needed)):
+            if on_image is not None:
+                for image, index in zip(pixels, at.tolist(), strict=True):
+                    on_image(index, image)
+            seen = [i for i, index in enumerate(at.tolist()) if index in with_page | wanted.keys()]
+            if not seen:
+                continue
+            streams = clip.prefix(clip.normalize(pixels[seen]))
+            logits = logits_of(clip, streams, classifier)
+            for stream, own, index, label in zip(
+                streams, logits, at[seen].tolist(), labels[seen].tolist(), strict=True
+            ):
+                codes = sae.encode(stream[None])[0]
+                if index in with_page:
+                    sizes = (per_token, per_image, why)
+                    found.append(
+                        _look(clip, sae, stream, codes, own, index, label, classifier, sizes)
+                    )
+                if index in wanted:
+                    latents = torch.tensor(wanted[index], device=codes.device)
+                    without = logits_without(clip, sae, stream, codes, latents, classifier)
+                    change = _centred(own - without)
+                    effect.index_add_(0, latents.cpu(), change.float().cpu())
+                    counts.index_add_(0, latents.cpu(), torch.ones(len(latents)))
+    if effect is not None:
+        effect /= counts.clamp(min=1)[:, None]
+    return Looks(found, effect)
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(dim=-1, keepdim=True)
+
+
+def _look(
+    clip: FrozenCLIP,
+    sae: nn.Module,
+    stream: Tensor,
+    codes: Tensor,
+    own: Tensor,
+    index: int,
+    label: int,
+    classifier: Tensor,
+    sizes: tuple[int, int, int],
+) -> Look:
+    per_token, per_image, why = sizes
+    means = pool_codes(codes[None])[0]
+    best = top_latents(means[None], min(per_image, len(means)))[0]
+    best = best[means[best] > 0]
+    of_token = top_latents(codes, min(per_token, codes.shape[1]))
+    tokens = []
+    for latents, values in zip(of_token, codes.gather(1, of_token), strict=True):
+        kept = values > 0
+        tokens.append((latents[kept].tolist(), values[kept].tolist()))
+    rebuilt = sae.decode(codes, sae.input_scale(stream))
+    through = logits_of(clip, rebuilt[None], classifier)[0]
+    return Look(
+        index=index,
+        label=label,
+        tokens=tokens,
+        latents=best.tolist(),
+        means=means[best].tolist(),
+        clip=likely(own),
+        sae=likely(through),
+        why=_why(clip, sae, stream, codes, own, classifier, why),
+    )
+
+
+def _why(
+    clip: FrozenCLIP,
+    sae: nn.Module,
+    stream: Tensor,
+    codes: Tensor,
+    own: Tensor,
+    classifier: Tensor,
+    n: int,
+) -> list[tuple[int, float, float, int]]:
+    predicted = own.argmax()
+    estimate = first_order_effects(clip, sae, stream, codes, classifier, predicted).abs()
+    chosen = top_latents(estimate[None], min(n, len(estimate)))[0]
+    chosen = chosen[estimate[chosen] > 0]
+    if not len(chosen):
+        return []
+    without = logits_without(clip, sae, stream, codes, chosen, classifier)
+    lost = _centred(own - without)[:, predicted]
+    order = lost.abs().sort(descending=True, stable=True).indices
+    instead, means = without.argmax(dim=-1), codes[:, chosen].mean(dim=0)
+    found = zip(chosen, means, lost, instead, strict=True)
+    listed = [(int(m), float(mean), float(loss), int(other)) for m, mean, loss, other in found]
+    return [listed[i] for i in order]
+
+
+def first_order_effects(
+    clip: FrozenCLIP,
+    sae: nn.Module,
+    stream: Tensor,
+    codes: Tensor,
+    classifier: Tensor,
+    predicted: Tensor,
+) -> Tensor:
+    """What each latent adds to a class's logit, relative to the mean over all classes, to first
+    order: gradient times contribution, [M]. One backward pass for all latents.
+
+    Args:
+        stream: [T, d].  codes: [T, M].
+        predicted: the class.
+    """
+    with torch.enable_grad():
+        tokens = stream.detach().requires_grad_(True)
+        logits = logits_of(clip, tokens[None], classifier)[0]
+        (gradient,) = torch.autograd.grad(_centred(logits)[predicted], tokens)
+    along = (gradient * sae.input_scale(stream)).to(codes.dtype) @ sae.decoder_rows().T
+    return (along * codes).sum(dim=0)
+
+
+def likely(logits: Tensor) -> list[tuple[int, float]]:
+    """The most likely classes and their probabilities, from logits [C]."""
+    probability = logits.softmax(dim=-1)
+    top = probability.topk(min(PREDICTIONS, len(logits)))
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))

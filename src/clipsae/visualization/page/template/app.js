@@ -1,0 +1,223 @@
+// Loading data, moving between views, and what all views share.
+"use strict";
+
+const clipsae = (() => {
+  const waiting = new Map();
+  const loaded = new Map();
+
+  // Each data script calls this.
+  function data(name, content) {
+    const found = waiting.get(name);
+    if (found) found.resolve(content);
+  }
+
+  function load(name) {
+    if (!loaded.has(name)) {
+      loaded.set(name, new Promise((resolve, reject) => {
+        waiting.set(name, { resolve });
+        const script = document.createElement("script");
+        script.src = `data/${name}.js`;
+        script.onerror = () => { loaded.delete(name); reject(new Error(`${script.src} is missing`)); };
+        document.head.append(script);
+      }));
+    }
+    return loaded.get(name);
+  }
+
+  function column([type, text]) {
+    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const view = new DataView(bytes.buffer);
+    const n = bytes.length / 4;
+    const values = type === "f" ? new Float32Array(n) : new Int32Array(n);
+    for (let i = 0; i < n; i++) values[i] = type === "f" ? view.getFloat32(4 * i, true) : view.getInt32(4 * i, true);
+    return values;
+  }
+
+  return { data, load, column, views: {}, meta: null, columns: null };
+})();
+
+// --- small helpers: text always as text, never as markup ---
+
+function el(tag, options = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(options)) {
+    if (name === "class") made.className = value;
+    else if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name === "style") made.style.cssText = value;
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value != null) made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child != null));
+  return made;
+}
+
+const percent = (x) => (x === 0 ? "0 %" : x < 0.0005 ? "< 0.1 %" : `${(100 * x).toFixed(1)} %`);
+const digits = (x, n = 3) => (Number.isFinite(x) ? String(+x.toPrecision(n)) : "–");
+const signed = (x) => (x > 0 ? "+" : "") + x.toFixed(2);
+const alive = (m) => clipsae.columns.tokens[m] > 0;
+
+function labelOf(m) {
+  const at = clipsae.columns.label[m];
+  return at < 0 ? "" : clipsae.meta.classnames[at];
+}
+function conceptOf(m) {
+  const at = clipsae.columns.concept[m];
+  return at < 0 ? "" : clipsae.meta.concepts[at];
+}
+function wordOf(m) {
+  const at = clipsae.columns.word[m];
+  return at < 0 ? "" : clipsae.meta.words[at];
+}
+function meaning(m) { // a concept that is hardly above chance says less than the label
+  return conceptOf(m) && clipsae.columns.certainty[m] >= 0.15 ? `${conceptOf(m)} ${percent(clipsae.columns.precision[m])}` : labelOf(m);
+}
+
+function thumbnail(index, alt = "") {
+  if (!clipsae.meta.thumbnails || index < 0) return el("span", { class: "none" });
+  const src = `thumbs/${Math.floor(index / 1000)}/${index}.jpg`;
+  return el("img", { src, alt, loading: "lazy", decoding: "async" });
+}
+
+// A picture with the patches of a latent on it. Levels: 0..1 of each patch.
+const HEAT = { mode: "heat" };
+function paint(canvas, levels) {
+  const [rows, cols] = clipsae.meta.grid;
+  canvas.width = cols;
+  canvas.height = rows;
+  const pen = canvas.getContext("2d");
+  pen.clearRect(0, 0, cols, rows);
+  if (!levels || HEAT.mode === "plain") return;
+  const hot = getComputedStyle(document.documentElement).getPropertyValue("--hot");
+  for (let p = 0; p < rows * cols; p++) {
+    const level = levels[p];
+    if (HEAT.mode === "dark" || !clipsae.meta.thumbnails && HEAT.mode !== "heat") {
+      pen.fillStyle = level > 0 ? "rgba(0,0,0,0)" : "rgba(0,0,0,0.88)";
+    } else {
+      pen.fillStyle = level > 0 ? `rgba(${hot}, ${0.15 + 0.65 * level})` : "rgba(0,0,0,0)";
+    }
+    pen.fillRect(p % cols, Math.floor(p / cols), 1, 1);
+  }
+}
+function unpack(text) {
+  return Array.from(text, (c) => clipsae.meta.alphabet.indexOf(c) / (clipsae.meta.alphabet.length - 1));
+}
+function framed(index, levels, alt) {
+  const canvas = el("canvas");
+  paint(canvas, levels);
+  const frame = el("div", { class: "framed" }, clipsae.meta.thumbnails ? thumbnail(index, alt) : null, canvas);
+  frame.repaint = () => paint(canvas, levels);
+  return frame;
+}
+function heatButtons(frames) {
+  const modes = [["heat", "Heat map"], ["dark", "Active patches"], ["plain", "Picture"]];
+  const buttons = modes.map(([mode, said]) => el("button", {
+    type: "button", "aria-pressed": String(HEAT.mode === mode), "data-mode": mode,
+    onclick: () => choose(mode),
+  }, said));
+  function choose(mode) {
+    HEAT.mode = mode;
+    buttons.forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.mode === mode)));
+    frames().forEach((frame) => frame.repaint());
+  }
+  const row = el("div", { class: "row", role: "group", "aria-label": "How active patches are shown" }, ...buttons);
+  row.next = () => choose(modes[(modes.findIndex(([m]) => m === HEAT.mode) + 1) % modes.length][0]);
+  return row;
+}
+
+function bars(entries, largest, kind = "") {
+  return el("ul", { class: "bars" }, ...entries.map(([name, value, said]) => el("li", {},
+    el("span", { class: "name", title: typeof name === "string" ? name : null }, name),
+    el("span", { class: "track" }, el("i", { class: kind, style: `width:${Math.max(0, Math.min(100, 100 * Math.abs(value) / (largest || 1)))}%` })),
+    el("span", { class: "number" }, said))));
+}
+
+// --- moving between views ---
+
+let current = null;
+
+async function show() {
+  const parts = location.hash.replace(/^#\/?/, "").split("/");
+  const name = parts[0] || "latents";
+  const view = clipsae.views[name] || clipsae.views.latents;
+  const main = document.getElementById("main");
+  if (current && current.leave) current.leave();
+  current = null;
+  document.querySelectorAll("nav a").forEach((link) => {
+    const of = link.getAttribute("href").slice(2) || "latents";
+    const here = of === name || (of === "latents" && name === "latent") || (of === "images" && name === "image");
+    if (here) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  });
+  const asked = location.hash;
+  let content;
+  try {
+    content = await view(parts.slice(1));
+  } catch (error) {
+    content = { element: el("div", { class: "page" }, el("p", {}, String(error.message || error))) };
+  }
+  if (asked !== location.hash) return; // left in the meantime
+  main.replaceChildren(content.element);
+  main.scrollTop = 0;
+  current = content;
+  if (content.enter) content.enter();
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
+  if (event.key === "Escape" && typing) { event.target.blur(); return; }
+  if (typing && !(current && current.keysWhileTyping && current.keysWhileTyping(event))) return;
+  if (current && current.keys && current.keys(event)) { event.preventDefault(); return; }
+  if (typing) return;
+  if (event.key === "t") theme();
+  else if (event.key === "Escape") location.hash = "#/";
+  else if (event.key === "m") location.hash = "#/map";
+  else if (event.key === "i") location.hash = "#/images";
+  else if (event.key === "?") location.hash = "#/about";
+});
+
+function theme() {
+  const root = document.documentElement;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  try { localStorage.setItem("clipsae-theme", root.dataset.theme); } catch { /* not kept */ }
+  if (current && current.theme) current.theme();
+}
+
+clipsae.views.about = () => {
+  const meta = clipsae.meta;
+  const keys = [["/", "search"], ["↑ ↓ or k j", "move in the list"], ["Enter", "open"], ["← →", "previous, next"],
+    ["h", "heat map, active patches, picture"], ["i", "images"], ["m", "map"], ["t", "light or dark"], ["Esc", "back to the list"]];
+  const facts = Object.entries(meta.about);
+  return { element: el("div", { class: "page" },
+    el("h1", {}, meta.title),
+    el("h2", {}, "What this is a page of"),
+    el("table", { class: "table" }, ...facts.map(([name, value]) => el("tr", {}, el("td", { class: "soft" }, name), el("td", {}, String(value))))),
+    el("h2", {}, "What the numbers mean"),
+    ...[
+      "Frequency: the share of images on which the mean of a latent's codes over all tokens is positive. Strength: the mean of those means. A latent is dead if no token of these images makes it active.",
+      "Label: the most frequent label of the ten reference images. Entropy: of their labels, weighted by activation, in nats; 0 is one label alone.",
+      "MonoSemanticity: how alike the images are that a latent is active on, in the eyes of a separate image encoder.",
+      meta.concepts.length ? "Concept: the ground truth that the latent's activity says most about; the percentage is the share of its activation that lies there." : null,
+      "Words: the cosine of the latent's decoder row with a text's embedding along the direct path alone (the row, centred and weighted as the last layer norm does, times the projection), the words' mean taken away. CLIP's last block lies in between: a hint, not a proof.",
+      "Helps and hurts: CLIP's logit of a class, relative to the mean over all classes, less the same with the latent's part taken out of the stream, on the latent's own reference images. What is below 0.01 is left out.",
+      "Why: the same on one image, for the class that CLIP predicts; the latents are those with the largest effect by gradient times contribution, each then switched off.",
+      "Map: the two principal components of the decoder rows, each of unit length.",
+    ].filter(Boolean).map((text) => el("p", {}, text)),
+    el("h2", {}, "Keys"),
+    el("table", { class: "table" }, ...keys.map(([key, said]) => el("tr", {}, el("td", {}, el("kbd", {}, key)), el("td", {}, said)))),
+  ) };
+};
+
+document.addEventListener("DOMContentLoaded", async () => {
+  try {
+    const kept = localStorage.getItem("clipsae-theme");
+    if (kept) document.documentElement.dataset.theme = kept;
+  } catch { /* a page from disk may have no storage */ }
+  document.getElementById("theme").addEventListener("click", theme);
+  clipsae.meta = await clipsae.load("meta");
+  clipsae.columns = Object.fromEntries(Object.entries(clipsae.meta.columns).map(([name, packed]) => [name, clipsae.column(packed)]));
+  clipsae.meta.columns = null;
+  addEventListener("hashchange", show);
+  show();
+});

@@ -1,0 +1,176 @@
+// The images that have a page, and the page of one: which latents fire where.
+"use strict";
+
+(() => {
+  const state = { search: "", wrong: false };
+
+  clipsae.views.images = () => {
+    const meta = clipsae.meta;
+    const search = el("input", { type: "search", placeholder: "Search: class", "aria-label": "Search", value: state.search });
+    const wrong = el("input", { type: "checkbox", checked: state.wrong });
+    const grid = el("div", { class: "pictures" });
+    const count = el("span", { class: "soft", role: "status" });
+    function renew() {
+      state.search = search.value;
+      state.wrong = wrong.checked;
+      const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
+      const found = meta.looks.filter((look) => {
+        const text = `${look.index} ${meta.classnames[look.label]}`.toLowerCase();
+        return words.every((word) => text.includes(word)) && !(state.wrong && look.said === look.label);
+      });
+      count.textContent = `${found.length} of ${meta.looks.length}`;
+      grid.replaceChildren(...found.map((look) => el("a", { class: "picture", href: `#/image/${look.index}` },
+        el("div", { class: "framed" }, thumbnail(look.index)),
+        el("div", { class: "caption" }, meta.classnames[look.label]),
+        look.said === look.label ? null : el("div", { class: "caption bad" }, `CLIP: ${meta.classnames[look.said]}`))));
+    }
+    search.addEventListener("input", renew);
+    wrong.addEventListener("change", renew);
+    renew();
+    return {
+      element: el("div", {}, el("div", { class: "tools" }, search, el("label", {}, wrong, "named wrongly by CLIP"), count), el("div", { class: "page" }, grid)),
+      keys(event) { if (event.key !== "/") return false; search.select(); return true; },
+    };
+  };
+
+  function predictions(title, list, label) {
+    const meta = clipsae.meta;
+    return el("section", {}, el("h2", {}, title),
+      bars(list.map(([k, p]) => [el("span", { class: k === label ? "good" : "" }, meta.classnames[k]), p, percent(p)]), 1));
+  }
+
+  clipsae.views.image = async ([text]) => {
+    const meta = clipsae.meta;
+    const at = meta.looks.findIndex((look) => String(look.index) === text);
+    if (at < 0) throw new Error(`Image ${text} has no page.`);
+    const of = await clipsae.load(`looks/${text}`);
+    const [rows, cols] = meta.grid;
+    const patches = rows * cols;
+    // Where each latent fires: latent -> codes of the patches.
+    const where = new Map();
+    of.tokens.forEach(([latents, codes], token) => {
+      if (token === 0) return;
+      latents.forEach((m, k) => {
+        if (!where.has(m)) where.set(m, new Float32Array(patches));
+        where.get(m)[token - 1] = codes[k];
+      });
+    });
+    const levels = (m) => {
+      const codes = where.get(m);
+      if (!codes) return null;
+      const most = Math.max(...codes);
+      return Array.from(codes, (code) => code / most);
+    };
+    const steer = clipsae.live() ? clipsae.steering(of.index, of.clip, () => mark()) : null;
+    const mark = () => list.querySelectorAll("button.off").forEach((b) => b.setAttribute("aria-pressed", String(steer.off(Number(b.dataset.of)))));
+    const canvas = el("canvas");
+    const image = meta.thumbnails ? el("img", { src: `images/${of.index}.jpg`, alt: `image ${of.index}: ${meta.classnames[of.label]}` }) : null;
+    const frame = el("div", { class: "framed", tabindex: 0, role: "img", "aria-label": "Patches: hover or use the arrow keys" }, image, canvas);
+    const said = el("p", { class: "soft", role: "status" });
+    const list = el("tbody");
+    let pinned = null; // {patch} or {latent}: stays when the pointer leaves
+    frame.repaint = () => light(pinned);
+
+    function light(what) {
+      if (what && what.patch != null) {
+        const marks = new Array(patches).fill(0);
+        marks[what.patch] = 1;
+        const mode = HEAT.mode;
+        if (mode === "plain") HEAT.mode = "heat";
+        paint(canvas, marks);
+        HEAT.mode = mode;
+      } else paint(canvas, what && what.latent != null ? levels(what.latent) : null);
+      list.querySelectorAll("tr").forEach((row) => row.classList.toggle("at", Boolean(what) && Number(row.dataset.latent) === what.latent));
+    }
+    function ofPatch(patch) {
+      const [latents, codes] = of.tokens[patch + 1];
+      return latents.map((m, k) => [m, codes[k], losses.get(m) || null]);
+    }
+    const rests = of.why.map(([m, mean, lost, instead]) => [m, mean, [lost, instead]]);
+    const losses = new Map(of.why.map(([m, , lost, instead]) => [m, [lost, instead]]));
+    const strongest = of.latents.map((m, k) => [m, of.means[k], losses.get(m) || null]);
+    let order = rests.length ? "why" : "strongest";
+    const ofImage = () => (order === "why" ? rests : strongest);
+    const orders = [["why", "Why this class"], ["strongest", "Strongest"]].map(([name, text]) => el("button", {
+      type: "button", "data-order": name, onclick: () => { order = name; pinned = null; tell(null); light(null); },
+    }, text));
+    function tell(what) {
+      const patch = what && what.patch != null ? what.patch : null;
+      const entries = patch === null ? ofImage() : ofPatch(patch);
+      orders.forEach((b) => b.setAttribute("aria-pressed", String(patch === null && b.dataset.order === order)));
+      const predicted = meta.classnames[of.clip[0][0]];
+      const hint = "Hover a patch to see its latents, a latent to see its patches; click to keep.";
+      said.textContent = patch === null
+        ? (order === "why" ? `What CLIP's "${predicted}" rests on: the change of its logit by each latent. ${hint}` : `Largest mean code over all tokens. ${hint}`)
+        : `Patch in row ${Math.floor(patch / cols) + 1}, column ${patch % cols + 1}: ${entries.length} strongest latents.`;
+      list.replaceChildren(...entries.map(([m, value, off]) => el("tr", {
+        "data-latent": m, onmouseenter: () => light({ latent: m }),
+        onmouseleave: () => light(pinned),
+        onclick: (event) => { if (event.target.tagName !== "A") pin({ latent: m }); },
+      },
+      el("td", {}, thumbnail(clipsae.columns.image[m])),
+      el("td", {}, el("a", { href: `#/latent/${m}` }, String(m))),
+      el("td", {}, meaning(m)),
+      el("td", { class: "number" }, digits(value)),
+      el("td", { class: `number ${off ? (off[0] > 0 ? "good" : "bad") : ""}` }, off ? signed(off[0]) : ""),
+      el("td", { class: "bad" }, off && off[1] !== of.clip[0][0] ? `→ ${meta.classnames[off[1]]}` : ""),
+      steer ? el("td", {}, el("button", { type: "button", class: "off", "data-of": m, "aria-label": `Switch latent ${m} off`, onclick: (event) => { event.stopPropagation(); steer.toggle(m); } }, "off")) : null)));
+      if (steer) mark();
+    }
+    function pin(what) {
+      const same = pinned && what && pinned.patch === what.patch && pinned.latent === what.latent;
+      pinned = same ? null : what;
+      if (!what || what.latent == null || same) tell(pinned);
+      light(pinned);
+    }
+    const patchAt = (event) => {
+      const box = frame.getBoundingClientRect();
+      const col = Math.floor((event.clientX - box.left) / box.width * cols);
+      const row = Math.floor((event.clientY - box.top) / box.height * rows);
+      return Math.max(0, Math.min(rows - 1, row)) * cols + Math.max(0, Math.min(cols - 1, col));
+    };
+    let last = null;
+    frame.addEventListener("pointermove", (event) => {
+      if (event.pointerType === "touch" || pinned) return;
+      const patch = patchAt(event);
+      if (patch === last) return;
+      last = patch;
+      tell({ patch });
+      light({ patch });
+    });
+    frame.addEventListener("pointerleave", () => { last = null; if (!pinned) { tell(null); light(null); } });
+    frame.addEventListener("click", (event) => pin({ patch: patchAt(event) }));
+    const go = (by) => { const next = meta.looks[at + by]; if (next) location.hash = `#/image/${next.index}`; };
+    const heat = heatButtons(() => [frame]);
+    const head = el("div", { class: "row" }, el("h1", {}, meta.classnames[of.label]), el("span", { class: "soft" }, `image ${of.index}`),
+      el("span", { style: "flex:1" }),
+      el("button", { type: "button", onclick: () => go(-1), "aria-label": "Previous image" }, "←"),
+      el("button", { type: "button", onclick: () => go(1), "aria-label": "Next image" }, "→"));
+    const table = el("table", { class: "table" },
+      el("thead", {}, el("tr", {}, el("th", {}), el("th", {}, "Latent"), el("th", {}, "Meaning"), el("th", {}, "Code"),
+        el("th", { title: "What CLIP's logit of its predicted class loses without the latent" }, "Logit"), el("th", {}, "Without it"))), list);
+    tell(null);
+    light(null);
+    const element = el("div", { class: "page" }, head,
+      el("div", { class: "look", style: "margin-top:12px" },
+        el("div", { class: "left" }, frame, el("p", { style: "margin:8px 0" }), heat,
+          predictions("CLIP says", of.clip, of.label), steer ? steer.element : null, predictions("CLIP on the SAE's reconstruction says", of.sae, of.label)),
+        el("div", {}, el("div", { class: "row", role: "group", "aria-label": "Which latents" }, ...orders), said, table)));
+    return {
+      element,
+      theme: () => light(pinned),
+      keys(event) {
+        if (event.target === frame && event.key.startsWith("Arrow")) {
+          const from = pinned && pinned.patch != null ? pinned.patch : 0;
+          const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -cols, ArrowDown: cols }[event.key];
+          const to = pinned && pinned.patch != null ? from + by : 0;
+          if (to >= 0 && to < patches) { pinned = { patch: to }; tell(pinned); light(pinned); }
+        } else if (event.key === "ArrowLeft") go(-1);
+        else if (event.key === "ArrowRight") go(1);
+        else if (event.key === "h") heat.next();
+        else return false;
+        return true;
+      },
+    };
+  };
+})();

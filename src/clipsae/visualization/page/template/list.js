@@ -1,0 +1,188 @@
+// All latents: search, filter, sort. Only the rows in sight are in the page.
+"use strict";
+
+(() => {
+  const state = { search: "", alive: "alive", concept: "", low: "", high: "", sort: "", down: true, at: 0, top: 0 };
+  const heads = [
+    ["id", "Latent", "id"], [null, "", "thumb"], ["label", "Label of top images", "label"], ["concept", "Concept", "concept"],
+    ["word", "Word", "word"], ["frequency", "Frequency", "frequency"], ["strength", "Strength", "strength"],
+    ["entropy", "Entropy", "entropy"], ["monosemanticity", "MonoSem.", "ms"],
+  ];
+  let shown = []; // the latents, in order
+
+  function texts() {
+    if (!texts.of) {
+      texts.of = Array.from({ length: clipsae.meta.latents }, (_, m) =>
+        `${m} ${labelOf(m)} ${conceptOf(m)} ${wordOf(m)}`.toLowerCase());
+    }
+    return texts.of;
+  }
+
+  // What means something comes first, where that is known.
+  function start() { state.sort = state.sort || (clipsae.meta.concepts.length ? "concept" : "frequency"); }
+
+  function choose() {
+    const c = clipsae.columns;
+    start();
+    const wanted = state.search.trim().toLowerCase().split(/\s+/).filter(Boolean);
+    const low = state.low === "" ? -1 : Number(state.low) / 100;
+    const high = state.high === "" ? 2 : Number(state.high) / 100;
+    const of = texts();
+    // A number alone is a latent's number.
+    const number = wanted.length === 1 && /^#?\d+$/.test(wanted[0]) ? Number(wanted[0].replace("#", "")) : null;
+    shown = [];
+    for (let m = 0; m < clipsae.meta.latents; m++) {
+      if (number !== null) {
+        if (String(m).startsWith(String(number))) shown.push(m);
+        continue;
+      }
+      if (state.alive !== "all" && alive(m) !== (state.alive === "alive")) continue;
+      if (c.frequency[m] < low || c.frequency[m] > high) continue;
+      if (state.concept && !(conceptOf(m) === state.concept || conceptOf(m).startsWith(`${state.concept}=`))) continue;
+      if (wanted.every((word) => of[m].includes(word))) shown.push(m);
+    }
+    if (number !== null) return;
+    const name = { label: labelOf, word: wordOf }[state.sort];
+    const direction = state.down ? -1 : 1;
+    if (state.sort === "id") { if (state.down) shown.reverse(); return; }
+    // Searched by its name, a concept comes before labels and words that hold it.
+    const named = new Set(clipsae.meta.concepts.flatMap((text, k) => (wanted.some((word) => text.toLowerCase().split("=").pop() === word) ? [k] : [])));
+    const rank = (m) => (named.has(c.concept[m]) ? 0 : 1);
+    if (name) {
+      const key = new Map(shown.map((m) => [m, name(m)]));
+      shown.sort((a, b) => rank(a) - rank(b) || direction * key.get(a).localeCompare(key.get(b)) || a - b);
+      return;
+    }
+    const values = state.sort === "concept" ? c.certainty : c[state.sort];
+    // What has no value comes last, either way.
+    shown.sort((a, b) => rank(a) - rank(b) || (Number.isNaN(values[a]) - Number.isNaN(values[b])) || direction * (values[a] - values[b]) || a - b);
+  }
+
+  clipsae.views.latents = () => {
+    const meta = clipsae.meta;
+    start();
+    const narrow = matchMedia("(max-width: 760px)");
+    const height = () => (narrow.matches ? 64 : 48);
+    const attributes = [...new Set(meta.concepts.map((name) => name.split("=")[0]))];
+    const search = el("input", { type: "search", placeholder: "Search: latent, label, concept, word", "aria-label": "Search", value: state.search });
+    const count = el("span", { class: "soft", role: "status" });
+    const select = (name, said, options) => {
+      const made = el("select", { "aria-label": said, onchange: () => { state[name] = made.value; renew(); } },
+        ...options.map(([value, text]) => el("option", { value, selected: state[name] === value }, text)));
+      return made;
+    };
+    const number = (name, said) => {
+      const made = el("input", { type: "number", min: 0, max: 100, step: "any", value: state[name], "aria-label": said, placeholder: name === "low" ? "0" : "100",
+        oninput: () => { state[name] = made.value; renew(); } });
+      return made;
+    };
+    const sorter = el("select", { "aria-label": "Sort by", class: "narrow", onchange: () => sortBy(sorter.value, sorter.value !== "id") },
+      ...heads.filter(([key]) => key).map(([key, said]) => el("option", { value: key, selected: state.sort === key }, `by ${said.toLowerCase()}`)));
+    const tools = el("div", { class: "tools" }, search,
+      select("alive", "Which latents", [["alive", "active"], ["dead", "dead"], ["all", "all"]]),
+      meta.concepts.length ? select("concept", "Concept", [["", "any concept"], ...attributes.flatMap((a) => [[a, `any ${a}`],
+        ...meta.concepts.filter((c) => c.startsWith(`${a}=`)).map((c) => [c, `  ${c}`])])]) : null,
+      el("label", { class: "wide" }, "frequency", number("low", "Lowest frequency in percent"), "to", number("high", "Highest frequency in percent"), "%"),
+      sorter, count);
+    const buttons = heads.map(([key, said, name]) => (key
+      ? el("button", { type: "button", class: name, "data-key": key, onclick: () => sortBy(key) }, said) : el("span")));
+    const spacer = el("div", { style: "position:relative" });
+    const scroll = el("div", { class: "scroll", tabindex: 0, role: "listbox", "aria-label": "Latents" },
+      el("div", { class: "grid heads" }, ...buttons), spacer);
+    const element = el("div", { class: "list" }, tools, scroll);
+    let drawn = new Map();
+
+    function sortBy(key, down) {
+      state.down = down ?? (state.sort === key ? !state.down : !["id", "label", "word", "entropy"].includes(key));
+      state.sort = key;
+      renew();
+    }
+    function renew(keep = false) {
+      choose();
+      if (!keep) { state.at = 0; scroll.scrollTop = 0; }
+      const active = state.sort;
+      buttons.forEach((button, i) => {
+        if (!heads[i][0]) return;
+        if (heads[i][0] === active) button.setAttribute("aria-sort", state.down ? "descending" : "ascending");
+        else button.removeAttribute("aria-sort");
+        button.textContent = heads[i][1] + (heads[i][0] === active ? (state.down ? " ↓" : " ↑") : "");
+      });
+      sorter.value = state.sort;
+      count.textContent = `${shown.length.toLocaleString("en")} of ${meta.latents.toLocaleString("en")}`;
+      drawn.forEach((row) => row.remove());
+      drawn = new Map();
+      spacer.style.height = `${Math.max(1, shown.length) * height()}px`;
+      spacer.replaceChildren(...(shown.length ? [] : [el("p", { class: "empty" }, "No latent is like this.")]));
+      draw();
+    }
+    function draw() {
+      const h = height();
+      const first = Math.max(0, Math.floor(scroll.scrollTop / h) - 8);
+      const last = Math.min(shown.length, Math.ceil((scroll.scrollTop + scroll.clientHeight) / h) + 8);
+      for (const [i, row] of drawn) if (i < first || i >= last) { row.remove(); drawn.delete(i); }
+      for (let i = first; i < last; i++) {
+        if (!drawn.has(i)) { const row = item(shown[i], i, h); drawn.set(i, row); spacer.append(row); }
+        drawn.get(i).classList.toggle("at", i === state.at);
+      }
+      state.top = scroll.scrollTop;
+    }
+    function item(m, i, h) {
+      const c = clipsae.columns;
+      const concept = conceptOf(m);
+      return el("a", { class: `grid item${alive(m) ? "" : " dead"}`, href: `#/latent/${m}`, style: `top:${i * h}px`, role: "option", tabindex: -1,
+        onclick: () => { state.at = i; } },
+        el("span", { class: "id" }, String(m)),
+        el("span", { class: "thumb" }, thumbnail(c.image[m])),
+        el("span", { class: "label" }, narrow.matches ? (alive(m) ? meaning(m) : "dead") : labelOf(m) || "dead"),
+        el("span", { class: `concept${c.certainty[m] < 0.15 ? " soft" : ""}` }, concept ? `${concept} ${percent(c.precision[m])}` : ""),
+        el("span", { class: "word" }, wordOf(m)),
+        el("span", { class: "number bar frequency" }, percent(c.frequency[m]), el("i", { style: `width:${100 * c.frequency[m]}%` })),
+        el("span", { class: "number strength" }, digits(c.strength[m])),
+        el("span", { class: "number entropy" }, digits(c.entropy[m], 2)),
+        el("span", { class: "number ms" }, digits(c.monosemanticity[m], 2)));
+    }
+    function move(by) {
+      state.at = Math.max(0, Math.min(shown.length - 1, state.at + by));
+      const h = height();
+      const head = 36;
+      if (state.at * h < scroll.scrollTop) scroll.scrollTop = state.at * h;
+      else if ((state.at + 1) * h > scroll.scrollTop + scroll.clientHeight - head) scroll.scrollTop = (state.at + 1) * h - scroll.clientHeight + head;
+      draw();
+    }
+    let timer = 0;
+    search.addEventListener("input", () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => { state.search = search.value; renew(); }, 60);
+    });
+    scroll.addEventListener("scroll", draw);
+    const resized = new ResizeObserver(() => renew(true));
+    return {
+      element,
+      enter() {
+        const top = state.top;
+        renew(true);
+        scroll.scrollTop = top;
+        draw();
+        resized.observe(scroll);
+      },
+      leave() { resized.disconnect(); },
+      keysWhileTyping: (event) => event.target === search && ["ArrowDown", "ArrowUp", "Enter"].includes(event.key),
+      keys(event) {
+        const steps = { ArrowDown: 1, j: 1, ArrowUp: -1, k: -1, PageDown: 10, PageUp: -10 };
+        if (event.key in steps) move(steps[event.key]);
+        else if (event.key === "Enter" && shown.length && event.target.tagName !== "BUTTON" && event.target.tagName !== "A") location.hash = `#/latent/${shown[state.at]}`;
+        else if (event.key === "/") search.select();
+        else return false;
+        return true;
+      },
+    };
+  };
+
+  // The latent beside another in the list as it was last shown.
+  clipsae.beside = (m, by) => {
+    if (!shown.length) choose();
+    const i = shown.indexOf(m);
+    const next = i < 0 ? m + by : shown[i + by];
+    return next >= 0 && next < clipsae.meta.latents ? next : null;
+  };
+})();

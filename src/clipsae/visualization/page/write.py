@@ -1,0 +1,238 @@
+"""Writes the page: static files, and the data as scripts.
+
+A page that is opened from disk may not fetch files, but it may load scripts: each piece of data is
+a script that hands an object to the page, `clipsae.data("latents/3", {...})`, and is loaded when
+it is first needed. Columns over all latents are base64 of little-endian arrays.
+
+M latents, K reference images, P patches, W words.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipsae.visualization.page.looks import Look
+from clipsae.visualization.references import BIN_EDGES, References
+
+CHUNK = 64  # latents of a script
+MAP_LEVELS = 64  # of a patch in a heat map: one character
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+_CLASSES = 4  # that a latent helps or hurts
+_NEGLIGIBLE = 0.01  # a change of a logit
+THUMBNAIL = 112  # pixels of a side
+ASSETS = ("page.css", "app.js", "list.js", "latent.js", "steer.js", "images.js", "map.js")
+_TEMPLATE = Path(__file__).parent / "template"
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words that latents are compared with.
+
+    Attributes:
+        names: W words.
+        best: LongTensor [M, n], the words that each latent's direction aligns with most.
+        scores: [M, n], how well.
+    """
+
+    names: list[str]
+    best: Tensor
+    scores: Tensor
+
+
+def thumbnail_path(index: int) -> str:
+    """Where the small picture of an image lies; a folder holds a thousand."""
+    return f"thumbs/{index // 1000}/{index}.jpg"
+
+
+def write_thumbnail(folder: Path, index: int, pixels: Tensor) -> None:
+    """Save an image, uint8 [3, S, S], at `THUMBNAIL` pixels a side or its own size."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    if max(image.size) > THUMBNAIL:
+        image = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    path = folder / thumbnail_path(index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=88)
+
+
+def write_picture(folder: Path, index: int, pixels: Tensor) -> None:
+    """Save an image, uint8 [3, S, S], at its own size, for its page."""
+    path = folder / "images" / f"{index}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=92)
+
+
+def write_page(
+    folder: Path,
+    *,
+    title: str,
+    about: Mapping[str, Any],
+    references: References,
+    neighbours: tuple[Tensor, Tensor],
+    places: Tensor,
+    words: Words,
+    effect: Tensor | None,
+    looks: list[Look],
+    thumbnails: bool,
+) -> None:
+    """Write everything but the pictures.
+
+    Args:
+        folder: exists.
+        title: of the page.
+        about: what is shown on the page's "about", by name.
+        neighbours: of `dictionary.nearest`.
+        places: of `dictionary.layout`, [M, 2].
+        effect: of `looks.collect_looks`, [M, C], or None.
+        thumbnails: whether pictures lie in the folder.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATE), autoescape=True, keep_trailing_newline=True
+    )
+    page = environment.get_template("index.html.j2").render(title=title, assets=ASSETS)
+    (folder / "index.html").write_text(page)
+    for name in ASSETS:
+        (folder / name).write_bytes((_TEMPLATE / name).read_bytes())
+    shown = references.shown
+    _script(
+        folder,
+        "meta",
+        {
+            "title": title,
+            "about": about,
+            "latents": references.latents,
+            "chunk": CHUNK,
+            "grid": shown.grid,
+            "images": shown.images,
+            "classnames": shown.classnames,
+            "concepts": shown.concepts,
+            "words": words.names,
+            "edges": _rounded(BIN_EDGES.tolist()),
+            "alphabet": ALPHABET,
+            "thumbnails": thumbnails,
+            "looks": [
+                {"index": look.index, "label": look.label, "said": look.clip[0][0]}
+                for look in looks
+            ],
+            "columns": _columns(references, places, words),
+        },
+    )
+    for start in range(0, references.latents, CHUNK):
+        latents = range(start, min(start + CHUNK, references.latents))
+        chunk = [_latent(m, references, neighbours, words, effect) for m in latents]
+        _script(folder, f"latents/{start // CHUNK}", chunk)
+    for look in looks:
+        _script(folder, f"looks/{look.index}", _look(look))
+
+
+def _script(folder: Path, name: str, content: Any) -> None:
+    path = folder / "data" / f"{name}.js"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    path.write_text(f'clipsae.data("{name}",{text});\n')
+
+
+def _columns(references: References, places: Tensor, words: Words) -> dict[str, list[str]]:
+    """Name -> type ("f" or "i") and base64 of the array."""
+    nothing = torch.full_like(references.top_label, -1)
+    nan = torch.full_like(references.frequency, torch.nan)
+    measured = references.monosemanticity
+    has_word = words.best.shape[1] > 0
+    columns = {
+        "frequency": references.frequency,
+        "tokens": references.token_frequency,
+        "strength": references.strength,
+        "entropy": references.entropy,
+        "monosemanticity": nan if measured is None else measured,
+        "label": references.top_label,
+        "concept": nothing if references.concept is None else references.concept,
+        "precision": nan if references.concept is None else references.concept_precision,
+        "certainty": nan if references.concept is None else references.concept_score,
+        "image": references.index[:, 0],
+        "word": words.best[:, 0] if has_word else nothing,
+        "x": places[:, 0],
+        "y": places[:, 1],
+    }
+    return {
+        name: ["f", _base64(value.float())]
+        if value.is_floating_point()
+        else ["i", _base64(value.int())]
+        for name, value in columns.items()
+    }
+
+
+def _base64(values: Tensor) -> str:
+    array = values.cpu().contiguous().numpy()
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def _latent(
+    m: int,
+    references: References,
+    neighbours: tuple[Tensor, Tensor],
+    words: Words,
+    effect: Tensor | None,
+) -> dict[str, Any] | None:
+    """What the page of a latent shows; None for one that is never active."""
+    if not references.alive[m]:
+        return None
+    n = int((references.index[m] >= 0).sum())
+    found = {
+        "images": references.index[m, :n].tolist(),
+        "labels": references.label[m, :n].tolist(),
+        "values": _rounded(references.values[m, :n].tolist()),
+        "scales": _rounded(references.scale[m, :n].tolist()),
+        "class": _rounded(references.class_token[m, :n].tolist()),
+        "maps": [heat_text(heat) for heat in references.maps[m, :n]],
+        "histogram": references.histogram[m].tolist(),
+        "near": _pairs(neighbours[0][m], neighbours[1][m]),
+        "words": _pairs(words.best[m], words.scores[m]),
+    }
+    if effect is not None:
+        of = effect[m].topk(min(_CLASSES, len(effect[m])))
+        against = effect[m].topk(min(_CLASSES, len(effect[m])), largest=False)
+        found["helps"] = [p for p in _pairs(of.indices, of.values) if p[1] >= _NEGLIGIBLE]
+        found["hurts"] = [p for p in _pairs(*reversed(against)) if p[1] <= -_NEGLIGIBLE]
+    return found
+
+
+def heat_text(heat: Tensor) -> str:
+    """A patch map, uint8 [P], as a character a patch: its level 0..63 in `ALPHABET`.
+
+    Only what is 0 has level 0: what is active stays visible.
+    """
+    levels = (heat.long() * (MAP_LEVELS - 1) + 254) // 255
+    return "".join(ALPHABET[level] for level in levels.tolist())
+
+
+def _look(look: Look) -> dict[str, Any]:
+    return {
+        "index": look.index,
+        "label": look.label,
+        "tokens": [[latents, _rounded(codes)] for latents, codes in look.tokens],
+        "latents": look.latents,
+        "means": _rounded(look.means),
+        "clip": [[c, round(p, 4)] for c, p in look.clip],
+        "sae": [[c, round(p, 4)] for c, p in look.sae],
+        "why": [[m, *_rounded([mean]), round(lost, 3), c] for m, mean, lost, c in look.why],
+    }
+
+
+def _pairs(of: Tensor, values: Tensor) -> list[list[float]]:
+    return [[i, round(v, 3)] for i, v in zip(of.tolist(), values.tolist(), strict=True)]
+
+
+def _rounded(values: list[float]) -> list[float]:
+    """Three significant digits, which is what is shown."""
+    return [
+        v if v == 0 or not math.isfinite(v) else round(v, 2 - math.floor(math.log10(abs(v))))
+        for v in values
+    ]

@@ -1,0 +1,158 @@
+"""The reference images of a dictionary, and what is known of each latent beside them.
+
+Statistics follow PatchSAE (Lim et al., ICLR 2025): frequency and mean activation of a latent, and
+the label entropy of its top images.
+
+M latents, K reference images, P patches of an image, V concepts, N images.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# Bins of the histogram of codes: two for each power of 2. Codes may be of any size, which is not
+# known before the last image has passed.
+BIN_EDGES = 2.0 ** (torch.arange(-23, 24) / 2)
+BINS = len(BIN_EDGES) + 1
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the pictures were taken of.
+
+    Attributes:
+        dataset, split: names.
+        images: N, those that were looked at.
+        grid: (rows, columns) of patches, P in all.
+        classnames: C names, by label.
+        concepts: V names of the ground truth's concepts; empty where there is none.
+        image_encoder: of MonoSemanticity; None: not measured.
+    """
+
+    dataset: str
+    split: str
+    images: int
+    grid: tuple[int, int]
+    classnames: list[str]
+    concepts: list[str]
+    image_encoder: str | None
+
+
+@dataclass(frozen=True)
+class References:
+    """Per latent its top images and statistics, all on the CPU.
+
+    "Active on an image" is a positive mean of the latent's codes over all tokens, class token
+    included; "active on a token" a code that is not zero.
+
+    Attributes:
+        values: float32 [M, K], token means, descending; 0 where there are fewer than K.
+        index: int64 [M, K], the images; -1 where there are fewer. Of equals the smaller first.
+        label: int64 [M, K], their labels; -1 where there are fewer.
+        maps: uint8 [M, K, P], codes on the patches: 0 not active, else ceil(255 code / scale).
+        scale: float32 [M, K], the largest code on a patch of that image; 0: on none.
+        class_token: float32 [M, K], the code of the class token.
+        frequency: float32 [M], share of the images that the latent is active on.
+        token_frequency: float32 [M], share of the tokens.
+        strength: float32 [M], mean of the token means of the images it is active on; 0 for none.
+        entropy: float32 [M], of the labels of the top images, weighted by value, in nats; NaN
+            for a latent without any.
+        top_label: int64 [M], the most frequent label of the top images (of equals the one with
+            the larger sum of values, then the smaller); -1 for none.
+        histogram: int64 [M, BINS], codes above zero of all tokens, by `BIN_EDGES`.
+        monosemanticity: float32 [M], NaN for dead latents; None if not measured.
+        concept: int64 [M], the one that the latent's activity says most about (`precision_gain`,
+            over patches; for position and count over images); -1 for none.
+        concept_score: float32 [M], that gain, 0..1.
+        concept_precision: float32 [M], the share of the latent's activation that lies there.
+        concept_recall: float32 [M], the share of the concept's patches (images) it is active on.
+        shown: what they were taken of.
+    """
+
+    values: Tensor
+    index: Tensor
+    label: Tensor
+    maps: Tensor
+    scale: Tensor
+    class_token: Tensor
+    frequency: Tensor
+    token_frequency: Tensor
+    strength: Tensor
+    entropy: Tensor
+    top_label: Tensor
+    histogram: Tensor
+    shown: Shown
+    monosemanticity: Tensor | None = None
+    concept: Tensor | None = None
+    concept_score: Tensor | None = None
+    concept_precision: Tensor | None = None
+    concept_recall: Tensor | None = None
+
+    @property
+    def latents(self) -> int:
+        """M."""
+        return len(self.frequency)
+
+    @property
+    def alive(self) -> Tensor:
+        """BoolTensor [M]: active on a token at least once."""
+        return self.token_frequency > 0
+
+    def save(self, folder: Path) -> None:
+        """Write `pictures.safetensors` and `pictures.json` into a folder."""
+        tensors = {
+            field.name: getattr(self, field.name).contiguous()
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        save_file(tensors, folder / "pictures.safetensors")
+        about = {"format": "clipsae.pictures", "version": 1, **asdict(self.shown)}
+        (folder / "pictures.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "References":
+        """Read what `save` wrote."""
+        about: dict[str, Any] = json.loads((folder / "pictures.json").read_text())
+        known = {field.name: about[field.name] for field in fields(Shown)}
+        known["grid"] = tuple(known["grid"])
+        return cls(**load_file(folder / "pictures.safetensors"), shown=Shown(**known))
+
+
+def label_statistics(values: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy and most frequent label of each latent's top images.
+
+    Args:
+        values: [M, K], their weights; 0 where there is no image.
+        label: LongTensor [M, K]; -1 where there is no image.
+
+    Returns:
+        float32 [M] in nats, NaN without images; LongTensor [M], -1 without images.
+    """
+    weights = values.double()
+    same = (label[:, :, None] == label[:, None, :]) & (label >= 0)[:, None, :]  # [M, K, K]
+    mass = (same * weights[:, None, :]).sum(dim=2)  # of each image's label
+    total = weights.sum(dim=1, keepdim=True)
+    # Summed over images, each with its own weight: - sum_images (w / W) log(mass of its label / W).
+    share = mass / total
+    entropy = -(weights / total * torch.where(share > 0, share, 1).log()).sum(dim=1)
+    entropy = entropy.clamp(min=0)  # -0 of a single label
+    count = same.sum(dim=2)
+    # Most images first, then the larger mass, then the smaller label.
+    best = torch.full_like(label[:, 0], -1)
+    best_count, best_mass = torch.zeros_like(count[:, 0]), torch.zeros_like(mass[:, 0])
+    for slot in range(label.shape[1]):
+        n, m, of = count[:, slot], mass[:, slot], label[:, slot]
+        tied = (n == best_count) & (m == best_mass) & (of < best)
+        better = (n > best_count) | ((n == best_count) & (m > best_mass)) | tied
+        better &= of >= 0
+        best = torch.where(better, of, best)
+        best_count, best_mass = (
+            torch.where(better, n, best_count),
+            torch.where(better, m, best_mass),
+        )
+    return entropy.float(), best

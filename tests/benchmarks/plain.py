@@ -1,0 +1,108 @@
+"""The recipes as one would write them: dense products, full sorts, autograd, Adam as it comes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from clipsae.sae import SAE
+
+Parameters = dict[str, Tensor]
+
+
+def step(sae: SAE, x: Tensor) -> Callable[[], float]:
+    """A training step of a copy of the SAE's parameters on tokens x [1, N, d]."""
+    p = {n.rsplit(".")[-1]: nn.Parameter(v.detach().clone()) for n, v in sae.named_parameters()}
+    x = x.flatten(0, -2)
+    optimizer = torch.optim.Adam(p.values(), lr=1e-5)
+    function = _FORMS[sae.config["activation"]]
+    unit_rows, options = sae.architecture.unit_rows, sae.config
+    del sae
+
+    def once() -> float:
+        optimizer.zero_grad()
+        loss = function(p, x, options)
+        loss.backward()
+        if unit_rows:
+            rows, gradient = p["W_dec"].data, p["W_dec"].grad
+            gradient -= (gradient * rows).sum(1, keepdim=True) * rows
+        optimizer.step()
+        if unit_rows:
+            p["W_dec"].data /= p["W_dec"].data.norm(dim=1, keepdim=True)
+        return loss.item()
+
+    return once
+
+
+def error(x_hat: Tensor, x: Tensor) -> Tensor:
+    return ((x_hat - x).square() / x.norm(dim=1, keepdim=True)).mean()
+
+
+def scores(p: Parameters, x: Tensor, options: dict) -> Tensor:
+    if options["normalize_input"]:
+        x = x / x.norm(dim=1, keepdim=True)
+    if "C" in p:
+        return x @ (p["C"] @ p["W_K"]).T
+    s = (x - p["b_dec"]) @ p["W_enc"].T
+    return s + p["b_enc"] if "b_enc" in p else s
+
+
+def decode(p: Parameters, z: Tensor, x: Tensor, options: dict) -> Tensor:
+    out = z @ (p["C"] @ p["W_V"]) if "C" in p else z @ p["W_dec"] + p["b_dec"]
+    return out * x.norm(dim=1, keepdim=True) if options["normalize_input"] else out
+
+
+def relu(p: Parameters, x: Tensor, options: dict) -> Tensor:
+    z = torch.relu(scores(p, x, options))
+    weighted = z * (p["C"] @ p["W_V"]).norm(dim=1) if "C" in p else z
+    loss = options["reconstruction_weight"] * error(decode(p, z, x, options), x)
+    return loss + options["l1"] * weighted.sum(1).mean()
+
+
+def jumprelu(p: Parameters, x: Tensor, options: dict) -> Tensor:
+    s, theta, eps = scores(p, x, options), p["log_theta"].exp(), options["bandwidth"]
+    passes = (s > theta).float()
+    near = (((s - theta) / eps).abs() < 0.5).float().detach()
+    pull = near / eps * (theta - theta.detach())
+    z = s * passes - theta.detach() * pull
+    loss = options["reconstruction_weight"] * error(decode(p, z, x, options), x)
+    return loss + options["l0"] * (passes - pull).sum(1).mean()
+
+
+def gated(p: Parameters, x: Tensor, options: dict) -> Tensor:
+    h = scores(p, x, options)
+    pi = h + p["b_gate"]
+    z = (pi > 0).float() * torch.relu(p["r_mag"].exp() * h + p["b_mag"])
+    gate = torch.relu(pi)
+    by_gate = gate @ p["W_dec"].detach() + p["b_dec"].detach()
+    loss = options["reconstruction_weight"] * error(decode(p, z, x, options), x)
+    return loss + options["l1"] * gate.sum(1).mean() + options["gate_weight"] * error(by_gate, x)
+
+
+def topk(p: Parameters, x: Tensor, options: dict) -> Tensor:
+    s = torch.relu(scores(p, x, options))
+    values, indices = s.topk(options["k"], dim=1)
+    z = torch.zeros_like(s).scatter(1, indices, values)
+    return options["reconstruction_weight"] * error(decode(p, z, x, options), x)
+
+
+def batch_topk(p: Parameters, x: Tensor, options: dict) -> Tensor:
+    s = torch.relu(scores(p, x, options))
+    values, indices = s.flatten().topk(options["k"] * len(x))
+    z = torch.zeros_like(s).flatten().scatter(0, indices, values).view_as(s)
+    return options["reconstruction_weight"] * error(decode(p, z, x, options), x)
+
+
+def sparsemax(p: Parameters, x: Tensor, options: dict) -> Tensor:
+    """As released: a full sort finds the support; z = s there."""
+    s = scores(p, x, options)
+    ordered = s.detach().sort(dim=1, descending=True).values
+    r = torch.arange(1, s.shape[1] + 1)
+    sums = ordered.cumsum(1)
+    size = (1 + r * ordered > sums).sum(1, keepdim=True)
+    tau = (sums.gather(1, size - 1) - 1) / size
+    z = s * (s > tau)
+    return options["reconstruction_weight"] * error(decode(p, z, x, options), x)
+
+
+_FORMS = {f.__name__: f for f in (relu, jumprelu, gated, topk, batch_topk, sparsemax)}

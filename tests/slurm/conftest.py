@@ -1,0 +1,66 @@
+"""A real SLURM, where one answers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from run import ROOT
+
+SMALL = [
+    "model=batch_topk",  # a threshold, counters of dead latents, projected gradients: much to keep
+    "model.latents=256",
+    "trainer.max_steps=300",
+    "trainer.accelerator=cpu",
+    "trainer.val_check_interval=100",
+    "trainer.limit_val_batches=1",
+    "callbacks.checkpoint_every_n_steps=20",
+    "features.batch_size=4",
+    "dataset.size=40",
+    "evaluation.settings=[no_sae,on]",
+    "measurement=none",
+    "logger=none",
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> None:
+    if shutil.which("sinfo") is None:
+        pytest.skip("no SLURM here")
+    try:
+        subprocess.run(["sinfo"], check=True, capture_output=True, timeout=20)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        pytest.skip("no SLURM cluster answers")
+
+
+@pytest.fixture(scope="module")
+def launch(
+    cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts `run.py` with small settings and more overrides; its output goes to `<name>.log`.
+    What still runs in the end, here and on the cluster, is ended."""
+    started = []
+    mine = f"clipsae-test-{os.getpid()}"
+
+    def start(log: Path, *overrides: str) -> subprocess.Popen:
+        launcher = []
+        if "hydra/launcher=slurm" in overrides:
+            launcher = [f"hydra.launcher.name={mine}"]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *SMALL, *overrides, *launcher],
+            stdout=log.open("a"),
+            stderr=subprocess.STDOUT,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+    subprocess.run(["scancel", f"--name={mine}"], check=False)

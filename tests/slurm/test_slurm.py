@@ -1,0 +1,174 @@
+"""Jobs that are requeued, told to leave, killed: the same weights and results in the end."""
+
+import contextlib
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+SLURM = "hydra/launcher=slurm"
+# What is done to a job in the midst of its training; each has a store of its own.
+DISTURBANCES = {
+    "requeue": ["scontrol", "requeue"],
+    "usr2": ["scancel", "--signal=USR2"],
+    "term": ["scancel", "--signal=TERM"],
+    "kill": ["scancel", "--signal=KILL"],
+}
+TIMEOUT = 200  # seconds
+
+
+@dataclass
+class Sweeps:
+    """What is left when all is over.
+
+    Attributes:
+        root: one folder a sweep, its output in `<name>.log`.
+        first, second: exit statuses of the disturbed sweep, and of the same command once more.
+        ranks, shared: exit statuses of the others.
+    """
+
+    root: Path
+    first: int
+    second: int
+    ranks: int
+    shared: int
+
+    def text(self, name: str) -> str:
+        return (self.root / f"{name}.log").read_text()
+
+    def jobs(self, name: str) -> dict[int, str]:
+        """What each job of a sweep printed when it was first launched, by its number."""
+        logs = (self.root / "sweeps" / name / ".submitit").glob("*/*_0_log.out")
+        found = {tuple(map(int, log.parent.name.split("_"))): log.read_text() for log in logs}
+        first = min(found)[0]
+        return {number: text for (array, number), text in found.items() if array == first}
+
+
+@pytest.fixture(scope="module")
+def sweeps(launch: Callable, tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
+    """All sweeps at once; the cluster has four places."""
+    root = tmp_path_factory.mktemp("slurm")
+    stores = {name: root / name for name in DISTURBANCES}
+    disturbed = [
+        "hydra.mode=MULTIRUN",
+        SLURM,
+        f"hydra.sweep.dir={root}/sweeps/disturbed",
+        "hydra.sweep.subdir=${hydra.job.num}",
+        f"paths.output_dir={','.join(map(str, stores.values()))}",
+    ]
+    shared = launch(
+        root / "shared.log",
+        "hydra.mode=MULTIRUN",
+        SLURM,
+        "dataset=scenes_shape,scenes_colour",
+        "trainer.max_steps=600",
+        f"paths.output_dir={root}/shared",
+        f"hydra.sweep.dir={root}/sweeps/shared",
+    )
+    first = launch(root / "first.log", *disturbed)
+    array = submitted(first, root / "first.log")
+    ranks = launch(
+        root / "ranks.log",
+        "hydra.mode=MULTIRUN",
+        SLURM,
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "model=topk",
+        "model.auxk=0",
+        "features.batch_size=2",
+        "trainer.max_steps=20",
+        f"paths.output_dir={root}/ranks",
+        f"hydra.sweep.dir={root}/sweeps/ranks",
+    )
+    left = dict(enumerate(DISTURBANCES))
+    end = time.monotonic() + TIMEOUT
+    while left and time.monotonic() < end:
+        for number, name in list(left.items()):
+            if is_training(stores[name]):
+                subprocess.run([*DISTURBANCES[name], f"{array}_{number}"], check=True)
+                del left[number]
+        time.sleep(0.1)
+    whole = launch(root / "whole.log", f"paths.output_dir={root}/whole")
+    one = launch(
+        root / "one.log",
+        "model=topk",
+        "model.auxk=0",
+        "trainer.max_steps=20",
+        f"paths.output_dir={root}/one",
+    )
+    assert whole.wait(TIMEOUT) == one.wait(TIMEOUT) == 0, (root / "whole.log").read_text()
+    status = first.wait(TIMEOUT)
+    second = launch(root / "second.log", *disturbed)
+    return Sweeps(root, status, second.wait(TIMEOUT), ranks.wait(TIMEOUT), shared.wait(TIMEOUT))
+
+
+def submitted(parent: subprocess.Popen, log: Path) -> str:
+    """The number of the job array."""
+    while parent.poll() is None:
+        if match := re.search(r"submitted \d+ jobs, (\d+)_0", log.read_text()):
+            return match[1]
+        time.sleep(0.1)
+    pytest.fail(log.read_text())
+
+
+def is_training(store: Path) -> bool:
+    """Whether a first checkpoint is there."""
+    with contextlib.suppress(FileNotFoundError):  # its folder has just changed hands
+        return any(store.glob("sae/.*/*/scratch/last.ckpt"))
+    return False
+
+
+def content(store: Path) -> tuple[bytes, str]:
+    """The weights and the results of the one job of a store."""
+    (weights,) = store.glob("sae/[!.]*/sae.safetensors")
+    (results,) = store.glob("evaluation/[!.]*/results.csv")
+    return weights.read_bytes(), results.read_text()
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_the_disturbed_job_ends_as_the_undisturbed(sweeps, name):
+    assert content(sweeps.root / name) == content(sweeps.root / "whole")
+
+
+def test_who_is_told_to_leave_continues_from_that_very_step(sweeps):
+    said = sweeps.jobs("disturbed")
+    for number in (0, 1):
+        assert "continuing the training" in said[number]
+        # Regular checkpoints are those of every 20th step.
+        assert int(re.search(r"from step (\d+)", said[number])[1]) % 20 != 0
+    assert "continuing" not in said[2]
+
+
+def test_the_killed_job_alone_fails_and_is_made_by_the_same_command(sweeps):
+    assert sweeps.first == 1
+    said = sweeps.text("first")
+    assert "1 of 4 jobs failed" in said
+    assert said.count("ended without a result") == 2  # when it was seen, and in the table
+    assert f"paths.output_dir={sweeps.root}/kill" in said.replace("\n", "")
+    assert sweeps.second == 0, sweeps.text("second")
+
+
+def test_a_job_gives_its_place_back_while_another_trains_its_sae(sweeps):
+    assert sweeps.shared == 0, sweeps.text("shared")
+    said = sweeps.jobs("shared")
+    assert sum("this job queues behind it" in text for text in said.values()) == 1
+    assert sum(text.count("training batch_topk") for text in said.values()) == 1
+    assert len(list((sweeps.root / "shared").glob("evaluation/[!.]*"))) == 2
+
+
+def test_two_tasks_train_what_one_process_does(sweeps):
+    assert sweeps.ranks == 0, sweeps.text("ranks")
+    found, expected = (
+        load_file(next((sweeps.root / name).glob("sae/[!.]*/sae.safetensors")))
+        for name in ("ranks", "one")
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)

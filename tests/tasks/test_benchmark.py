@@ -1,0 +1,44 @@
+"""The benchmark as a user runs it, on toy data in the real layouts: one multirun, one report."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from run import ROOT
+from tests.data.eleven.toys import BUILDERS
+
+
+@pytest.mark.slow
+def test_one_multirun_and_one_report_over_data_in_the_real_layouts(tmp_path):
+    for name in ("imagenet", "dtd", "eurosat"):
+        BUILDERS[name](tmp_path / "data", "coop")
+    environment = {**os.environ, "CLIPSAE_DATA": str(tmp_path / "data")}
+
+    def run(*overrides: str) -> str:
+        command = [sys.executable, str(ROOT / "run.py"), *overrides]
+        options = [f"paths.output_dir={tmp_path / 'out'}", "logger=none", "model.latents=128"]
+        done = subprocess.run(
+            [*command, *options], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    said = run(
+        "sweeps=benchmark",
+        "clip=tiny",
+        "model=topk",
+        "dataset=dtd,eurosat",
+        "features.batch_size=4",
+        "trainer.max_steps=6",
+        "measurement.sample_tokens=200",
+    )
+    assert said.count("training topk-clipsae-tiny-imagenet") == 1
+    said = run("task=report", "clip=tiny", "model=topk")
+    assert "2 of 66 pairs of a model and a dataset have results" in " ".join(said.split())
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "Table 8" in page
+    assert "15.372" in page  # the published on_5 of TopK on DTD
+    missing = (tmp_path / "out" / "report" / "missing.md").read_text()
+    assert "dataset=ucf101" in missing

@@ -1,0 +1,93 @@
+"""`task=explore` as a user runs it, on an SAE with random weights where a trained one would be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from clipsae.clip import FrozenCLIP
+from clipsae.store import Store
+from clipsae.tasks import build
+from clipsae.tasks.stages import sae
+from run import ROOT
+
+SMALL = ["model=topk", "model.latents=96", "dataset.size=24", "task.pages=3"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A store with the SAE of `SMALL`."""
+    root = tmp_path_factory.mktemp("store")
+    torch.manual_seed(0)
+    width = FrozenCLIP.load("clipsae-tiny", "builtin").width
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["task=explore", *SMALL])
+        train_set = build.build_dataset(build.train_dataset_node(cfg), "train", 64)
+        new = build.build_sae(cfg, width)
+        sae.stage(cfg, Store(root), train_set).make(new.save)
+    return root
+
+
+def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "run.py"), "task=explore", f"paths.output_dir={folder}"]
+    return subprocess.run([*command, *SMALL, *overrides], capture_output=True, text=True)
+
+
+def read(file: Path):
+    """What a data script hands to the page."""
+    text = file.read_text().strip()
+    return json.loads(text[text.index(",") + 1 : -2])
+
+
+@pytest.mark.slow
+def test_a_page_with_words_of_the_world_and_again_without_pictures(trained, tmp_path):
+    done = run(trained)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (page,) = trained.glob("explore/*/index.html")
+    assert str(page) in done.stdout
+    folder = page.parent
+    meta = read(folder / "data" / "meta.js")
+    assert meta["latents"] == 96
+    assert {"red", "ring", "striped", "grass"} <= set(meta["words"])
+    assert [look["index"] for look in meta["looks"]] == [0, 8, 16]
+    assert (folder / "thumbs/0/8.jpg").is_file()
+    assert sorted(file.name for file in (folder / "images").iterdir()) == [
+        "0.jpg",
+        "16.jpg",
+        "8.jpg",
+    ]
+    chunk = read(folder / "data/latents/0.js")
+    assert len(chunk) == 64
+    live = next(latent for latent in chunk if latent)
+    assert len(live["near"]) == 8
+    assert {"helps", "hurts", "words", "maps"} <= set(live)
+    assert str(tmp_path.parent) not in (folder / "data" / "meta.js").read_text()
+
+    words = tmp_path / "words.txt"
+    words.write_text("red\nblue\n\nred\n")
+    again = run(trained, "task.thumbnails=false", "task.effect_images=0", f"task.words={words}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "collecting" not in again.stdout
+    assert not list(folder.glob("**/*.jpg"))
+    assert read(folder / "data" / "meta.js")["words"] == ["red", "blue"]
+    assert "helps" not in next(latent for latent in read(folder / "data/latents/0.js") if latent)
+    assert not list(trained.glob("explore/.*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.k=3"], "run `python run.py model=topk"),
+        (["task.effect_images=11"], "expected a whole number, 0 to 10"),
+        (["task.words=nowhere.txt"], "one word a line"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(trained, overrides, words):
+    done = run(trained, *overrides)
+    assert done.returncode != 0
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

@@ -1,0 +1,155 @@
+"""What the page is computed from, against loops and finite differences."""
+
+import json
+
+import pytest
+import torch
+
+from clipsae.clip import FrozenCLIP
+from clipsae.data.scenes import ScenesDataset
+from clipsae.sae import SAE
+from clipsae.visualization import collect_references
+from clipsae.visualization.page.dictionary import layout, nearest, word_scores
+from clipsae.visualization.page.looks import (
+    collect_looks,
+    first_order_effects,
+    logits_of,
+    logits_without,
+)
+from clipsae.visualization.page.write import ALPHABET, MAP_LEVELS, heat_text
+
+
+def test_nearest_are_those_with_the_largest_cosine():
+    torch.manual_seed(0)
+    rows = torch.randn(1100, 5)  # more than are compared at a time
+    alive = torch.rand(1100) < 0.7
+    found, cosines = nearest(rows, alive, 4)
+    for m in (0, 1, 500, 1050, 1099):
+        of = [
+            (-torch.cosine_similarity(rows[m], rows[k], dim=0).item(), k)
+            for k in range(1100)
+            if alive[k] and k != m
+        ]
+        expected = sorted(of)[:4]
+        assert found[m].tolist() == [k for _, k in expected]
+        assert cosines[m].tolist() == pytest.approx([-c for c, _ in expected], abs=1e-5)
+    assert nearest(rows, alive & False, 4)[0].shape == (1100, 0)
+
+
+def test_the_map_is_made_of_principal_components():
+    torch.manual_seed(0)
+    rows = torch.randn(60, 8) * torch.tensor([9.0, 5, 1, 1, 1, 1, 1, 1])
+    alive = torch.ones(60, dtype=torch.bool)
+    alive[7] = False
+    places = layout(rows, alive)
+    assert places[7].isnan().all()
+    unit = torch.nn.functional.normalize(rows[alive].double(), dim=-1)
+    u, s, _ = torch.linalg.svd(unit - unit.mean(dim=0), full_matrices=False)
+    expected = u[:, :2] * s[:2]
+    expected = expected / expected.abs().max()
+    assert torch.allclose(places[alive].double().abs(), expected.abs(), atol=1e-6)
+    assert torch.equal(places.nan_to_num(), layout(rows, alive).nan_to_num())
+
+
+@pytest.fixture(scope="module")
+def world():
+    torch.manual_seed(0)
+    clip = FrozenCLIP.load("clipsae-tiny", "builtin")
+    sae = SAE(clip.width, 40, "attention", "sparsemax", normalize_input=True, scale=0.1).eval()
+    dataset = ScenesDataset("colour", "test", 12)
+    classifier = torch.nn.functional.normalize(torch.randn(10, clip.embed_dim), dim=-1)
+    return clip, sae, dataset, classifier
+
+
+def test_words_are_compared_along_the_direct_path(world):
+    """Exactly the tail, where the stream is the row alone and the last block does nothing."""
+    clip = world[0]
+    rows, words = torch.randn(3, clip.width), torch.randn(4, clip.embed_dim)
+    unit = torch.nn.functional.normalize(words, dim=-1)
+    unit = unit - unit.mean(dim=0)
+    visual = clip.model.visual
+    for m in range(3):
+        direct = (visual.ln_post(rows[m]) - visual.ln_post.bias) @ visual.proj
+        for w in range(4):
+            expected = torch.cosine_similarity(direct, unit[w], dim=0)
+            found = word_scores(clip, rows, words)[m, w]
+            assert found.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_latent_is_taken_out_of_the_stream_alone(world):
+    clip, sae, dataset, classifier = world
+    stream = clip.prefix(clip.normalize(dataset[0][0][None]))[0]
+    codes = sae.encode(stream)
+    active = (codes > 0).any(dim=0).nonzero().squeeze(1)[:5]
+    found = logits_without(clip, sae, stream, codes, active, classifier)
+    scale = sae.input_scale(stream)
+    for i, m in enumerate(active.tolist()):
+        zeroed = codes.clone()
+        zeroed[:, m] = 0
+        changed = stream - (sae.decode(codes, scale) - sae.decode(zeroed, scale))
+        image = torch.nn.functional.normalize(clip.tail(changed[None]), dim=-1)
+        expected = clip.logit_scale * (image @ classifier.T)[0]
+        assert torch.allclose(found[i], expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_first_order_effects_are_the_slope_at_the_stream(world):
+    clip, sae, dataset, classifier = world
+    stream = clip.prefix(clip.normalize(dataset[1][0][None]))[0]
+    codes = sae.encode(stream)
+    predicted = logits_of(clip, stream[None], classifier)[0].argmax()
+    effect = first_order_effects(clip, sae, stream, codes, classifier, predicted)
+    step = 1e-3
+    for m in (codes > 0).any(dim=0).nonzero().squeeze(1)[:4].tolist():
+        share = codes[:, m, None] * sae.decoder_rows()[m] * sae.input_scale(stream)
+        two = torch.stack((stream + step * share, stream - step * share))
+        logits = logits_of(clip, two, classifier)
+        logits = logits - logits.mean(dim=-1, keepdim=True)
+        slope = (logits[0, predicted] - logits[1, predicted]) / (2 * step)
+        assert effect[m].item() == pytest.approx(slope.item(), abs=0.02, rel=0.05)
+
+
+def test_looks_and_effects_of_the_images_that_are_shown(world):
+    clip, sae, dataset, classifier = world
+    names = {"name": "colour", "split": "test"}
+    references = collect_references(clip, {"it": sae}, dataset, **names)["it"]
+    pictures = {}
+    options = {"pages": [0, 7], "effect_images": 2, "on_image": pictures.__setitem__}
+    looks = collect_looks(clip, sae, dataset, classifier, references, **options)
+    assert [look.index for look in looks.images] == [0, 7]
+    assert set(pictures) == set(references.index[references.index >= 0].tolist()) | {0, 7}
+    stream = clip.prefix(clip.normalize(dataset[7][0][None]))
+    codes = sae.encode(stream)[0]
+    look = looks.images[1]
+    assert len(look.tokens) == clip.tokens
+    for token, (latents, values) in enumerate(look.tokens):
+        assert values == sorted(values, reverse=True)
+        assert values == pytest.approx(codes[token, latents].tolist(), rel=1e-3)
+        assert len(latents) == min(24, int((codes[token] > 0).sum()))
+    means = codes.mean(dim=0)
+    assert look.latents == [m for m in means.argsort(descending=True).tolist() if means[m] > 0][:40]
+    assert sum(p for _, p in look.clip) <= 1 + 1e-6
+    losses = [abs(loss) for _, _, loss, _ in look.why]
+    assert losses == sorted(losses, reverse=True)
+
+    m = int(references.frequency.argmax())
+    changes = []
+    for index in references.index[m, :2].tolist():
+        one = clip.prefix(clip.normalize(dataset[index][0][None]))
+        own = logits_of(clip, one, classifier)[0]
+        args = (clip, sae, one[0], sae.encode(one)[0], torch.tensor([m]), classifier)
+        change = own - logits_without(*args)[0]
+        changes.append(change - change.mean())
+    assert torch.allclose(looks.effect[m], torch.stack(changes).mean(dim=0), atol=1e-3)
+
+
+def test_what_is_active_has_a_level_above_zero():
+    heat = torch.arange(256, dtype=torch.uint8)
+    levels = [ALPHABET.index(character) for character in heat_text(heat)]
+    assert levels[0] == 0
+    assert min(levels[1:]) == 1
+    assert levels == sorted(levels)
+    assert levels[-1] == MAP_LEVELS - 1
+    assert len(set(ALPHABET)) == MAP_LEVELS
+    assert json.loads(json.dumps(ALPHABET)) == ALPHABET

@@ -1,0 +1,308 @@
+"""The page in a browser: it loads from disk without errors, finds, sorts and lights up patches."""
+
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipsae.visualization.page import Words, write_page
+from clipsae.visualization.page.looks import Look
+from clipsae.visualization.page.serve import PageServer
+from clipsae.visualization.page.write import write_picture, write_thumbnail
+from clipsae.visualization.references import BINS, References, Shown
+
+webdriver = pytest.importorskip("selenium.webdriver")
+
+M, K, GRID, N = 3000, 4, (3, 4), 40
+CLASSES = [f"class {i}" for i in range(7)] + ['<b>bold & "quoted"</b>']
+CONCEPTS = ["colour=red", "colour=blue", "shape=ring"]
+PATCHES = GRID[0] * GRID[1]
+DEAD = 17
+
+
+def made_up() -> References:
+    generator = torch.Generator().manual_seed(0)
+    rand = lambda *size: torch.rand(*size, generator=generator)  # noqa: E731
+    values = rand(M, K).sort(descending=True).values
+    index = torch.randint(N, (M, K), generator=generator)
+    frequency, tokens = rand(M), rand(M) * 0.1 + 0.01
+    tokens[DEAD] = frequency[DEAD] = 0
+    index[DEAD] = -1
+    concept = torch.randint(1, 3, (M,), generator=generator)
+    concept[[100, 2000]] = 0  # the two that are red
+    certainty = rand(M)
+    certainty[[100, 2000]] = torch.tensor([0.2, 0.3])
+    return References(
+        values=values,
+        index=index,
+        label=torch.randint(7, (M, K), generator=generator),
+        maps=(rand(M, K, PATCHES) * 255).to(torch.uint8),
+        scale=values,
+        class_token=values,
+        frequency=frequency,
+        token_frequency=tokens,
+        strength=rand(M),
+        entropy=rand(M),
+        top_label=torch.randint(8, (M,), generator=generator),
+        histogram=torch.randint(9, (M, BINS), generator=generator),
+        shown=Shown("made up", "test", N, GRID, CLASSES, CONCEPTS, "attributes"),
+        monosemanticity=torch.where(tokens > 0, rand(M), torch.nan),
+        concept=concept,
+        concept_score=certainty,
+        concept_precision=certainty,
+        concept_recall=certainty,
+    )
+
+
+def look(index: int) -> Look:
+    """Latent 5 on patch 1 alone, latent 6 on the patches 0 and 11."""
+    tokens: list[tuple[list[int], list[float]]] = [([7], [1.0])]
+    tokens += [([], []) for _ in range(PATCHES)]
+    tokens[1 + 0] = ([6], [0.5])
+    tokens[1 + 1] = ([5], [2.0])
+    tokens[1 + 11] = ([6], [0.25])
+    prediction = [(3, 0.8), (2, 0.1)]
+    why = [(6, 0.06, 1.5, 2), (5, 0.15, -0.25, 3)]
+    return Look(index, 3, tokens, [5, 6], [0.15, 0.06], prediction, prediction, why)
+
+
+def write(folder: Path, references: References, thumbnails: bool) -> str:
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    nothing = torch.zeros(M, 0)
+    write_page(
+        folder,
+        title="topk on <things>",
+        about={"SAE": "made up"},
+        references=references,
+        neighbours=(torch.arange(M)[:, None].roll(1), torch.full((M, 1), 0.5)),
+        places=torch.rand(M, 2, generator=generator) * 2 - 1,
+        words=Words([], nothing.long(), nothing),
+        effect=torch.randn(M, len(CLASSES), generator=generator),
+        looks=[look(0), look(3)],
+        thumbnails=thumbnails,
+    )
+    if thumbnails:
+        for i in range(N):
+            write_thumbnail(folder, i, torch.full((3, 12, 12), 6 * i, dtype=torch.uint8))
+        for i in (0, 3):
+            write_picture(folder, i, torch.full((3, 12, 12), 99, dtype=torch.uint8))
+    return f"file://{folder}/index.html"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> str:
+    return write(tmp_path_factory.mktemp("page") / "with", made_up(), thumbnails=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("Chromium and its driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,860"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(driver, log_output=subprocess.DEVNULL)
+    found = webdriver.Chrome(options=options, service=service)
+    yield found
+    found.quit()
+
+
+def go(browser, url: str, wanted: str) -> None:
+    """Open a view and wait for an element of it."""
+    browser.get("about:blank")
+    browser.get(url)
+    wait(browser, f"return document.querySelector({wanted!r})")
+
+
+def wait(browser, script: str):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 20, poll_frequency=0.05).until(lambda b: b.execute_script(script))
+
+
+def listed(browser) -> list[int]:
+    """The latents in sight, from the top."""
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll('.item')].map(r => [parseFloat(r.style.top), "
+        "+r.querySelector('.id').textContent])"
+    )
+    return [m for _, m in sorted(rows)]
+
+
+def type_into_search(browser, text: str, count: str) -> None:
+    browser.execute_script(
+        "const s = document.querySelector('input[type=search]'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input'))",
+        text,
+    )
+    wait(browser, f"return document.querySelector('[role=status]').textContent === {count!r}")
+
+
+def test_every_view_loads_without_errors_and_asks_for_nothing_outside(browser, page):
+    browser.get_log("browser")
+    browser.get_log("performance")
+    for view, wanted in (
+        ("", ".item"),
+        ("latent/100", ".picture canvas"),
+        (f"latent/{DEAD}", "h1"),
+        ("images", ".picture img"),
+        ("image/3", "tr[data-latent]"),
+        ("map", ".legend span"),
+        ("about", "kbd"),
+        ("latent/99999", "p"),
+    ):
+        go(browser, f"{page}#/{view}", f"main {wanted}")
+    assert browser.get_log("browser") == []
+    asked = [entry["message"] for entry in browser.get_log("performance")]
+    asked = [message for message in asked if "Network.requestWillBeSent" in message]
+    assert asked
+    assert not [message for message in asked if '"url":"http' in message]
+
+
+def test_the_list_holds_few_rows_sorts_and_searches(browser, page):
+    of = made_up()
+    go(browser, f"{page}#/", ".item")
+    assert len(listed(browser)) < 60
+    expected = sorted(set(range(M)) - {DEAD}, key=lambda m: (-of.concept_score[m].item(), m))
+    assert listed(browser) == expected[: len(listed(browser))]
+
+    browser.execute_script("document.querySelector('[data-key=frequency]').click()")
+    expected = sorted(set(range(M)) - {DEAD}, key=lambda m: (-of.frequency[m].item(), m))
+    assert listed(browser) == expected[: len(listed(browser))]
+    browser.execute_script("document.querySelector('[data-key=frequency]').click()")
+    assert listed(browser)[0] == expected[-1]
+    scroll = "document.querySelector('.scroll').scrollTop = 48 * 1500"
+    browser.execute_script(
+        f"{scroll}; document.querySelector('.scroll').dispatchEvent(new Event('scroll'))"
+    )
+    assert expected[::-1][1500] in listed(browser)
+
+    # "red" is a concept, though no label holds the word; a number is a latent's own.
+    type_into_search(browser, "red", "2 of 3,000")
+    assert sorted(listed(browser)) == [100, 2000]
+    type_into_search(browser, "2999", "1 of 3,000")
+    assert listed(browser) == [2999]
+    named = (of.top_label == 7) & of.alive
+    type_into_search(browser, "<b>bold", f"{int(named.sum())} of 3,000")
+    assert '<b>bold & "quoted"</b>' in browser.find_element("css selector", ".item .label").text
+    type_into_search(browser, "nothing like it", "0 of 3,000")
+    type_into_search(browser, "", "2,999 of 3,000")
+
+
+def test_keys_lead_from_the_list_to_a_latent_and_on(browser, page):
+    go(browser, f"{page}#/latent/100", "h1")
+    browser.execute_script(
+        "dispatchEvent(new Event('x'));"
+        "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}))"
+    )
+    wait(browser, "return document.querySelector('.item')")
+    first = listed(browser)
+    body = browser.find_element("css selector", "body")
+    body.send_keys("j", "j", "\n")
+    wait(browser, f"return location.hash === '#/latent/{first[2]}'")
+    wait(browser, f"return document.querySelector('h1')?.textContent === 'Latent {first[2]}'")
+    browser.find_element("css selector", "body").send_keys("k")
+    wait(browser, f"return location.hash === '#/latent/{first[1]}'")
+    before = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    browser.find_element("css selector", "body").send_keys("t")
+    assert before != browser.execute_script(
+        "return getComputedStyle(document.body).backgroundColor"
+    )
+
+
+LIT = """
+const c = document.querySelector('.look canvas');
+const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+return [...Array(c.width * c.height).keys()].filter(p => d[4 * p + 3] > 0)
+"""
+
+
+def test_patches_show_their_latents_and_latents_their_patches(browser, page):
+    from selenium.webdriver import ActionChains
+
+    go(browser, f"{page}#/image/3", "tr[data-latent='5']")
+    assert not browser.find_elements("css selector", ".steer, button.off")  # no server, no switch
+    frame = browser.find_element("css selector", ".look .framed")
+    side = frame.size["width"]
+    assert browser.execute_script(LIT) == []
+    # The patch 1: first row, second of four columns.
+    at = (round(side * (1.5 / 4 - 0.5)), round(side * (0.5 / 3 - 0.5)))
+    ActionChains(browser).move_to_element_with_offset(frame, *at).perform()
+    rows = "return [...document.querySelectorAll('tr[data-latent]')].map(r => +r.dataset.latent)"
+    said = "return document.querySelector('.look [role=status]').textContent"
+    wait(browser, f"{said}.startsWith('Patch in row 1, column 2')")
+    assert browser.execute_script(rows) == [5]
+    assert browser.execute_script(LIT) == [1]
+    ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
+    wait(browser, rows.replace("return", "return 2 ===") + ".length")
+    assert browser.execute_script(rows) == [6, 5]  # by what they do to the prediction
+    row = browser.find_element("css selector", "tr[data-latent='6']")
+    assert "+1.50" in row.text
+    assert "class 2" in row.text  # what would be predicted without it
+    ActionChains(browser).move_to_element(row).perform()
+    assert browser.execute_script(LIT) == [0, 11]
+
+
+def test_it_fits_a_phone(browser, page):
+    metrics = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        for view, wanted in (
+            ("", ".item"),
+            ("latent/100", "canvas"),
+            ("image/0", "tr[data-latent]"),
+            ("map", ".legend span"),
+        ):
+            go(browser, f"{page}#/{view}", f"main {wanted}")
+            wide = browser.execute_script(
+                "return Math.max(document.documentElement.scrollWidth,"
+                "document.getElementById('main').scrollWidth)"
+            )
+            assert wide <= 360, view
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_pictures_can_be_left_out(browser, tmp_path):
+    url = write(tmp_path / "without", made_up(), thumbnails=False)
+    assert not list(tmp_path.glob("without/**/*.jpg"))
+    browser.get_log("browser")
+    for view, wanted in (("", ".item"), ("latent/100", "canvas"), ("image/0", "canvas")):
+        go(browser, f"{url}#/{view}", f"main {wanted}")
+        assert browser.execute_script("return document.images.length") == 0
+    assert browser.get_log("browser") == []
+
+
+def test_latents_are_switched_off_and_on_where_a_server_is_behind_the_page(browser, tmp_path):
+    write(tmp_path / "live", made_up(), thumbnails=True)
+    asked = []
+
+    def steer(image: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
+        asked.append((image, strengths))
+        return [(6, 0.7), (3, 0.2)]
+
+    with PageServer(tmp_path / "live", steer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.get_log("browser")
+        go(browser, f"{server.url}#/image/3", "tr[data-latent='6'] button.off")
+        browser.find_element("css selector", "tr[data-latent='6'] button.off").click()
+        then = "return document.querySelector('.steer [role=status]').textContent"
+        wait(browser, f"{then}.includes('class 6')")
+        assert asked == [(3, {6: 0.0})]
+        pressed = "return document.querySelector('tr[data-latent=\"6\"] button').ariaPressed"
+        assert browser.execute_script(pressed) == "true"
+        browser.find_element("css selector", ".steer input[type=number]").send_keys("100", "\n")
+        wait(browser, "return document.querySelectorAll('.steer .bars li input').length === 2")
+        wait(browser, f"{then}.includes('class 6')")
+        strongest = made_up().scale[100].max().item()
+        assert asked[-1][1] == {6: 0.0, 100: pytest.approx(strongest, rel=0.01)}
+        assert browser.get_log("browser") == []
+        server.shutdown()
