@@ -17,10 +17,7 @@ from clipsae.interop import Imported, read
 from clipsae.sae import SAE
 from clipsae.store import Store, write_json
 from clipsae.tasks import build
-from clipsae.tasks.experiment import table_cells, text_embeddings, tracked
-from clipsae.tasks.stages import evaluation, measurement
-from clipsae.tasks.table import print_results
-from clipsae.training.logging import log_results
+from clipsae.tasks.experiment import benchmark
 
 log = logging.getLogger(__name__)
 
@@ -46,46 +43,24 @@ def run(cfg: DictConfig) -> None:
             f"{clip.width}: choose the clip= and clip.layer= that it was trained on"
         )
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
-    evaluation.check(cfg, clip, test_set)
     log.info("an SAE of %s: %s", found.format, found.reads or "it does not say of which tokens")
     for sentence in found.lost:
         log.warning("%s", sentence)
-
     store = Store(cfg.paths.output_dir)
-    words = [cfg.model.name, clip.name, "imported", f"m{found.sae.latents}"]
-    key = {"imported": digest(found.sae), "clip": build.clip_key(cfg)}
-    about = {**build.cell(cfg), "dataset": cfg.train_dataset.name}
-    imported = store.stage("sae", words, key, about)
-    evaluated = evaluation.stage(cfg, store, imported, test_set)
-    measured = None
-    if cfg.measurement.metrics != []:
-        measured = measurement.stage(cfg, store, imported, test_set)
-        if not measured.finished:
-            measurement.check(cfg, test_set)
-    stages = [stage for stage in (imported, evaluated, measured) if stage is not None]
-    with tracked(cfg, evaluated) as logger:
-        imported.make(lambda folder: save(cfg, found, folder))
-        evaluated.make(
-            lambda folder: evaluation.make(
-                cfg,
-                clip,
-                imported.path,
-                text_embeddings(cfg, store, clip, test_set),
-                test_set,
-                folder,
-            )
-        )
-        rows = evaluation.read(evaluated.path)
-        evaluation.check_zero_shot(cfg, test_set, rows)
-        cells, metrics = table_cells(rows), {}
-        if measured is not None:
-            measured.make(
-                lambda folder: measurement.make(cfg, clip, imported.path, test_set, folder)
-            )
-            metrics = measurement.read(measured.path)
-            cells |= {f"measure/{name}": value for name, value in metrics.items()}
-        log_results(logger, rows.to_dict("records"), cells)
-    print_results(rows, metrics, [stage.path for stage in stages])
+    imported = store.stage(
+        "sae",
+        [cfg.model.name, clip.name, "imported", f"m{found.sae.latents}"],
+        {"imported": digest(found.sae), "clip": build.clip_key(cfg)},
+        {**build.cell(cfg), "dataset": cfg.train_dataset.name},
+    )
+    benchmark(
+        cfg,
+        store,
+        clip,
+        test_set,
+        imported,
+        lambda logger: imported.make(lambda folder: save(cfg, found, folder)),
+    )
 
 
 def as_if_composed(cfg: DictConfig, found: Imported) -> DictConfig:
