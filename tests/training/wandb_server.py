@@ -2,8 +2,7 @@
 
 wandb_server.py: serves, and prints where.
 wandb_server.py FOLDER CASE: logs to such a server, loses it (CASE "server") or W&B's own process
-("core"),
-logs on, finishes.
+("core"), logs on, finishes.
 """
 
 import json
@@ -99,7 +98,9 @@ def main(folder: str, case: str) -> None:
             os.kill(pid, signal.SIGKILL)
     for step in range(2, 300):
         logger.log_metrics({"train/loss": 1.0 / step}, step=step)
-    log_results(logger, [{"setting": "on", "n": 5, "accuracy": 50.0}], {"topn/on_5": 50.0})
+    log_results(
+        logger, [{"dataset": "a", "setting": "on", "n": 5, "accuracy": 50.0}], {"topn/on_5": 50.0}
+    )
     finish(logger, failed=False)
     print("done", flush=True)
     server.kill()

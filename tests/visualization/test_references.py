@@ -17,7 +17,7 @@ from clipsae.evaluation.metrics.truth import (
 )
 from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
-from clipsae.visualization.collect import Collector, precision_gain
+from clipsae.visualization.collector import Collector, precision_gain
 from clipsae.visualization.references import BIN_EDGES, BINS, Shown
 
 B, P, M, K = 23, 6, 15, 4

@@ -103,9 +103,11 @@ class Sparsemax(Activation):
         else:
             share = support.count(codes > 0) / support.tokens
         self.step += 1
-        self.frequency += (share - self.frequency) / self.step
+        # Not in place: a compiled backward pass compares with the old ones again.
+        self.frequency = self.frequency + (share - self.frequency) / self.step
 
 
+@torch.compiler.disable  # how many steps it takes depends on the scores
 @torch.no_grad()
 def sparsemax_threshold(scores: Tensor) -> Tensor:
     """tau of sparsemax: the one number for which the sum of max(s - tau, 0) is 1.

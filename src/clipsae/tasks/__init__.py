@@ -28,9 +28,12 @@ def run_task(cfg: DictConfig) -> None:
     from hydra.types import RunMode
     from hydra.utils import get_method
 
+    from clipsae.tasks import plugins
+
     quiet_lightning()
     single = HydraConfig.get().mode == RunMode.RUN
     try:
+        plugins.load(cfg)
         get_method(cfg.task._target_)(cfg)
     except KeyboardInterrupt:
         _say_interrupted()

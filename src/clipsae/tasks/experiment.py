@@ -23,7 +23,7 @@ from clipsae.tasks import build, slurm
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
 from clipsae.tasks.table import print_results
-from clipsae.training.logging import finish, log_results, log_sae
+from clipsae.training.logging import finish, log_failure, log_results, log_sae
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,42 @@ def run(cfg: DictConfig) -> None:
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
     sae.check(cfg, clip, train_set)
-    evaluation.check(cfg, clip, test_set)
     trained = sae.stage(cfg, store, train_set)
+
+    def train(logger: Callable[[], Logger | None]) -> None:
+        make_sae(
+            trained,
+            lambda folder: sae.make(
+                cfg,
+                clip,
+                train_set,
+                logger() if rank_zero_only.rank == 0 else None,
+                trained,
+                folder,
+            ),
+        )
+
+    benchmark(cfg, store, clip, test_set, trained, train)
+
+
+def benchmark(
+    cfg: DictConfig,
+    store: Store,
+    clip: FrozenCLIP,
+    test_set: ImageDataset,
+    trained: Stage,
+    make_it: Callable[[Callable[[], Logger | None]], None],
+) -> None:
+    """Make an SAE, evaluate and measure it, show the numbers.
+
+    Args:
+        trained: the SAE's place in the store.
+        make_it: makes it there, given what opens the job's logger.
+
+    Raises:
+        ConfigError: something in the config that cannot be; before the SAE is made.
+    """
+    evaluation.check(cfg, clip, test_set)
     evaluated = evaluation.stage(cfg, store, trained, test_set)
     measured = None
     if cfg.measurement.metrics != []:
@@ -58,17 +92,7 @@ def run(cfg: DictConfig) -> None:
         evaluation.make(cfg, clip, trained.path, classes, test_set, folder)
 
     with tracked(cfg, evaluated) as logger:
-        make_sae(
-            trained,
-            lambda folder: sae.make(
-                cfg,
-                clip,
-                train_set,
-                logger() if rank_zero_only.rank == 0 else None,
-                trained,
-                folder,
-            ),
-        )
+        make_it(logger)
         if rank_zero_only.rank > 0:  # the rest is the first rank's
             return
         evaluated.make(evaluate)
@@ -134,9 +158,9 @@ def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Callable[[], Logger | Non
     try:
         yield logger
         failed = False
-    except Exception:
+    except Exception as error:
         if rank_zero_only.rank == 0:
-            logger()  # a failure is to be seen there, however early
+            log_failure(logger(), error)  # to be seen there, however early it is
         raise
     except SystemExit:  # told to leave
         coming_back = True

@@ -24,7 +24,7 @@ from clipsae.store import Stage, Store
 from clipsae.tasks import build
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, pictures
-from clipsae.visualization.collect import TOP
+from clipsae.visualization.collector import TOP
 from clipsae.visualization.page import Words, write_page
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
 from clipsae.visualization.page.looks import collect_looks, likely

@@ -23,7 +23,7 @@ from clipsae.store import Store
 from clipsae.tasks import build
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import pictures
-from clipsae.visualization.collect import TOP
+from clipsae.visualization.collector import TOP
 from clipsae.visualization.figure import Panel, draw, save
 from clipsae.visualization.references import References
 from clipsae.visualization.view import FILTERS, look, passes_filter

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,10 +93,13 @@ def wandb_logger(
             console="off",
         ),
     }
+    if "WANDB_SWEEP_ID" in os.environ:  # its agent has given the run an id
+        del options["id"]
     mode = mode or ("online" if logged_in() else "offline")
     if mode == "online":
         try:
-            run = wandb.init(mode="online", resume="allow", **options)
+            resume = "allow" if "id" in options else None
+            run = wandb.init(mode="online", resume=resume, **options)
         except wandb.errors.Error as error:
             log.warning("W&B: OFFLINE, since the server did not take the run: %s", error)
             mode = "offline"
@@ -128,7 +132,8 @@ def no_logger(**_: Any) -> None:
 
 
 def log_results(logger: Logger | None, rows: list[dict[str, Any]], cells: dict[str, float]) -> None:
-    """The table of a finished evaluation: rows as a W&B Table, cells in the run's summary.
+    """The table of a finished evaluation: rows as a W&B Table, the accuracy of each setting over n
+    as curves `topn/<dataset>/<setting>` over `topn/n`, cells in the run's summary.
 
     Args:
         logger: what `wandb_logger`, `csv_logger` or `no_logger` made.
@@ -141,9 +146,23 @@ def log_results(logger: Logger | None, rows: list[dict[str, Any]], cells: dict[s
         columns = list(rows[0])
         logger.log_table("results", columns=columns, data=[[r[c] for c in columns] for r in rows])
         with _told():
+            for n in sorted({row["n"] for row in rows if row["n"] == row["n"]}):  # not NaN
+                at_n = {
+                    f"topn/{r['dataset']}/{r['setting']}": r["accuracy"]
+                    for r in rows
+                    if r["n"] == n
+                }
+                logger.experiment.log({"topn/n": n, **at_n})
             logger.experiment.summary.update(cells)
     else:
         logger.log_metrics(cells)
+
+
+def log_failure(logger: Logger | None, error: Exception) -> None:
+    """Why a job failed, in the run's summary."""
+    if isinstance(logger, WandbLogger):
+        with _told():
+            logger.experiment.summary["failure"] = f"{type(error).__name__}: {error}"
 
 
 def log_histogram(logger: Logger | None, name: str, values: Any, step: int) -> None:

@@ -1,10 +1,4 @@
-"""One streaming pass over a dataset that keeps each latent's reference images.
-
-Memory does not depend on the number of images: K patch maps a latent, 96 MB for M = 49,152, K = 10
-and 14 x 14 patches, and as much again where MonoSemanticity is measured.
-
-B images, T tokens of an image, P = T - 1 patches, M latents, K reference images, V concepts.
-"""
+"""One streaming pass over a dataset that keeps each latent's reference images, for several SAEs."""
 
 import time
 from bisect import bisect_right
@@ -18,7 +12,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.metrics import MonoSemanticity, image_encoder, pool_codes
+from clipsae.evaluation.metrics import image_encoder
 from clipsae.evaluation.metrics.truth import (
     IMAGE_ATTRIBUTES,
     PATCH_ATTRIBUTES,
@@ -28,230 +22,12 @@ from clipsae.evaluation.metrics.truth import (
     patch_concepts,
 )
 from clipsae.evaluation.passes import evenly_spaced, in_eval_mode
-from clipsae.evaluation.ranking import top_latents
-from clipsae.visualization.references import (
-    BIN_EDGES,
-    BINS,
-    References,
-    Shown,
-    label_statistics,
-)
+from clipsae.visualization.collector import TOP, Collector
+from clipsae.visualization.references import References, Shown
 
-TOP = 10
 STATE = "references.safetensors"  # of an unfinished pass
 _OF_IMAGES = ("position", "count")  # attributes that no single patch has
 _DENSE_BYTES = 256 * 2**20  # codes of a group of images
-_ROWS = 16384  # latents whose maps are moved at a time
-
-
-def quantise(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes on patches [n, P] -> uint8 [n, P] and the scale [n], the largest code.
-
-    0 is not active (or negative), else ceil(255 code / scale): what is active stays visible.
-    """
-    codes = codes.float().clamp(min=0)
-    scale = codes.amax(dim=1)
-    share = codes / torch.where(scale > 0, scale, 1)[:, None]
-    return (share * 255).ceil().clamp(max=255).to(torch.uint8), scale
-
-
-class Collector(nn.Module):
-    """What is kept of the images that have passed, for one SAE.
-
-    A module, so that its buffers are its state: saved and loaded, it goes on where it was.
-
-    Args:
-        latents: M.
-        patches: P.
-        top: K.
-        embed_dim: of the separate image encoder; 0: MonoSemanticity is not measured.
-        patch_concepts, image_concepts: how many concepts are known of patches and of images.
-    """
-
-    def __init__(
-        self,
-        latents: int,
-        patches: int,
-        *,
-        top: int = TOP,
-        embed_dim: int = 0,
-        patch_concepts: int = 0,
-        image_concepts: int = 0,
-    ) -> None:
-        super().__init__()
-        self.latents, self.patches, self.top = latents, patches, top
-        long = {"dtype": torch.long}
-        self.register_buffer("position", torch.zeros((), **long))  # in the list of images
-        self.register_buffer("images", torch.zeros((), **long))
-        self.register_buffer("values", torch.zeros(latents, top))
-        self.register_buffer("index", torch.full((latents, top), -1))
-        self.register_buffer("label", torch.full((latents, top), -1))
-        self.register_buffer("scale", torch.zeros(latents, top))
-        self.register_buffer("class_token", torch.zeros(latents, top))
-        self.register_buffer("maps", torch.zeros(latents, top, patches, dtype=torch.uint8))
-        self.register_buffer("active_images", torch.zeros(latents, **long))
-        self.register_buffer("active_tokens", torch.zeros(latents, **long))
-        self.register_buffer("strength", torch.zeros(latents, dtype=torch.float64))
-        self.register_buffer("histogram", torch.zeros(latents, BINS, **long))
-        for level, size in (("patch", patch_concepts), ("image", image_concepts)):
-            double = {"dtype": torch.float64}
-            self.register_buffer(f"{level}_truth", torch.zeros(size, **long))
-            self.register_buffer(f"{level}_hits", torch.zeros(latents, size, **long))
-            self.register_buffer(f"{level}_mass", torch.zeros(latents, size, **double))
-            self.register_buffer(f"{level}_total", torch.zeros(2, latents, **double))
-        self.monosemanticity = None
-        if embed_dim:
-            self.monosemanticity = MonoSemanticity(latents, embed_dim)
-            self.monosemanticity.persistent(True)
-
-    def update(
-        self,
-        codes: Tensor,
-        labels: Tensor,
-        indices: Tensor,
-        embeddings: Tensor | None = None,
-        patch_truth: Tensor | None = None,
-        image_truth: Tensor | None = None,
-    ) -> None:
-        """Add images, in ascending order of their indices over all calls.
-
-        Args:
-            codes: [B, T, M], dense, the class token first.
-            labels, indices: LongTensor [B].
-            embeddings: [B, e] of the separate image encoder.
-            patch_truth: bool [B, P, V].
-            image_truth: bool [B, V'].
-        """
-        means = pool_codes(codes)
-        active = means > 0
-        self.images += len(codes)
-        self.active_images += active.sum(dim=0)
-        self.strength += (means * active).double().sum(dim=0)
-        self._count_codes(codes)
-        if self.monosemanticity is not None:
-            self.monosemanticity.update(means, embeddings)
-        if patch_truth is not None:
-            self._count_hits("patch", codes[:, 1:].flatten(0, 1), patch_truth.flatten(0, 1))
-            self._count_hits("image", means, image_truth)
-        # Against an equal value the earlier image stays, which has the smaller index.
-        entering = (means.amax(dim=0) > self.values[:, -1]).nonzero().squeeze(1)
-        for rows in entering.split(_ROWS):
-            self._enter(rows, means, codes, labels, indices)
-
-    def _count_codes(self, codes: Tensor) -> None:
-        flat = codes.reshape(-1)
-        keys = flat.nonzero().squeeze(1)
-        values, latent = flat[keys], keys % self.latents
-        self.active_tokens += torch.bincount(latent, minlength=self.latents)
-        positive = values > 0
-        bins = torch.bucketize(values[positive].float(), BIN_EDGES.to(values.device), right=True)
-        cells = latent[positive] * BINS + bins
-        self.histogram.view(-1).index_add_(0, cells, torch.ones_like(cells))
-
-    def _count_hits(self, level: str, values: Tensor, truth: Tensor) -> None:
-        """Values [n, M] and truth [n, V]; float32 counts are exact below 2^24 rows."""
-        values, of = values.float().clamp(min=0), truth.float()
-        getattr(self, f"{level}_hits").add_(((values > 0).float().T @ of).long())
-        getattr(self, f"{level}_mass").add_(values.T @ of)
-        total = torch.stack((values.sum(dim=0), values.square().sum(dim=0)))
-        getattr(self, f"{level}_total").add_(total)
-        getattr(self, f"{level}_truth").add_(truth.sum(dim=0))
-
-    def _enter(
-        self, rows: Tensor, means: Tensor, codes: Tensor, labels: Tensor, indices: Tensor
-    ) -> None:
-        """Merge the new images into the top of the latents `rows`."""
-        top, n = self.top, len(rows)
-        values = torch.cat((self.values[rows], means[:, rows].T.clamp(min=0)), dim=1)
-        order = values.sort(dim=1, descending=True, stable=True).indices[:, :top]
-        fresh = order >= top
-        row, slot = fresh.nonzero(as_tuple=True)
-        image = order[fresh] - top
-        found = codes[image, :, rows[row]]  # [entries, T]
-        quantised, scale = quantise(found[:, 1:])
-        for name, new in (
-            ("index", indices[image]),
-            ("label", labels[image]),
-            ("scale", scale),
-            ("class_token", found[:, 0].float()),
-            ("maps", quantised),
-        ):
-            state = getattr(self, name)
-            at = order.clamp(max=top - 1)
-            if name == "maps":
-                at = at[:, :, None].expand(n, top, self.patches)
-            moved = state[rows].gather(1, at)
-            moved[row, slot] = new
-            state[rows] = moved
-        self.values[rows] = values.gather(1, order)
-
-    def references(self, shown: Shown) -> References:
-        """The result, on the CPU. `shown` says how many images there were."""
-        images = self.images.double()
-        tokens = images * (self.patches + 1)
-        entropy, top_label = label_statistics(self.values, self.label)
-        strength = self.strength / self.active_images.clamp(min=1)
-        found = {
-            **{name: getattr(self, name) for name in ("values", "index", "label", "maps")},
-            **{name: getattr(self, name) for name in ("scale", "class_token", "histogram")},
-            "frequency": (self.active_images / images).float(),
-            "token_frequency": (self.active_tokens / tokens).float(),
-            "strength": strength.float(),
-            "entropy": entropy,
-            "top_label": top_label,
-        }
-        if self.monosemanticity is not None:
-            found["monosemanticity"] = self.monosemanticity.compute()["scores"].float()
-        if len(self.patch_truth):
-            found |= self._best_concept()
-        return References(**{name: value.cpu() for name, value in found.items()}, shown=shown)
-
-    def _best_concept(self) -> dict[str, Tensor]:
-        levels = (("patch", self.images * self.patches), ("image", self.images))
-        precision, gain, recall = [], [], []
-        for level, rows in levels:
-            truth, mass = getattr(self, f"{level}_truth"), getattr(self, f"{level}_mass")
-            found = precision_gain(mass, *getattr(self, f"{level}_total"), truth / rows)
-            precision.append(found[0])
-            gain.append(found[1])
-            recall.append(getattr(self, f"{level}_hits") / truth.clamp(min=1))
-        score = torch.cat(gain, dim=1)
-        best = top_latents(score, 1)
-        score = score.gather(1, best).squeeze(1)
-        none = score <= 0
-        return {
-            "concept": best.squeeze(1).masked_fill(none, -1),
-            "concept_score": score.clamp(min=0).float(),
-            "concept_precision": torch.cat(precision, dim=1).gather(1, best).squeeze(1).float(),
-            "concept_recall": torch.cat(recall, dim=1).gather(1, best).squeeze(1).float(),
-        }
-
-
-def precision_gain(
-    mass: Tensor, total: Tensor, squared: Tensor, base: Tensor
-) -> tuple[Tensor, Tensor]:
-    """How much of a latent's activation lies where a concept is, and how much more than chance.
-
-    Unlike a correlation it does not punish a latent for being rarer than the concept, as those of
-    a large dictionary are. Few observations count for less: of the precision the lower end of
-    Wilson's interval (z = 2) is taken, with Kish's effective number of observations.
-
-    Args:
-        mass: [M, V], activation summed over the rows (patches, images) that show the concept.
-        total, squared: [M], activation and its square summed over all rows.
-        base: [V], share of the rows that show the concept.
-
-    Returns:
-        The precision mass / total, and (lower end - base) / (1 - base), at most 1; both float64
-        [M, V], 0 for latents that are never active, and concepts that are everywhere.
-    """
-    z2 = 4.0
-    p = mass / torch.where(total > 0, total, 1)[:, None]
-    n = (total.square() / torch.where(squared > 0, squared, 1)).clamp(min=1e-9)[:, None]
-    spread = (z2 * (p * (1 - p)).clamp(min=0) / n + z2**2 / (4 * n**2)).sqrt()
-    lower = (p + z2 / (2 * n) - spread) / (1 + z2 / n)
-    gain = torch.where(base < 1, (lower - base) / torch.where(base < 1, 1 - base, 1), 0)
-    return p, torch.where((total > 0)[:, None], gain, 0)
 
 
 @torch.no_grad()

@@ -129,6 +129,7 @@ def _head(
     figure: Figure, top: float, cell: float, image: Tensor, title: str, name: str, view: View
 ) -> None:
     side = min(_HEAD - _TITLE, 1.2)
+    title = textwrap.shorten(title, width=28, placeholder=" …")
     _text(figure, _MARGIN, top - 0.04, title, va="top", weight="bold")
     _picture(figure, _MARGIN, top - _TITLE, side, image)
     left = _MARGIN + side + 0.62

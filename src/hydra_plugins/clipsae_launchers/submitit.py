@@ -1,9 +1,10 @@
-"""`hydra/launcher=slurm` and `submitit_local`: jobs of their own, through submitit."""
+"""`hydra/launcher=slurm` and `many_cores`: jobs of their own, through submitit."""
 
 import logging
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,12 @@ LARGEST_ARRAY = 1000  # SLURM's MaxArraySize where it does not tell
 
 
 class _Awaited(BaseSubmititLauncher):
-    """Submits all jobs, waits for every one of them, however it ends."""
+    """Submits all jobs, waits for every one of them, however it ends.
+
+    Pickled with each job, and again in the job when it is preempted: by then Hydra has loaded this
+    module anew, so that the class is pickled, too. It must hold nothing that cannot be (a
+    `cached_property` has a lock).
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> JobReturn:
         done = super().__call__(*args, **kwargs)
@@ -41,34 +47,55 @@ class _Awaited(BaseSubmititLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-
         from clipsae.tasks.outcome import cells, conclude
 
-        jobs = []
+        names = cells(job_overrides)
+        waiting = list(range(len(names)))
+        jobs: dict[int, submitit.Job] = {}
+        outcomes: dict[int, Outcome] = {}
         with _no_allocation():
             executor = self._executor()
-            for start in range(0, len(job_overrides), self._at_once()):
-                some = job_overrides[start : start + self._at_once()]
-                first = initial_job_idx + start
-                numbers = range(first, first + len(some))
-                jobs += executor.map_array(
-                    self,
-                    [list(overrides) for overrides in some],
-                    ["hydra.sweep.dir"] * len(some),
-                    numbers,
-                    [f"job_id_for_{n}" for n in numbers],
-                    [Singleton.get_state()] * len(some),
-                )
-        log.info("submitted %d jobs, %s ...; logs in %s", len(jobs), jobs[0].job_id, self._logs())
+            largest = self._array()
+        log.info("logs in %s", str(self.params["submitit_folder"]).removesuffix("/%j"))
         try:
-            outcomes = self._wait(jobs, cells(job_overrides))
+            while len(outcomes) < len(names):
+                some = waiting[: min(largest, self._places - len(jobs) + len(outcomes))]
+                if some:
+                    del waiting[: len(some)]
+                    jobs |= self._submit(executor, some, job_overrides, initial_job_idx)
+                    continue
+                for i in sorted(jobs.keys() - outcomes.keys()):
+                    if jobs[i].done():
+                        outcomes[i] = _outcome(jobs[i], names[i])
+                        log.info("%d of %d: %s", len(outcomes), len(names), outcomes[i])
+                time.sleep(LOOK_EVERY)
         except KeyboardInterrupt:
             log.warning(
                 "stopped waiting; the jobs go on: %s ends them, task=status shows them", self._end
             )
             raise
-        conclude(outcomes)
-        return [job.results()[0] for job in jobs]
+        conclude([outcomes[i] for i in range(len(names))])
+        return [jobs[i].results()[0] for i in range(len(names))]
+
+    def _submit(
+        self,
+        executor: "submitit.Executor",
+        some: list[int],
+        job_overrides: Sequence[Sequence[str]],
+        first: int,
+    ) -> dict[int, "submitit.Job"]:
+        """Submit some of the jobs, as one array."""
+        with _no_allocation():
+            jobs = executor.map_array(
+                self,
+                [list(job_overrides[i]) for i in some],
+                ["hydra.sweep.dir"] * len(some),
+                [first + i for i in some],
+                [f"job_id_for_{first + i}" for i in some],
+                [Singleton.get_state()] * len(some),
+            )
+        log.info("submitted %d jobs, %s ...", len(jobs), jobs[0].job_id)
+        return dict(zip(some, jobs, strict=True))
 
     _end = "scancel"
 
@@ -91,23 +118,14 @@ class _Awaited(BaseSubmititLauncher):
         executor.update_parameters(**options)
         return executor
 
-    def _logs(self) -> str:
-        return str(self.params["submitit_folder"]).removesuffix("/%j")
+    def _array(self) -> int:
+        """Jobs in one array, at most."""
+        return 1
 
-    def _at_once(self) -> int:
-        """Jobs in one array."""
-        return LARGEST_ARRAY
-
-    def _wait(self, jobs: list["submitit.Job"], names: list[str]) -> list["Outcome"]:
-        """The outcome of each job, in their order; says when one is over."""
-        found: dict[int, Outcome] = {}
-        while len(found) < len(jobs):
-            for i in sorted(set(range(len(jobs))) - set(found)):
-                if jobs[i].done():
-                    found[i] = _outcome(jobs[i], names[i])
-                    log.info("%d of %d: %s", len(found), len(jobs), found[i])
-            time.sleep(LOOK_EVERY)
-        return [found[i] for i in range(len(jobs))]
+    @property
+    def _places(self) -> int:
+        """Jobs that are submitted and not over."""
+        return sys.maxsize
 
 
 class Slurm(_Awaited):
@@ -115,7 +133,7 @@ class Slurm(_Awaited):
 
     _EXECUTOR = "slurm"
 
-    def _at_once(self) -> int:
+    def _array(self) -> int:
         try:
             told = subprocess.run(
                 ["scontrol", "show", "config"], capture_output=True, text=True, timeout=30
@@ -127,10 +145,22 @@ class Slurm(_Awaited):
 
 
 class ManyCores(_Awaited):
-    """All jobs at once on this machine, each a process of its own."""
+    """Several jobs at a time on this machine, each a process of its own.
+
+    Args:
+        parallel: how many; None: one a core.
+    """
 
     _EXECUTOR = "local"
     _end = "kill"
+
+    def __init__(self, parallel: int | None = None, **params: Any) -> None:
+        super().__init__(**params)
+        self.parallel = parallel
+
+    @property
+    def _places(self) -> int:
+        return self.parallel or os.cpu_count() or 1
 
 
 @contextmanager
@@ -158,6 +188,7 @@ def _outcome(job: "submitit.Job", cell: str) -> "Outcome":
         return Outcome(cell)
     if isinstance(error, submitit.core.utils.FailedJobError):
         trace = str(error).split("-" * 22)[1]
-        return Outcome(cell, trace.strip().splitlines()[-1], str(job.paths.stdout))
+        why = trace.strip().splitlines()[-1].removeprefix("clipsae.errors.ConfigError: ")
+        return Outcome(cell, why, str(job.paths.stdout))
     # Killed, out of memory, cancelled, the node failed: only the cluster knows.
     return Outcome(cell, f"ended without a result, {job.state}", str(job.paths.stderr))

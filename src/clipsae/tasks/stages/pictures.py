@@ -15,7 +15,8 @@ from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
 from clipsae.tasks.stages import measurement, sae
-from clipsae.visualization.collect import TOP, collect_references
+from clipsae.visualization.collect import collect_references
+from clipsae.visualization.collector import TOP
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.store import Stage, Store, whole_checkpoint, write_json
 from clipsae.store.files import checkpoint_step
-from clipsae.tasks import build
+from clipsae.tasks import build, plugins
 from clipsae.tasks.stages import features
 from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint, StepProgress, TokenRate
 from clipsae.training.module import SAEModule
@@ -48,6 +48,8 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
             **features.training_key(cfg),
         },
     }
+    if plugged := plugins.digests(cfg):
+        key["plugins"] = plugged
     name = [cfg.model.name, cfg.clip.name, build.train_dataset_node(cfg).name]
     about = {**build.cell(cfg), "dataset": name[2]}
     return store.stage("sae", [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"], key, about)

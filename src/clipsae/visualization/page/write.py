@@ -220,8 +220,8 @@ def _look(look: Look) -> dict[str, Any]:
         "tokens": [[latents, _rounded(codes)] for latents, codes in look.tokens],
         "latents": look.latents,
         "means": _rounded(look.means),
-        "clip": [[c, round(p, 4)] for c, p in look.clip],
-        "sae": [[c, round(p, 4)] for c, p in look.sae],
+        "clip": [[c, round(p, 6)] for c, p in look.clip],
+        "sae": [[c, round(p, 6)] for c, p in look.sae],
         "why": [[m, *_rounded([mean]), round(lost, 3), c] for m, mean, lost, c in look.why],
     }
 

@@ -89,7 +89,7 @@
     const spacer = el("div", { style: "position:relative" });
     const scroll = el("div", { class: "scroll", tabindex: 0, role: "listbox", "aria-label": "Latents" },
       el("div", { class: "grid heads" }, ...buttons), spacer);
-    const element = el("div", { class: "list" }, tools, scroll);
+    const element = el("div", { class: `list${meta.concepts.length ? "" : " unknown"}` }, tools, scroll);
     let drawn = new Map();
 
     function sortBy(key, down) {

@@ -1,0 +1,192 @@
+"""The form that all libraries share: one encoder matrix, one decoder matrix, biases, a rule.
+
+    z = rule((x - b_dec) W_enc^T + b_enc)        x_hat = z W_dec + b_dec
+
+Every importer brings what it read into this form, and every exporter starts from it. What other
+libraries do otherwise is folded into the weights, exactly but for rounding (computed in float64).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipsae.sae import SAE
+
+RULES = ("relu", "jumprelu", "gated", "topk", "batch_topk")
+
+
+@dataclass
+class Plain:
+    """A linear SAE.
+
+    Attributes:
+        rule: the activation's name, one of `RULES`.
+        W_enc, W_dec: [M, d], a row per latent.
+        b_enc: [M]; unused by "gated".
+        b_dec: [d].
+        k: of "topk" and "batch_topk".
+        tau: the threshold of "batch_topk" at inference.
+        theta: [M], the thresholds of "jumprelu"; 0 or less is 0, as no negative code is let pass.
+        b_gate, b_mag, r_mag: [M], of "gated".
+        normalize: x / ||x|| is encoded, and x_hat is multiplied by ||x||.
+    """
+
+    rule: str
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    k: int | None = None
+    tau: float | None = None
+    theta: Tensor | None = None
+    b_gate: Tensor | None = None
+    b_mag: Tensor | None = None
+    r_mag: Tensor | None = None
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.detach().double())
+
+    # --- what other libraries do otherwise ---
+
+    def shift_input(self, by: float) -> "Plain":
+        """Move `by` times W_enc b_dec into the biases: +1 for a source that encodes x itself and
+        not x - b_dec, -1 for such a target."""
+        shift = by * (self.W_enc @ self.b_dec)
+        self.b_enc = self.b_enc + shift
+        if self.rule == "gated":
+            self.b_gate = self.b_gate + shift
+            self.b_mag = self.b_mag + self.r_mag.exp() * shift
+        return self
+
+    def scale_codes_by_rows(self) -> "Plain":
+        """Of a source that multiplies each code by its decoder row's norm, and divides before
+        decoding: rows of norm 1."""
+        norm = torch.linalg.vector_norm(self.W_dec, dim=1)
+        norm = torch.where(norm > 0, norm, 1)
+        self.W_enc, self.W_dec = self.W_enc * norm[:, None], self.W_dec / norm[:, None]
+        for name in ("b_enc", "theta", "b_gate", "b_mag"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name) * norm)
+        return self
+
+    def scale_input(self, factor: float) -> "Plain":
+        """Of a source that encodes `factor` times x and divides x_hat by it."""
+        self.W_enc, self.W_dec = self.W_enc * factor, self.W_dec / factor
+        self.b_dec = self.b_dec / factor
+        return self
+
+    # --- from and to our own ---
+
+    def to_sae(self) -> SAE:
+        """In eval mode, on the CPU, float32.
+
+        Raises:
+            ValueError: a k that cannot be.
+        """
+        latents, d = self.W_enc.shape
+        options: dict[str, Any] = {"d": d, "latents": latents, "activation": self.rule}
+        options |= {"normalize_input": self.normalize, "unit_decoder": False, "bias_init": "zero"}
+        tensors = {f"architecture.{name}": getattr(self, name) for name in ("W_enc", "W_dec")}
+        tensors["architecture.b_dec"] = self.b_dec
+        if self.rule != "gated":
+            tensors["architecture.b_enc"] = self.b_enc
+        if self.rule in ("topk", "batch_topk"):
+            options["k"] = self.k
+        if self.rule == "batch_topk":
+            tensors["activation.inference_threshold"] = torch.tensor(max(self.tau, 0.0))
+        if self.rule == "jumprelu":
+            # Their threshold, ours its logarithm: 1e-37 is as good as 0.
+            tensors["activation.log_theta"] = self.theta.clamp(min=1e-37).log()
+        if self.rule == "gated":
+            for name in ("b_gate", "b_mag", "r_mag"):
+                tensors[f"activation.{name}"] = getattr(self, name)
+        return assemble(options, tensors)
+
+    @classmethod
+    def of(cls, sae: SAE, target: str) -> "Plain":
+        """Of an SAE whose scores are linear in x and whose rule other libraries have.
+
+        The attention architecture is linear, too: W_enc = C W_K W_Q^T / scale, W_dec = C W_V.
+
+        Args:
+            target: the library, for messages.
+
+        Raises:
+            ValueError: sparsemax, or an architecture or activation of somebody's own.
+        """
+        rule, architecture = sae.config["activation"], sae.config["architecture"]
+        if rule not in RULES:
+            raise ValueError(
+                f"activation={rule} cannot be written for {target}, which has no threshold that "
+                f"depends on all of a token's scores: expected one of {', '.join(RULES)}"
+            )
+        state = {name: t.detach().cpu() for name, t in sae.state_dict().items()}
+        part = {n.removeprefix("architecture."): t.double() for n, t in state.items()}
+        if architecture == "linear":
+            W_enc, W_dec, b_dec = part["W_enc"], part["W_dec"], part["b_dec"]
+        elif architecture == "attention":
+            query = part["W_K"] if "W_Q" not in part else part["W_K"] @ part["W_Q"].T
+            W_enc = part["C"] @ query / sae.architecture.scale
+            W_dec, b_dec = part["C"] @ part["W_V"], torch.zeros(sae.d)
+        else:
+            raise ValueError(
+                f"architecture={architecture} cannot be written for {target}: expected linear or "
+                "attention"
+            )
+        of_rule = {n.removeprefix("activation."): t for n, t in state.items()}
+        log_theta, tau = of_rule.get("log_theta"), of_rule.get("inference_threshold")
+        return cls(
+            rule,
+            W_enc,
+            W_dec,
+            part.get("b_enc", torch.zeros(sae.latents)),
+            b_dec,
+            k=sae.config.get("k"),
+            tau=None if tau is None else tau.item(),
+            # As it is computed when it encodes: in the parameter's own precision.
+            theta=None if log_theta is None else log_theta.exp(),
+            **{name: of_rule.get(name) for name in ("b_gate", "b_mag", "r_mag")},
+            normalize=sae.normalize_input,
+        )
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an importer made of a foreign SAE.
+
+    Attributes:
+        sae: in eval mode, on the CPU.
+        format: whose it was: "SAELens", ...
+        reads: what it says of the tokens it was trained on (model, layer, ...), as it says it.
+        lost: what could not be carried over, a sentence each.
+    """
+
+    sae: SAE
+    format: str
+    reads: dict[str, Any] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+
+
+def assemble(options: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
+    """An SAE of these options and tensors, float32; counters start at 0.
+
+    Raises:
+        ValueError: options that cannot be, or tensors that do not fit them.
+    """
+    with torch.device("meta"):
+        sae = SAE(**options)
+    missing = {name for name, _ in sae.named_parameters()} - set(tensors)
+    state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in sae.state_dict().items()}
+    for name, tensor in tensors.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise ValueError(f"{name} of shape {list(tensor.shape)} does not fit the SAE")
+        state[name] = tensor.to(state[name].dtype).contiguous()
+    if missing:
+        raise ValueError(f"{min(missing)} is missing")
+    sae.load_state_dict(state, assign=True)
+    return sae.eval()

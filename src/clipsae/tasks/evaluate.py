@@ -1,0 +1,102 @@
+"""`task=evaluate`: the benchmark on an SAE that was not trained here.
+
+It is imported into the store once, under a key made of its weights, its config and the CLIP; what
+follows are the same evaluation and measurement as of an SAE that was.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from clipsae.errors import ConfigError
+from clipsae.interop import Imported, read
+from clipsae.sae import SAE
+from clipsae.store import Store, write_json
+from clipsae.tasks import build
+from clipsae.tasks.experiment import benchmark
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> None:
+    """Import, evaluate, measure, show. What is finished is used.
+
+    Raises:
+        ConfigError: no SAE there, one that cannot be read or that does not fit the CLIP, or
+            anything else in the config that cannot be; before anything slow has begun.
+    """
+    if not cfg.task.sae:
+        raise ConfigError(
+            "task.sae is empty: give a folder, a .pt file or a Hugging Face id, such as "
+            "task.sae=owner/name"
+        )
+    found = build.user_error(read, str(cfg.task.sae))
+    cfg = as_if_composed(cfg, found)
+    clip = build.build_clip(cfg)
+    if found.sae.d != clip.width:
+        raise ConfigError(
+            f"{cfg.task.sae} is for tokens of width {found.sae.d}, and those of {clip.name} have "
+            f"{clip.width}: choose the clip= and clip.layer= that it was trained on"
+        )
+    test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
+    log.info("an SAE of %s: %s", found.format, found.reads or "it does not say of which tokens")
+    for sentence in found.lost:
+        log.warning("%s", sentence)
+    store = Store(cfg.paths.output_dir)
+    imported = store.stage(
+        "sae",
+        [cfg.model.name, clip.name, "imported", f"m{found.sae.latents}"],
+        {"imported": digest(found.sae), "clip": build.clip_key(cfg)},
+        {**build.cell(cfg), "dataset": cfg.train_dataset.name},
+    )
+    benchmark(
+        cfg,
+        store,
+        clip,
+        test_set,
+        imported,
+        lambda logger: imported.make(lambda folder: save(cfg, found, folder)),
+    )
+
+
+def as_if_composed(cfg: DictConfig, found: Imported) -> DictConfig:
+    """The config with the imported SAE as its model, and without where it lay on this machine."""
+    options = build.plain(cfg)
+    source = str(options["task"]["sae"])
+    last = re.split(r"[/\\]", source.rstrip("/\\"))[-1]
+    if Path(source).exists():
+        options["task"]["sae"] = Path(source).resolve().name
+        last = re.sub(r"\.(pt|pth|ckpt)$", "", options["task"]["sae"])
+    options["model"] = {
+        "name": options["task"]["name"] or last,
+        "latents": found.sae.latents,
+        "k": found.sae.config.get("k"),
+        "count_threshold": options["task"]["count_threshold"],
+        "imported": {"from": found.format, "reads": found.reads, "config": found.sae.config},
+    }
+    options["train_dataset"] = {"name": "elsewhere"}
+    options["seed"] = 0  # of a training that was not ours
+    return OmegaConf.create(options, flags={"struct": True})
+
+
+def save(cfg: DictConfig, found: Imported, folder: Path) -> None:
+    """Write an imported SAE as a trained one lies in the store."""
+    found.sae.save(folder)
+    write_json(
+        folder / "training.json",
+        {"imported": found.format, "reads": found.reads, "lost": list(found.lost)},
+    )
+    build.save_config(cfg, folder)
+
+
+def digest(sae: SAE) -> str:
+    """SHA-256 of an SAE's config and weights, whatever file they came from."""
+    hashed = hashlib.sha256(json.dumps(sae.config, sort_keys=True).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        hashed.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).numpy())
+    return hashed.hexdigest()

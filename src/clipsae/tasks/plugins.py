@@ -1,0 +1,66 @@
+"""Files of one's own: `plugins` names modules that are imported before a task runs.
+
+A plugin registers what it defines, such as an activation of an SAE; a YAML of its own, in any
+folder that Hydra is told of (`--config-dir`), chooses it:
+
+    # mine/softplus.py                          # mine/model/softplus.yaml
+    @ACTIVATIONS.register("softplus")           # @package _global_
+    class Softplus(Activation): ...             plugins: [softplus.py]
+                                                model: {name: softplus, activation: softplus, ...}
+
+    python run.py --config-dir mine model=softplus
+"""
+
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from clipsae.errors import ConfigError
+
+
+def load(cfg: DictConfig) -> None:
+    """Import the plugins, each once in a process.
+
+    Raises:
+        ConfigError: one that is not there.
+    """
+    for path in _files(cfg):
+        name = f"clipsae_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
+        if name in sys.modules:
+            continue
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+
+
+def digests(cfg: DictConfig) -> list[str]:
+    """SHA-256 of each plugin's file: what it defines decides what is trained."""
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(cfg)]
+
+
+def _files(cfg: DictConfig) -> list[Path]:
+    """Their files: relative to a folder of configs, or to the current one."""
+    if not cfg.plugins:
+        return []
+    from hydra.core.hydra_config import HydraConfig
+
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [Path(s.path) for s in sources if s.schema == "file"] + [Path.cwd()]
+    found = []
+    for name in cfg.plugins:
+        there = [folder / name for folder in folders if (folder / name).is_file()]
+        if not there:
+            raise ConfigError(
+                f"plugins: {name} is in none of {', '.join(map(str, folders))}: give a Python file "
+                "in one of them, or its whole path"
+            )
+        found.append(there[0].resolve())
+    return found

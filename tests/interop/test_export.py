@@ -1,0 +1,104 @@
+"""What is exported computes the same: in the other library itself where it is installed, and read
+back by the importer (which test_import.py compares with the formulas) everywhere."""
+
+import pytest
+import torch
+
+from clipsae.interop import read, saelens, visaebench
+
+FILES = {"relu", "topk", "batch_topk", "jumprelu"}  # what visaebench's files can hold
+
+
+def close(codes, reconstruction, sae, x):
+    """Codes and reconstructions within rounding; the same latents act."""
+    found = sae(x)
+    assert 0.02 < (found.codes != 0).float().mean() < 0.98
+    assert torch.equal(codes != 0, found.codes != 0)
+    torch.testing.assert_close(codes, found.codes, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(reconstruction, found.reconstruction, atol=1e-4, rtol=1e-4)
+
+
+def test_saelens_and_back(tmp_path, sae, x):
+    lost = saelens.write(sae, tmp_path, {"model_name": "ViT-B-16", "hook_name": "resblocks.10"})
+    assert all(sentence.endswith(".") for sentence in lost)
+    found = read(tmp_path)
+    close(found.sae(x).codes, found.sae(x).reconstruction, sae, x)
+    assert found.format == "SAELens"
+    assert found.reads["hook_name"] == "resblocks.10"
+
+
+def test_the_real_saelens_encodes_and_decodes_alike(tmp_path, sae, x):
+    sae_lens = pytest.importorskip("sae_lens", reason="extra peers: not installed")
+    saelens.write(sae, tmp_path, {"model_name": "ViT-B-16"})
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    with torch.no_grad():
+        codes = theirs.encode(x)
+        close(codes, theirs(x), sae, x)
+        # Image tokens as they come, [B, T, d].
+        tokens = x.view(4, 16, -1)
+        torch.testing.assert_close(theirs.encode(tokens), sae.encode(tokens), atol=1e-4, rtol=1e-4)
+    assert theirs.cfg.metadata.model_name == "ViT-B-16"
+    back = saelens.from_object(theirs)
+    close(back.sae(x).codes, back.sae(x).reconstruction, sae, x)
+
+
+@pytest.mark.parametrize("name", ["standard", "topk", "jumprelu", "gated"])
+def test_the_real_saelens_is_read_without_it(tmp_path, x, name):
+    sae_lens = pytest.importorskip("sae_lens", reason="extra peers: not installed")
+    torch.manual_seed(2)
+    cls, config = sae_lens.saes.sae.get_sae_class(name)
+    more = {"k": 4, "rescale_acts_by_decoder_norm": True} if name == "topk" else {}
+    theirs = cls(config(d_in=12, d_sae=40, apply_b_dec_to_input=name != "jumprelu", **more))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.5)
+        theirs.save_model(tmp_path)
+        ours = read(tmp_path).sae
+        close(theirs.encode(x), theirs(x), ours, x)
+
+
+@pytest.mark.parametrize("architecture", ["attention", "linear"])
+def test_sparsemax_is_refused_in_one_sentence(tmp_path, make, architecture):
+    sae = make(architecture=architecture, activation="sparsemax", normalize_input=True)
+    for write in (saelens.write, visaebench.write):
+        with pytest.raises(ValueError, match="activation=sparsemax cannot be written for") as said:
+            write(sae, tmp_path)
+        assert "\n" not in str(said.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_visaebench_files_and_back(tmp_path, sae, x):
+    if sae.normalize_input or sae.config["activation"] == "gated":
+        with pytest.raises(ValueError, match="VisaebenchSAE"):
+            visaebench.write(sae, tmp_path)
+        return
+    visaebench.write(sae, tmp_path)
+    found = read(tmp_path)
+    close(found.sae(x).codes, found.sae(x).reconstruction, sae, x)
+    assert found.format == "visaebench"
+
+
+def test_the_real_visaebench_loads_its_files(tmp_path, sae, x):
+    hub = pytest.importorskip("visaebench.hub", reason="visaebench is not installed")
+    if sae.normalize_input or sae.config["activation"] == "gated":
+        pytest.skip("not for its files")
+    visaebench.write(sae, tmp_path)
+    theirs = hub.load_sae(str(tmp_path), device="cpu")
+    close(theirs.encode(x), theirs.decode(theirs.encode(x)), sae, x)
+
+
+@pytest.mark.parametrize("name", ["fvu", "adapter"])
+def test_the_interface_of_visaebench(make, x, name):
+    """The norms of normalised input are in its codes, so that codes alone can be decoded."""
+    sae = make(architecture="attention", activation="sparsemax", normalize_input=True)
+    wrapped = visaebench.VisaebenchSAE(sae)
+    reconstruction = wrapped.decode(wrapped.encode(x))
+    torch.testing.assert_close(reconstruction, sae(x).reconstruction, atol=1e-4, rtol=1e-4)
+    assert torch.equal(wrapped.encode(x) != 0, sae.encode(x) != 0)
+    with pytest.raises(ValueError, match="decoder bias"):
+        visaebench.VisaebenchSAE(make(activation="relu", normalize_input=True))
+    if name == "fvu":
+        metrics = pytest.importorskip("visaebench.metrics", reason="visaebench is not installed")
+        found = metrics.METRIC_REGISTRY["fvu"]().compute(wrapped, x, device="cpu")
+        residual = x - sae(x).reconstruction
+        assert found.value == pytest.approx((residual.var() / x.var()).item(), rel=0.01)

@@ -1,0 +1,87 @@
+"""What ends a job before its time: Ctrl-C, NaN in the loss."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from run import ROOT
+
+SMALL = [
+    "model=relu",
+    "model.latents=128",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=5",
+    "trainer.val_check_interval=50",
+    "trainer.limit_val_batches=1",
+    "features.batch_size=4",
+    "dataset=scenes_shape",
+    "dataset.size=40",
+    "evaluation.settings=[no_sae,on]",
+    "measurement=none",
+    "logger=none",
+]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / "run.py"), f"paths.output_dir={folder}", *SMALL, *more]
+
+
+def weights(folder: Path) -> bytes:
+    (file,) = folder.glob("sae/[!.]*/sae.safetensors")
+    return file.read_bytes()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_cleanly_and_the_same_command_continues(tmp_path):
+    more = ["trainer.max_steps=200", "callbacks.checkpoint_every_n_steps=10"]
+    process = subprocess.Popen(
+        command(tmp_path / "cut", *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not list((tmp_path / "cut").glob("sae/.*/*/scratch/last.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted: the same command goes on" in said
+    assert "Traceback" not in said
+    again, whole = (
+        subprocess.run(
+            command(tmp_path / name, *more), capture_output=True, text=True, check=True
+        ).stdout
+        for name in ("cut", "whole")
+    )
+    assert "continuing the training" in again
+    assert "continuing the training" not in whole
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_nan_in_the_loss_ends_with_a_sentence(tmp_path):
+    # At such a rate the weights overflow after some steps.
+    done = subprocess.run(
+        command(
+            tmp_path,
+            "trainer.max_steps=400",
+            "model.learning_rate=1e17",
+            "model.warmup_steps=100",
+            "callbacks.checkpoint_every_n_steps=1",
+        ),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said, said
+    assert "the loss became NaN or infinite at step" in said
+    assert "at a learning rate of" in said
+    assert "the last good checkpoint is" in said
+    assert not list(tmp_path.glob("sae/[!.]*"))
