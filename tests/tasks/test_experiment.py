@@ -121,6 +121,15 @@ def test_heldout_counts_on_the_other_split(tmp_path):
     assert set(pd.read_csv(file).protocol) == {"heldout"}
 
 
+@pytest.mark.slow
+def test_clip_alone_can_be_evaluated(tmp_path):
+    done = small(tmp_path, "evaluation.settings=[no_sae]", "logger=none", "measurement=none")
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("evaluation/*/results.csv")
+    assert list(pd.read_csv(file).setting) == ["no_sae"]
+    assert "CLIP without an SAE" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

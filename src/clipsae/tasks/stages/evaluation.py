@@ -96,10 +96,11 @@ def make(
     write_json(
         folder / "diagnostics.json",
         {
-            "count_threshold": result.count_threshold[name],
-            "share_above_threshold": result.share_above_threshold[name],
-            "active": result.active[name],
-            "sparsity": result.sparsity[name],
+            # None where no setting looks at the SAE.
+            "count_threshold": result.count_threshold.get(name),
+            "share_above_threshold": result.share_above_threshold.get(name),
+            "active": result.active.get(name),
+            "sparsity": result.sparsity.get(name),
             "class_accuracy": {
                 f"{setting}_{n}" if n else setting: [
                     None if math.isnan(a) else a for a in accuracy.tolist()
