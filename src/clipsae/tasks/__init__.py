@@ -71,3 +71,5 @@ def quiet_lightning() -> None:
         ".*exists and is not empty.*",  # a job's folder holds Hydra's files, too
     ):
         warnings.filterwarnings("ignore", message=message, module="lightning.*")
+    # More workers than cores are meant for the cluster, and do no harm on a laptop.
+    warnings.filterwarnings("ignore", message=".*worker processes in total.*", module="torch.*")
