@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -89,7 +90,7 @@ class ImageList(Dataset):
         self.on_bad_image = on_bad_image
         self._transform = preprocessing(image_size)
 
-    @property
+    @cached_property  # every stage of a run asks for it, and ImageNet has 1.3 million files
     def fingerprint(self) -> str:
         """Hash of the relative paths and labels, the class names beside them, and the sizes in
         bytes of at most 1,000 of the files: another folder's files often have the same names."""

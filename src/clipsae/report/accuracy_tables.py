@@ -36,14 +36,7 @@ def dataset_table(selection: Selection, dataset: str) -> Table:
         ),
         heads=("model",),
         columns=plain_columns(selection, columns),
-        rows=tuple(
-            Row(
-                (row_title(selection, model),),
-                {c: _cell(selection, model, dataset, c) for c in columns},
-                model,
-            )
-            for model in selection.models
-        ),
+        rows=_rows(selection, dataset, columns),
     )
 
 
@@ -71,14 +64,7 @@ def other_settings_table(selection: Selection, dataset: str) -> Table:
             Column(c, column_title(c, selection.wanted.latents), best=_off_is_low(c))
             for c in columns
         ),
-        rows=tuple(
-            Row(
-                (row_title(selection, model),),
-                {c: _cell(selection, model, dataset, c) for c in columns},
-                model,
-            )
-            for model in selection.models
-        ),
+        rows=_rows(selection, dataset, columns),
     )
 
 
@@ -235,6 +221,18 @@ def _published_mean(datasets: Iterable[str]) -> str:
 
 def _off_is_low(column: str) -> str:
     return "min" if column.startswith("off_") else "max"
+
+
+def _rows(selection: Selection, dataset: str, columns: list[str]) -> tuple[Row, ...]:
+    """A row a model."""
+    return tuple(
+        Row(
+            (row_title(selection, model),),
+            {c: _cell(selection, model, dataset, c) for c in columns},
+            model,
+        )
+        for model in selection.models
+    )
 
 
 def _cell(selection: Selection, model: str, dataset: str, column: str) -> Cell:

@@ -98,10 +98,8 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
         alone = cells[cells.column == "no_sae"].accuracy
         if len(alone):
             axes.axhline(alone.mean(), color=INK, linewidth=1, linestyle=":", label="no SAE")
-        axes.set_xticks(range(len(columns)), [c.removeprefix("on_") for c in columns])
-        axes.set_xticklabels(
-            [column_title(c, selection.wanted.latents).removeprefix("on_") for c in columns]
-        )
+        titles = [column_title(c, selection.wanted.latents).removeprefix("on_") for c in columns]
+        axes.set_xticks(range(len(columns)), titles)
         axes.set_xlabel("latents of the class kept, n")
         axes.set_ylabel("macro accuracy, %")
         axes.set_ylim(bottom=0)

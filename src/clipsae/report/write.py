@@ -12,6 +12,7 @@ from clipsae.report.names import dataset_title, model_title
 from clipsae.report.page import page
 from clipsae.report.plots import STYLE
 from clipsae.report.report import Report
+from clipsae.store.files import write_text
 
 INDEX = "index.html"
 MANIFEST = "files.json"  # what the report consists of: the next one removes what it does not renew
@@ -42,14 +43,14 @@ def write_report(report: Report, folder: Path | str) -> Path:
         (folder / part).mkdir(parents=True, exist_ok=True)
     _remove_stale(folder, names)
     for name, text in texts.items():
-        _write(folder / name, text)
+        write_text(folder / name, text)
     for plot in report.plots:
         path = folder / "plots" / f"{plot.name}.pdf"
         aside = path.with_name(f".{path.name}.tmp")
         with matplotlib.rc_context(STYLE):
             plot.figure.savefig(aside, format="pdf", metadata={"CreationDate": None})
         aside.replace(path)
-    _write(folder / MANIFEST, json.dumps(sorted(names), indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps(sorted(names), indent=1) + "\n")
     return folder / INDEX
 
 
@@ -113,12 +114,6 @@ def _cells(report: Report) -> str:
         if (cell := row.cells.get(column.key)) is not None
     ]
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _remove_stale(folder: Path, names: list[str]) -> None:

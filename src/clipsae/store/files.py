@@ -18,9 +18,14 @@ NEARLY_NOTHING = 1 << 20  # bytes
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all: aside, flushed, renamed."""
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, UTF-8, whole or not at all: aside, flushed, renamed."""
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    aside.write_text(text, encoding="utf-8")
     fsync(aside)
     aside.replace(path)
 

@@ -1,6 +1,6 @@
 """From a config to objects: the one place where `_target_` is followed."""
 
-import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.sae import SAE
+from clipsae.store.files import sha256
 
 IMAGES_WITH_RANDOM_WEIGHTS = 64
 # Keys of conf/model that are the training's or the evaluation's, not the SAE's.
@@ -89,8 +90,14 @@ def clip_key(cfg: DictConfig) -> dict[str, Any]:
     key = plain(cfg.clip)
     weights = FrozenCLIP.weights_file(key["name"], key["pretrained"])
     if weights is not None:
-        key["pretrained"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        key["pretrained"] = _content(weights, weights.stat().st_mtime_ns)
     return key
+
+
+@cache
+def _content(file: Path, modified: int) -> str:
+    # Every stage of a run asks for it, and weights can be gigabytes.
+    return sha256(file)
 
 
 def dataset_key(node: DictConfig, dataset: ImageDataset) -> dict[str, Any]:

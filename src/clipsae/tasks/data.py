@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from clipsae.data.eleven import ELEVEN, PublishedDataset
 from clipsae.errors import ConfigError
+from clipsae.tasks.table import terminal
 
 SPLITS = ("train", "test")
 
@@ -53,7 +53,7 @@ def run(cfg: DictConfig) -> None:
             f"task.datasets has {unknown[0]!r}: expected names among {', '.join(ELEVEN)}"
         )
     folder = Path(cfg.paths.data_dir).expanduser()
-    console = Console(width=None if Console().is_terminal else 110)
+    console = terminal()
     surveys = []
     with quiet():
         for name in track(names, "reading the lists", console=console, transient=True):

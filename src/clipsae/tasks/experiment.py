@@ -13,7 +13,6 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
-from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
@@ -88,7 +87,7 @@ def benchmark(
             log.info("using the finished %s", stage.path)
 
     def evaluate(folder: Path) -> None:
-        classes = text_embeddings(cfg, store, clip, test_set)
+        classes = classifier.embeddings(cfg, store, clip, test_set)
         evaluation.make(cfg, clip, trained.path, classes, test_set, folder)
 
     with tracked(cfg, evaluated) as logger:
@@ -109,14 +108,6 @@ def benchmark(
         log_results(logger(), rows.to_dict("records"), cells)
         log_sae(logger(), trained.path, [cfg.model.name, f"seed-{cfg.seed}"])
     print_results(rows, metrics, [stage.path for stage in stages])
-
-
-def text_embeddings(
-    cfg: DictConfig, store: Store, clip: FrozenCLIP, dataset: ImageDataset
-) -> Tensor:
-    """The classes' text embeddings [C, e], from the store if they are there."""
-    stage = classifier.stage(cfg, store, dataset)
-    return classifier.read(stage.make(lambda folder: classifier.make(cfg, clip, dataset, folder)))
 
 
 def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:

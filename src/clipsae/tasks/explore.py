@@ -24,6 +24,7 @@ from clipsae.store import Stage, Store
 from clipsae.tasks import build
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, pictures
+from clipsae.tasks.table import terminal
 from clipsae.visualization.collector import TOP
 from clipsae.visualization.page import Words, write_page
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
@@ -63,7 +64,7 @@ def run(cfg: DictConfig) -> None:
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    console = Console(width=None if Console().is_terminal else 110)
+    console = terminal()
     console.print(f"page        {folder / 'index.html'}", soft_wrap=True, highlight=False)
     if cfg.task.serve:
         serve(cfg, store, clip, dataset, trained, folder, console)
@@ -107,7 +108,7 @@ def serve(
         ConfigError: the port is taken.
     """
     sae = SAE.load(trained.path).to(clip.device)
-    classes = class_embeddings(cfg, store, clip, dataset).to(clip.device)
+    classes = classifier.embeddings(cfg, store, clip, dataset).to(clip.device)
 
     def steer(index: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
         if not 0 <= index < len(dataset):
@@ -126,14 +127,6 @@ def serve(
             server.serve_forever()
 
 
-def class_embeddings(
-    cfg: DictConfig, store: Store, clip: FrozenCLIP, dataset: ImageDataset
-) -> Tensor:
-    """The classes' text embeddings [C, e], from the store if they are there."""
-    stage = classifier.stage(cfg, store, dataset)
-    return classifier.read(stage.make(lambda path: classifier.make(cfg, clip, dataset, path)))
-
-
 @torch.no_grad()
 def write(
     cfg: DictConfig,
@@ -148,7 +141,7 @@ def write(
     device = build.best_device()
     clip.to(device)
     sae = SAE.load(trained.path).to(device)
-    classes = class_embeddings(cfg, store, clip, dataset)
+    classes = classifier.embeddings(cfg, store, clip, dataset)
     rows = sae.decoder_rows().float()
     alive = references.alive.to(device)
     names, embeddings = words(cfg, clip, dataset, classes)

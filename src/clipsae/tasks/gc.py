@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clipsae.store import SCHEMA, find_damage
 from clipsae.store.lease import Watch, find_slot
 from clipsae.store.stage import DEAD_AFTER
 from clipsae.store.survey import Entry, size, survey
+from clipsae.tasks.table import terminal
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def run(cfg: DictConfig) -> None:
     """List, and with `task.delete` remove."""
     root = Path(cfg.paths.output_dir)
     found = list(waste(survey(root), unused=cfg.task.unused))
-    console = Console(width=None if Console().is_terminal else 140)
+    console = terminal(140)
     if not found:
         console.print(f"nothing to remove in {root}", soft_wrap=True)
         return
@@ -147,9 +148,7 @@ def table(found: list[Waste], root: Path) -> Table:
     shown.add_column("why", overflow="fold")
     shown.add_column("size", justify="right")
     for one in found:
-        shown.add_row(
-            one.entry.kind, one.entry.name, one.reason.replace("[", r"\["), megabytes(one.bytes)
-        )
+        shown.add_row(one.entry.kind, one.entry.name, escape(one.reason), megabytes(one.bytes))
     return shown
 
 

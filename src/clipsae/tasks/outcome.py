@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clipsae.errors import ConfigError
+from clipsae.tasks.table import terminal
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +67,7 @@ def conclude(outcomes: list[Outcome]) -> None:
     for heading in ("job", "why", "log"):
         table.add_column(heading, overflow="fold")
     for outcome in failed:
-        table.add_row(*(_plain(text) for text in (outcome.cell, outcome.why, outcome.log or "")))
-    Console(width=None if Console().is_terminal else 160).print(table)
+        table.add_row(*(escape(text) for text in (outcome.cell, outcome.why, outcome.log or "")))
+    terminal(160).print(table)
     print("The same command goes on with what failed or is missing; finished work is used again.")
     sys.exit(1)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

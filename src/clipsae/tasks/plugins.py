@@ -19,6 +19,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from clipsae.errors import ConfigError
+from clipsae.store.files import sha256
 
 
 def load(cfg: DictConfig) -> None:
@@ -43,7 +44,7 @@ def load(cfg: DictConfig) -> None:
 
 def digests(cfg: DictConfig) -> list[str]:
     """SHA-256 of each plugin's file: what it defines decides what is trained."""
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(cfg)]
+    return [sha256(path) for path in _files(cfg)]
 
 
 def _files(cfg: DictConfig) -> list[Path]:

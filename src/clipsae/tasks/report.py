@@ -7,7 +7,6 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 from rich import box
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from clipsae.errors import ConfigError
@@ -27,6 +26,7 @@ from clipsae.report import (
 )
 from clipsae.store import digest
 from clipsae.tasks import build
+from clipsae.tasks.table import terminal
 from clipsae.training.logging import finish
 
 # Overrides of the report's own command line that say nothing about how to fill a cell.
@@ -177,7 +177,7 @@ def log_report(cfg: DictConfig, report: Report) -> None:
 
 def print_report(report: Report, page: Path) -> None:
     """The first table, what is missing, and where the page lies."""
-    console = Console(width=None if Console().is_terminal else 110)
+    console = terminal()
     console.print(_rich(report.tables[0]))
     for sentence in report.findings:
         console.print(f"- {sentence}", markup=False, highlight=False)

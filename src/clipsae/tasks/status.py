@@ -13,11 +13,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clipsae.errors import ConfigError
 from clipsae.store.survey import Entry, survey
+from clipsae.tasks.table import terminal
 
 CELL = ("model", "dataset", "clip", "latents", "k", "seed")
 COLOURS = {
@@ -62,7 +63,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.task.json:
         print(json.dumps(as_json(cfg.paths.output_dir, entries, cells), indent=2))
         return
-    console = Console(width=None if Console().is_terminal else 140)
+    console = terminal(140)
     if not entries:
         console.print(f"nothing yet in {cfg.paths.output_dir}", soft_wrap=True)
     else:
@@ -205,7 +206,7 @@ def _told(state: str, entry: Entry | None) -> list[str]:
     shown = f"[{COLOURS[state]}]{state}[/]"
     if entry is None:
         return [shown, "", "", ""]
-    return [shown, entry.host or "", entry.when or "", detail(entry).replace("[", r"\[")]
+    return [shown, entry.host or "", entry.when or "", escape(detail(entry))]
 
 
 def as_json(root: str, entries: list[Entry], cells: list[Cell]) -> dict[str, Any]:

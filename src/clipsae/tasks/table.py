@@ -29,6 +29,11 @@ MEASURED = (
 )
 
 
+def terminal(width: int = 110) -> Console:
+    """As wide as the terminal; `width` characters where there is none."""
+    return Console(width=None if Console().is_terminal else width)
+
+
 def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: list[Path]) -> None:
     """Top-n accuracies as one table, n across, the measured numbers, and where the work lies.
 
@@ -38,7 +43,7 @@ def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: lis
         folders: the finished ones; each lies in a folder named by its kind.
     """
     first = rows.iloc[0]
-    console = Console(width=None if Console().is_terminal else 110)
+    console = terminal()
     ns = sorted({int(n) for n in rows.n.dropna()})
     table = Table(
         title=(

@@ -11,7 +11,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 from torch import Tensor
 
 from clipsae.data import ImageDataset
@@ -23,6 +22,7 @@ from clipsae.store import Store
 from clipsae.tasks import build
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import pictures
+from clipsae.tasks.table import terminal
 from clipsae.visualization.collector import TOP
 from clipsae.visualization.figure import Panel, draw, save
 from clipsae.visualization.references import References
@@ -88,7 +88,7 @@ def run(cfg: DictConfig) -> None:
         Path(cfg.paths.output_dir) / "figures" / folder_name([sae.path.name for sae in trained])
     )
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if Console().is_terminal else 110)
+    console = terminal()
     for image in wanted:
         panels = {
             name: Panel(

@@ -53,6 +53,7 @@ def make(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, folder: Path)
     save_file({"classifier": rows.cpu().contiguous()}, folder / "classifier.safetensors")
 
 
-def read(folder: Path) -> Tensor:
-    """The text embeddings [C, e] on the CPU."""
+def embeddings(cfg: DictConfig, store: Store, clip: FrozenCLIP, dataset: ImageDataset) -> Tensor:
+    """The classes' text embeddings [C, e] on the CPU, from the store, made first if missing."""
+    folder = stage(cfg, store, dataset).make(lambda place: make(cfg, clip, dataset, place))
     return load_file(folder / "classifier.safetensors")["classifier"]
