@@ -50,13 +50,18 @@ class ResumeCheckpoint(Checkpoint):
         self.every_n_seconds = every_n_seconds
         self.last_step = -1
         self.last_time = time.monotonic()
+        self.seen_step = -1
+        self.between_steps = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_step, self.last_time = trainer.global_step, time.monotonic()
+        self.seen_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         step = trainer.global_step
-        if step == self.last_step:  # in the middle of an accumulated batch
+        self.between_steps = step != self.seen_step  # or in the middle of an accumulated batch
+        self.seen_step = step
+        if not self.between_steps:
             return
         due = step % self.every_n_steps == 0
         if trainer.world_size == 1:  # ranks would not agree on the time
@@ -69,7 +74,12 @@ class ResumeCheckpoint(Checkpoint):
     ) -> None:
         # Lightning raises this one between steps, where the state is whole. Any other exception
         # may come from the middle of a step.
-        if isinstance(exception, SIGTERMException) and trainer.global_step != self.last_step:
+        if isinstance(exception, SIGTERMException):
+            self.save_between(trainer)
+
+    def save_between(self, trainer: Trainer) -> None:
+        """Write a checkpoint, unless the newest is as new, or gradients are being accumulated."""
+        if self.between_steps and trainer.global_step != self.last_step:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
