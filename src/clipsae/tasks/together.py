@@ -98,6 +98,30 @@ def source(
     return tokens
 
 
+def in_one_pass(
+    kind: str, cfg: DictConfig, of: Any, run: Callable[[dict[str, Any]], Any]
+) -> tuple[str, Any]:
+    """What a pass over the images of `cfg.dataset` finds, of all SAEs that are due for it.
+
+    Args:
+        kind: "evaluation" or "measurement", a group of the config whose options all have in common.
+        of: what is this cell's own.
+        run: makes the pass, given each cell's own by a name.
+
+    Returns:
+        The name of this cell in it, and what `run` returned.
+    """
+
+    def serve(cells: list[Any]) -> list[tuple[str, Any]]:
+        named = {str(i): cell for i, cell in enumerate(cells)}
+        found = run(named)
+        return [(name, found) for name in named]
+
+    nodes = cfg.clip, cfg.dataset, cfg.evaluation, cfg[kind]
+    key = json.dumps([*map(build.plain, nodes), build.limit_images(cfg)])
+    return meet(Need((EVALUATE, kind, key), of, serve))
+
+
 def make(stage: Stage, build: Callable[[Path], None], rank: int = 0) -> Path:
     """`stage.make`, but a cell does not stand in the way of its neighbours while another, or
     another process, makes it."""
@@ -134,7 +158,7 @@ class Turns:
             try:
                 while living := [cell for cell in cells if not cell.over]:
                     for cell in living:
-                        if cell.need is None and not self.asked:
+                        if cell.can_go and not self.asked:
                             cell.turn()
                     if self.asked:
                         self._answer(cells, pass_on)
@@ -155,11 +179,17 @@ class Turns:
         some = [cell for cell in waiting if cell.need.order == first.order]
         if first.order[0] != TRAIN:
             self._rest()
+        self._give(some)
+
+    def _give(self, some: list["_Cell"]) -> None:
         try:
-            given = first.serve([cell.need.of for cell in some])
+            given = some[0].need.serve([cell.need.of for cell in some])
         except Exception as error:
-            for cell in some:
-                cell.give(error=error)
+            if len(some) == 1:
+                some[0].give(error=error)
+            else:  # one may be at fault, or all together too large
+                for cell in some:
+                    self._give([cell])
         else:
             for cell, its in zip(some, given, strict=True):
                 cell.give(its)
@@ -211,11 +241,13 @@ class _Cell:
         self.turns = turns
         self.job = job
         self.go = threading.Semaphore(0)
-        self.need: Need | None = None  # None: it can go on
+        self.can_go = True
         self.over = False
         self.result: Any = None
         self.error: BaseException | None = None
-        self.wake: Callable[[], Any] | None = None
+        self.need: Need | None = None  # that it waits for
+        self.answer: Callable[[], Any] | None = None  # to that
+        self.errand: Callable[[], None] | None = None  # while it waits
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     # --- in the main thread ---
@@ -229,13 +261,13 @@ class _Cell:
 
     def give(self, its: Any = None, error: BaseException | None = None) -> None:
         """What it waited for, or why it cannot have it."""
-        self.need = None
-        self.wake = (lambda: its) if error is None else (lambda: _raise(error))
+        self.can_go = True
+        self.answer = (lambda: its) if error is None else (lambda: _raise(error))
 
     def save(self) -> None:
         """Let it write a checkpoint, if it is training; it goes on waiting."""
         if self.need is not None and self.need.save is not None:
-            self.wake = self.need.save
+            self.errand = self.need.save
             self.turn()
 
     def leave(self) -> None:
@@ -256,21 +288,23 @@ class _Cell:
         except BaseException as error:
             self.error = error
         finally:
-            self.over = True
+            self.over, self.need = True, None
             self.turns.back.release()
 
     def wait(self, need: Need) -> Any:
         """End this turn, until what is needed is there."""
         from lightning.pytorch.utilities.seed import isolate_rng
 
-        self.need = need
+        self.need, self.can_go = need, False
         while True:
             with _kept(), isolate_rng():
                 self.turns.back.release()
                 self.go.acquire()
-            answer = self.wake()
-            if self.need is None:
-                return answer
+            if self.errand is None:
+                self.need = None
+                return self.answer()
+            errand, self.errand = self.errand, None
+            errand()
 
 
 def _raise(error: BaseException) -> None:

@@ -126,7 +126,8 @@ def make(
     else:
         callbacks.append(CheckpointOnSignal(resume.save))
     if cfg.callbacks.progress_bar:
-        callbacks.append(StepProgress())
+        k = cfg.model.get("k")
+        callbacks.append(StepProgress(cfg.model.name + (f" k={k}" if k else "")))
     trainer = build.call_target(
         cfg.trainer,
         logger=logger if logger is not None else False,
