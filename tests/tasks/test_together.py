@@ -126,7 +126,7 @@ def test_every_variant_is_as_alone_also_when_interrupted_and_continued(
 @pytest.mark.parametrize(
     # An epoch has three batches; of two that are accumulated no checkpoint can hold the first.
     ("step", "behind"),
-    [(1, None), (2, None), (3, 1), (4, 2), (7, 4)],
+    [(1, None), (2, None), (3, 1), (4, 2), (5, None), (7, 4)],
 )
 def test_wherever_it_is_interrupted(tmp_path, make, signalled_at, step, behind, shuffle):
     more = [f"features.shuffle_tokens={shuffle}"]

@@ -119,14 +119,18 @@ def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:
         SystemExit: this job is queued again.
     """
     rank = rank_zero_only.rank
+
+    def give_way() -> None:
+        owner = owner_of(trained.slot)
+        if owner is not None and owner.job is not None and slurm.can_give_way():
+            slurm.give_way(owner.job, trained.path.name)
+
     if rank == 0 and slurm.can_give_way() and not together.is_shared():
         try:
             trained.make(build_it, on_busy="fail")
         except Busy:
-            owner = owner_of(trained.slot)
-            if owner is not None and owner.job is not None:
-                slurm.give_way(owner.job, trained.path.name)
-    together.make(trained, build_it, rank=rank)
+            give_way()
+    together.make(trained, build_it, rank, give_way)
 
 
 @contextmanager

@@ -122,14 +122,28 @@ def in_one_pass(
     return meet(Need((EVALUATE, kind, key), of, serve))
 
 
-def make(stage: Stage, build: Callable[[Path], None], rank: int = 0) -> Path:
+def make(
+    stage: Stage,
+    build: Callable[[Path], None],
+    rank: int = 0,
+    give_way: Callable[[], None] = lambda: None,
+) -> Path:
     """`stage.make`, but a cell does not stand in the way of its neighbours while another, or
-    another process, makes it."""
-    for later in (AGAIN, LAST) if is_shared() else ():
+    another process, makes it.
+
+    Args:
+        give_way: called when nothing is left to do but to wait for another process.
+    """
+
+    def nothing_else(cells: list[Any]) -> list[Any]:
+        give_way()
+        return cells
+
+    for later, serve in ((AGAIN, list), (LAST, nothing_else)) if is_shared() else ():
         try:
             return stage.make(build, on_busy="fail")
         except Busy:
-            meet(Need((later,), None, lambda cells: cells))
+            meet(Need((later,), None, serve))
     return stage.make(build, rank=rank)
 
 
@@ -164,6 +178,10 @@ class Turns:
                         self._answer(cells, pass_on)
                     else:
                         self._serve([cell for cell in living if not cell.over])
+            except SystemExit:
+                for cell in cells:
+                    cell.leave()
+                raise
             finally:
                 self._rest()
         for cell in cells:
@@ -208,8 +226,6 @@ class Turns:
             if signal.SIGUSR2 in asked:
                 pass_on(signal.SIGUSR2)
             return
-        for cell in cells:
-            cell.leave()
         if signal.SIGINT in asked:
             log.warning("interrupted: the same command goes on from the last checkpoints")
         raise SystemExit(128 + min(asked))

@@ -5,6 +5,7 @@ from functools import partial
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
 
 
 class Local(BasicLauncher):
@@ -28,12 +29,21 @@ class Local(BasicLauncher):
     def _take_turns(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from clipsae.tasks.together import Turns, by_stream
+        from clipsae.tasks.together import Turns
 
         launch = super().launch
-        load = self.hydra_context.config_loader.load_sweep_config
         returns: dict[int, JobReturn] = {}
-        for group in by_stream([load(self.config, list(some)) for some in job_overrides]):
+        for group in groups_of(self, job_overrides):
             jobs = [partial(launch, [job_overrides[i]], initial_job_idx + i) for i in group]
-            returns |= zip(group, (done for (done,) in Turns().run(jobs)), strict=True)
+            returns |= {i: of for i, (of,) in zip(group, Turns().run(jobs), strict=True)}
         return [returns[i] for i in range(len(job_overrides))]
+
+
+def groups_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list[list[int]]:
+    """The jobs by number: one by one, or with `together=true` those that share their tokens."""
+    if not launcher.config.together:
+        return [[i] for i in range(len(job_overrides))]
+    from clipsae.tasks.together import by_stream
+
+    load = launcher.hydra_context.config_loader.load_sweep_config
+    return by_stream([load(launcher.config, list(overrides)) for overrides in job_overrides])
