@@ -11,12 +11,13 @@ from hydra import compose, initialize_config_dir
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
 from clipsae.errors import ConfigError
+from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.store.files import checkpoint_step
 from clipsae.store.lease import begin
-from clipsae.tasks import together
-from clipsae.tasks.stages import sae
-from clipsae.tasks.together import AGAIN, EVALUATE, TRAIN, Need, Turns, meet
+from clipsae.tasks import build, together
+from clipsae.tasks.stages import evaluation, measurement, sae
+from clipsae.tasks.together import AGAIN, EVALUATE, TRAIN, Need, Turns, by_stream, meet
 from run import ROOT
 
 MODELS = [
@@ -205,6 +206,65 @@ def test_what_another_process_makes_is_left_out_until_the_end(tmp_path, make, mo
     Turns().run([theirs, mine])
     assert theirs.stage.finished
     assert begun.index(AGAIN) < begun.index(together.LAST)
+
+
+def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, make):
+    def groups(*cells: str) -> list[list[int]]:
+        return by_stream([make(tmp_path, *cell.split()).cfg for cell in cells])
+
+    assert groups(
+        "model=topk model.k=8",
+        "model=topk seed=1",
+        "model=relu trainer.max_steps=7 dataset=scenes_shape",  # another dataset to evaluate on
+        "clip.layer=-1",
+        "features.batch_size=2",
+        "features.shuffle_tokens=8",
+        "task=cache",
+        "seed=1 trainer.accumulate_grad_batches=2",
+    ) == [[0, 2], [1, 7], [3], [4], [5], [6]]
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "measurement"])
+def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(
+    tmp_path, make, clip, monkeypatch, kind
+):
+    images = ScenesDataset(kind="shape", split="test", size=24)
+    classifier = torch.randn(8, clip.embed_dim, generator=torch.Generator().manual_seed(0))
+    few = ["evaluation.ns=[1,5]", "measurement.metrics=[sparsity,cknna,monosemanticity]"]
+    cells = [
+        make(tmp_path, "dataset=scenes_shape", *few, *own)
+        for own in (
+            ["model=relu", "model.count_threshold=0.5"],
+            ["model=topk"],
+            ["model=sparsemax", "model.latents=32"],
+        )
+    ]
+    passes = []
+    stage, name = {
+        "evaluation": (evaluation, "evaluate_topn"),
+        "measurement": (measurement, "measure"),
+    }[kind]
+    run = getattr(stage, name)
+    monkeypatch.setattr(
+        stage, name, lambda c, saes, *a, **k: passes.append(len(saes)) or run(c, saes, *a, **k)
+    )
+
+    def job(i: int, folder: Path):
+        text = [classifier] if kind == "evaluation" else []
+        folder.mkdir()
+        cfg, trained = cells[i].cfg, tmp_path / f"sae{i}"
+        return lambda: stage.make(cfg, clip, trained, *text, images, folder)
+
+    for i, cell in enumerate(cells):
+        SAE(d=clip.width, **build.sae_options(cell.cfg)).save(tmp_path / f"sae{i}")
+        job(i, tmp_path / f"alone{i}")()
+    Turns().run([job(i, tmp_path / f"shared{i}") for i in range(3)])
+    assert passes == [1, 1, 1, 3]
+    for i in range(3):
+        found = {path.name: path.read_bytes() for path in (tmp_path / f"shared{i}").iterdir()}
+        assert len(found) >= 3
+        for path in (tmp_path / f"alone{i}").iterdir():
+            assert found[path.name] == path.read_bytes(), path
 
 
 # --- turns ---
