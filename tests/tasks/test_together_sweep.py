@@ -26,7 +26,7 @@ SMALL = [
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), f"paths.output_dir={folder}", *SMALL, *more]
+    return [sys.executable, str(ROOT / "run.py"), "-m", *SMALL, *more, f"paths.output_dir={folder}"]
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_results_are_those_of_each_alone_and_what_fails_harms_no_other(tmp_path)
     ]
     runs = {
         name: subprocess.Popen(
-            command(tmp_path / name, "-m", *cells, f"together={name == 'shared'}"),
+            command(tmp_path / name, *cells, f"together={name == 'shared'}"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -78,7 +78,7 @@ def test_results_are_those_of_each_alone_and_what_fails_harms_no_other(tmp_path)
 
 @pytest.mark.slow
 def test_ctrl_c_saves_all_and_the_same_command_continues(tmp_path):
-    sweep = ["-m", "model=relu,topk", "together=true", "trainer.max_steps=200"]
+    sweep = ["model=relu,topk", "together=true", "trainer.max_steps=200"]
     process = subprocess.Popen(
         command(tmp_path, *sweep, "callbacks.checkpoint_every_n_steps=10"),
         stdout=subprocess.PIPE,

@@ -11,6 +11,7 @@ import json
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 # What is made first where cells need different things.
 TRAIN, AGAIN, EVALUATE, LAST = range(4)
+LOOK_EVERY = 2.0  # seconds between two looks at what another process makes
 
 _this = threading.local()
 
@@ -134,17 +136,23 @@ def make(
     Args:
         give_way: called when nothing is left to do but to wait for another process.
     """
+    if not is_shared():
+        return stage.make(build, rank=rank)
 
     def nothing_else(cells: list[Any]) -> list[Any]:
         give_way()
+        time.sleep(LOOK_EVERY)
         return cells
 
-    for later, serve in ((AGAIN, list), (LAST, nothing_else)) if is_shared() else ():
+    later = Need((AGAIN,), None, list)
+    while True:
         try:
             return stage.make(build, on_busy="fail")
         except Busy:
-            meet(Need((later,), None, serve))
-    return stage.make(build, rank=rank)
+            if later.order == (AGAIN,):
+                log.info("%s is being made already: waiting for it", stage.path.name)
+            meet(later)
+            later = Need((LAST,), None, nothing_else)
 
 
 class Turns:
@@ -178,6 +186,10 @@ class Turns:
                         self._answer(cells, pass_on)
                     else:
                         self._serve([cell for cell in living if not cell.over])
+                if self.asked:
+                    self._answer(cells, pass_on)
+            except KeyboardInterrupt:  # at once
+                raise SystemExit(128 + signal.SIGINT) from None
             except SystemExit:
                 for cell in cells:
                     cell.leave()
@@ -237,6 +249,8 @@ class Turns:
 
         def note(number: int, frame: Any) -> None:
             self.asked.add(number)
+            if number == signal.SIGINT:
+                log.warning("Ctrl-C: saving between two steps; once more ends it at once")
             if number == signal.SIGINT or not listener:
                 signal.signal(number, before[number])
 
@@ -317,8 +331,8 @@ class _Cell:
                 self.turns.back.release()
                 self.go.acquire()
             if self.errand is None:
-                self.need = None
-                return self.answer()
+                answer, self.answer, self.need = self.answer, None, None
+                return answer()
             errand, self.errand = self.errand, None
             errand()
 
