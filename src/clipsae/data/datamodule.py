@@ -12,10 +12,7 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data.cache import CachedLoader, TokenCache
 from clipsae.data.dataset import ImageDataset
-from clipsae.data.loader import Block, ResumableLoader, image_batches
-
-# Several times uint8 images [B, 3, S, S], or from a cache tokens [n, T, d].
-Batch = tuple[list[Tensor] | None, Block | None]
+from clipsae.data.loader import Batch, ResumableLoader, Source, image_batches
 
 
 class FeatureDataModule(LightningDataModule):
@@ -37,6 +34,10 @@ class FeatureDataModule(LightningDataModule):
         val_dataset: images for validation, in one fixed order; None: no validation.
         cache: the tokens of `train_dataset`.
         block_images, buffer_images: how the cache is read, see `CachedLoader`.
+
+    Attributes:
+        source: where training tokens come from instead, such as the `tokens_at` of a module that
+            several trainings share; None: from the images or the cache.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FeatureDataModule(LightningDataModule):
         self.cache = cache
         self.block_images = block_images
         self.buffer_images = buffer_images
+        self.source: Source | None = None
         self._mixed: Tensor | None = None  # the tokens of the current block, already permuted
         self._train_loader: ResumableLoader | None = None
         self._loader()  # refuses sizes that cannot be
@@ -92,6 +94,7 @@ class FeatureDataModule(LightningDataModule):
             "rank": rank,
             "world_size": world_size,
             "pin_memory": torch.cuda.is_available(),
+            "source": self.source,
         }
         if self.cache is not None:
             return CachedLoader(
@@ -105,16 +108,29 @@ class FeatureDataModule(LightningDataModule):
             self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
         )
 
+    def tokens_at(self, epoch: int, position: int) -> Tensor:
+        """The tokens [B, T, d] that a training on one device gets at a place in the stream, on the
+        CLIP's device. Fast where the place follows the last one."""
+        if self._train_loader is None:
+            self._train_loader = self._loader()
+        batch = self._train_loader.read(epoch, position)
+        batch = self.transfer_batch_to_device(batch, self.clip.device, 0)
+        return self.on_after_batch_transfer(batch, 0)
+
     def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
+        self, batch: Batch | Tensor, device: torch.device, dataloader_idx: int
+    ) -> Batch | Tensor:
+        if isinstance(batch, Tensor):
+            return batch.to(device)
         images, block = batch
         if images is not None:
             images = [some.to(device, non_blocking=True) for some in images]
         return images, block
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Tensor:
+    def on_after_batch_transfer(self, batch: Batch | Tensor, dataloader_idx: int) -> Tensor:
         """Tokens [B, T, d], float32, without a gradient."""
+        if isinstance(batch, Tensor):
+            return batch
         images, block = batch
         if block is None or not self.shuffle_tokens:
             return self._tokens(images)

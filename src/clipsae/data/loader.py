@@ -3,7 +3,7 @@
 B images of a batch, S image side, N images of the dataset.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -29,6 +29,12 @@ class Block:
     parts: int
 
 
+# Several times uint8 images [B, 3, S, S], or from a cache tokens [n, T, d].
+Batch = tuple[list[Tensor] | None, Block | None]
+# Tokens [B, T, d] of the training batch at an epoch and a position in it.
+Source = Callable[[int, int], Tensor]
+
+
 class ResumableLoader:
     """Batches of training images, endlessly different by epoch, sharded over ranks.
 
@@ -47,6 +53,8 @@ class ResumableLoader:
         rank, world_size: this process among all: rank r reads blocks r, r + world_size, ...
         num_workers: processes that read images; 0: this one. No influence on the order.
         pin_memory: for faster copies to a GPU.
+        source: where the tokens of each batch come from instead; this loader then only knows
+            where the training stands.
 
     Raises:
         ValueError: a size that cannot be, or fewer images than one batch of all ranks.
@@ -63,6 +71,7 @@ class ResumableLoader:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        source: Source | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected 1 or more")
@@ -85,10 +94,11 @@ class ResumableLoader:
         self.rank, self.world_size = rank, world_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.source = source
         self.epoch = 0
         self.position = 0
         self._resumed = False  # within an epoch that is yet to be continued
-        self._stream: Iterator[tuple[list[Tensor] | None, Block]] | None = None
+        self._stream: Iterator[Batch] | None = None
         self._stream_at = (0, 0)  # epoch and position of what the stream brings next
         self._bad = BadImages(dataset, "replaced by the next in the training")
 
@@ -126,7 +136,7 @@ class ResumableLoader:
             "world_size": self.world_size,
         }
 
-    def __iter__(self) -> Iterator[tuple[list[Tensor] | None, Block]]:
+    def __iter__(self) -> Iterator[Batch | Tensor]:
         # Here and not after the last batch: Lightning stops asking when `len` are handed out. It
         # also makes iterators that it does not use: an epoch of which nothing was handed out has
         # not been.
@@ -159,18 +169,26 @@ class ResumableLoader:
             found.append((order[start : start + rest], whole + self.rank))
         return found
 
-    def _rest_of_epoch(self) -> Iterator[tuple[list[Tensor] | None, Block]]:
+    def _rest_of_epoch(self) -> Iterator[Batch | Tensor]:
         while self.position < len(self):
-            if self._stream is None or self._stream_at != (self.epoch, self.position):
-                self._stream = self._read_from(self.epoch, self.position)
-            batch = next(self._stream)
+            at = self.epoch, self.position
+            batch = self.read(*at) if self.source is None else self.source(*at)
             self.position += 1
             self._resumed = False
-            last = self.position == len(self)
-            self._stream_at = (self.epoch + 1, 0) if last else (self.epoch, self.position)
-            if last:  # before it is handed out: Lightning does not come back after it
+            if self.position == len(
+                self
+            ):  # before it is handed out: Lightning does not come back after it
                 self._bad.report()
             yield batch
+
+    def read(self, epoch: int, position: int) -> Batch:
+        """The batch at a place in the stream; where it follows the last, it has been read ahead."""
+        if self._stream is None or self._stream_at != (epoch, position):
+            self._stream = self._read_from(epoch, position)
+        batch = next(self._stream)
+        last = position + 1 == len(self)
+        self._stream_at = (epoch + 1, 0) if last else (epoch, position + 1)
+        return batch
 
     def _blocks_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, int, int]]:
         """Blocks without end: image indices, the seed of their mix, the part to begin with."""
@@ -181,7 +199,7 @@ class ResumableLoader:
                 part = 0
             first = 0
 
-    def _read_from(self, epoch: int, position: int) -> Iterator[tuple[list[Tensor] | None, Block]]:
+    def _read_from(self, epoch: int, position: int) -> Iterator[Batch]:
         """Batches without end."""
         wanted = (
             chunk.tolist()

@@ -1,8 +1,10 @@
 """From a config to objects: the one place where `_target_` is followed."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from hydra.utils import get_object
@@ -15,6 +17,7 @@ from clipsae.sae import SAE
 from clipsae.store.files import sha256
 
 IMAGES_WITH_RANDOM_WEIGHTS = 64
+_clips: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
 # Keys of conf/model that are the training's or the evaluation's, not the SAE's.
 TRAINING_KEYS = ("learning_rate", "betas", "warmup_steps", "decay", "initial_images", "compile")
 EVALUATION_KEYS = ("count_threshold",)
@@ -37,12 +40,17 @@ def call_target(node: DictConfig | dict[str, Any], **more: Any) -> Any:
 
 
 def build_clip(cfg: DictConfig) -> FrozenCLIP:
-    """The frozen CLIP of `cfg.clip`.
+    """The frozen CLIP of `cfg.clip`; the same one as long as anything in this process has it.
 
     Raises:
         ConfigError: a name, weights or layer that cannot be used.
     """
-    return user_error(FrozenCLIP.load, **plain(cfg.clip))
+    options = plain(cfg.clip)
+    key = json.dumps(options)
+    clip = _clips.get(key)
+    if clip is None:
+        clip = _clips[key] = user_error(FrozenCLIP.load, **options)
+    return clip
 
 
 def build_dataset(node: DictConfig, split: str, image_size: int) -> ImageDataset:

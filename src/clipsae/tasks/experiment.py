@@ -18,7 +18,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.store import Busy, Stage, Store
 from clipsae.store.lease import owner_of
-from clipsae.tasks import build, slurm
+from clipsae.tasks import build, slurm, together
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
 from clipsae.tasks.table import print_results
@@ -98,14 +98,15 @@ def benchmark(
             return
         rows, cells = pd.DataFrame(), {}
         if evaluated is not None:
-            evaluated.make(evaluate)
+            together.make(evaluated, evaluate)
             rows = evaluation.read(evaluated.path)
             evaluation.check_zero_shot(cfg, test_set, rows)
             cells = table_cells(rows)
         metrics: dict[str, float] = {}
         if measured is not None:
-            measured.make(
-                lambda folder: measurement.make(cfg, clip, trained.path, test_set, folder)
+            together.make(
+                measured,
+                lambda folder: measurement.make(cfg, clip, trained.path, test_set, folder),
             )
             metrics = measurement.read(measured.path)
             cells |= {f"measure/{name}": value for name, value in metrics.items()}
@@ -122,14 +123,18 @@ def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:
         SystemExit: this job is queued again.
     """
     rank = rank_zero_only.rank
-    if rank == 0 and slurm.can_give_way():
+
+    def give_way() -> None:
+        owner = owner_of(trained.slot)
+        if owner is not None and owner.job is not None and slurm.can_give_way():
+            slurm.give_way(owner.job, trained.path.name)
+
+    if rank == 0 and slurm.can_give_way() and not together.is_shared():
         try:
             trained.make(build_it, on_busy="fail")
         except Busy:
-            owner = owner_of(trained.slot)
-            if owner is not None and owner.job is not None:
-                slurm.give_way(owner.job, trained.path.name)
-    trained.make(build_it, rank=rank)
+            give_way()
+    together.make(trained, build_it, rank, give_way)
 
 
 @contextmanager

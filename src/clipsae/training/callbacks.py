@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule, Trainer
@@ -50,13 +50,18 @@ class ResumeCheckpoint(Checkpoint):
         self.every_n_seconds = every_n_seconds
         self.last_step = -1
         self.last_time = time.monotonic()
+        self.seen_step = -1
+        self.between_steps = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_step, self.last_time = trainer.global_step, time.monotonic()
+        self.seen_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         step = trainer.global_step
-        if step == self.last_step:  # in the middle of an accumulated batch
+        self.between_steps = step != self.seen_step  # or in the middle of an accumulated batch
+        self.seen_step = step
+        if not self.between_steps:
             return
         due = step % self.every_n_steps == 0
         if trainer.world_size == 1:  # ranks would not agree on the time
@@ -69,7 +74,12 @@ class ResumeCheckpoint(Checkpoint):
     ) -> None:
         # Lightning raises this one between steps, where the state is whole. Any other exception
         # may come from the middle of a step.
-        if isinstance(exception, SIGTERMException) and trainer.global_step != self.last_step:
+        if isinstance(exception, SIGTERMException):
+            self.save_between(trainer)
+
+    def save_between(self, trainer: Trainer) -> None:
+        """Write a checkpoint, unless the newest is as new, or gradients are being accumulated."""
+        if self.between_steps and trainer.global_step != self.last_step:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -134,16 +144,22 @@ class TokenRate(Callback):
 
 class StepProgress(Callback):
     """One bar over all steps of the training with the few numbers that one watches; where there
-    is no terminal, a line every now and then instead.
+    is no terminal, a line every now and then instead. Trainings that take turns have a bar each,
+    one below the other.
 
     (Lightning's own bars run over epochs: of two epochs of 40,000 steps each, the end is never
     in sight.)
+
+    Args:
+        name: of the training.
     """
 
     SHOWN = ("fvu", "active", "dead_fraction", "tokens_per_second")
     SECONDS_BETWEEN_LINES = 30.0
+    display: ClassVar[Progress | None] = None  # a terminal has place for one
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.bar: Progress | None = None
         self.task = TaskID(0)
         self.last_line = 0.0
@@ -151,16 +167,17 @@ class StepProgress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        self.bar = Progress(
-            TextColumn("training"),
+        self.bar = StepProgress.display or Progress(
+            TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             refresh_per_second=4,
         )
+        StepProgress.display = self.bar
         self.task = self.bar.add_task(
-            "", total=trainer.max_steps, completed=trainer.global_step, numbers=""
+            self.name, total=trainer.max_steps, completed=trainer.global_step, numbers=""
         )
         self.last_line = time.monotonic()
         if self.bar.console.is_terminal:
@@ -183,9 +200,13 @@ class StepProgress(Callback):
         late = time.monotonic() - self.last_line > self.SECONDS_BETWEEN_LINES
         if not self.bar.console.is_terminal and (late or step == trainer.max_steps):
             self.last_line = time.monotonic()
-            log.info("step %d of %d  %s", step, trainer.max_steps, numbers)
+            log.info("%s: step %d of %d  %s", self.name, step, trainer.max_steps, numbers)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.bar is not None:
+        if self.bar is None:
+            return
+        self.bar.stop_task(self.task)
+        if all(task.stop_time is not None for task in self.bar.tasks):
             self.bar.stop()
-            self.bar = None
+            StepProgress.display = None
+        self.bar = None

@@ -91,6 +91,7 @@ def wandb_logger(
             finish_timeout_raises=True,
             silent=True,
             console="off",
+            reinit="create_new",  # cells that take turns have a run each
         ),
     }
     if "WANDB_SWEEP_ID" in os.environ:  # its agent has given the run an id

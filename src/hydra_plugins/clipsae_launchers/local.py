@@ -1,19 +1,49 @@
 """`hydra/launcher=local`: one job after the other, in this process."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
 
 
 class Local(BasicLauncher):
-    """Hydra's own launcher, with the table of failures in place of the first traceback."""
+    """Hydra's own launcher, with the table of failures in place of the first traceback.
+
+    With `together=true` the jobs that train on the same tokens take turns.
+    """
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.outcome import cells, conclude, outcome_of
 
-        returns = super().launch(job_overrides, initial_job_idx)
+        if self.config.together:
+            returns = self._take_turns(job_overrides, initial_job_idx)
+        else:
+            returns = super().launch(job_overrides, initial_job_idx)
         conclude([outcome_of(*job) for job in zip(returns, cells(job_overrides), strict=True)])
         return returns
+
+    def _take_turns(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        from clipsae.tasks.together import Turns
+
+        launch = super().launch
+        returns: dict[int, JobReturn] = {}
+        for group in groups_of(self, job_overrides):
+            jobs = [partial(launch, [job_overrides[i]], initial_job_idx + i) for i in group]
+            returns |= {i: of for i, (of,) in zip(group, Turns().run(jobs), strict=True)}
+        return [returns[i] for i in range(len(job_overrides))]
+
+
+def groups_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list[list[int]]:
+    """The jobs by number: one by one, or with `together=true` those that share their tokens."""
+    if not launcher.config.together:
+        return [[i] for i in range(len(job_overrides))]
+    from clipsae.tasks.together import by_stream
+
+    load = launcher.hydra_context.config_loader.load_sweep_config
+    return by_stream([load(launcher.config, list(overrides)) for overrides in job_overrides])

@@ -8,11 +8,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+
+from hydra_plugins.clipsae_launchers.local import groups_of
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -39,18 +42,44 @@ class _Awaited(BaseSubmititLauncher):
     `cached_property` has a lock).
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> JobReturn:
-        done = super().__call__(*args, **kwargs)
-        _ = done.return_value  # raises what the job raised: SLURM is to see that it failed
-        return done
+    def __call__(
+        self, overrides: list[list[str]], numbers: list[int], *rest: Any
+    ) -> list[JobReturn]:
+        """In the job: one cell, or with `together=true` those that train on the same tokens.
+
+        Raises:
+            Exception: what the cell raised: SLURM is to see that it failed.
+            ConfigError: which of several failed, and why.
+        """
+        run = super().__call__
+        if len(overrides) == 1:
+            done = run(overrides[0], "hydra.sweep.dir", numbers[0], *rest)
+            _ = done.return_value  # raises
+            return [done]
+        from clipsae.errors import ConfigError
+        from clipsae.tasks.outcome import cells, outcome_of
+        from clipsae.tasks.together import Turns
+
+        several = Turns().run(
+            [
+                partial(run, some, "hydra.sweep.dir", number, *rest)
+                for some, number in zip(overrides, numbers, strict=True)
+            ]
+        )
+        ends = [outcome_of(*job) for job in zip(several, cells(overrides), strict=True)]
+        if failed := [str(end) for end in ends if end.why is not None]:
+            raise ConfigError("; ".join(failed))
+        return several
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.outcome import cells, conclude
 
-        names = cells(job_overrides)
-        waiting = list(range(len(names)))
+        groups = groups_of(self, job_overrides)
+        every = cells(job_overrides)
+        names = [", ".join(every[i] for i in group) for group in groups]
+        waiting = list(range(len(groups)))
         jobs: dict[int, submitit.Job] = {}
         outcomes: dict[int, Outcome] = {}
         with _no_allocation():
@@ -62,7 +91,10 @@ class _Awaited(BaseSubmititLauncher):
                 some = waiting[: min(largest, self._places - len(jobs) + len(outcomes))]
                 if some:
                     del waiting[: len(some)]
-                    jobs |= self._submit(executor, some, job_overrides, initial_job_idx)
+                    submitted = self._submit(
+                        executor, [groups[i] for i in some], job_overrides, initial_job_idx
+                    )
+                    jobs |= zip(some, submitted, strict=True)
                     continue
                 for i in sorted(jobs.keys() - outcomes.keys()):
                     if jobs[i].done():
@@ -75,27 +107,29 @@ class _Awaited(BaseSubmititLauncher):
             )
             raise
         conclude([outcomes[i] for i in range(len(names))])
-        return [jobs[i].results()[0] for i in range(len(names))]
+        returns = {}
+        for i, group in enumerate(groups):
+            returns |= zip(group, jobs[i].results()[0], strict=True)
+        return [returns[i] for i in range(len(every))]
 
     def _submit(
         self,
         executor: "submitit.Executor",
-        some: list[int],
+        groups: list[list[int]],
         job_overrides: Sequence[Sequence[str]],
         first: int,
-    ) -> dict[int, "submitit.Job"]:
-        """Submit some of the jobs, as one array."""
+    ) -> list["submitit.Job"]:
+        """Submit a job for each group of cells, as one array."""
         with _no_allocation():
             jobs = executor.map_array(
                 self,
-                [list(job_overrides[i]) for i in some],
-                ["hydra.sweep.dir"] * len(some),
-                [first + i for i in some],
-                [f"job_id_for_{first + i}" for i in some],
-                [Singleton.get_state()] * len(some),
+                [[list(job_overrides[i]) for i in group] for group in groups],
+                [[first + i for i in group] for group in groups],
+                [f"job_id_for_{first + group[0]}" for group in groups],
+                [Singleton.get_state()] * len(groups),
             )
         log.info("submitted %d jobs, %s ...", len(jobs), jobs[0].job_id)
-        return dict(zip(some, jobs, strict=True))
+        return jobs
 
     _end = "scancel"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clipsae.data.cache.reader import TokenCache
-from clipsae.data.loader import Block, ResumableLoader, mix, permutation
+from clipsae.data.loader import Batch, Block, ResumableLoader, mix, permutation
 
 Window = list[tuple[Tensor, int, int]]  # of each mixing block: positions, its seed, first part
 
@@ -108,7 +108,7 @@ class CachedLoader(ResumableLoader):
                 first, part = end, 0
             first = 0
 
-    def _read_from(self, epoch: int, position: int) -> Iterator[tuple[list[Tensor] | None, Block]]:
+    def _read_from(self, epoch: int, position: int) -> Iterator[Batch]:
         """Batches without end."""
         windows = self._windows_from(epoch, position)
         with ThreadPoolExecutor(1, "feature-cache") as reader:

@@ -12,10 +12,10 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
-from clipsae.evaluation import check_topn_options, evaluate_topn
+from clipsae.evaluation import TopNResult, check_topn_options, evaluate_topn
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
-from clipsae.tasks import build
+from clipsae.tasks import build, together
 
 log = logging.getLogger(__name__)
 
@@ -73,25 +73,31 @@ def make(
         count_set = build.build_dataset(cfg.dataset, "train", clip.image_size)
     if build.limit_images(cfg) is not None:
         log.info("evaluating %d images only", build.limit_images(cfg))
-    name = cfg.model.name
-    result = evaluate_topn(
-        clip.to(device),
-        {name: SAE.load(sae_folder).to(device)},
-        test_set,
-        classifier,
-        ns=tuple(options.ns),
-        settings=tuple(options.settings),
-        protocol=options.protocol,
-        count_dataset=count_set,
-        count_threshold=cfg.model.count_threshold,
-        batch_size=options.batch_size,
-        limit_images=build.limit_images(cfg),
-        num_workers=cfg.features.num_workers,
-        device=device,
-        sparsity=True,
-    )
+
+    def evaluate(cells: dict[str, tuple[Path, float]]) -> TopNResult:
+        return evaluate_topn(
+            clip.to(device),
+            {name: SAE.load(trained).to(device) for name, (trained, _) in cells.items()},
+            test_set,
+            classifier,
+            ns=tuple(options.ns),
+            settings=tuple(options.settings),
+            protocol=options.protocol,
+            count_dataset=count_set,
+            count_threshold={name: threshold for name, (_, threshold) in cells.items()},
+            batch_size=options.batch_size,
+            limit_images=build.limit_images(cfg),
+            num_workers=cfg.features.num_workers,
+            device=device,
+            sparsity=True,
+        )
+
+    own = sae_folder, cfg.model.count_threshold
+    name, result = together.in_one_pass("evaluation", cfg, own, evaluate)
     rows = [
-        {**build.cell(cfg), **{k: v for k, v in row.items() if k != "sae"}} for row in result.rows
+        {**build.cell(cfg), **{k: v for k, v in row.items() if k != "sae"}}
+        for row in result.rows
+        if row["sae"] in (None, name)
     ]
     pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
     write_json(
@@ -106,7 +112,8 @@ def make(
                 f"{setting}_{n}" if n else setting: [
                     None if math.isnan(a) else a for a in accuracy.tolist()
                 ]
-                for (_, setting, n), accuracy in result.class_accuracy.items()
+                for (sae, setting, n), accuracy in result.class_accuracy.items()
+                if sae in (None, name)
             },
         },
     )

@@ -20,7 +20,7 @@ from clipsae.evaluation.metrics import (
 from clipsae.evaluation.metrics.truth import has_truth
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
-from clipsae.tasks import build
+from clipsae.tasks import build, together
 
 log = logging.getLogger(__name__)
 
@@ -85,24 +85,31 @@ def make(
 ) -> None:
     """Measure a trained SAE and write the numbers into `folder`."""
     device = build.best_device()
-    name = cfg.model.name
-    result = measure(
-        clip.to(device),
-        {name: SAE.load(sae_folder).to(device)},
-        test_set,
-        **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
-        batch_size=cfg.evaluation.batch_size,
-        num_workers=cfg.features.num_workers,
-        device=device,
-        limit_images=build.limit_images(cfg),
-    )
+
+    def measure_all(cells: dict[str, Path]) -> MeasureResult:
+        return measure(
+            clip.to(device),
+            {name: SAE.load(trained).to(device) for name, trained in cells.items()},
+            test_set,
+            **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
+            batch_size=cfg.evaluation.batch_size,
+            num_workers=cfg.features.num_workers,
+            device=device,
+            limit_images=build.limit_images(cfg),
+        )
+
+    name, result = together.in_one_pass("measurement", cfg, sae_folder, measure_all)
     about = {
         **build.cell(cfg),
         "images": result.images,
         "image_encoder": result.image_encoder,
         "pooling": result.pooling,
     }
-    rows = [{**about, "metric": r["metric"], "value": r["value"]} for r in result.rows]
+    rows = [
+        {**about, "metric": r["metric"], "value": r["value"]}
+        for r in result.rows
+        if r["sae"] == name
+    ]
     pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
     if name in result.scores:
         scores = result.scores[name].contiguous()

@@ -17,7 +17,7 @@ from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.store import Stage, Store, whole_checkpoint, write_json
 from clipsae.store.files import checkpoint_step
-from clipsae.tasks import build, plugins
+from clipsae.tasks import build, plugins, together
 from clipsae.tasks.stages import features
 from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint, StepProgress, TokenRate
 from clipsae.training.module import SAEModule
@@ -85,6 +85,10 @@ def check_devices(cfg: DictConfig) -> None:
             "and so the SAE, depend on how many there are"
         )
     several = devices > 1 if isinstance(devices, int) else len(devices) > 1
+    if several and together.is_shared():
+        raise ConfigError(
+            f"trainer.devices={devices}: together=true trains on one device; leave out one of them"
+        )
     started = SLURMEnvironment.detect() or "LOCAL_RANK" in os.environ
     if several and HydraConfig.get().mode == RunMode.MULTIRUN and not started:
         raise ConfigError(
@@ -113,14 +117,17 @@ def make(
         every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
         every_n_seconds=cfg.callbacks.checkpoint_every_n_seconds,
     )
-    callbacks = [
-        resume,
-        CheckpointOnSignal(resume.save),
-        TokenRate(),
-        ReportProgress(stage.progress),
-    ]
+    callbacks = [resume, TokenRate(), ReportProgress(stage.progress)]
+    if together.is_shared():  # which answers signals, too
+        data.source = together.source(
+            lambda: features.data_module(cfg, clip, train_set, cache=cache),
+            save=lambda: resume.save_between(trainer),
+        )
+    else:
+        callbacks.append(CheckpointOnSignal(resume.save))
     if cfg.callbacks.progress_bar:
-        callbacks.append(StepProgress())
+        k = cfg.model.get("k")
+        callbacks.append(StepProgress(cfg.model.name + (f" k={k}" if k else "")))
     trainer = build.call_target(
         cfg.trainer,
         logger=logger if logger is not None else False,
