@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from made_up import ELSEWHERE, MadeUp
+from made_up import ELSEWHERE, LONG_AGO, MadeUp
 
+from clipsae.store import MARK
 from clipsae.store.lease import LEASE, begin
 from clipsae.store.survey import survey
 from clipsae.tasks.gc import remove, waste
@@ -50,6 +51,32 @@ def test_unused_saes_on_request(made_up):
     evaluation = made_up.evaluation("f", sae=lone.path.name)
     made_up.left(evaluation, ELSEWHERE)
     assert "lone" not in listed(made_up, unused=True)
+
+
+def test_shards_of_a_cache_that_nobody_works_on(made_up):
+    store = made_up.store
+    shards = [
+        store.stage("shards", ["scenes", str(i)], {"of": of, "shard_images": 9, "shard": i})
+        for of in ("written", "left")
+        for i in (0, 1)
+    ]
+    for shard in shards[0], shards[2], shards[3]:
+        shard.make(lambda folder: (folder / "tokens").write_bytes(bytes(1000)))
+    writing = begin(shards[1].home, 1000)
+    made_up.tell(shards[1])
+
+    def found():
+        return {e.entry.path for e in waste(survey(store.root), unused=False)} & {
+            shard.path for shard in shards
+        }
+
+    assert found() == set()  # the next ones may just be begun
+    for shard in shards:
+        if shard.finished:
+            os.utime(shard.path / MARK, (LONG_AGO, LONG_AGO))
+    assert found() == {shards[2].path, shards[3].path}
+    writing.discard()
+    assert found() == {shards[0].path, shards[2].path, shards[3].path}
 
 
 def test_of_an_older_schema(made_up, monkeypatch):

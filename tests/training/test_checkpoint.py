@@ -9,7 +9,8 @@ from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint
 
 
 class FakeTrainer(SimpleNamespace):
-    world_size, is_global_zero, max_steps = 1, True, 9
+    world_size, is_global_zero, max_steps, val_check_batch = 1, True, 9, None
+    enable_validation = False
 
     def save_checkpoint(self, path):
         path.write_text(f"step {self.global_step}")
@@ -29,6 +30,26 @@ def test_it_is_sealed_and_a_failed_one_leaves_the_last(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.json"]
     path.write_text("step 5")
     assert whole_checkpoint(path) is None
+
+
+def test_it_is_written_after_the_look_that_belongs_to_its_step(tmp_path):
+    path = tmp_path / "last.ckpt"
+    callback = ResumeCheckpoint(path, every_n_steps=2)
+    loops = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=3))
+    trainer = FakeTrainer(
+        global_step=2, full=False, enable_validation=True, val_check_batch=4, fit_loop=loops
+    )
+    callback.on_train_batch_end(trainer)  # the fourth batch, of the second step
+    assert not path.exists()
+    callback.on_validation_end(trainer, None)
+    assert whole_checkpoint(path).read_text() == "step 2"
+    path.unlink()
+    callback.on_validation_end(trainer, None)  # in the midst of the third step's batches
+    assert not path.exists()
+    loops.epoch_loop.total_batch_idx = 5
+    trainer.global_step = 4
+    callback.on_train_batch_end(trainer)
+    assert whole_checkpoint(path).read_text() == "step 4"
 
 
 def test_progress_is_reported_after_every_step():

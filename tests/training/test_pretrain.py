@@ -181,6 +181,17 @@ def test_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, stop_afte
     assert not torch.equal(whole["visual.conv1.weight"], fresh["visual.conv1.weight"])
 
 
+def test_a_damaged_checkpoint_is_named_and_not_gone_on_from(tmp_path, caplog):
+    whole = pretrain.train(small(steps=2), 0, tmp_path).state_dict()
+    path = tmp_path / "pretrain.ckpt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = pretrain.train(small(steps=2), 0, tmp_path).state_dict()
+    assert "pretrain.ckpt does not match its checksum" in caplog.text
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
 def test_exported_weights_load_in_open_clip(tmp_path):
     cfg = OmegaConf.create(
         {

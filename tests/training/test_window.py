@@ -47,6 +47,23 @@ def test_a_reset_begins_anew():
     assert torch.equal(window.fired, alone.fired)
 
 
+def test_sums_that_were_kept_are_gone_on_from():
+    whole, first = TokenSums(6, 10), TokenSums(6, 10)
+    for window in (whole, first):
+        window.update(*batch(4, seed=3))
+    second = TokenSums(6, 10)
+    second.restore(first.sums())
+    for window in (whole, second):
+        window.update(*batch(2, seed=1))
+    found = second.compute()
+    assert {*found} >= {"loss/reconstruction", "loss/l1"}
+    for name, value in whole.compute().items():
+        assert torch.equal(found[name], value)
+    assert torch.equal(second.fired, whole.fired)
+    first.update(*batch(1))  # what was kept is no view
+    assert second.tokens == whole.tokens
+
+
 def test_half_precision_is_summed_in_full():
     x, out = batch(500, seed=2)
     low = SAEOutput(out.reconstruction.bfloat16(), out.codes.bfloat16(), out.losses)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipsae.sae.base import Architecture
 from clipsae.sae.losses import at_least_float32
+from clipsae.sae.ranks import summed
 from clipsae.sae.support import largest
 
 
@@ -23,6 +24,7 @@ def auxk_loss(
     dead: Tensor,
     k: int,
     architecture: Architecture,
+    ranks: int = 1,
 ) -> Tensor:
     """||e - z~ W_dec||^2 / ||e - mean e||^2 with e = x - x_hat held fixed; 0 where undefined.
 
@@ -35,6 +37,7 @@ def auxk_loss(
         candidates: [..., M], how strongly latents would act, >= 0.
         dead: BoolTensor [M].
         k: the largest candidates of a token among the dead that reconstruct; all if fewer.
+        ranks: processes that the batch is spread over; see `leftover_loss`.
 
     Returns:
         A scalar; exactly 0 where no latent is dead.
@@ -45,7 +48,7 @@ def auxk_loss(
     indices = masked.topk(min(k, dead.numel()), dim=-1, sorted=False).indices
     values = candidates.gather(-1, indices) * dead[indices]
     aux = architecture.decode_chosen(values, indices)
-    return leftover_loss(x, reconstruction, scale, aux, dead.any())
+    return leftover_loss(x, reconstruction, scale, aux, dead.any(), ranks)
 
 
 def auxk_loss_at(
@@ -57,6 +60,7 @@ def auxk_loss_at(
     dead: Tensor,
     k: int,
     architecture: Architecture,
+    ranks: int = 1,
 ) -> Tensor:
     """The same where a dictionary is known, from the scores of the dead latents alone.
 
@@ -76,11 +80,16 @@ def auxk_loss_at(
     dictionary = architecture.dictionary()
     scores, support = dictionary.find(query, choose, latents=of_dead)
     aux = architecture.output(dictionary.mixed(candidates(scores), support))
-    return leftover_loss(x, reconstruction, scale, aux, dead.new_ones(()))
+    return leftover_loss(x, reconstruction, scale, aux, dead.new_ones(()), ranks)
 
 
 def leftover_loss(
-    x: Tensor, reconstruction: Tensor, scale: Tensor, aux: Tensor, defined: Tensor
+    x: Tensor,
+    reconstruction: Tensor,
+    scale: Tensor,
+    aux: Tensor,
+    defined: Tensor,
+    ranks: int = 1,
 ) -> Tensor:
     """||e - aux||^2 / ||e - mean e||^2 with e = x - x_hat held fixed.
 
@@ -88,13 +97,17 @@ def leftover_loss(
         x, reconstruction: [..., d].
         aux: [N, d], without bias and scale.
         defined: BoolTensor; where it is False, or e is the same for all tokens, the result is 0.
+        ranks: processes that the batch is spread over, in equal parts. The mean of their results,
+            and so of their gradients, is then that of the whole batch.
     """
     error = at_least_float32((x - reconstruction).detach()).flatten(0, -2)
     scale = at_least_float32(scale)
     aux = at_least_float32(aux) * (scale.flatten(0, -2) if scale.ndim > 1 else scale)
     left = (error - aux).square().sum()
-    whole = (error - error.mean(dim=0)).square().sum()
+    mean = summed(error.mean(dim=0), ranks) / ranks
+    sizes = torch.stack([(error - mean).square().sum(), error.square().sum()])
+    whole, size = summed(sizes, ranks) / ranks
     # A residual that is the same for all tokens leaves only rounding errors here.
-    rounding = torch.finfo(error.dtype).eps * error.square().sum()
+    rounding = torch.finfo(error.dtype).eps * size
     defined = defined & (whole > rounding)
     return torch.where(defined, left / torch.where(defined, whole, 1), 0)

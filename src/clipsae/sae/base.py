@@ -196,6 +196,9 @@ class Activation(nn.Module):
     """Whether a score above 0 can be held back. Where none can, a silent latent has nothing to
     give to AuxK, which is then refused."""
 
+    ranks = 1
+    """Processes that a training batch is spread over: see `SAE.share_batches`."""
+
     full_precision: tuple[str, ...] = ()
     """Parameters and buffers that stay float32 (or float64) whatever the SAE is cast to."""
 

@@ -1,7 +1,8 @@
 """BatchTopK: the k B largest of the positive scores of a batch of B tokens.
 
 Bussmann et al., "BatchTopK Sparse Autoencoders", 2024 (arXiv 2412.06410), in the form of
-dictionary_learning. At inference one threshold, estimated in training, stands for the batch.
+dictionary_learning. At inference one threshold, estimated in training, stands for the batch. The
+batch is that of all ranks (`SAE.share_batches`).
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from clipsae.sae.base import Activation
 from clipsae.sae.losses import at_least_float32
+from clipsae.sae.ranks import share, smallest
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.support import Support, positions_above, strided_maxima, too_dense
 from clipsae.sae.topk import check_k
@@ -53,7 +55,7 @@ class BatchTopK(Activation):
         return self.inference_threshold
 
     def support(self, scores: Tensor) -> Tensor | None:
-        kept = self.k * len(scores)
+        kept = self.k * len(scores) * self.ranks
         if too_dense(kept, scores):
             return None
         # The kept-th largest of any part is a lower bound, which leaves few to choose from.
@@ -63,10 +65,11 @@ class BatchTopK(Activation):
             border = at_least_float32(part.topk(kept, sorted=False).values.min())
             floor = torch.nextafter(border, torch.full_like(border, -torch.inf)).clamp(min=0)
         positions = positions_above(scores, floor)
-        if positions is None or len(positions) <= kept:
+        if positions is None or (self.ranks == 1 and len(positions) <= kept):
             return positions
         values = scores.flatten().index_select(0, positions)
-        return positions[values.topk(kept, sorted=False).indices]
+        here = share(values, kept, self.ranks)
+        return positions[values.topk(here, sorted=False).indices]
 
     def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
         if support is not None:
@@ -74,8 +77,9 @@ class BatchTopK(Activation):
             self._update(values.detach())
             return values
         flat = scores.flatten()
-        kept = self.k * (len(flat) // self.latents)
-        indices = flat.detach().topk(kept, sorted=False).indices
+        kept = self.k * (len(flat) // self.latents) * self.ranks
+        here = share(flat.detach(), kept, self.ranks)
+        indices = flat.detach().topk(here, sorted=False).indices
         values = torch.relu(flat.gather(0, indices))
         self._update(values.detach())
         return torch.zeros_like(flat).scatter(0, indices, values).view_as(scores)
@@ -85,9 +89,10 @@ class BatchTopK(Activation):
         old = self.inference_threshold
         # (In one longer than the values: there may be none.)
         positive = torch.where(values > 0, values, torch.inf)
-        smallest = nn.functional.pad(positive, (0, 1), value=torch.inf).min().to(old.dtype)
+        here = nn.functional.pad(positive, (0, 1), value=torch.inf).min().to(old.dtype)
+        found = smallest(here, self.ranks)
         decay = torch.where(self.step > self.threshold_start_step, self.threshold_decay, 0.0)
-        new = decay * old + (1 - decay) * smallest
+        new = decay * old + (1 - decay) * found
         # A batch without any positive score says nothing of the threshold.
-        old.copy_(torch.where(smallest.isfinite(), new, old))
+        old.copy_(torch.where(found.isfinite(), new, old))
         self.step += 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clipsae.sae.auxk import auxk_loss, auxk_loss_at
 from clipsae.sae.base import Activation, Architecture, SAEOutput, SparseCodes, Step
 from clipsae.sae.losses import at_least_float32, relative_error
+from clipsae.sae.ranks import summed
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
 from clipsae.sae.relu import not_negative
 from clipsae.sae.support import DENSE_FROM
@@ -209,7 +210,7 @@ class SAE(nn.Module):
         )
         losses.update(self.activation.losses(step))
         if self.auxk:
-            rest = self.dead, self.auxk_k, self.architecture
+            rest = self.dead, self.auxk_k, self.architecture, self.ranks
             if by_dictionary:
                 loss = auxk_loss_at(
                     x, reconstruction, scale, query, self.activation.candidates, *rest
@@ -260,10 +261,23 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def _count_silence(self, fired: Tensor, tokens: int) -> None:
-        silence = torch.where(fired > 0, 0, self.tokens_since_fired + tokens)
+        fired = summed(fired, self.ranks)
+        silence = torch.where(fired > 0, 0, self.tokens_since_fired + tokens * self.ranks)
         self.tokens_since_fired.copy_(silence)
 
     # --- around a training step ---
+
+    @property
+    def ranks(self) -> int:
+        """Processes that a training batch is spread over."""
+        return self.activation.ranks
+
+    def share_batches(self, ranks: int) -> None:
+        """Say that the batches of so many processes of torch.distributed are one batch, of which
+        each has an equal part: BatchTopK then chooses among all tokens, latents are dead that are
+        silent everywhere, and AuxK's scale is that of all. (Running means are averaged by
+        `clipsae.training.ranks`.)"""
+        self.activation.ranks = ranks
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:

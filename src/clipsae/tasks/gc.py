@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from clipsae.store import SCHEMA, find_damage
+from clipsae.store import MARK, SCHEMA, find_damage
 from clipsae.store.lease import Watch, find_slot
 from clipsae.store.stage import DEAD_AFTER
 from clipsae.store.survey import Entry, size, survey
@@ -60,8 +61,12 @@ def waste(entries: list[Entry], *, unused: bool) -> Iterator[Waste]:
     """
     there = {e.name for e in entries if e.kind == "sae" and e.state in EXISTS}
     used = set().union(*(saes_of(e) for e in entries if e.state in EXISTS)) if unused else None
+    written = [cache_of(e) for e in entries if e.state == "running"]
     for entry in entries:
-        if reason := _reason(entry, there, used):
+        reason = _reason(entry, there, used)
+        if reason is None and entry.kind == "shards" and _left(entry, written):
+            reason = "a shard of a cache that nobody works on"
+        if reason:
             yield Waste(entry, reason, size(entry.path))
 
 
@@ -69,6 +74,19 @@ def saes_of(entry: Entry) -> set[str]:
     """The SAEs that a stage was made from: `sae` or `saes` of its key."""
     key = entry.key
     return {key["sae"]} if "sae" in key and entry.kind != "sae" else set(key.get("saes", ()))
+
+
+def cache_of(entry: Entry) -> dict[str, Any]:
+    """The key of the feature cache that a shard belongs to, or of any other stage its own."""
+    return {k: v for k, v in entry.key.items() if k not in ("shard", "shard_images")}
+
+
+def _left(shard: Entry, written: list[dict[str, Any]]) -> bool:
+    """Whether nobody writes the other shards of its cache. (From one shard to the next nobody
+    seems to, for a moment: a new one is not left.)"""
+    if shard.state != "done" or cache_of(shard) in written:
+        return False
+    return time.time() - (shard.path / MARK).stat().st_mtime > DEAD_AFTER
 
 
 def _reason(entry: Entry, there: set[str], used: set[str] | None) -> str | None:

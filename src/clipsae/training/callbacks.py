@@ -25,7 +25,40 @@ from clipsae.store import put_checkpoint
 log = logging.getLogger(__name__)
 
 
-class ResumeCheckpoint(Checkpoint):
+class BetweenSteps(Callback):
+    """Calls `between_steps` after every optimizer step; where held-out images are looked at after
+    it, after that look, which a run that goes on from a checkpoint does not repeat."""
+
+    _seen = -1
+
+    def between_steps(self, trainer: Trainer) -> None:
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if not _looks_next(trainer):
+            self._call(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._call(trainer)
+
+    def _call(self, trainer: Trainer) -> None:
+        if trainer.global_step != self._seen:  # not in the middle of an accumulated batch
+            self._seen = trainer.global_step
+            self.between_steps(trainer)
+
+
+def _looks_next(trainer: Trainer) -> bool:
+    """Whether held-out images are looked at before the next batch."""
+    every = trainer.val_check_batch
+    if not trainer.enable_validation or every is None:
+        return False
+    return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0
+
+
+class ResumeCheckpoint(BetweenSteps, Checkpoint):
     """Keeps one checkpoint, the newest whole one.
 
     Lightning's own writes through a temporary file that may lie on another file system, from
@@ -50,20 +83,21 @@ class ResumeCheckpoint(Checkpoint):
         self.every_n_seconds = every_n_seconds
         self.last_step = -1
         self.last_time = time.monotonic()
-        self.seen_step = -1
-        self.between_steps = True
+        self.newest_step = -1
+        self.accumulating = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self.last_step, self.last_time = trainer.global_step, time.monotonic()
-        self.seen_step = trainer.global_step
+        self.newest_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        step = trainer.global_step
-        self.between_steps = step != self.seen_step  # or in the middle of an accumulated batch
-        self.seen_step = step
-        if not self.between_steps:
-            return
-        due = step % self.every_n_steps == 0
+        self.accumulating = trainer.global_step == self.newest_step
+        self.newest_step = trainer.global_step
+        super().on_train_batch_end(trainer, *args)
+
+    def between_steps(self, trainer: Trainer) -> None:
+        due = trainer.global_step % self.every_n_steps == 0
         if trainer.world_size == 1:  # ranks would not agree on the time
             due = due or time.monotonic() - self.last_time >= self.every_n_seconds
         if due:
@@ -79,7 +113,7 @@ class ResumeCheckpoint(Checkpoint):
 
     def save_between(self, trainer: Trainer) -> None:
         """Write a checkpoint, unless the newest is as new, or gradients are being accumulated."""
-        if self.between_steps and trainer.global_step != self.last_step:
+        if not self.accumulating and trainer.global_step != self.last_step:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clipsae.sae import SAE, SAEOutput
 from clipsae.training.logging import log_histogram
-from clipsae.training.ranks import reduce_statistics
+from clipsae.training.ranks import average_statistics
 from clipsae.training.schedule import Decay, warmup_then
 from clipsae.training.window import TokenSums
 
@@ -53,6 +53,7 @@ class SAEModule(LightningModule):
         self.forward_sae = torch.compile(sae) if compile else sae
         self.train_window = TokenSums(sae.d)
         self.val_window = TokenSums(sae.d, sae.latents)
+        self.earlier: dict[str, float] = {}  # the latest numbers at the checkpoint gone on from
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The compiled wrapper is a Module too: kept out of `_modules`, or every weight would be
@@ -66,6 +67,7 @@ class SAEModule(LightningModule):
         # The first step whose loss was NaN or infinite, -1: none. It is read now and then only: a
         # GPU that is asked after every step waits. (No buffer: DDP would overwrite it.)
         self.bad_step = torch.tensor(-1, device=self.device)
+        self.sae.share_batches(self.trainer.world_size)
         fresh = self.trainer.ckpt_path is None and self.global_step == 0
         if fresh:
             tokens = self.trainer.datamodule.first_batch(self.initial_images)
@@ -74,7 +76,7 @@ class SAEModule(LightningModule):
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         out: SAEOutput = self.forward_sae(tokens)
         if self.trainer.world_size > 1:
-            reduce_statistics(self.sae, tokens.shape[:-1].numel())
+            average_statistics(self.sae)
         self.train_window.update(tokens, out)
         step = self.global_step + 1
         loss = out.loss
@@ -108,6 +110,19 @@ class SAEModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_finite()  # the last good checkpoint is kept
+        # A continued run's numbers are those of one undisturbed, too.
+        checkpoint["numbers"] = self.numbers()
+        checkpoint["train_window"] = self.train_window.sums()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.earlier = checkpoint["numbers"]
+        if self.trainer.is_global_zero:  # they are of all ranks
+            self.train_window.restore(checkpoint["train_window"])
+
+    def numbers(self) -> dict[str, float]:
+        """What was logged last under each name, before an interruption, too."""
+        latest = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        return {**self.earlier, **latest}
 
     def on_train_end(self) -> None:
         self.check_finite()

@@ -17,7 +17,6 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from clipsae.data.scenes import KINDS, ScenesDataset
 from clipsae.data.scenes.dataset import patch_labels
 from clipsae.data.scenes.renderer import patch_coverage, render
 from clipsae.data.scenes.world import Distribution, Scenes, sample_scenes
+from clipsae.store import put_checkpoint, whole_checkpoint
 from clipsae.training.contrastive import scene_losses
 
 log = logging.getLogger(__name__)
@@ -183,13 +183,8 @@ def zero_shot_accuracy(model: CLIP, kind: str, n_images: int, seed: int = 0) -> 
 def save_weights(model: CLIP, path: Path) -> None:
     """float16 safetensors, as open_clip's `pretrained=path` reads them."""
     state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
-    _replace(path, lambda to: save_file(state, to))
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write aside, then rename: the file is whole or not there."""
-    aside = path.with_name(path.name + ".tmp")
-    write(aside)
+    aside = path.with_suffix(".tmp")
+    save_file(state, aside)
     aside.replace(path)
 
 
@@ -198,8 +193,9 @@ def save_checkpoint(
 ) -> None:
     """All that continuing needs: tensors and numbers, read with `weights_only`."""
     states = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"model": model.state_dict(), "optimizers": states, "step": step}
-    _replace(path, lambda to: torch.save(state, to))
+    aside = path.with_suffix(".tmp")
+    torch.save({"model": model.state_dict(), "optimizers": states, "step": step}, aside)
+    put_checkpoint(aside, path, step)
 
 
 def load_checkpoint(path: Path, model: CLIP, optimizers: list[torch.optim.Optimizer]) -> int:
@@ -240,7 +236,7 @@ def training_step(
 
 
 def train(cfg: PretrainConfig, seed: int, output_dir: Path) -> CLIP:
-    """Train to `cfg.steps`, continuing from `output_dir/pretrain.ckpt` if it is there.
+    """Train to `cfg.steps`, continuing from `output_dir/pretrain.ckpt` if it is there and whole.
 
     Every checkpoint also exports `output_dir/weights.safetensors`.
     """
@@ -251,7 +247,8 @@ def train(cfg: PretrainConfig, seed: int, output_dir: Path) -> CLIP:
     model = build_model(seed)
     optimizers = build_optimizers(model, cfg)
     normalize = Normalize(model)
-    first = load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else 0
+    begun = whole_checkpoint(checkpoint)
+    first = load_checkpoint(begun, model, optimizers) if begun else 0
     if first:
         log.info("continuing at step %d of %d", first, cfg.steps)
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+
+from clipsae.training.callbacks import BetweenSteps
 
 
-class CheckpointOnSignal(Callback):
+class CheckpointOnSignal(BetweenSteps):
     """Where someone listens to SIGUSR2 (submitit, which then queues the job again), SIGTERM and
     SIGUSR2 are answered at the end of the step, with a checkpoint.
 
@@ -27,10 +28,9 @@ class CheckpointOnSignal(Callback):
         self.save = save
         self.asked: set[int] = set()
         self.before: dict[int, Any] = {}
-        self.last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.last_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         if not callable(signal.getsignal(signal.SIGUSR2)):
             return
         self.before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._note)}
@@ -40,10 +40,7 @@ class CheckpointOnSignal(Callback):
     def _note(self, number: int, frame: Any) -> None:
         self.asked.add(number)
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.last_step:  # in the middle of an accumulated batch
-            return
-        self.last_step = trainer.global_step
+    def between_steps(self, trainer: Trainer) -> None:
         if self.asked:
             if trainer.world_size == 1:
                 self.save(trainer)

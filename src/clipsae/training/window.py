@@ -50,13 +50,25 @@ class TokenSums(Metric):
             self.fired += fired
         for name, term in out.losses.items():
             state = f"loss_{name}"
-            if state not in self._defaults:  # the variant's named terms, known from its first step
-                self.add_state(
-                    state,
-                    torch.zeros((), dtype=torch.float64, device=x.device),
-                    dist_reduce_fx="sum",
-                )
+            self._add_term(state)
             setattr(self, state, getattr(self, state) + term.detach().double() * n)
+
+    def _add_term(self, state: str) -> None:
+        """Make room for a variant's named term, known from its first step."""
+        if state not in self._defaults:
+            zero = torch.zeros((), dtype=torch.float64, device=self.tokens.device)
+            self.add_state(state, zero, dist_reduce_fx="sum")
+
+    def sums(self) -> dict[str, Tensor]:
+        """The sums of all ranks since the last reset, for `restore`; to be called on every rank."""
+        with self.sync_context():
+            return {name: getattr(self, name).clone() for name in self._defaults}
+
+    def restore(self, sums: dict[str, Tensor]) -> None:
+        """Go on from what `sums` returned."""
+        for name, value in sums.items():
+            self._add_term(name)
+            setattr(self, name, value.to(self.tokens.device))
 
     def compute(self) -> dict[str, Tensor]:
         """`loss`, `loss/<term>`, `fvu`, `explained_variance` (1 - fvu), `active` (mean number of

@@ -160,5 +160,4 @@ def make(
         return
     module.sae.save(folder)
     build.save_config(cfg, folder)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    write_json(folder / "training.json", {"steps": trainer.global_step, **metrics})
+    write_json(folder / "training.json", {"steps": trainer.global_step, **module.numbers()})
