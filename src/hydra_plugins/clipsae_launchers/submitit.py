@@ -1,18 +1,24 @@
 """`hydra/launcher=slurm` and `many_cores`: jobs of their own, through submitit."""
 
+import hashlib
+import json
 import logging
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -29,6 +35,9 @@ log = logging.getLogger("clipsae.launcher")
 
 LOOK_EVERY = 2.0  # seconds between two looks at the jobs
 LARGEST_ARRAY = 1000  # SLURM's MaxArraySize where it does not tell
+# Until submitit listens to them, seconds after the start, these would end a job that is only asked
+# to leave, and it would count as failed.
+DEAF = """sh -c 'trap "" TERM USR2; exec "$@"' sh """
 
 
 class _Awaited(BaseSubmititLauncher):
@@ -44,14 +53,25 @@ class _Awaited(BaseSubmititLauncher):
         _ = done.return_value  # raises what the job raised: SLURM is to see that it failed
         return done
 
+    def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """What the job is to do when it starts again; called when it is asked to leave."""
+        import submitit
+
+        # Asked again before it has left, it would end with an error; and so it would when it was
+        # killed here an earlier time, which leaves half a file.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        pickled = submitit.JobEnvironment().paths.submitted_pickle
+        pickled.with_name(f"{pickled.name}.save_tmp").unlink(missing_ok=True)
+        return super().checkpoint(*args, **kwargs)
+
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.outcome import cells, conclude
 
         names = cells(job_overrides)
-        waiting = list(range(len(names)))
-        jobs: dict[int, submitit.Job] = {}
+        jobs: dict[int, submitit.Job] = self._submitted(job_overrides)
+        waiting = [i for i in range(len(names)) if i not in jobs]
         outcomes: dict[int, Outcome] = {}
         with _no_allocation():
             executor = self._executor()
@@ -97,6 +117,10 @@ class _Awaited(BaseSubmititLauncher):
         log.info("submitted %d jobs, %s ...", len(jobs), jobs[0].job_id)
         return dict(zip(some, jobs, strict=True))
 
+    def _submitted(self, job_overrides: Sequence[Sequence[str]]) -> dict[int, "submitit.Job"]:
+        """The jobs that are there already."""
+        return {}
+
     _end = "scancel"
 
     def _executor(self) -> "submitit.Executor":
@@ -112,6 +136,8 @@ class _Awaited(BaseSubmititLauncher):
             for name in (f"{self._EXECUTOR}_max_num_timeout",)
             if name in options
         }
+        if self._EXECUTOR == "slurm":
+            at_start["slurm_python"] = DEAF + shlex.quote(sys.executable)
         executor = submitit.AutoExecutor(
             cluster=self._EXECUTOR, folder=options.pop("submitit_folder"), **at_start
         )
@@ -129,9 +155,58 @@ class _Awaited(BaseSubmititLauncher):
 
 
 class Slurm(_Awaited):
-    """A SLURM job for each cell, in arrays as large as the cluster allows."""
+    """A SLURM job for each cell, in arrays as large as the cluster allows. A command that was ended
+    while its jobs go on finds them again when it is given again."""
 
     _EXECUTOR = "slurm"
+
+    def _submit(
+        self,
+        executor: "submitit.Executor",
+        some: list[int],
+        job_overrides: Sequence[Sequence[str]],
+        first: int,
+    ) -> dict[int, "submitit.Job"]:
+        from clipsae.store import write_json
+
+        jobs = super()._submit(executor, some, job_overrides, first)
+        known = self._known()
+        for i, job in jobs.items():
+            known[self._digest(job_overrides[i])] = job.job_id
+        write_json(self._list, known)
+        return jobs
+
+    def _submitted(self, job_overrides: Sequence[Sequence[str]]) -> dict[int, "submitit.Job"]:
+        import submitit
+
+        known = self._known()
+        ids = {i: known.get(self._digest(job)) for i, job in enumerate(job_overrides)}
+        queued = _queued() if any(ids.values()) else set()
+        tasks = range(max(1, self.params["nodes"]) * max(1, self.params["tasks_per_node"]))
+        found = {
+            i: submitit.SlurmJob(self.params["submitit_folder"], job, list(tasks))
+            for i, job in ids.items()
+            if job in queued
+        }
+        if found:
+            log.info("%d jobs of an earlier command go on: waiting for them", len(found))
+        return found
+
+    @property
+    def _list(self) -> Path:
+        """Which job was submitted last for which cell."""
+        return Path(str(self.params["submitit_folder"]).removesuffix("%j"), "jobs.json")
+
+    def _known(self) -> dict[str, str]:
+        from clipsae.store.files import read_json
+
+        return read_json(self._list)
+
+    def _digest(self, overrides: Sequence[str]) -> str:
+        """Everything that a job was submitted with, but the command's own folder and time."""
+        config = OmegaConf.masked_copy(self.config, [k for k in self.config if k != "hydra"])
+        content = [OmegaConf.to_yaml(config), self.params, list(overrides)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def _array(self) -> int:
         try:
@@ -161,6 +236,20 @@ class ManyCores(_Awaited):
     @property
     def _places(self) -> int:
         return self.parallel or os.cpu_count() or 1
+
+
+def _queued() -> set[str]:
+    """The user's jobs that run or are to run, as "123" or "123_4"."""
+    try:
+        listed = subprocess.run(
+            ["squeue", "--me", "--noheader", "--array", "--format=%i"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    return set(listed.split())
 
 
 @contextmanager
