@@ -53,24 +53,20 @@ class Monkey(threading.Thread):
         while len(self.done) < self.acts and not self.stopped.is_set():
             self.stopped.wait(self.random.expovariate(1 / self.every))
             act = self.random.choice([*ACTS, "python", "parent"])
-            if act == "parent":
-                # Only when it is known to be past its imports, or nothing would ever begin.
-                if self.jobs():
-                    self.parent().kill()
-                    self.note("parent", "")
-                continue
             jobs = self.jobs()
             if not jobs:
                 continue
             job = self.random.choice(jobs)
-            if act == "python":
+            if act == "parent":
+                self.parent().kill()
+            elif act == "python":
                 for pid in processes(job):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             else:
                 # Not waited for: while a job changes hands scancel tries again for a minute.
                 subprocess.Popen(["timeout", "5", *ACTS[act], job], stderr=subprocess.DEVNULL)
-            self.note(act, job)
+            self.done.append(f"{time.strftime('%H:%M:%S')} {act} {job}")
 
     def jobs(self) -> list[str]:
         """The running jobs, as "123_4"."""
@@ -80,9 +76,6 @@ class Monkey(threading.Thread):
             text=True,
         )
         return sorted(listed.stdout.split())
-
-    def note(self, act: str, job: str) -> None:
-        self.done.append(f"{time.strftime('%H:%M:%S')} {act} {job}".strip())
 
 
 def processes(job: str) -> list[int]:

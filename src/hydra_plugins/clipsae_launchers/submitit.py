@@ -48,21 +48,33 @@ class _Awaited(BaseSubmititLauncher):
     `cached_property` has a lock).
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> JobReturn:
-        done = super().__call__(*args, **kwargs)
-        _ = done.return_value  # raises what the job raised: SLURM is to see that it failed
-        return done
+    leaving = False  # asked to, and queued again
 
-    def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """What the job is to do when it starts again; called when it is asked to leave."""
+    def __call__(self, *args: Any, **kwargs: Any) -> JobReturn:
         import submitit
 
-        # Asked again before it has left, it would end with an error; and so it would when it was
+        try:
+            done = super().__call__(*args, **kwargs)
+            _ = done.return_value  # raises what the job raised: SLURM is to see that it failed
+        except Exception as error:
+            if not self.leaving or isinstance(error, submitit.core.utils.UncompletedJobError):
+                raise
+            # Stopped anywhere, libraries tidy up as well as they can: that is no result.
+            raise SystemExit(1) from error
+        return done
+
+    def checkpoint(self, *args: Any, **kwargs: Any) -> "submitit.core.utils.DelayedSubmission":
+        """What the job does when it starts again; called when it is asked to leave."""
+        import submitit
+
+        self.leaving = True
+        # Asked again before it has left, it would end with an error; and so it would had it been
         # killed here an earlier time, which leaves half a file.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         pickled = submitit.JobEnvironment().paths.submitted_pickle
         pickled.with_name(f"{pickled.name}.save_tmp").unlink(missing_ok=True)
-        return super().checkpoint(*args, **kwargs)
+        # As it was submitted: this object may be in the midst of anything.
+        return submitit.core.utils.DelayedSubmission.load(pickled)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
