@@ -1,5 +1,7 @@
 """Each image once an epoch, the same order for everyone, and resumed at the very next batch."""
 
+import os
+import signal
 from itertools import chain
 
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from clipsae.data import ImageList
 from clipsae.data.images import BadImageError
 from clipsae.data.loader import ResumableLoader, image_batches
+from clipsae.data.reader import read_batches
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -295,3 +298,24 @@ def test_a_training_set_of_bad_images_only_is_refused(tmp_path):
     with pytest.raises(BadImageError, match="no image that can be read"):
         list(ResumableLoader(dataset, 1))
     assert list(image_batches(dataset, 1)) == []
+
+
+class TellsToLeave(Numbers):
+    """Its workers are sent what a cluster sends to each process of a job."""
+
+    def __getitem__(self, index: int):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return super().__getitem__(index)
+
+
+def test_workers_leave_signals_to_a_parent_that_answers():
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.signal(number, lambda *_: os._exit(3)) for number in numbers]
+    try:
+        batches = read_batches(TellsToLeave(6), [[0, 1, 2], [3, 4, 5]], num_workers=1)
+        assert [labels.tolist() for _, labels, *_ in batches] == [[0, 1, 2], [3, 4, 5]]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -38,21 +38,24 @@ def cluster() -> None:
 
 
 @pytest.fixture(scope="module")
-def launch(
-    cluster: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `run.py` with small settings and more overrides; its output goes to `<name>.log`.
+def jobs_name(request: pytest.FixtureRequest) -> str:
+    """Of all SLURM jobs of a file of tests."""
+    return f"clipsae-{request.node.path.stem}-{os.getpid()}"
+
+
+@pytest.fixture(scope="module")
+def launch(cluster: None, jobs_name: str) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts `run.py` with small settings and more overrides; its output goes to `log`.
     What still runs in the end, here and on the cluster, is ended."""
     started = []
-    mine = f"clipsae-test-{os.getpid()}"
 
-    def start(log: Path, *overrides: str) -> subprocess.Popen:
+    def start(log: Path, *overrides: str, settings: list[str] = SMALL) -> subprocess.Popen:
         launcher = []
-        if "hydra/launcher=slurm" in overrides:
-            launcher = [f"hydra.launcher.name={mine}"]
+        if any(o.startswith("hydra/launcher=slurm") for o in overrides):
+            launcher = [f"hydra.launcher.name={jobs_name}"]
         log.parent.mkdir(parents=True, exist_ok=True)
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *SMALL, *overrides, *launcher],
+            [sys.executable, str(ROOT / "run.py"), *settings, *overrides, *launcher],
             stdout=log.open("a"),
             stderr=subprocess.STDOUT,
         )
@@ -63,4 +66,4 @@ def launch(
     for process in started:
         process.kill()
         process.wait()
-    subprocess.run(["scancel", f"--name={mine}"], check=False)
+    subprocess.run(["scancel", f"--name={jobs_name}"], check=False)

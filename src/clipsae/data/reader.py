@@ -4,6 +4,7 @@ B images of a batch, S image side, N images of the dataset.
 """
 
 import logging
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +51,19 @@ def read_batches(
         prefetch_factor=max(_PREFETCH, -(-ahead // num_workers)) if num_workers else None,
         collate_fn=_collate,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
         # Its own generator: the default draws from torch's global one, on which a resumed run
         # and an undisturbed one would then differ.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """A cluster that asks a job to leave tells each of its processes. Where the parent answers by
+    itself a worker must not end first (the parent would fail of it), nor answer, too."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        if callable(signal.getsignal(number)):  # as it was in the parent
+            signal.signal(number, signal.SIG_IGN)
 
 
 class BadImages:

@@ -1,6 +1,7 @@
 """From a config to objects: the one place where `_target_` is followed."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,15 @@ def limit_images(cfg: DictConfig) -> int | None:
 
 
 def best_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU where there is one; of a distributed run's process its own.
+
+    A rank's GPU is that of its number on its machine, as for Lightning. Where SLURM shows each
+    task its own GPU alone, that one is the first.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return torch.device("cuda", rank if rank < torch.cuda.device_count() else 0)
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:

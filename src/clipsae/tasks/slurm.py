@@ -32,10 +32,11 @@ def give_way(to: str, what: str) -> None:
     me = env["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in env:  # by its own number SLURM looks for it twice, and complains
         me = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    # SIGTERM comes at once, and is for the children, too.
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # SIGTERM comes at once, and is for the children, too; at SIGUSR2 submitit would requeue again.
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGUSR2)}
     if not _scontrol("requeue", me):
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         return
     log.info("%s is being made by SLURM job %s: this job queues behind it", what, to)
     _scontrol("update", f"JobId={me}", f"Dependency=afterany:{to}")

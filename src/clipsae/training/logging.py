@@ -203,6 +203,14 @@ def log_sae(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
         logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])
 
 
+def mark_preempting(logger: Logger | None) -> None:
+    """Tell W&B, at once, that the job is about to be stopped and comes back: until then the run is
+    shown as preempted, and not as crashed."""
+    if isinstance(logger, WandbLogger):
+        with _told():
+            logger.experiment.mark_preempting()
+
+
 def finish(logger: Logger | None, failed: bool, coming_back: bool = False) -> None:
     """Close the run, or the next job of this process would log into it.
 
@@ -213,9 +221,9 @@ def finish(logger: Logger | None, failed: bool, coming_back: bool = False) -> No
     if isinstance(logger, WandbLogger):
         run = logger.experiment
         folder = Path(run.dir).parent
+        if coming_back:
+            mark_preempting(logger)
         try:
-            if coming_back and not run.offline:
-                run.mark_preempting()
             run.finish(exit_code=1 if failed else 0)
         except Exception as error:
             log.warning("W&B: %s: `wandb sync %s` sends what is missing", error, folder)

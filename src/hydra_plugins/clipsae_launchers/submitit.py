@@ -1,19 +1,25 @@
 """`hydra/launcher=slurm` and `many_cores`: jobs of their own, through submitit."""
 
+import hashlib
+import json
 import logging
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf
 
 from hydra_plugins.clipsae_launchers.local import groups_of
 
@@ -32,6 +38,9 @@ log = logging.getLogger("clipsae.launcher")
 
 LOOK_EVERY = 2.0  # seconds between two looks at the jobs
 LARGEST_ARRAY = 1000  # SLURM's MaxArraySize where it does not tell
+# Until submitit listens to them, seconds after the start, these would end a job that is only asked
+# to leave, and it would count as failed.
+DEAF = """sh -c 'trap "" TERM USR2; exec "$@"' sh """
 
 
 class _Awaited(BaseSubmititLauncher):
@@ -42,6 +51,8 @@ class _Awaited(BaseSubmititLauncher):
     `cached_property` has a lock).
     """
 
+    leaving = False  # asked to, and queued again
+
     def __call__(
         self, overrides: list[list[str]], numbers: list[int], *rest: Any
     ) -> list[JobReturn]:
@@ -51,6 +62,17 @@ class _Awaited(BaseSubmititLauncher):
             Exception: what the cell raised: SLURM is to see that it failed.
             ConfigError: which of several failed, and why.
         """
+        import submitit
+
+        try:
+            return self._run(overrides, numbers, *rest)
+        except Exception as error:
+            if not self.leaving or isinstance(error, submitit.core.utils.UncompletedJobError):
+                raise
+            # Stopped anywhere, libraries tidy up as well as they can: that is no result.
+            raise SystemExit(1) from error
+
+    def _run(self, overrides: list[list[str]], numbers: list[int], *rest: Any) -> list[JobReturn]:
         run = super().__call__
         if len(overrides) == 1:
             done = run(overrides[0], "hydra.sweep.dir", numbers[0], *rest)
@@ -71,16 +93,30 @@ class _Awaited(BaseSubmititLauncher):
             raise ConfigError("; ".join(failed))
         return several
 
+    def checkpoint(self, *args: Any, **kwargs: Any) -> "submitit.core.utils.DelayedSubmission":
+        """What the job does when it starts again; called when it is asked to leave."""
+        import submitit
+
+        self.leaving = True
+        # Asked again before it has left, it would end with an error; and so it would had it been
+        # killed here an earlier time, which leaves half a file.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        pickled = submitit.JobEnvironment().paths.submitted_pickle
+        pickled.with_name(f"{pickled.name}.save_tmp").unlink(missing_ok=True)
+        # As it was submitted: this object may be in the midst of anything.
+        return submitit.core.utils.DelayedSubmission.load(pickled)
+
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.outcome import cells, conclude
 
         groups = groups_of(self, job_overrides)
+        contents = [[list(job_overrides[i]) for i in group] for group in groups]
         every = cells(job_overrides)
         names = [", ".join(every[i] for i in group) for group in groups]
-        waiting = list(range(len(groups)))
-        jobs: dict[int, submitit.Job] = {}
+        jobs: dict[int, submitit.Job] = self._submitted(contents)
+        waiting = [i for i in range(len(names)) if i not in jobs]
         outcomes: dict[int, Outcome] = {}
         with _no_allocation():
             executor = self._executor()
@@ -91,9 +127,8 @@ class _Awaited(BaseSubmititLauncher):
                 some = waiting[: min(largest, self._places - len(jobs) + len(outcomes))]
                 if some:
                     del waiting[: len(some)]
-                    submitted = self._submit(
-                        executor, [groups[i] for i in some], job_overrides, initial_job_idx
-                    )
+                    numbers = [[initial_job_idx + i for i in groups[g]] for g in some]
+                    submitted = self._submit(executor, [contents[g] for g in some], numbers)
                     jobs |= zip(some, submitted, strict=True)
                     continue
                 for i in sorted(jobs.keys() - outcomes.keys()):
@@ -113,23 +148,28 @@ class _Awaited(BaseSubmititLauncher):
         return [returns[i] for i in range(len(every))]
 
     def _submit(
-        self,
-        executor: "submitit.Executor",
-        groups: list[list[int]],
-        job_overrides: Sequence[Sequence[str]],
-        first: int,
+        self, executor: "submitit.Executor", groups: list[list[list[str]]], numbers: list[list[int]]
     ) -> list["submitit.Job"]:
-        """Submit a job for each group of cells, as one array."""
+        """Submit a job for each group of cells, as one array.
+
+        Args:
+            groups: the overrides of each cell of each group.
+            numbers: of the cells.
+        """
         with _no_allocation():
             jobs = executor.map_array(
                 self,
-                [[list(job_overrides[i]) for i in group] for group in groups],
-                [[first + i for i in group] for group in groups],
-                [f"job_id_for_{first + group[0]}" for group in groups],
+                groups,
+                numbers,
+                [f"job_id_for_{some[0]}" for some in numbers],
                 [Singleton.get_state()] * len(groups),
             )
         log.info("submitted %d jobs, %s ...", len(jobs), jobs[0].job_id)
         return jobs
+
+    def _submitted(self, groups: list[list[list[str]]]) -> dict[int, "submitit.Job"]:
+        """The jobs that are there already, by the number of their group."""
+        return {}
 
     _end = "scancel"
 
@@ -146,6 +186,8 @@ class _Awaited(BaseSubmititLauncher):
             for name in (f"{self._EXECUTOR}_max_num_timeout",)
             if name in options
         }
+        if self._EXECUTOR == "slurm":
+            at_start["slurm_python"] = DEAF + shlex.quote(sys.executable)
         executor = submitit.AutoExecutor(
             cluster=self._EXECUTOR, folder=options.pop("submitit_folder"), **at_start
         )
@@ -163,9 +205,54 @@ class _Awaited(BaseSubmititLauncher):
 
 
 class Slurm(_Awaited):
-    """A SLURM job for each cell, in arrays as large as the cluster allows."""
+    """A SLURM job for each cell, in arrays as large as the cluster allows. A command that was ended
+    while its jobs go on finds them again when it is given again."""
 
     _EXECUTOR = "slurm"
+
+    def _submit(
+        self, executor: "submitit.Executor", groups: list[list[list[str]]], numbers: list[list[int]]
+    ) -> list["submitit.Job"]:
+        from clipsae.store import write_json
+
+        jobs = super()._submit(executor, groups, numbers)
+        known = self._known()
+        for group, job in zip(groups, jobs, strict=True):
+            known[self._digest(group)] = job.job_id
+        write_json(self._list, known)
+        return jobs
+
+    def _submitted(self, groups: list[list[list[str]]]) -> dict[int, "submitit.Job"]:
+        import submitit
+
+        known = self._known()
+        ids = {i: known.get(self._digest(group)) for i, group in enumerate(groups)}
+        queued = _queued() if any(ids.values()) else set()
+        tasks = range(max(1, self.params["nodes"]) * max(1, self.params["tasks_per_node"]))
+        found = {
+            i: submitit.SlurmJob(self.params["submitit_folder"], job, list(tasks))
+            for i, job in ids.items()
+            if job in queued
+        }
+        if found:
+            log.info("%d jobs of an earlier command go on: waiting for them", len(found))
+        return found
+
+    @property
+    def _list(self) -> Path:
+        """Which job was submitted last for which cells."""
+        return Path(str(self.params["submitit_folder"]).removesuffix("%j"), "jobs.json")
+
+    def _known(self) -> dict[str, str]:
+        from clipsae.store.files import read_json
+
+        return read_json(self._list)
+
+    def _digest(self, group: list[list[str]]) -> str:
+        """Everything that a job was submitted with, but the command's own folder and time."""
+        config = OmegaConf.masked_copy(self.config, [k for k in self.config if k != "hydra"])
+        content = [OmegaConf.to_yaml(config), self.params, group]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def _array(self) -> int:
         try:
@@ -195,6 +282,20 @@ class ManyCores(_Awaited):
     @property
     def _places(self) -> int:
         return self.parallel or os.cpu_count() or 1
+
+
+def _queued() -> set[str]:
+    """The user's jobs that run or are to run, as "123" or "123_4"."""
+    try:
+        listed = subprocess.run(
+            ["squeue", "--me", "--noheader", "--array", "--format=%i"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    return set(listed.split())
 
 
 @contextmanager

@@ -1,0 +1,167 @@
+"""Whole sweeps: disturbed at random, several at once, preempted. The same numbers in the end."""
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from monkey import Monkey, numbers
+from test_slurm import content
+
+pytestmark = pytest.mark.slow
+
+DEMO = [
+    "sweeps=demo",
+    "model.latents=256",
+    "trainer.max_steps=60",
+    "trainer.accelerator=cpu",
+    "trainer.val_check_interval=30",
+    "trainer.limit_val_batches=1",
+    "callbacks.checkpoint_every_n_steps=10",
+    "features.batch_size=4",
+    "dataset.size=40",
+    "logger=none",
+]
+SLURM = "hydra/launcher=slurm"
+DATASETS = "dataset=scenes_shape,scenes_colour,scenes_pattern"
+TIMEOUT = 600  # seconds, on a busy machine
+ACTS = 12
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """All numbers of the whole sweep, made one after the other in one process."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    log = root / "run.log"
+    assert launch(log, DATASETS, f"paths.output_dir={root}", settings=DEMO).wait(TIMEOUT) == 0
+    found = numbers(root)
+    assert len(found) == 6 + 2 * 18
+    return found
+
+
+def printed(root: Path) -> list[str]:
+    """What the jobs of all sweeps of a folder printed."""
+    return [log.read_text() for log in root.glob("sweeps/*/.submitit/*/*_0_log.out")]
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_a_sweep_survives_anything(undisturbed, launch, jobs_name, tmp_path, seed):
+    started: list[subprocess.Popen] = []
+
+    def again() -> int:
+        log = tmp_path / f"{len(started)}.log"
+        overrides = (DATASETS, SLURM, f"paths.output_dir={tmp_path}")
+        started.append(launch(log, *overrides, settings=DEMO))
+        return started[-1].wait(TIMEOUT)
+
+    monkey = Monkey(jobs_name, seed, ACTS, every=2.5, parent=lambda: started[-1])
+    monkey.start()
+    statuses = [again()]
+    while statuses[-1] != 0 and len(statuses) < 2 * ACTS:
+        statuses.append(again())
+    monkey.stopped.set()
+    assert statuses[-1] == 0, (tmp_path / f"{len(started) - 1}.log").read_text()
+    assert set(statuses) <= {0, 1, -9}, monkey.done
+    assert monkey.done
+    assert numbers(tmp_path) == undisturbed, monkey.done
+    assert not list(tmp_path.glob("*/.*.partial")), "something half made is left"
+
+
+def test_sweeps_that_share_a_store_train_each_sae_once(undisturbed, launch, tmp_path):
+    models = "model=topk,sparsemax"
+    cells = {
+        "one": "dataset=scenes_shape,scenes_colour",
+        "same": "dataset=scenes_shape,scenes_colour",
+        "more": "dataset=scenes_colour,scenes_pattern",
+    }
+    sweeps = {
+        name: launch(
+            tmp_path / f"{name}.log",
+            models,
+            datasets,
+            SLURM,
+            f"paths.output_dir={tmp_path}",
+            f"sweep_name={name}",
+            settings=DEMO,
+        )
+        for name, datasets in cells.items()
+    }
+    for name, sweep in sweeps.items():
+        assert sweep.wait(TIMEOUT) == 0, (tmp_path / f"{name}.log").read_text()
+    found = numbers(tmp_path)
+    assert len(found) == 2 + 2 * 6
+    assert found == {name: undisturbed[name] for name in found}
+    said = "\n".join(printed(tmp_path))
+    assert sorted(re.findall(r"\] training (\w+)-clipsae", said)) == ["sparsemax", "topk"]
+    assert "continuing" not in said
+
+
+def test_preempted_again_and_again(launch, jobs_name, tmp_path):
+    disturbed = launch(
+        tmp_path / "disturbed.log",
+        "hydra.mode=MULTIRUN",
+        "hydra/launcher=slurm_preempt",
+        "hydra.launcher.partition=debug",
+        "trainer.max_steps=400",
+        "features.num_workers=1",  # is told to leave, too
+        "logger=wandb",
+        "logger.mode=offline",
+        f"paths.output_dir={tmp_path}/disturbed",
+    )
+    store = tmp_path / "disturbed"
+    seen = 0
+    for _ in range(3):
+        end = time.monotonic() + TIMEOUT
+        while (step := newest_step(store)) <= seen:
+            assert disturbed.poll() is None, (tmp_path / "disturbed.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        seen = step
+        # All places of the node, for a moment.
+        demand = [
+            "sbatch",
+            "--wait",
+            "-p",
+            "high",
+            "--exclusive",
+            "-J",
+            jobs_name,
+            "-o",
+            "/dev/null",
+        ]
+        subprocess.run([*demand, "--wrap", "sleep 1"], check=True, timeout=TIMEOUT)
+        seen = max(seen, newest_step(store))
+    assert disturbed.wait(TIMEOUT) == 0, (tmp_path / "disturbed.log").read_text()
+    whole = launch(
+        tmp_path / "whole.log", "trainer.max_steps=400", f"paths.output_dir={tmp_path}/whole"
+    )
+    assert whole.wait(TIMEOUT) == 0
+    assert content(store) == content(tmp_path / "whole")
+
+    (said,) = printed(store)
+    assert said.count("this job is preempted") == 3
+    runs = [wandb_records(log) for log in sorted(store.glob("wandb/offline-run-*/*.wandb"))]
+    assert len(runs) == 4
+    assert len({record["run"]["run_id"] for run in runs for record in run if "run" in record}) == 1
+    preempted = [any(record["type"] == "preempting" for record in run) for run in runs]
+    assert preempted == [True, True, True, False]
+    assert [r["exit"]["exit_code"] for r in runs[-1] if r["type"] == "exit"] == [0]
+
+
+def newest_step(store: Path) -> int:
+    """Of the checkpoint; 0 where there is none, or where its folder has just changed hands."""
+    for note in store.glob("sae/.*/*/scratch/last.ckpt.json"):
+        try:
+            return json.loads(note.read_text())["saved"][0]["step"]
+        except (OSError, ValueError):
+            pass
+    return 0
+
+
+def wandb_records(log: Path) -> list[dict]:
+    """The records of an offline run."""
+    read = subprocess.run(["wandb", "leet", "inspect", log, "--json"], capture_output=True)
+    return [json.loads(line) for line in read.stdout.splitlines()]
