@@ -1,8 +1,8 @@
 """Every command and snippet of the documentation runs, small, in the order of its page.
 
 A page's blocks run in a folder that looks like a checkout. bash blocks run in bash, where `python`
-and `clipsae` are those of `warm.py`; python blocks run as they are; a block with a title is a file of
-that name. Commands of run.py are composed as they are written, and then run with the sizes of
+and `clipsae` are those of `warm.py`; python blocks run as they are; a block with a title is a file
+of that name. Commands of run.py are composed as they are written, and then run with the sizes of
 `small.py`. A command that is marked `# needs ...` in the page is treated as NEEDS says.
 """
 
@@ -22,7 +22,7 @@ from tests.docs.blocks import Block, blocks, inline_commands, script
 NEEDS = {
     "the weights": "OpenAI's are fetched by open_clip: composed as written, run with clip=tiny",
     "the datasets": "real data: composed only; tests/tasks/test_benchmark.py runs it on toy data",
-    "a cluster": "SLURM: composed with the launcher resolved; tests/slurm runs it where one answers",
+    "a cluster": "SLURM: composed, the launcher resolved; tests/slurm runs it where one answers",
     "several GPUs": "composed only; tests/training/test_ddp.py runs two processes on the CPU",
     "a network": "Hugging Face or W&B are asked: composed only",
     "half an hour": "composed only; tests/training/test_pretrain.py trains a few steps",

@@ -16,8 +16,17 @@ import socket
 import sys
 import tomllib
 import traceback
+from importlib import import_module
 from pathlib import Path
 
+IMPORTED = (
+    "lightning.pytorch",
+    "matplotlib.pyplot",
+    "torchmetrics",
+    "clipsae.cli",
+    "clipsae.tasks.experiment",
+    "clipsae.tasks.report",
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 SHIM = """#!{python} -IS
@@ -41,14 +50,8 @@ def write_shims(folder: Path, address: Path) -> None:
 
 def main(address: str) -> None:
     """Serve until the parent goes."""
-    import lightning.pytorch  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import torchmetrics  # noqa: F401
-
-    import clipsae.cli  # noqa: F401
-    import clipsae.tasks.experiment
-    import clipsae.tasks.report  # noqa: F401
-
+    for name in IMPORTED:
+        import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
@@ -73,6 +76,8 @@ def _serve(connection: socket.socket) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [os.path.abspath(path) for path in paths if path]  # noqa: PTH100
     code: object = 0
     try:
         _command(*arguments)
