@@ -176,7 +176,7 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     storage = torch.frombuffer(memory, dtype=like.dtype).untyped_storage()
-    return like.new_empty(0).set_(storage, 0, shape)  # no view, for autograd
+    return like.new_empty(0).set_(storage, 0, torch.Size(shape))  # no view, for autograd
 
 
 def _sorted_by(key: Tensor, keys: int) -> tuple[Tensor, Tensor]:
