@@ -52,8 +52,8 @@ def _configs(root: Path) -> str:
     parts = [
         "# Config groups\n",
         "One run is one choice of each group, `group=choice`, with any value changed by "
-        "`group.key=value`. These are the files themselves: what is not in them cannot be set. Open "
-        "one to read it.\n",
+        "`group.key=value`. These are the files: what is not in them cannot be set. Open one to "
+        "read it.\n",
         "## The run itself\n",
         _file(conf / "config.yaml", "conf/config.yaml"),
     ]

@@ -265,3 +265,78 @@ def test_tokens_of_another_shape_are_refused(small):
     clip = load_random(small())
     with pytest.raises(ValueError, match=r"expected \[B, 17, 32\]"):
         clip.tail(torch.zeros(2, 16, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "prefix_tokens"),
+    [
+        ("timm:vit_tiny_patch16_224", {}, 1),
+        ("timm:vit_small_patch14_dinov2", {"image_size": 56}, 1),
+        ("timm:vit_small_patch14_reg4_dinov2", {"image_size": 56}, 5),
+        ("ViT-B-16-SigLIP", {}, 0),
+    ],
+)
+def test_timm_towers_are_cut_in_the_same_way(name, options, prefix_tokens):
+    clip = load_random(name, **options)
+    images = clip.normalize(some_images(clip))
+    expected = getattr(clip.model, "encode_image", clip.model)(images)
+    assert clip.prefix_tokens == prefix_tokens
+    for layer in (0, clip.blocks // 2, -2, -1):
+        cut = recut(clip, layer)
+        tokens = cut.prefix(images)
+        assert tokens.shape == (2, clip.tokens, clip.width)
+        torch.testing.assert_close(cut.tail(tokens), expected, rtol=1e-4, atol=1e-5)
+    assert expected.shape == (2, clip.embed_dim)
+    assert clip.prefix(images).equal(clip.prefix(images))  # nothing is dropped
+
+
+def test_a_timm_tower_reads_a_block_and_its_own_statistics():
+    clip = load_random("timm:vit_small_patch14_reg4_dinov2", image_size=56)
+    assert clip.mean == (0.485, 0.456, 0.406)
+    seen = {}
+    block = clip.model.blocks[10]
+    block.register_forward_hook(lambda _module, _in, out: seen.update(tokens=out))
+    images = clip.normalize(some_images(clip))
+    clip.model(images)
+    assert torch.equal(clip.prefix(images), seen["tokens"])
+    bf16 = load_random("timm:vit_small_patch14_reg4_dinov2", image_size=56, precision="bf16")
+    assert bf16.compute_dtype == torch.bfloat16
+    tokens = bf16.prefix(images)
+    assert tokens.dtype == torch.float32
+    assert (tokens - seen["tokens"]).norm() < 0.02 * seen["tokens"].norm()
+
+
+def test_a_timm_model_has_no_texts():
+    clip = load_random("timm:vit_tiny_patch16_224")
+    assert not clip.has_text
+    for use in (
+        lambda: clip.tokenizer,
+        lambda: clip.logit_scale,
+        lambda: clip.encode_text(torch.zeros(1, 77, dtype=torch.int64)),
+    ):
+        with pytest.raises(ConfigError, match=r"no text tower.*evaluation=none"):
+            use()
+
+
+def test_a_timm_weights_file(tmp_path):
+    clip = load_random("timm:vit_tiny_patch16_224", seed=3)
+    save_file(clip.model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = FrozenCLIP.load("timm:vit_tiny_patch16_224", str(tmp_path / "weights.safetensors"))
+    images = clip.normalize(some_images(clip))
+    assert torch.equal(loaded.encode_image(images), clip.encode_image(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("timm:vit_smal_patch14_dinov2", None, "did you mean vit_small_patch14_dinov2"),
+        ("timm:vit_small_patch16_dinov3", None, "expected a plain ViT"),
+        ("timm:resnet18", None, "expected a plain ViT"),
+        ("timm:vit_small_patch14_dinov2", "openai", "neither a file.*lvd142m"),
+        ("timm:vit_small_patch14_dinov2", "lvd142m", "could not be downloaded"),
+    ],
+)
+def test_what_timm_cannot_give_is_refused(name, pretrained, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=message):
+        FrozenCLIP.load(name, pretrained)

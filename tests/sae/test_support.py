@@ -10,7 +10,7 @@ from clipsae.sae import SAE, SAEOutput
 from clipsae.sae import blockwise as blockwise_module
 from clipsae.sae import support as support_module
 from clipsae.sae.base import SparseCodes
-from clipsae.sae.support import Support, empty, largest, positions_above
+from clipsae.sae.support import Support, largest, positions_above
 from tests.sae.conftest import D, M, build, tokens
 
 HARD = {
@@ -203,14 +203,3 @@ def test_largest_is_topk(m, k):
     assert torch.equal(values.sort().values, scores.topk(k).values.sort().values)
     assert torch.equal(values, scores.gather(1, indices))
     assert all(len(row.unique()) == k for row in indices)
-
-
-def test_empty_is_memory_of_its_own():
-    like = torch.zeros(1, dtype=torch.float64)
-    one, other = empty(3000, 2000, like=like), empty(3000, 2000, like=like)
-    one.fill_(1)
-    other.fill_(2)
-    assert one.dtype == torch.float64
-    assert one.is_contiguous()
-    assert not one._is_view()
-    assert one.sum() == 6e6

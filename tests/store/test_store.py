@@ -34,7 +34,7 @@ def test_a_key_that_json_cannot_hold_is_refused(tmp_path):
 
 
 def test_made_once_and_then_used(tmp_path):
-    stage = Store(tmp_path).stage("sae", ["TopK", "ViT-B/16"], {"k": 32})
+    stage = Store(tmp_path).stage("sae", ["TopK", "ViT-B/16", "timm:x y"], {"k": 32})
     calls = []
 
     def build(folder):
@@ -46,7 +46,7 @@ def test_made_once_and_then_used(tmp_path):
     assert stage.make(build) == path
     assert len(calls) == 1
     assert (path / "result.txt").read_text() == "done"
-    assert path.name.startswith("topk-vit-b_16-")
+    assert path.name.startswith("topk-vit-b_16-timm_x_y-")
     meta = json.loads((path / MARK).read_text())
     assert meta["key"] == {"k": 32}
     assert meta["versions"]["torch"]

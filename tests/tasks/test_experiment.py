@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from run import ROOT
 
@@ -105,6 +106,36 @@ def test_a_sweep_trains_each_sae_once(tmp_path):
     assert len(list(tmp_path.glob("evaluation/*"))) == 4
     assert done.stdout.count("training topk") == done.stdout.count("training relu") == 1
     assert len(list(tmp_path.glob("sweeps/default/*/metrics.csv"))) == 4
+
+
+@pytest.mark.slow
+def test_a_backbone_without_texts_is_trained_and_measured(tmp_path):
+    backbone = ("clip=dinov2_s_14", "clip.pretrained=null", "clip.image_size=56", "logger=csv")
+    scenes = ("dataset=image_folder", f"dataset.root={tmp_path / 'images'}")
+    for split in ("train", "val"):
+        for c, colour in enumerate(("red", "blue")):
+            folder = tmp_path / "images" / split / colour
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (64, 64), (255 * (c == 0), 40 * i, 255 * c)).save(
+                    folder / f"{i}.png"
+                )
+    size = [option for option in SMALL if not option.startswith("dataset.")]
+    options = (*backbone, *scenes, f"paths.output_dir={tmp_path / 'out'}", *size)
+    refused = run(*options)
+    assert refused.returncode == 1
+    said = refused.stdout.splitlines()[-1]
+    assert "has no text tower" in said
+    assert "evaluation=none" in said
+    assert not (tmp_path / "out" / "sae").exists()
+
+    done = run(*options, "evaluation=none")
+    assert done.returncode == 0, done.stderr
+    (measurement,) = (tmp_path / "out").glob("measurement/*")
+    assert "timm_vit_small_patch14_dinov2" in measurement.name
+    metrics = pd.read_csv(measurement / "metrics.csv").set_index("metric").value
+    assert f"FVU {metrics['fvu']:.3f}" in done.stdout
+    assert not (tmp_path / "out" / "evaluation").exists()
 
 
 @pytest.mark.slow

@@ -1,24 +1,35 @@
-"""Building an open_clip model by name, refusing early and clearly what cannot work."""
+"""Building a model of open_clip or timm by name, refusing early and clearly what cannot work."""
 
 import difflib
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import open_clip
+import timm
 import torch
 from open_clip.pretrained import get_pretrained_cfg
 from torch import nn
 
+from clipsae.clip.towers import EXAMPLES
 from clipsae.errors import ConfigError
 
+TIMM = "timm:"
 TINY = "clipsae-tiny"
 PRECISIONS = ("fp32", "bf16")
 
 
-def build_open_clip(
-    name: str, pretrained: str | None, *, precision: str = "fp32", seed: int = 0
+def build_model(
+    name: str,
+    pretrained: str | None,
+    *,
+    precision: str = "fp32",
+    seed: int = 0,
+    image_size: int | None = None,
 ) -> nn.Module:
-    """An open_clip model in eval mode on the CPU; arguments and errors as `FrozenCLIP.load`.
+    """A model in eval mode on the CPU; arguments and errors as `FrozenCLIP.load`.
 
     Everything that can be refused from the names alone is refused before weights are read.
     """
@@ -29,32 +40,72 @@ def build_open_clip(
         from clipsae.clip import tiny
 
         tiny.register()
+    build = _timm if name.startswith(TIMM) else _open_clip
+    make = build(name, pretrained, precision, image_size)
+    if pretrained is None:
+        warnings.warn(
+            f"{name} with RANDOM WEIGHTS (clip.pretrained=null): "
+            "the pipeline runs, its numbers mean nothing",
+            stacklevel=3,
+        )
+    # Initialisation draws from a generator of its own: random weights depend on `seed` alone, and
+    # loading a model leaves the caller's random state as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = make()
+        except Exception as error:  # whatever a download or a foreign file can raise
+            raise ConfigError(_why_not_loaded(name, pretrained, error)) from error
+    return model.eval()
+
+
+def _open_clip(
+    name: str, pretrained: str | None, precision: str, image_size: int | None
+) -> Callable[[], nn.Module]:
     config = open_clip.get_model_config(name)
     if config is None:
         near = difflib.get_close_matches(name, [*open_clip.list_models(), TINY], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
         raise ConfigError(f"clip.name={name!r}: open_clip has no such model; {hint}")
     _require_plain_vit(name, config)
-    if pretrained is None:
-        weights = None
-        warnings.warn(
-            f"{name} with RANDOM WEIGHTS (clip.pretrained=null): "
-            "the pipeline runs, its numbers mean nothing",
-            stacklevel=3,
-        )
-    else:
-        weights = _known_weights(name, config, pretrained)
-    # Initialisation draws from a generator of its own: random weights depend on `seed` alone, and
-    # loading a model leaves the caller's random state as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model = open_clip.create_model(
-                name, weights, precision=precision, pretrained_text=False
+    weights = None if pretrained is None else _known_weights(name, config, pretrained)
+    return partial(
+        open_clip.create_model,
+        name,
+        weights,
+        precision=precision,
+        pretrained_text=False,
+        force_image_size=image_size,
+    )
+
+
+def _timm(
+    name: str, pretrained: str | None, precision: str, image_size: int | None
+) -> Callable[[], nn.Module]:
+    model = name.removeprefix(TIMM)
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        raise ConfigError(f"clip.name={name!r}: timm has no such model; {hint}")
+    if not _is_timm_vit(model):
+        raise ConfigError(f"clip.name={name!r}: expected a plain ViT, such as {EXAMPLES}")
+    options: dict[str, Any] = {"pretrained": pretrained is not None, "num_classes": 0}
+    if image_size is not None:
+        options["img_size"] = image_size
+    if pretrained is not None:
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
+        path = Path(pretrained).expanduser()
+        if pretrained in tags:
+            model = f"{model}.{pretrained}"
+        elif path.is_file():
+            options["pretrained_cfg_overlay"] = {"file": str(path)}
+        else:
+            raise ConfigError(
+                f"clip.pretrained={pretrained!r}: neither a file nor weights that timm knows "
+                f"for {model} (those are: {', '.join(tags) or 'none'})"
             )
-        except Exception as error:  # whatever a download or a foreign file can raise
-            raise ConfigError(_why_not_loaded(name, weights, error)) from error
-    return model.eval()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return lambda: timm.create_model(model, **options).to(dtype)
 
 
 def weights_file(name: str, pretrained: str | None) -> Path | None:
@@ -82,8 +133,9 @@ def weights_file(name: str, pretrained: str | None) -> Path | None:
 def _require_plain_vit(name: str, config: dict) -> None:
     vision = config["vision_cfg"]
     size = vision.get("image_size", 224)
-    if "timm_model_name" in vision:
-        reason = f"its image tower is timm's {vision['timm_model_name']}"
+    of_timm = vision.get("timm_model_name")
+    if of_timm and not _is_timm_vit(of_timm):
+        reason = f"its image tower is timm's {of_timm}"
     elif isinstance(vision.get("layers"), list | tuple):
         reason = "its image tower is a ResNet"
     elif vision.get("attentional_pool"):
@@ -94,9 +146,11 @@ def _require_plain_vit(name: str, config: dict) -> None:
         reason = f"its images are not square ({size[0]} x {size[1]})"
     else:
         return
-    raise ConfigError(
-        f"clip.name={name!r}: {reason}; expected a plain ViT, such as ViT-B-16-quickgelu"
-    )
+    raise ConfigError(f"clip.name={name!r}: {reason}; expected a plain ViT, such as {EXAMPLES}")
+
+
+def _is_timm_vit(model: str) -> bool:
+    return timm.models.is_model_in_modules(model, ["vision_transformer"])
 
 
 def _known_weights(name: str, config: dict, pretrained: str) -> str:
@@ -127,7 +181,7 @@ def _why_not_loaded(name: str, weights: str | None, error: Exception) -> str:
     detail = " ".join(str(error).split())[:200]
     if weights is None:
         return f"clip.name={name!r} could not be built: {detail}"
-    if Path(weights).is_file():
+    if weights_file(name, weights) is not None:
         return f"clip.pretrained={weights!r} does not hold the weights of {name}: {detail}"
     return (
         f"the weights {weights!r} of {name} could not be downloaded: fetch them where there is a "

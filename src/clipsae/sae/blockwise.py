@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsae.sae.support import empty
+from clipsae.sae.memory import empty
 
 _BLOCK = 2**20  # scores
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.losses import at_least_float32
-from clipsae.sae.support import Support, empty
+from clipsae.sae.memory import empty
+from clipsae.sae.support import Support
 
 Chooser = Callable[[Tensor], Tensor | None]
 """Scores [N, M] -> positions of pairs, token * M + latent; None: dense."""

@@ -5,14 +5,14 @@ on the support costs as many rows of d numbers as there are active pairs of toke
 CPU the second is cheaper below a share of all pairs, `DENSE_FROM`.
 """
 
-import mmap
 import warnings
 from functools import cached_property
-from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from clipsae.sae.memory import empty
 
 DENSE_FROM = {"cpu": 0.1}
 """Share of active pairs above which dense products are faster, by type of device. Devices that are
@@ -20,7 +20,6 @@ not named always have dense ones."""
 
 # Rows of 4096 latents fit in the cache that tokens would otherwise fetch them to again and again.
 _TILE = 4096
-_LARGE = 2**25
 
 
 class Support:
@@ -166,17 +165,6 @@ def largest(scores: Tensor, k: int, stride: int = 16) -> tuple[Tensor, Tensor]:
     columns = torch.cat([columns, in_none], dim=-1)
     values, chosen = scores.gather(-1, columns).topk(k, dim=-1, sorted=False)
     return values, columns.gather(-1, chosen)
-
-
-def empty(*shape: int, like: Tensor) -> Tensor:
-    """`like.new_empty(shape)`, on a CPU in huge pages: small ones cost more than the writing."""
-    size = prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(shape)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    storage = torch.frombuffer(memory, dtype=like.dtype).untyped_storage()
-    return like.new_empty(0).set_(storage, 0, torch.Size(shape))  # no view, for autograd
 
 
 def _sorted_by(key: Tensor, keys: int) -> tuple[Tensor, Tensor]:

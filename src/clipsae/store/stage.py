@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -303,7 +304,7 @@ class Store:
             key: what determines the content: plain JSON values, no paths, no devices.
             about: what `task=status` finds it by: model, dataset, k, seed.
         """
-        slug = "-".join(word.lower().replace("/", "_").replace(" ", "_") for word in words)
+        slug = "-".join(re.sub(r"[^\w.-]", "_", word.lower()) for word in words)
         path = self.root / kind / f"{slug}-{digest(key)}"
         return Stage(path, key, dict(about or {}), self.beat, self.dead_after)
 

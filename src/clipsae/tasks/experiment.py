@@ -65,7 +65,8 @@ def benchmark(
     trained: Stage,
     make_it: Callable[[Callable[[], Logger | None]], None],
 ) -> None:
-    """Make an SAE, evaluate and measure it, show the numbers.
+    """Make an SAE, evaluate and measure it (unless `evaluation=none`, `measurement=none`), show
+    the numbers.
 
     Args:
         trained: the SAE's place in the store.
@@ -74,13 +75,14 @@ def benchmark(
     Raises:
         ConfigError: something in the config that cannot be; before the SAE is made.
     """
-    evaluation.check(cfg, clip, test_set)
-    evaluated = evaluation.stage(cfg, store, trained, test_set)
-    measured = None
+    evaluated = measured = None
+    if cfg.evaluation.settings:
+        evaluation.check(cfg, clip, test_set)
+        evaluated = evaluation.stage(cfg, store, trained, test_set)
     if cfg.measurement.metrics != []:
         measured = measurement.stage(cfg, store, trained, test_set)
         if not measured.finished:
-            measurement.check(cfg, test_set)
+            measurement.check(cfg, clip, test_set)
     stages = [stage for stage in (trained, evaluated, measured) if stage is not None]
     for stage in stages:
         if stage.finished:
@@ -90,14 +92,16 @@ def benchmark(
         classes = classifier.embeddings(cfg, store, clip, test_set)
         evaluation.make(cfg, clip, trained.path, classes, test_set, folder)
 
-    with tracked(cfg, evaluated) as logger:
+    with tracked(cfg, evaluated or measured or trained) as logger:
         make_it(logger)
         if rank_zero_only.rank > 0:  # the rest is the first rank's
             return
-        evaluated.make(evaluate)
-        rows = evaluation.read(evaluated.path)
-        evaluation.check_zero_shot(cfg, test_set, rows)
-        cells = table_cells(rows)
+        rows, cells = pd.DataFrame(), {}
+        if evaluated is not None:
+            evaluated.make(evaluate)
+            rows = evaluation.read(evaluated.path)
+            evaluation.check_zero_shot(cfg, test_set, rows)
+            cells = table_cells(rows)
         metrics: dict[str, float] = {}
         if measured is not None:
             measured.make(

@@ -38,12 +38,23 @@ def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: lis
     """Top-n accuracies as one table, n across, the measured numbers, and where the work lies.
 
     Args:
-        rows: tidy rows of one evaluation (`results.csv`).
+        rows: tidy rows of one evaluation (`results.csv`); empty: none was made.
         metrics: the numbers of a measurement by name; empty: none was made.
         folders: the finished ones; each lies in a folder named by its kind.
     """
-    first = rows.iloc[0]
     console = terminal()
+    if not rows.empty:
+        console.print(accuracy_table(rows))
+    shown = [f"{label} {metrics[name]:{form}}" for name, label, form in MEASURED if name in metrics]
+    if shown:
+        console.print(", ".join(shown), highlight=False)
+    for folder in folders:
+        console.print(f"{folder.parent.name:<12}{folder}", soft_wrap=True, highlight=False)
+
+
+def accuracy_table(rows: pd.DataFrame) -> Table:
+    """Top-n accuracies, n across, of the tidy rows of one evaluation."""
+    first = rows.iloc[0]
     ns = sorted({int(n) for n in rows.n.dropna()})
     table = Table(
         title=(
@@ -67,9 +78,4 @@ def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: lis
             by_n = {int(r.n): f"{r.accuracy:.2f}" for r in chosen.itertuples()}
             cells = [by_n.get(n, "") for n in ns]
         table.add_row(setting, meaning, *cells)
-    console.print(table)
-    shown = [f"{label} {metrics[name]:{form}}" for name, label, form in MEASURED if name in metrics]
-    if shown:
-        console.print(", ".join(shown), highlight=False)
-    for folder in folders:
-        console.print(f"{folder.parent.name:<12}{folder}", soft_wrap=True, highlight=False)
+    return table

@@ -137,14 +137,16 @@ def log_results(logger: Logger | None, rows: list[dict[str, Any]], cells: dict[s
 
     Args:
         logger: what `wandb_logger`, `csv_logger` or `no_logger` made.
-        rows: tidy rows, all with the same keys.
+        rows: tidy rows, all with the same keys; none, where there was no evaluation.
         cells: name -> number.
     """
     if logger is None:
         return
     if isinstance(logger, WandbLogger):
-        columns = list(rows[0])
-        logger.log_table("results", columns=columns, data=[[r[c] for c in columns] for r in rows])
+        if rows:
+            columns = list(rows[0])
+            data = [[r[c] for c in columns] for r in rows]
+            logger.log_table("results", columns=columns, data=data)
         with _told():
             for n in sorted({row["n"] for row in rows if row["n"] == row["n"]}):  # not NaN
                 at_n = {

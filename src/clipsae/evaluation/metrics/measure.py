@@ -108,6 +108,7 @@ def measure(
             below 1.
     """
     chosen = check_measure_options(
+        clip,
         dataset,
         metrics=metrics,
         image_encoder=image_encoder,
@@ -160,6 +161,7 @@ def measure(
 
 
 def check_measure_options(
+    clip: FrozenCLIP,
     dataset: Any,
     *,
     metrics: Sequence[str] | None = None,
@@ -168,7 +170,7 @@ def check_measure_options(
     sample_tokens: int = 10_000,
     sample_images: int = 2_000,
 ) -> tuple[str, ...]:
-    """Refuse what `measure` would, without any model at hand.
+    """Refuse what `measure` would, before it begins.
 
     Returns:
         The metrics that will be measured.
@@ -178,6 +180,8 @@ def check_measure_options(
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
+    if pooling == "cls" and not clip.prefix_tokens:
+        raise ValueError(f"pooling='cls': {clip.name} has no class token; use mean or max")
     for name, value in (("sample_tokens", sample_tokens), ("sample_images", sample_images)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")

@@ -47,11 +47,11 @@ class Batch:
     """Images and what is known of them.
 
     Attributes:
-        tokens: [B, T, d], the class token first.
+        tokens: [B, T, d], the patches last.
         sampled_tokens: positions among the B x T tokens that CKNNA compares, ascending.
         embeddings: [B, e] of the separate image encoder, or None.
         sampled_images: positions among the B images that recovery compares, ascending.
-        patch_truth: bool [sampled images, T - 1, V].
+        patch_truth: bool [sampled images, patches, V].
         image_truth: bool [sampled images, V'].
     """
 
@@ -141,8 +141,9 @@ class SingleMeasure:
         if sampled_images:
             assert patch_truth is not None
             assert image_truth is not None
+            patches = codes[sampled_images, -patch_truth.shape[1] :]
             for level, of, truth in (
-                ("patch", codes[sampled_images, 1:].flatten(0, 1), patch_truth.flatten(0, 1)),
+                ("patch", patches.flatten(0, 1), patch_truth.flatten(0, 1)),
                 ("image", pooled[sampled_images], image_truth),
             ):
                 sizes = self.latents, truth.shape[1], self.options.threshold

@@ -41,9 +41,10 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
     """Refuse now what would be refused after the training.
 
     Raises:
-        ConfigError: options that cannot be, or `heldout` where both splits are the same images:
-            nothing would be held out.
+        ConfigError: a backbone without a text tower; options that cannot be, or `heldout` where
+            both splits are the same images: nothing would be held out.
     """
+    clip.require_text()
     options = cfg.evaluation
     build.user_error(check_topn_options, options.ns, options.protocol, options.settings)
     if options.protocol != "heldout":

@@ -57,7 +57,7 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
     return store.stage("measurement", [*name, f"s{cfg.seed}"], key, build.cell(cfg))
 
 
-def check(cfg: DictConfig, test_set: ImageDataset) -> None:
+def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
     """Refuse now what would be refused after the training.
 
     Raises:
@@ -68,6 +68,7 @@ def check(cfg: DictConfig, test_set: ImageDataset) -> None:
     name = encoder_name(cfg, test_set)
     metrics = build.user_error(
         check_measure_options,
+        clip,
         test_set,
         metrics=options.metrics,
         image_encoder=name,

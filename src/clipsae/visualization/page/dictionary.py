@@ -71,9 +71,7 @@ def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor:
         rows: decoder rows [M, d].
         words: text embeddings [W, e].
     """
-    visual = clip.model.visual
-    centred = (rows - rows.mean(dim=-1, keepdim=True)).float() * visual.ln_post.weight.float()
-    direct = centred if visual.proj is None else centred @ visual.proj.float()
+    direct = clip.tower.direct(rows)
     words = nn.functional.normalize(words.float(), dim=-1)
     words = nn.functional.normalize(words - words.mean(dim=0), dim=-1)
     return nn.functional.normalize(direct, dim=-1) @ words.T

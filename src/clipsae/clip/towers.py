@@ -1,0 +1,217 @@
+"""Image towers cut in two at a block, behind one interface: open_clip's own ViT, and timm's.
+
+B images, T tokens of an image (those that are no patches first, then the patches row by row),
+d width, e embedding size, S image side.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torch import Tensor, nn
+
+from clipsae.errors import ConfigError
+
+EXAMPLES = "ViT-B-16-quickgelu, ViT-B-16-SigLIP or timm:vit_small_patch14_dinov2"
+
+
+class Tower(ABC):
+    """A ViT whose `tail(prefix(x, i), i)` is `whole(x)` for every block i = 0, 1, ...
+
+    Attributes:
+        blocks: their number.  width: d.  grid: (rows, columns) of patches.
+        prefix_tokens: tokens before the patches: class token, registers.
+        embed_dim: e.  image_size: S.
+        mean, std: the model's own normalisation, per channel, of values in [0, 1].
+    """
+
+    blocks: int
+    width: int
+    grid: tuple[int, int]
+    prefix_tokens: int
+    embed_dim: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of its products."""
+
+    @abstractmethod
+    def prefix(self, images: Tensor, block: int) -> Tensor:
+        """Normalised images [B, 3, S, S] -> the residual stream after a block, [B, T, d]."""
+
+    @abstractmethod
+    def tail(self, tokens: Tensor, block: int) -> Tensor:
+        """The residual stream after a block, [B, T, d] -> embedding [B, e]."""
+
+    @abstractmethod
+    def whole(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] -> embedding [B, e], as the library computes it."""
+
+    def direct(self, rows: Tensor) -> Tensor | None:
+        """What rows [M, d], added to the last stream, add to the embedding [M, e] to first order,
+        up to the layer norm's scale; None where the embedding is no linear map of a normed token.
+        """
+        return None
+
+
+def tower_of(name: str, visual: nn.Module) -> Tower:
+    """The tower of an open_clip model's `visual`, or of a timm model.
+
+    Raises:
+        ConfigError: it is no plain ViT.
+    """
+    if isinstance(visual, VisionTransformer):
+        return OpenClipTower(visual)
+    of_clip = isinstance(visual, TimmModel)
+    trunk = visual.trunk if of_clip else visual
+    # Subclasses may mix tokens in other ways.
+    if type(trunk) is not TimmViT:
+        raise ConfigError(
+            f"clip.name={name!r}: its image tower is timm's {type(trunk).__name__}; "
+            f"expected a plain ViT, such as {EXAMPLES}"
+        )
+    return TimmTower(trunk, visual.head, visual.preprocess_cfg) if of_clip else TimmTower(trunk)
+
+
+class OpenClipTower(Tower):
+    """open_clip's own ViT, as CLIP has it: one class token, pooled by it or by the mean."""
+
+    prefix_tokens = 1
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        self.visual = visual
+        self.blocks = len(visual.transformer.resblocks)
+        self.width = visual.transformer.width
+        self.grid = tuple(visual.grid_size)
+        self.embed_dim = visual.output_dim
+        self.image_size = visual.image_size[0]
+        self.mean = tuple(visual.preprocess_cfg["mean"])
+        self.std = tuple(visual.preprocess_cfg["std"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.conv1.weight.dtype
+
+    def prefix(self, images: Tensor, block: int) -> Tensor:
+        found = self.visual.forward_intermediates(
+            images,
+            indices=[block],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        parts = found["image_intermediates_prefix"][0], found["image_intermediates"][0]
+        return torch.cat(parts, dim=1)
+
+    def tail(self, tokens: Tensor, block: int) -> Tensor:
+        visual = self.visual
+        remaining = list(visual.transformer.resblocks[block + 1 :])
+        last = remaining.pop() if remaining and self._reads_class_token_only else None
+        x = self._run(remaining, tokens)
+        if last is not None:
+            x = _class_token_of_block(last, x)
+        # Layer norm acts on each token by itself: before the pooling or after it is the same
+        # where the pooling picks a token, and not where it averages.
+        if visual.pool_type == "tok":
+            x = visual.ln_post(x[:, 0])
+        elif visual.final_ln_after_pool:
+            x = visual.ln_post(x[:, 1:].mean(dim=1))
+        else:
+            x = visual.ln_post(x)[:, 1:].mean(dim=1)
+        return x if visual.proj is None else x @ visual.proj
+
+    def whole(self, images: Tensor) -> Tensor:
+        return self.visual(images)
+
+    def direct(self, rows: Tensor) -> Tensor:
+        visual = self.visual
+        centred = (rows - rows.mean(dim=-1, keepdim=True)).float() * visual.ln_post.weight.float()
+        return centred if visual.proj is None else centred @ visual.proj.float()
+
+    @property
+    def _reads_class_token_only(self) -> bool:
+        transformer = self.visual.transformer
+        # The block's own type: subclasses and custom blocks may mix tokens in other ways.
+        plain = type(transformer.resblocks[-1]) is ResidualAttentionBlock
+        return plain and self.visual.pool_type == "tok" and transformer.batch_first
+
+    def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
+        batch_first = self.visual.transformer.batch_first
+        x = x if batch_first else x.transpose(0, 1)
+        for block in blocks:
+            x = block(x)
+        return x if batch_first else x.transpose(0, 1)
+
+
+class TimmTower(Tower):
+    """timm's ViT: DINOv2 by itself, SigLIP as the image tower of an open_clip model.
+
+    Args:
+        trunk: the ViT, without a classifier.
+        head: what open_clip puts behind it, if anything.
+        preprocess: how images are normalised; None: as timm says.
+    """
+
+    def __init__(
+        self,
+        trunk: TimmViT,
+        head: nn.Module | None = None,
+        preprocess: dict[str, Any] | None = None,
+    ) -> None:
+        self.trunk = trunk
+        self.head = nn.Identity() if head is None else head
+        self.blocks = len(trunk.blocks)
+        self.width = trunk.embed_dim
+        self.grid = tuple(trunk.patch_embed.grid_size)
+        self.prefix_tokens = trunk.num_prefix_tokens
+        projections = [part for part in self.head.modules() if isinstance(part, nn.Linear)]
+        self.embed_dim = projections[-1].out_features if projections else trunk.num_features
+        self.image_size = trunk.patch_embed.img_size[0]
+        how = preprocess or resolve_model_data_config(trunk)
+        self.mean, self.std = tuple(how["mean"]), tuple(how["std"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.trunk.patch_embed.proj.weight.dtype
+
+    def prefix(self, images: Tensor, block: int) -> Tensor:
+        (found,) = self.trunk.forward_intermediates(
+            images,
+            indices=[block],
+            return_prefix_tokens=True,
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+        )
+        if not self.prefix_tokens:
+            return found
+        patches, others = found
+        return torch.cat([others, patches], dim=1)
+
+    def tail(self, tokens: Tensor, block: int) -> Tensor:
+        x = tokens
+        for layer in self.trunk.blocks[block + 1 :]:
+            x = layer(x)
+        return self.head(self.trunk.forward_head(self.trunk.norm(x)))
+
+    def whole(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(images))
+
+
+def _class_token_of_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """The block's output for the class token alone: [B, T, d] -> [B, 1, d].
+
+    Keys and values are needed of all tokens; query, attention's output and MLP of one.
+    """
+    h = block.ln_1(x)
+    cls = x[:, :1] + block.ls_1(block.attention(q_x=h[:, :1], k_x=h, v_x=h))
+    return cls + block.ls_2(block.mlp(block.ln_2(cls)))

@@ -1,0 +1,96 @@
+"""Memory that is used again: never while anything can still see it."""
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from clipsae.sae import memory
+from clipsae.sae.memory import empty
+
+LIKE = torch.zeros(1, dtype=torch.float64)
+SHAPE = (2200, 2000)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    memory._free.clear()
+    yield
+    memory._free.clear()
+
+
+def test_empty_is_memory_of_its_own():
+    one, other = empty(*SHAPE, like=LIKE), empty(*SHAPE, like=LIKE)
+    one.fill_(1)
+    other.fill_(2)
+    assert one.dtype == torch.float64
+    assert one.is_contiguous()
+    assert not one._is_view()
+    assert one.sum() == SHAPE[0] * SHAPE[1]
+
+
+def test_what_was_given_back_is_used_again_for_the_same_size_only():
+    first = empty(*SHAPE, like=LIKE)
+    place = first.data_ptr()
+    del first
+    other = empty(SHAPE[0] + 1, SHAPE[1], like=LIKE)
+    assert other.data_ptr() != place
+    assert empty(SHAPE[1], SHAPE[0], like=LIKE).data_ptr() == place
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [
+        lambda t: t[5],
+        lambda t: t.view(-1),
+        lambda t: t.detach(),
+        lambda t: t.untyped_storage(),
+        lambda t: t.numpy(),
+        lambda t: (t.requires_grad_() * t[:1]).grad_fn,  # saves it for the backward pass
+    ],
+)
+def test_not_while_an_alias_lives(alias):
+    first = empty(*SHAPE, like=LIKE)
+    place = first.data_ptr()
+    kept = alias(first)
+    del first
+    gc.collect()
+    second = empty(*SHAPE, like=LIKE)
+    assert second.data_ptr() != place
+    del kept, second
+
+
+def test_no_more_is_held_than_said(monkeypatch):
+    size = 8 * SHAPE[0] * SHAPE[1]
+    monkeypatch.setattr(memory, "_KEPT", 2 * size)
+    many = [empty(*SHAPE, like=LIKE) for _ in range(4)]
+    assert not memory._free
+    del many
+    assert sum(map(len, memory._free)) == 2 * size
+    monkeypatch.setattr(memory, "_KEPT", 0)
+    empty(*SHAPE, like=LIKE)
+    assert not memory._free
+
+
+def test_several_threads_never_share():
+    wrong = []
+
+    def work(number: int) -> None:
+        for _ in range(8):
+            mine = empty(*SHAPE, like=LIKE)[:2]
+            mine.fill_(number)
+            if not (mine == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_small_ones_are_the_allocators():
+    empty(10, 10, like=LIKE)
+    assert not memory._free
