@@ -6,9 +6,12 @@ B images, T tokens of an image, d width, M latents, n latents kept.
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import chain
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from clipsae.sae import SAE
 
 # Dense codes are [images, T, M], at the paper's size 39 MB an image: images are encoded in groups
 # of this many bytes, a few times of which is in use at the peak.
@@ -44,6 +47,9 @@ class SparseCodes:
         return self.keys.nbytes + self.values.nbytes
 
 
+_NOT_ASKED: Any = None  # a field that was not asked for
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A batch of images without its dense codes. What was not asked for is None.
@@ -61,18 +67,18 @@ class Encoded:
     """
 
     active: Tensor
-    counts: Tensor | None = None
-    sums: Tensor | None = None
-    reconstruction: Tensor | None = None
-    scale: Tensor | None = None
-    kept: Tensor | None = None
-    own: Tensor | None = None
-    own_codes: Tensor | None = None
-    sparse: list[SparseCodes] | None = None
+    counts: Tensor = _NOT_ASKED
+    sums: Tensor = _NOT_ASKED
+    reconstruction: Tensor = _NOT_ASKED
+    scale: Tensor = _NOT_ASKED
+    kept: Tensor = _NOT_ASKED
+    own: Tensor = _NOT_ASKED
+    own_codes: Tensor = _NOT_ASKED
+    sparse: list[SparseCodes] = _NOT_ASKED
 
 
 def encode_images(
-    sae: nn.Module,
+    sae: SAE,
     x: Tensor,
     *,
     count_above: float | None = None,
@@ -92,7 +98,7 @@ def encode_images(
         hold: keep the codes that are not zero.
         observe: called with tokens, reconstruction and dense codes of each group.
     """
-    group = max(1, _DENSE_BYTES // (x.shape[1] * sae.config["latents"] * x.element_size()))
+    group = max(1, _DENSE_BYTES // (x.shape[1] * sae.latents * x.element_size()))
     parts = []
     for start in range(0, len(x), group):
         tokens = x[start : start + group]
@@ -100,7 +106,7 @@ def encode_images(
         # One look at the dense codes; what follows touches the support alone.
         keys = codes.reshape(-1).nonzero().squeeze(1)
         values = codes.reshape(-1)[keys]
-        found = {"active": torch.tensor([len(keys)], device=x.device)}
+        found: dict[str, Any] = {"active": torch.tensor([len(keys)], device=x.device)}
         if count_above is not None or own is not None:
             sums = _per_latent(keys, codes.shape, weights=values.double())
         if count_above is not None:
@@ -150,8 +156,8 @@ def _codes_of(codes: Tensor, latents: Tensor) -> Tensor:
     return codes.gather(-1, latents[:, None, :].expand(-1, codes.shape[1], -1))
 
 
-def _concatenate(parts: list[dict]) -> Encoded:
-    whole = {}
+def _concatenate(parts: list[dict[str, Any]]) -> Encoded:
+    whole: dict[str, Any] = {}
     for name in (field.name for field in fields(Encoded)):
         values = [part[name] for part in parts if name in part]
         if values:

@@ -3,6 +3,7 @@
 N images of the split, C classes, M latents, n latents kept.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,8 @@ def make_rows(
 ) -> list[dict[str, Any]]:
     """The tidy rows: for each SAE `no_sae` and then its own settings, in the given order."""
     rows = []
-    for name in saes or [None]:
+    names: Sequence[str | None] = saes or [None]
+    for name in names:
         for key in [key for key in predictions if key[0] in (None, name)]:
             predicted = predictions[key]
             seen = predicted >= 0

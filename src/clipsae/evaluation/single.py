@@ -16,6 +16,7 @@ from clipsae.evaluation.encoding import Encoded, SparseCodes, encode_images
 from clipsae.evaluation.ranking import ClassRankings, top_latents
 from clipsae.evaluation.result import Key
 from clipsae.evaluation.sparsity import SparsityMetrics
+from clipsae.sae import SAE
 
 
 class Predictions:
@@ -75,7 +76,7 @@ class SingleSAE:
     def __init__(
         self,
         name: str,
-        sae: nn.Module,
+        sae: SAE,
         predictions: Predictions,
         *,
         ns: Sequence[int],
@@ -93,13 +94,13 @@ class SingleSAE:
         self.batch_size = batch_size
         self.memory = memory
         device = predictions.classifier.device
-        self.latents: int = sae.config["latents"]
+        self.latents = sae.latents
         self.ns = sorted({n for n in ns if n < self.latents})
         self.ranks = bool(self.ns) and bool({"on", "off"} & set(settings))
         self.rankings = ClassRankings(
             len(predictions.classifier), self.latents, max(self.ns, default=0), device
         )
-        self.sparsity = SparsityMetrics(sae.config["d"], self.latents) if sparsity else None
+        self.sparsity = SparsityMetrics(sae.d, self.latents) if sparsity else None
         if self.sparsity is not None:
             self.sparsity.to(device)
         self.postponed: list[int] = []
@@ -180,7 +181,9 @@ class SingleSAE:
         return share, (self._active / self._tokens).item()
 
     def sparsity_values(self) -> dict[str, float]:
-        """The corpus metrics as plain numbers."""
+        """The corpus metrics as plain numbers; none where they were not asked for."""
+        if self.sparsity is None:
+            return {}
         return {name: float(value) for name, value in self.sparsity.compute().items()}
 
     def _count(self, found: Encoded, labels: list[int]) -> None:
@@ -244,6 +247,7 @@ class SingleSAE:
         for n in self.ns:
             stream = self.sae.decode(codes[..., :n], scale, latents[:, :n])
             if setting == "off":
+                assert full is not None
                 stream = full - stream + self._nothing(scale)  # the bias is in both
             self.predictions.add((self.name, setting, n), stream, indices)
 

@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
 from clipsae.evaluation.passes import evenly_spaced, in_eval_mode
 from clipsae.evaluation.result import NO_SAE, TopNResult, make_rows, per_class_accuracy
 from clipsae.evaluation.single import Predictions, SingleSAE
+from clipsae.sae import SAE
 
 PROTOCOLS = ("paper", "heldout")
 SETTINGS = ("no_sae", "on", "off", "self")
@@ -39,7 +40,7 @@ Progress = Callable[[int, int], None]
 @torch.no_grad()
 def evaluate_topn(
     clip: FrozenCLIP,
-    saes: Mapping[str, nn.Module],
+    saes: Mapping[str, SAE],
     dataset: Any,
     classifier: Tensor,
     *,
@@ -142,9 +143,7 @@ def evaluate_topn(
     return _result(predictions, runs, torch.as_tensor(dataset.labels), settings, protocol)
 
 
-def _thresholds(
-    saes: Mapping[str, nn.Module], given: float | Mapping[str, float]
-) -> dict[str, float]:
+def _thresholds(saes: Mapping[str, SAE], given: float | Mapping[str, float]) -> dict[str, float]:
     if not isinstance(given, Mapping):
         given = dict.fromkeys(saes, given)
     if set(given) != set(saes):

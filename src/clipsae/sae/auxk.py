@@ -78,6 +78,7 @@ def auxk_loss_at(
         return (chosen + m * torch.arange(n, device=x.device)[:, None]).flatten()
 
     dictionary = architecture.dictionary()
+    assert dictionary is not None
     scores, support = dictionary.find(query, choose, latents=of_dead)
     aux = architecture.output(dictionary.mixed(candidates(scores), support))
     return leftover_loss(x, reconstruction, scale, aux, dead.new_ones(()), ranks)

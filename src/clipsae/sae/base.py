@@ -106,7 +106,9 @@ class Architecture(nn.Module):
 
     def decode_at(self, codes: Tensor, support: Support | None, frozen: bool = False) -> Tensor:
         """`decode`, or `decode_frozen`, of codes [p] on a support, or [N, M]: [N, d]."""
-        out = self.output(self.dictionary().mixed(codes, support, frozen), frozen)
+        dictionary = self.dictionary()
+        assert dictionary is not None
+        out = self.output(dictionary.mixed(codes, support, frozen), frozen)
         if self.bias is None:
             return out
         return out + (self.bias.detach() if frozen else self.bias)

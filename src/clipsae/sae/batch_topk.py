@@ -30,6 +30,8 @@ class BatchTopK(Activation):
 
     across_tokens = True
     full_precision = ("inference_threshold",)
+    inference_threshold: Tensor
+    step: Tensor
 
     def __init__(
         self,

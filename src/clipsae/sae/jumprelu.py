@@ -68,7 +68,7 @@ class JumpReLU(Activation):
         return positions_above(scores, self.log_theta.exp() - 0.50001 * self.bandwidth)
 
     def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
-        theta = self._theta(support and support.latent)
+        theta = self._theta(None if support is None else support.latent)
         flat = scores if support is not None else scores.flatten(0, -2)
         codes = blockwise(lambda s, theta: _Jump.apply(s, theta, self.bandwidth), flat, theta)
         return codes.view(scores.shape)
@@ -122,7 +122,7 @@ class _Step(torch.autograd.Function):
         ctx.save_for_backward(scores, theta)
         ctx.bandwidth = bandwidth
         counts = [_summed(passing(part, theta), theta) for part in _parts(scores, theta)]
-        return sum(counts).sum(dtype=torch.float64).to(theta.dtype)
+        return sum(counts[1:], counts[0]).sum(dtype=torch.float64).to(theta.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
-class Registry(Mapping[str, type]):
+class Registry(Mapping[str, type[Any]]):
     """Classes by name.
 
     Args:
@@ -23,7 +23,7 @@ class Registry(Mapping[str, type]):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._classes: dict[str, type] = {}
+        self._classes: dict[str, type[Any]] = {}
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: known under `name` from now on.
@@ -42,7 +42,7 @@ class Registry(Mapping[str, type]):
 
         return decorate
 
-    def __getitem__(self, name: str) -> type:
+    def __getitem__(self, name: str) -> type[Any]:
         if name not in self._classes:
             raise ValueError(
                 f"{self.kind}={name!r} does not exist: choose one of {', '.join(sorted(self))}"

@@ -50,6 +50,8 @@ class SAE(nn.Module):
         ValueError: a size, a name or an option that cannot be; it names what exists.
     """
 
+    tokens_since_fired: Tensor
+
     def __init__(
         self,
         d: int,
@@ -174,7 +176,9 @@ class SAE(nn.Module):
         support = None
         if by_dictionary:
             query = self.architecture.query(unit.flatten(0, -2))
-            scores, support = self.architecture.dictionary().find(
+            dictionary = self.architecture.dictionary()
+            assert dictionary is not None
+            scores, support = dictionary.find(
                 query, self.activation.support, together=self.activation.across_tokens
             )
         else:

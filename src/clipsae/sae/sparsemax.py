@@ -34,6 +34,8 @@ class Sparsemax(Activation):
     """
 
     full_precision = ("frequency",)
+    frequency: Tensor
+    step: Tensor
 
     def __init__(
         self,

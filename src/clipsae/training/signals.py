@@ -7,7 +7,6 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from clipsae.training.callbacks import BetweenSteps
-
 from clipsae.training.logging import mark_preempting
 
 

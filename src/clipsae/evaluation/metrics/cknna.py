@@ -91,6 +91,9 @@ class CKNNA(SampledCodes):
         batch_rows: tokens of a batch (MSAE: 10,000).
     """
 
+    total: Tensor
+    batches: Tensor
+
     def __init__(self, d: int, latents: int, k: int = 10, batch_rows: int = 10_000) -> None:
         if batch_rows <= max(k, 3):
             raise ValueError(f"batch_rows={batch_rows}: expected more than k={k}, and at least 4")
@@ -112,10 +115,11 @@ class CKNNA(SampledCodes):
     def compute(self) -> Tensor:
         """float64 scalar; NaN with fewer tokens than k + 1 or 4."""
         total, batches, (x, codes) = self._full_batches()
-        total, batches = self.total + total, self.batches + batches
-        if batches == 0 and len(x) > max(self.k, 3):
+        total = self.total + total
+        every = self.batches + batches
+        if every == 0 and len(x) > max(self.k, 3):
             return cknna(x, codes, self.k)
-        return total / batches  # 0/0 is NaN
+        return total / every  # 0/0 is NaN
 
     def _full_batches(self) -> tuple[Tensor, int, tuple[Tensor, SparseRows]]:
         """Sum over the full batches that wait, their number, and the rest."""

@@ -38,6 +38,9 @@ class ImageEncoder(nn.Module):
         mean, std: per channel, of values in [0, 1].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         name: str,

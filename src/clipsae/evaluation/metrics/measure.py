@@ -28,6 +28,7 @@ from clipsae.evaluation.metrics.truth import (
     patch_concepts,
 )
 from clipsae.evaluation.passes import evenly_spaced, in_eval_mode
+from clipsae.sae import SAE
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
 
@@ -60,7 +61,7 @@ class MeasureResult:
 @torch.no_grad()
 def measure(
     clip: FrozenCLIP,
-    saes: Mapping[str, nn.Module],
+    saes: Mapping[str, SAE],
     dataset: Any,
     *,
     metrics: Sequence[str] | None = None,

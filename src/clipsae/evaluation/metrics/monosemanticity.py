@@ -16,6 +16,7 @@ N images, T tokens of an image, M latents, e embedding size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,15 +147,15 @@ class MonoSemanticity(Metric):
 
     def __init__(self, latents: int, embed_dim: int) -> None:
         super().__init__()
-        double = {"dtype": torch.float64}
+        double = partial(torch.full, dtype=torch.float64)
         start = {
             "images": torch.zeros((), dtype=torch.long),
-            "activation": torch.zeros(latents, **double),
-            "squared": torch.zeros(latents, **double),
-            "weighted": torch.zeros(latents, embed_dim, **double),
-            "embedding": torch.zeros(embed_dim, **double),
-            "lowest": torch.full((latents,), torch.inf, **double),
-            "highest": torch.full((2, latents), -torch.inf, **double),
+            "activation": double((latents,), 0.0),
+            "squared": double((latents,), 0.0),
+            "weighted": double((latents, embed_dim), 0.0),
+            "embedding": double((embed_dim,), 0.0),
+            "lowest": double((latents,), torch.inf),
+            "highest": double((2, latents), -torch.inf),
         }
         for name, value in start.items():
             self.add_state(name, value, dist_reduce_fx=MERGE[name])

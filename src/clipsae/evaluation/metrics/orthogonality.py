@@ -43,6 +43,8 @@ class DecoderOrthogonality(Metric):
     """
 
     full_state_update = False
+    gram: Tensor
+    rows: Tensor
 
     def __init__(self, d: int) -> None:
         super().__init__()

@@ -6,13 +6,15 @@ B images, T tokens of an image, d width, M latents, e embedding size, V concepts
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchmetrics import Metric
 
 from clipsae.evaluation.metrics.cknna import CKNNA
 from clipsae.evaluation.metrics.monosemanticity import MonoSemanticity, pool_codes
 from clipsae.evaluation.metrics.orthogonality import decoder_orthogonality
 from clipsae.evaluation.metrics.recovery import ConceptRecovery
 from clipsae.evaluation.sparsity import SparsityMetrics
+from clipsae.sae import SAE
 
 METRICS = ("sparsity", "dense", "cknna", "orthogonality", "monosemanticity", "recovery")
 LEVELS = ("patch", "image")
@@ -61,7 +63,7 @@ class Batch:
     image_truth: Tensor | None
 
 
-def code_without_selection(sae: nn.Module, scores: Tensor, tau: Tensor) -> Tensor:
+def code_without_selection(sae: SAE, scores: Tensor, tau: Tensor) -> Tensor:
     """The code as if its threshold were lowered to zero where it is above: [..., M].
 
     What Table 5 of the paper must have counted (K = 32 codes cannot be as dense as it says): MSAE
@@ -81,13 +83,13 @@ class SingleMeasure:
         recovered: after `values`, per level, where recovery is measured.
     """
 
-    def __init__(self, sae: nn.Module, options: Options) -> None:
+    def __init__(self, sae: SAE, options: Options) -> None:
         self.sae = sae
         self.options = options
-        self.latents: int = sae.config["latents"]
+        self.latents = sae.latents
         self.scores: Tensor | None = None
         self.recovered: dict[str, dict[str, Tensor]] = {}
-        self._metrics: dict[str, nn.Module] = {}
+        self._metrics: dict[str, Metric] = {}
 
     def update(self, batch: Batch) -> None:
         """Encode a batch, in groups of images whose dense codes fit in memory."""
@@ -137,15 +139,17 @@ class SingleMeasure:
             metric = self._metric("monosemanticity", MonoSemanticity, x, self.latents, size)
             metric.update(pooled, embeddings)
         if sampled_images:
+            assert patch_truth is not None
+            assert image_truth is not None
             patches = codes[sampled_images, -patch_truth.shape[1] :]
             for level, of, truth in (
                 ("patch", patches.flatten(0, 1), patch_truth.flatten(0, 1)),
                 ("image", pooled[sampled_images], image_truth),
             ):
-                size = self.latents, truth.shape[1], self.options.threshold
-                self._metric(level, ConceptRecovery, x, *size).update(of, truth)
+                sizes = self.latents, truth.shape[1], self.options.threshold
+                self._metric(level, ConceptRecovery, x, *sizes).update(of, truth)
 
-    def _metric(self, name: str, kind: type, like: Tensor, *size: float) -> nn.Module:
+    def _metric(self, name: str, kind: type, like: Tensor, *size: float) -> Metric:
         if name not in self._metrics:
             self._metrics[name] = kind(*size).to(like.device)
         return self._metrics[name]

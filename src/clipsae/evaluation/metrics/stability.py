@@ -125,4 +125,5 @@ def _greedy(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if not pairs:
         return left_a[:0], left_b[:0]
     found = torch.cat(pairs)
-    return found[found[:, 0].argsort()].unbind(dim=1)
+    ordered = found[found[:, 0].argsort()]
+    return ordered[:, 0], ordered[:, 1]

@@ -1,0 +1,73 @@
+"""What mkdocs does beyond Markdown: formulas become MathML, which browsers show without a script,
+and the page of the config groups is made from the files in `conf/` and `sweeps/`."""
+
+import re
+from html import unescape
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+_INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
+_BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
+
+GROUPS = {
+    "task": "What a run does.",
+    "model": "The SAE and its training.",
+    "recipe": "Chosen by itself: sizes and rates that suit a CLIP and a model together.",
+    "clip": "The frozen model whose tokens the SAE reads.",
+    "dataset": "What the SAE is evaluated on.",
+    "train_dataset": "What it is trained on.",
+    "features": "Where the training's tokens come from.",
+    "trainer": "Lightning's Trainer: steps, devices, precision.",
+    "callbacks": "Checkpoints and the progress bar.",
+    "evaluation": "Top-n classification.",
+    "measurement": "Sparsity, fidelity, monosemanticity.",
+    "logger": "Where curves go.",
+    "paths": "Where work and data lie.",
+    "hydra/launcher": "How the jobs of a sweep run.",
+}
+PAGE = "reference/configs.md"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the page of the config groups, and let mkdocs refuse links to what is not there."""
+    root = Path(config.config_file_path).parent
+    files.append(File.generated(config, PAGE, content=_configs(root)))
+    return files
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Formulas as MathML."""
+    html = _INLINE.sub(lambda m: convert(unescape(m[1])), html)
+    return _BLOCK.sub(
+        lambda m: f'<div class="arithmatex">{convert(unescape(m[1]), display="block")}</div>', html
+    )
+
+
+def _configs(root: Path) -> str:
+    conf = root / "conf"
+    found = {p.parent.relative_to(conf).as_posix() for p in conf.rglob("*.yaml")} - {"."}
+    parts = [
+        "# Config groups\n",
+        "One run is one choice of each group, `group=choice`, with any value changed by "
+        "`group.key=value`. These are the files: what is not in them cannot be set. Open one to "
+        "read it.\n",
+        "## The run itself\n",
+        _file(conf / "config.yaml", "conf/config.yaml"),
+    ]
+    for group in [*GROUPS, *sorted(found - set(GROUPS))]:
+        parts.append(f"## {group}\n\n{GROUPS.get(group, '')}\n")
+        parts += [
+            _file(file, f"{group}={file.stem}") for file in sorted((conf / group).glob("*.yaml"))
+        ]
+    parts.append("## sweeps\n\nWhat many runs are.\n")
+    parts += [_file(f, f"sweeps={f.stem}") for f in sorted((root / "sweeps").glob("*.yaml"))]
+    return "\n".join(parts)
+
+
+def _file(path: Path, title: str) -> str:
+    text = path.read_text().strip() or "# (empty)"
+    body = "\n".join(f"    {line}".rstrip() for line in f"```yaml\n{text}\n```".splitlines())
+    return f'??? note "`{title}`"\n\n{body}\n'

@@ -1,0 +1,37 @@
+"""The command `clipsae`, which in a checkout is also `run.py`: compose a config and run its task.
+
+A wheel carries `conf/` and `sweeps/` inside the package; in a checkout they lie at its top. An
+installed command keeps its work in `outputs/` of the current folder, and looks for data in `data/`
+there; a checkout has both in itself.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = (_PACKAGE / "conf").is_dir()
+
+# The configs name the folder with `conf/` and `sweeps/` by this variable; run.py has set it.
+ROOT = Path(
+    os.environ.setdefault("CLIPSAE_ROOT", str(_PACKAGE if _INSTALLED else _PACKAGE.parents[1]))
+)
+if ROOT == _PACKAGE:
+    os.environ.setdefault("CLIPSAE_OUTPUT", str(Path.cwd() / "outputs"))
+    os.environ.setdefault("CLIPSAE_DATA", str(Path.cwd() / "data"))
+
+# A job's folder is named by what was overridden, so that a continued sweep finds it again.
+OmegaConf.register_new_resolver(
+    "short_hash", lambda text: hashlib.sha256(text.encode()).hexdigest()[:8], replace=True
+)
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+def main(cfg: DictConfig) -> None:
+    # torch and lightning take seconds to import: they wait until the config is known to compose.
+    from clipsae.tasks import run_task
+
+    run_task(cfg)

@@ -1,0 +1,119 @@
+"""What the documentation's commands become in a test: first composed as written, then run small."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Appended to every command that trains or evaluates.
+SMALL = {
+    "model.latents": "64",
+    "trainer.max_steps": "2",
+    "trainer.val_check_interval": "2",
+    "trainer.limit_val_batches": "1",
+    "trainer.accelerator": "cpu",
+    "features.batch_size": "4",
+    "features.num_workers": "0",
+    "evaluation.ns": "[1,5]",
+    "measurement.sample_tokens": "200",
+}
+SCENES = {"dataset.size": "24"}
+PRETRAIN = {
+    "task.steps": "1",
+    "task.batch_size": "8",
+    "task.evaluate_images": "8",
+}
+CELLS = 2  # of each axis of a sweep
+
+
+@dataclass(frozen=True)
+class Command:
+    """Arguments of run.py, apart.
+
+    Attributes:
+        flags: such as -m, --cfg job.
+        config_dir: the folder of --config-dir.
+        overrides: the rest.
+    """
+
+    flags: tuple[str, ...]
+    config_dir: str | None
+    overrides: tuple[str, ...]
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Raises ValueError for a flag that is not known here."""
+    flags, overrides, config_dir = [], [], None
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in ("--cfg", "--package"):
+            flags += [word, rest.pop(0)]
+        elif word == "--config-dir":
+            config_dir = rest.pop(0)
+        elif word in ("-m", "--multirun", "--help", "--resolve"):
+            flags.append(word)
+        elif word.startswith("-"):
+            raise ValueError(f"{word}: the documentation's tests do not know this flag")
+        else:
+            overrides.append(word)
+    return Command(tuple(flags), config_dir, tuple(overrides))
+
+
+def compose(command: Command, conf: Path) -> Any:
+    """The config of a command, of a sweep's first cell; its launcher resolved.
+
+    Raises:
+        hydra's errors: the command cannot be right.
+    """
+    import hydra
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    first = []
+    for override in OverridesParser.create().parse_overrides(list(command.overrides)):
+        line = override.input_line
+        if override.is_sweep_override():
+            key, value = line.split("=")[0], next(override.sweep_string_iterator())
+            line = f"{key}={value}"
+        first.append(line)
+    if command.config_dir:
+        folder = Path(command.config_dir).resolve()
+        first.append(f"hydra.searchpath=[file://{conf.parent},file://{folder}]")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        cfg = hydra.compose("config", first, return_hydra_config=True)
+    GlobalHydra.instance().clear()
+    OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+    return cfg
+
+
+def shrunken(command: Command, cfg: Any, clip: str | None = None) -> list[str]:
+    """Arguments that do the same in seconds.
+
+    Args:
+        cfg: what the command composes to.
+        clip: in place of the command's.
+    """
+    task, given = cfg.task._target_, list(command.overrides)
+    if clip is not None:
+        given = [f"clip={clip}" if one.startswith("clip=") else one for one in given]
+        given = [one for one in given if not one.startswith("clip.")]
+    small = dict(SMALL)
+    if "scenes" in cfg.dataset._target_.lower():
+        small |= SCENES
+    if task.endswith("pretrain.run"):
+        small = PRETRAIN
+    if not any(one.startswith("logger") for one in given):
+        small["logger"] = "none"
+    named = {one.split("=")[0] for one in given}
+    several = str(cfg.hydra.mode).endswith("MULTIRUN")  # not task=status of a sweep
+    for key, values in (cfg.hydra.sweeper.params or {}).items():
+        if several and key not in named and "," in str(values):
+            small[key] = ",".join(str(values).split(",")[:CELLS])
+    flags = [*command.flags]
+    if command.config_dir:
+        flags += ["--config-dir", command.config_dir]
+    return [*flags, *given, *(f"{key}={value}" for key, value in small.items())]
