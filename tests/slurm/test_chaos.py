@@ -121,18 +121,8 @@ def test_preempted_again_and_again(launch, jobs_name, tmp_path):
             time.sleep(0.05)
         seen = step
         # All places of the node, for a moment.
-        demand = [
-            "sbatch",
-            "--wait",
-            "-p",
-            "high",
-            "--exclusive",
-            "-J",
-            jobs_name,
-            "-o",
-            "/dev/null",
-        ]
-        subprocess.run([*demand, "--wrap", "sleep 1"], check=True, timeout=TIMEOUT)
+        demand = ["srun", "--partition=high", "--exclusive", f"--job-name={jobs_name}"]
+        subprocess.run([*demand, "sleep", "1"], check=True, timeout=TIMEOUT)
         seen = max(seen, newest_step(store))
     assert disturbed.wait(TIMEOUT) == 0, (tmp_path / "disturbed.log").read_text()
     whole = launch(
@@ -142,13 +132,14 @@ def test_preempted_again_and_again(launch, jobs_name, tmp_path):
     assert content(store) == content(tmp_path / "whole")
 
     (said,) = printed(store)
-    assert said.count("this job is preempted") == 3
+    assert len(re.findall("^submitit WARNING .* this job is preempted", said, re.MULTILINE)) == 3
     runs = [wandb_records(log) for log in sorted(store.glob("wandb/offline-run-*/*.wandb"))]
     assert len(runs) == 4
     assert len({record["run"]["run_id"] for run in runs for record in run if "run" in record}) == 1
     preempted = [any(record["type"] == "preempting" for record in run) for run in runs]
     assert preempted == [True, True, True, False]
-    assert [r["exit"]["exit_code"] for r in runs[-1] if r["type"] == "exit"] == [0]
+    exits = [r["exit"].get("exit_code", 0) for run in runs for r in run if r["type"] == "exit"]
+    assert exits == [1, 1, 1, 0]
 
 
 def newest_step(store: Path) -> int:

@@ -203,14 +203,6 @@ def log_sae(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
         logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])
 
 
-def mark_preempting(logger: Logger | None) -> None:
-    """Tell W&B, at once, that the job is about to be stopped and comes back: until then the run is
-    shown as preempted, and not as crashed."""
-    if isinstance(logger, WandbLogger):
-        with _told():
-            logger.experiment.mark_preempting()
-
-
 def finish(logger: Logger | None, failed: bool, coming_back: bool = False) -> None:
     """Close the run, or the next job of this process would log into it.
 
@@ -219,11 +211,13 @@ def finish(logger: Logger | None, failed: bool, coming_back: bool = False) -> No
         coming_back: it was told to leave, and will go on later; W&B then shows "preempted".
     """
     if isinstance(logger, WandbLogger):
+        import wandb
+
         run = logger.experiment
         folder = Path(run.dir).parent
-        if coming_back:
-            mark_preempting(logger)
         try:
+            if coming_back and wandb.run is run:  # not closed before the requeue
+                run.mark_preempting()
             run.finish(exit_code=1 if failed else 0)
         except Exception as error:
             log.warning("W&B: %s: `wandb sync %s` sends what is missing", error, folder)

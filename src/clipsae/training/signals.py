@@ -7,15 +7,13 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from clipsae.training.callbacks import BetweenSteps
-from clipsae.training.logging import mark_preempting
 
 
 class CheckpointOnSignal(BetweenSteps):
     """Where someone listens to SIGUSR2 (submitit, which then queues the job again), SIGTERM and
     SIGUSR2 are answered at the end of the step, with a checkpoint.
 
-    - SIGUSR2, the job's time is nearly over or its place is wanted: checkpoint, a word to W&B
-      (whose process does not outlive the SIGTERM that comes with a requeue), then submitit.
+    - SIGUSR2, the job's time is nearly over or its place is wanted: checkpoint, then submitit.
     - SIGTERM comes with a requeue, a preemption or scancel: checkpoint, and on until SIGKILL. A
       job that ended by itself would count as over, and would not be queued again.
 
@@ -46,19 +44,18 @@ class CheckpointOnSignal(BetweenSteps):
         if self.asked:
             if trainer.world_size == 1:
                 self.save(trainer)
-            self._pass_on(trainer)
+            self._pass_on()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pass_on(trainer)
+        self._pass_on()
         self._restore()
 
     def on_exception(self, *args: Any) -> None:
         self._restore()
 
-    def _pass_on(self, trainer: Trainer) -> None:
+    def _pass_on(self) -> None:
         asked, self.asked = self.asked, set()
         if signal.SIGUSR2 in asked:
-            mark_preempting(trainer.logger)
             self.before[signal.SIGUSR2](signal.SIGUSR2, None)
 
     def _restore(self) -> None:

@@ -97,12 +97,15 @@ class _Awaited(BaseSubmititLauncher):
         """What the job does when it starts again; called when it is asked to leave."""
         import submitit
 
+        from clipsae.tasks.slurm import close_wandb_run
+
         self.leaving = True
         # Asked again before it has left, it would end with an error; and so it would had it been
         # killed here an earlier time, which leaves half a file.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         pickled = submitit.JobEnvironment().paths.submitted_pickle
         pickled.with_name(f"{pickled.name}.save_tmp").unlink(missing_ok=True)
+        close_wandb_run()
         # As it was submitted: this object may be in the midst of anything.
         return submitit.core.utils.DelayedSubmission.load(pickled)
 
@@ -216,22 +219,20 @@ class Slurm(_Awaited):
         from clipsae.store import write_json
 
         jobs = super()._submit(executor, groups, numbers)
-        known = self._known()
-        for group, job in zip(groups, jobs, strict=True):
-            known[self._digest(group)] = job.job_id
-        write_json(self._list, known)
+        ids = [job.job_id for job in jobs]
+        write_json(self._list, self._known() | dict(zip(self._digests(groups), ids, strict=True)))
         return jobs
 
     def _submitted(self, groups: list[list[list[str]]]) -> dict[int, "submitit.Job"]:
         import submitit
 
         known = self._known()
-        ids = {i: known.get(self._digest(group)) for i, group in enumerate(groups)}
-        queued = _queued() if any(ids.values()) else set()
+        ids = [known.get(name) for name in self._digests(groups)] if known else []
+        queued = _queued() if any(ids) else set()
         tasks = range(max(1, self.params["nodes"]) * max(1, self.params["tasks_per_node"]))
         found = {
             i: submitit.SlurmJob(self.params["submitit_folder"], job, list(tasks))
-            for i, job in ids.items()
+            for i, job in enumerate(ids)
             if job in queued
         }
         if found:
@@ -248,11 +249,12 @@ class Slurm(_Awaited):
 
         return read_json(self._list)
 
-    def _digest(self, group: list[list[str]]) -> str:
-        """Everything that a job was submitted with, but the command's own folder and time."""
+    def _digests(self, groups: list[list[list[str]]]) -> list[str]:
+        """For each job everything that it is submitted with, but the command's own folder."""
         config = OmegaConf.masked_copy(self.config, [k for k in self.config if k != "hydra"])
-        content = [OmegaConf.to_yaml(config), self.params, group]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        common = json.dumps([OmegaConf.to_yaml(config), self.params], sort_keys=True)
+        jobs = [f"{common}\0{json.dumps(group)}" for group in groups]
+        return [hashlib.sha256(job.encode()).hexdigest()[:16] for job in jobs]
 
     def _array(self) -> int:
         try:
