@@ -295,8 +295,15 @@ def test_the_saes_key_holds_what_changes_it(tmp_path, scenes):
 
 
 def test_no_path_of_this_machine_is_logged(tmp_path):
-    public = public_config(config(tmp_path, "dataset=scenes_shape"))
+    public = public_config(
+        config(
+            *(tmp_path, "dataset=image_folder", f"dataset.root={tmp_path}/photos"),
+            *(f"clip.pretrained={tmp_path}/weights.pt", f"plugins=[{tmp_path}/mine.py,'~/own.py']"),
+        )
+    )
     assert public["features"]["cache"]["dtype"] == "bf16"
+    assert public["clip"]["pretrained"] == "weights.pt"
+    assert public["plugins"] == ["mine.py", "own.py"]
     assert str(tmp_path) not in json.dumps(public)
 
 

@@ -139,6 +139,40 @@ def test_a_backbone_without_texts_is_trained_and_measured(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_sweeps_at_once_share_one_store(tmp_path):
+    sweep = [
+        *("-m", "model=topk,relu", "dataset=scenes_shape,scenes_colour", "logger=none"),
+        *("evaluation.settings=[no_sae,on]", "measurement=none"),
+    ]
+
+    def start(store: str, name: str) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "run.py"), *sweep, *SMALL]
+        command += [f"paths.output_dir={tmp_path / store}", f"sweep_name={name}"]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    said = ""
+    for sweeps in (("shared", "a"), ("shared", "b")), (("alone", "a"),):
+        running = [start(*one) for one in sweeps]
+        told = [process.communicate(timeout=300)[0] for process in running]
+        assert [process.returncode for process in running] == [0] * len(running), told
+        said = said or "".join(told)
+    assert said.count("training topk") == said.count("training relu") == 1
+    for kind, file, count in ("sae", "sae.safetensors", 2), ("evaluation", "results.csv", 4):
+        found = [
+            {
+                path.parent.name: path.read_bytes()
+                for path in tmp_path.glob(f"{store}/{kind}/*/{file}")
+            }
+            for store in ("shared", "alone")
+        ]
+        assert len(found[0]) == count
+        assert found[0] == found[1]
+    assert not list(tmp_path.glob("shared/*/.*partial*"))
+
+
+@pytest.mark.slow
 def test_heldout_counts_on_the_other_split(tmp_path):
     done = small(
         tmp_path,

@@ -1,10 +1,15 @@
 """The checkpoint a killed run continues from is whole, or known not to be."""
 
+import os
+import pickle
 from types import SimpleNamespace
 
 import pytest
+import torch
+from ddp_worker import configs, train
 
-from clipsae.store import whole_checkpoint
+from clipsae.store import Store, put_checkpoint, whole_checkpoint
+from clipsae.training import pretrain
 from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint
 
 
@@ -58,3 +63,32 @@ def test_progress_is_reported_after_every_step():
     for step in (1, 2):
         callback.on_train_batch_end(FakeTrainer(global_step=step))
     assert told == [(1, 9), (2, 9)]
+
+
+class Hostile:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_hostile_checkpoint_runs_no_code(tmp_path):
+    """One with the right checksum, which whoever can write there can make, too."""
+    caught = tmp_path / "caught"
+    hostile = {"state_dict": Hostile(f"touch {caught}")}
+    stage = Store(tmp_path / "run" / "store").stage("sae", ["relu"], {})
+    stage.scratch.mkdir(parents=True)
+    for path in (stage.scratch / "last.ckpt", tmp_path / "pretrain.ckpt"):
+        torch.save(hostile, path.with_suffix(".tmp"))
+        put_checkpoint(path.with_suffix(".tmp"), path, 1)
+    (cfg,) = configs(
+        ["relu"], ["model.latents=64", "trainer.max_steps=2", "trainer.accelerator=cpu"]
+    )
+    with pytest.raises(pickle.UnpicklingError, match="eights"):
+        train(cfg, tmp_path / "run")
+    with pytest.raises(pickle.UnpicklingError, match="eights"):
+        pretrain.load_checkpoint(tmp_path / "pretrain.ckpt", None, [])
+    assert not caught.exists()
+    torch.load(tmp_path / "pretrain.ckpt", weights_only=False)  # which would have
+    assert caught.exists()

@@ -37,6 +37,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def data(self, query: str, variables: dict) -> dict:
         if "UpsertBucket" in query:
+            print(f"run {variables['name']} of group {variables['groupName']}", file=sys.stderr)
             project = {"id": "a", "name": "clipsae", "entity": {"id": "b", "name": "me"}}
             bucket = {"id": "c", "name": variables["name"], "displayName": "x", "config": "{}"}
             return {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": True}}

@@ -185,7 +185,18 @@ def public_config(cfg: DictConfig) -> dict[str, Any]:
         public[group] = {k: v for k, v in public[group].items() if k not in build.PLACE_KEYS}
     if features.cached(cfg):
         public["features"]["cache"].pop("folder")
-    return public
+    return _without_folders(public)
+
+
+def _without_folders(value: Any) -> Any:
+    """The same with the last name alone of absolute paths: weights, plugins."""
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    if isinstance(value, str) and Path(value).expanduser().is_absolute():
+        return Path(value).name
+    return value
 
 
 def table_cells(rows: pd.DataFrame) -> dict[str, float]:

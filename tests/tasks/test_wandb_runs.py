@@ -1,0 +1,151 @@
+"""What W&B is told of a job, read back from the offline runs; and that one line sends them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipsae.training.logging import finish, wandb_logger
+from run import ROOT
+
+SERVER = ROOT / "tests" / "training" / "wandb_server.py"
+JOB = [
+    *("model=relu", "model.latents=64", "model.warmup_steps=1", "trainer.accelerator=cpu"),
+    *("trainer.log_every_n_steps=5", "trainer.max_steps=10", "trainer.val_check_interval=10"),
+    *("trainer.limit_val_batches=1", "features.batch_size=4", "dataset=scenes_shape"),
+    *("dataset.size=40", "evaluation.settings=[no_sae,on]", "measurement=none"),
+    *("logger.mode=offline", "logger.tags=[mine]", "sweep_name=night"),
+]
+
+
+def records(folder: Path, run_id: str) -> list[dict]:
+    """All that an offline run holds, in order."""
+    (file,) = folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
+    told = subprocess.run(
+        ["wandb", "leet", "inspect", file, "--json"], capture_output=True, text=True, check=True
+    )
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+def of_type(found: list[dict], name: str) -> list[dict]:
+    return [record[name] for record in found if record["type"] == name]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
+    """A job that ends well and uploads its SAE, and one whose loss becomes infinite: the folder,
+    and the records of its one run."""
+    ended = {}
+    env = {**os.environ, "WANDB_API_KEY": "5ec7e7" * 7}
+    for name, more in {
+        "well": ["logger.upload_sae=true"],
+        "badly": ["model.learning_rate=1e17"],
+    }.items():
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, ROOT / "run.py", f"paths.output_dir={folder}", *JOB, *more]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == (name == "badly"), done.stdout + done.stderr
+        (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+        ended[name] = folder, records(folder, file.stem.removeprefix("run-"))
+    return ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["well", "badly"])
+def test_a_job_is_one_run_that_reads(jobs, name):
+    folder, found = jobs[name]
+    (run,) = of_type(found, "run")
+    assert run["project"] == "clipsae"
+    assert run["run_group"] == "night"
+    assert run["job_type"] == "experiment"
+    assert run["display_name"] == "relu-scenes_shape-s0"
+    assert set(run["tags"]) == {"mine", "relu", "scenes_shape", "clipsae-tiny"}
+    assert run["config"]["update"]["model"]["latents"] == 64
+    config = json.dumps(run["config"])
+    for secret in (str(folder), str(ROOT), "5ec7e7"):
+        assert secret not in config
+    (ending,) = of_type(found, "exit")
+    assert ending.get("exit_code", 0) == (name == "badly")
+    if name == "well":  # the same for the same work
+        (evaluation,) = folder.glob("evaluation/*")
+        assert run["run_id"] == evaluation.name[-10:]
+    else:
+        assert "NaN or infinite" in json.dumps(of_type(found, "summary"))
+
+
+@pytest.mark.slow
+def test_the_sae_is_an_artifact_on_request(jobs):
+    folder, found = jobs["well"]
+    (artifact,) = [one for one in of_type(found, "artifact") if one["type"] == "sae"]
+    (sae,) = folder.glob("sae/*")
+    assert artifact["name"] == sae.name
+    assert set(artifact["aliases"]) == {"latest", "relu", "seed-0"}
+    files = {one["path"]: one for one in artifact["manifest"]["contents"]}
+    assert set(files) == {"sae.safetensors", "sae.json"}
+    for name, one in files.items():
+        assert int(one["size"]) == (sae / name).stat().st_size
+        assert Path(one["local_path"]).read_bytes() == (sae / name).read_bytes()
+    assert json.loads(artifact["metadata"]) == json.loads((sae / "sae.json").read_text())["config"]
+    assert not [one for one in of_type(jobs["badly"][1], "artifact") if one["type"] == "sae"]
+
+
+@pytest.mark.slow
+def test_one_line_sends_all_runs_of_a_sweep(tmp_path):
+    """README: `cd outputs && wandb sync --yes`; a continued job has left two pieces of one run."""
+    for run_id in ("cell1", "cell2", "cell2", "cell3"):
+        logger = wandb_logger(
+            **{"project": "clipsae", "entity": None, "mode": "offline", "group": "night"},
+            **{"tags": [], "name": run_id, "run_id": run_id, "job_type": "experiment"},
+            **{"run_config": {}, "folder": tmp_path, "run_folder": tmp_path},
+        )
+        logger.log_metrics({"train/loss": 1.0}, step=1)
+        finish(logger, failed=False)
+    log = tmp_path / "asked.log"
+    server = subprocess.Popen(
+        [sys.executable, SERVER], stdout=subprocess.PIPE, stderr=log.open("w"), text=True
+    )
+    try:
+        url = server.stdout.readline().strip()
+        env = {**os.environ, "WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}
+        env.pop("WANDB_MODE", None)
+        sent = subprocess.run(
+            *(["wandb", "sync", "--yes"],),
+            **{"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 120},
+        )
+    finally:
+        server.kill()
+        server.wait()
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    asked = log.read_text()
+    for run_id in ("cell1", "cell2", "cell3"):
+        assert f"run {run_id} of group night" in asked
+    assert (sent.stdout + sent.stderr).count("Finished syncing") == 4
+
+
+class FakeRun:
+    offline, dir = False, "x/files"
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def mark_preempting(self) -> None:
+        self.calls.append("preempting")
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(exit_code)
+
+
+@pytest.mark.parametrize(
+    ("ending", "calls"),
+    [((False, False), [0]), ((True, False), [1]), ((True, True), ["preempting", 1])],
+)
+def test_a_run_ends_as_its_job_does(monkeypatch, ending, calls):
+    from clipsae.training.logging import PatientWandbLogger
+
+    run = FakeRun()
+    monkeypatch.setattr(PatientWandbLogger, "experiment", run)
+    finish(PatientWandbLogger.__new__(PatientWandbLogger), *ending)
+    assert run.calls == calls
