@@ -20,7 +20,7 @@ from tests.docs import small, warm
 from tests.docs.blocks import Block, blocks, inline_commands, script
 
 NEEDS = {
-    "the weights": "OpenAI's are fetched by open_clip: composed as written, run with clip=tiny",
+    "the weights": "they are fetched: composed as written, run with clip=tiny",
     "the datasets": "real data: composed only; tests/tasks/test_benchmark.py runs it on toy data",
     "a cluster": "SLURM: composed, the launcher resolved; tests/slurm runs it where one answers",
     "several GPUs": "composed only; tests/training/test_ddp.py runs two processes on the CPU",
