@@ -3,6 +3,7 @@ and the page of the config groups is made from the files in `conf/` and `sweeps/
 
 import re
 from html import unescape
+from itertools import takewhile
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -70,4 +71,15 @@ def _configs(root: Path) -> str:
 def _file(path: Path, title: str) -> str:
     text = path.read_text().strip() or "# (empty)"
     body = "\n".join(f"    {line}".rstrip() for line in f"```yaml\n{text}\n```".splitlines())
-    return f'??? note "`{title}`"\n\n{body}\n'
+    return f'??? note "`{title}` {_first_sentence(text)}"\n\n{body}\n'
+
+
+def _first_sentence(text: str) -> str:
+    """Of the comment that a file begins with, without what would end the title's quotes."""
+    lines = text.removeprefix("# @package _global_\n").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in takewhile(_is_comment, lines))
+    return re.split(r"(?<=[.:]) ", comment)[0].rstrip(".:").replace('"', "")
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")

@@ -17,7 +17,7 @@ SMALL = {
     "evaluation.ns": "[1,5]",
     "measurement.sample_tokens": "200",
 }
-SCENES = {"dataset.size": "24"}
+SCENES = 24  # images of each split
 PRETRAIN = {
     "task.steps": "1",
     "task.batch_size": "8",
@@ -85,9 +85,21 @@ def compose(command: Command, conf: Path) -> Any:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf), version_base="1.3"):
         cfg = hydra.compose("config", first, return_hydra_config=True)
+        named = {override.split("=")[0] for override in first}
+        axes = sweep_axes(cfg)
+        if axes:
+            first += [f"{k}={v[0]}" for k, v in axes.items() if k not in named]
+            cfg = hydra.compose("config", first, return_hydra_config=True)
     GlobalHydra.instance().clear()
     OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
     return cfg
+
+
+def sweep_axes(cfg: Any) -> dict[str, list[str]]:
+    """What the sweep of a config runs over; nothing where one run is asked for."""
+    if not str(cfg.hydra.mode).endswith("MULTIRUN"):
+        return {}
+    return {key: str(values).split(",") for key, values in cfg.hydra.sweeper.params.items()}
 
 
 def shrunken(command: Command, cfg: Any, clip: str | None = None) -> list[str]:
@@ -102,17 +114,17 @@ def shrunken(command: Command, cfg: Any, clip: str | None = None) -> list[str]:
         given = [f"clip={clip}" if one.startswith("clip=") else one for one in given]
         given = [one for one in given if not one.startswith("clip.")]
     small = dict(SMALL)
-    if "scenes" in cfg.dataset._target_.lower():
-        small |= SCENES
+    for group in ("dataset", "train_dataset"):
+        if "size" in cfg[group]:
+            small[f"{group}.size"] = str(SCENES)
     if task.endswith("pretrain.run"):
         small = PRETRAIN
     if not any(one.startswith("logger") for one in given):
         small["logger"] = "none"
     named = {one.split("=")[0] for one in given}
-    several = str(cfg.hydra.mode).endswith("MULTIRUN")  # not task=status of a sweep
-    for key, values in (cfg.hydra.sweeper.params or {}).items():
-        if several and key not in named and "," in str(values):
-            small[key] = ",".join(str(values).split(",")[:CELLS])
+    for key, values in sweep_axes(cfg).items():
+        if key not in named and len(values) > 1:
+            small[key] = ",".join(values[:CELLS])
     flags = [*command.flags]
     if command.config_dir:
         flags += ["--config-dir", command.config_dir]

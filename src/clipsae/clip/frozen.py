@@ -38,6 +38,9 @@ class FrozenCLIP(nn.Module):
         image_size: S.  mean, std: the model's own normalisation, per channel, of values in [0, 1].
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -55,7 +58,7 @@ class FrozenCLIP(nn.Module):
                 f"layer={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
                 f"(from the end) or 0..{blocks - 1}"
             )
-        self.model = model
+        self.model: Any = model  # of a library without types
         self.tower = tower
         self.name = name
         self.pretrained = pretrained

@@ -43,17 +43,17 @@ def text_classifier(
         raise ValueError(
             f"{len(classnames)} class names and {len(templates)} templates: at least one of each"
         )
-    templates = [t.format if isinstance(t, str) else t for t in templates]
-    classes_per_batch = max(1, _TEXTS_PER_BATCH // len(templates))
+    fill = [t.format if isinstance(t, str) else t for t in templates]
+    classes_per_batch = max(1, _TEXTS_PER_BATCH // len(fill))
     if renormalize:
         weights = build_zero_shot_classifier(
-            clip, clip.tokenizer, classnames, templates, classes_per_batch, device=clip.device
+            clip, clip.tokenizer, classnames, fill, classes_per_batch, device=clip.device
         )
         return weights.T.contiguous()
     rows = []
     for start in range(0, len(classnames), classes_per_batch):
         names = classnames[start : start + classes_per_batch]
-        prompts = [template(name) for name in names for template in templates]
+        prompts = [template(name) for name in names for template in fill]
         units = clip.encode_text(clip.tokenizer(prompts), normalize=True)
-        rows.append(units.unflatten(0, (len(names), len(templates))).mean(dim=1))
+        rows.append(units.unflatten(0, (len(names), len(fill))).mean(dim=1))
     return torch.cat(rows)

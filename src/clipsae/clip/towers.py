@@ -62,7 +62,7 @@ class Tower(ABC):
         return None
 
 
-def tower_of(name: str, visual: nn.Module) -> Tower:
+def tower_of(name: str, visual: Any) -> Tower:
     """The tower of an open_clip model's `visual`, or of a timm model.
 
     Raises:

@@ -7,8 +7,6 @@ the tensors are named and what is computed.
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from clipsae.interop.plain import Imported, Plain
 from clipsae.interop.safely import Tensors, read_json, read_pickle, size
 
@@ -62,13 +60,13 @@ def _convert(trainer: dict[str, Any], tensors: Tensors, lost: list[str]) -> Plai
         gated = name == "GatedAutoEncoder"
         b_enc = w_enc.new_zeros(m) if gated else tensors.take("encoder.bias", m)
         b_dec = tensors.take(_DECODER_BIAS.get(name, "b_dec"), d)
-    parts: dict[str, Tensor] = {"W_enc": w_enc, "W_dec": w_dec, "b_enc": b_enc, "b_dec": b_dec}
+    parts: dict[str, Any] = {"W_enc": w_enc, "W_dec": w_dec, "b_enc": b_enc, "b_dec": b_dec}
     if name == "AutoEncoder":
         return Plain("relu", **parts)
     if name == "AutoEncoderNew":
         return Plain("relu", **parts).shift_input(1)
     if name == "GatedAutoEncoder":
-        gate = {n: tensors.take(_GATE[n], m) for n in _GATE}
+        gate: dict[str, Any] = {n: tensors.take(_GATE[n], m) for n in _GATE}
         return Plain("gated", **parts, **gate).scale_codes_by_rows()
     if name == "JumpReluAutoEncoder":
         theta = tensors.take("threshold", m)

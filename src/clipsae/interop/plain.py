@@ -17,6 +17,9 @@ from clipsae.sae import SAE
 RULES = ("relu", "jumprelu", "gated", "topk", "batch_topk")
 
 
+_OF_OTHERS: Any = None  # what only other rules have
+
+
 @dataclass
 class Plain:
     """A linear SAE.
@@ -38,12 +41,12 @@ class Plain:
     W_dec: Tensor
     b_enc: Tensor
     b_dec: Tensor
-    k: int | None = None
-    tau: float | None = None
-    theta: Tensor | None = None
-    b_gate: Tensor | None = None
-    b_mag: Tensor | None = None
-    r_mag: Tensor | None = None
+    k: int = _OF_OTHERS
+    tau: float = _OF_OTHERS
+    theta: Tensor = _OF_OTHERS
+    b_gate: Tensor = _OF_OTHERS
+    b_mag: Tensor = _OF_OTHERS
+    r_mag: Tensor = _OF_OTHERS
     normalize: bool = False
 
     def __post_init__(self) -> None:
@@ -138,7 +141,7 @@ class Plain:
                 f"architecture={architecture} cannot be written for {target}: expected linear or "
                 "attention"
             )
-        of_rule = {n.removeprefix("activation."): t for n, t in state.items()}
+        of_rule: dict[str, Any] = {n.removeprefix("activation."): t for n, t in state.items()}
         log_theta, tau = of_rule.get("log_theta"), of_rule.get("inference_threshold")
         return cls(
             rule,
@@ -146,11 +149,11 @@ class Plain:
             W_dec,
             part.get("b_enc", torch.zeros(sae.latents)),
             b_dec,
-            k=sae.config.get("k"),
-            tau=None if tau is None else tau.item(),
+            k=sae.config.get("k", _OF_OTHERS),
+            tau=_OF_OTHERS if tau is None else tau.item(),
             # As it is computed when it encodes: in the parameter's own precision.
-            theta=None if log_theta is None else log_theta.exp(),
-            **{name: of_rule.get(name) for name in ("b_gate", "b_mag", "r_mag")},
+            theta=_OF_OTHERS if log_theta is None else log_theta.exp(),
+            **{name: of_rule.get(name, _OF_OTHERS) for name in ("b_gate", "b_mag", "r_mag")},
             normalize=sae.normalize_input,
         )
 

@@ -86,7 +86,7 @@ def convert(cfg: Mapping[str, Any], tensors: Tensors) -> Imported:
     metadata = cfg.get("metadata") if isinstance(cfg.get("metadata"), dict) else None
     architecture, k = _architecture(cfg, tensors)
     d, m = size(cfg, "d_in", "cfg.json"), size(cfg, "d_sae", "cfg.json")
-    parts = {
+    parts: dict[str, Any] = {
         "W_enc": tensors.take("W_enc", d, m).T,
         "W_dec": tensors.take("W_dec", m, d),
         "b_enc": torch.zeros(m) if architecture == "gated" else tensors.take("b_enc", m),
@@ -98,7 +98,9 @@ def convert(cfg: Mapping[str, Any], tensors: Tensors) -> Imported:
     elif architecture == "topk":
         plain = Plain("topk", **parts, k=k)
     elif architecture == "gated":
-        gate = {name: tensors.take(name, m) for name in ("b_gate", "b_mag", "r_mag")}
+        gate: dict[str, Any] = {
+            name: tensors.take(name, m) for name in ("b_gate", "b_mag", "r_mag")
+        }
         plain = Plain("gated", **parts, **gate)
     elif architecture == "jumprelu":
         log = "log_threshold" in tensors
@@ -123,7 +125,7 @@ def convert(cfg: Mapping[str, Any], tensors: Tensors) -> Imported:
     return Imported(plain.to_sae(), NAME, reads, tuple(lost))
 
 
-def _architecture(cfg: Mapping[str, Any], tensors: Tensors) -> tuple[str, int | None]:
+def _architecture(cfg: Mapping[str, Any], tensors: Tensors) -> tuple[str, Any]:
     """Its name, and k where it has one; before version 6 a topk was a standard SAE."""
     name = cfg.get("architecture", "standard")
     function = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))

@@ -7,6 +7,7 @@ metrics ask for any object with `encode` and `decode`: `VisaebenchSAE` is one ar
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -51,7 +52,9 @@ def read(folder: Path) -> Imported:
     plain = _convert(rule, config, tensors, lost).shift_input(1)
     if left := tensors.left():
         lost.append(f"{', '.join(left)} are in the file, and not known here.")
-    reads = {key: config[key] for key in ("backbone", "layer", "dataset") if key in config}
+    reads: dict[str, Any] = {
+        key: config[key] for key in ("backbone", "layer", "dataset") if key in config
+    }
     return Imported(plain.to_sae(), NAME, reads, tuple(lost))
 
 

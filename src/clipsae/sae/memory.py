@@ -28,7 +28,7 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     view = memoryview(memory)
     weakref.finalize(view, _give_back, memory).atexit = False
     storage = torch.frombuffer(view, dtype=like.dtype).untyped_storage()
-    return like.new_empty(0).set_(storage, 0, shape)  # no view, for autograd
+    return like.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload] # no view, for autograd
 
 
 def _take(size: int) -> mmap.mmap:

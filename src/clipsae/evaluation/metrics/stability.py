@@ -39,7 +39,8 @@ def matched_cosines(a: Tensor, b: Tensor, method: str = "assignment") -> tuple[T
     """Pair the rows of two dictionaries one to one.
 
     Args:
-        a, b: [M, d], [M', d]; rows of zeros take no part.
+        a: [M, d]; rows of zeros take no part.
+        b: [M', d], the same.
         method: "assignment", the matching with the largest sum (needs SciPy; up to 16,384 rows,
             as it takes M x M' memory and cubic time); or "greedy", the largest cosine first, then
             the largest among what is left: in blocks, for any M. Its sum is at least half the
