@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from clipsae.training import logging as run_logging
 from clipsae.training.logging import finish, wandb_logger
 from run import ROOT
 
@@ -138,14 +139,33 @@ class FakeRun:
         self.calls.append(exit_code)
 
 
+@pytest.fixture
+def open_run(monkeypatch):
+    run = FakeRun()
+    monkeypatch.setattr(run_logging, "_open", [run])
+    monkeypatch.setattr(run_logging.PatientWandbLogger, "experiment", run)
+    return run
+
+
+def fake_logger() -> run_logging.PatientWandbLogger:
+    return run_logging.PatientWandbLogger.__new__(run_logging.PatientWandbLogger)
+
+
 @pytest.mark.parametrize(
     ("ending", "calls"),
     [((False, False), [0]), ((True, False), [1]), ((True, True), ["preempting", 1])],
 )
-def test_a_run_ends_as_its_job_does(monkeypatch, ending, calls):
-    from clipsae.training.logging import PatientWandbLogger
+def test_a_run_ends_as_its_job_does(open_run, ending, calls):
+    finish(fake_logger(), *ending)
+    assert open_run.calls == calls
+    finish(fake_logger(), *ending)  # once
+    assert open_run.calls == calls
 
-    run = FakeRun()
-    monkeypatch.setattr(PatientWandbLogger, "experiment", run)
-    finish(PatientWandbLogger.__new__(PatientWandbLogger), *ending)
-    assert run.calls == calls
+
+def test_runs_are_closed_before_a_job_is_queued_again(open_run):
+    other = FakeRun()
+    run_logging._open.append(other)
+    run_logging.close_preempted()
+    assert open_run.calls == other.calls == ["preempting", 1]
+    finish(fake_logger(), True, True)
+    assert open_run.calls == ["preempting", 1]

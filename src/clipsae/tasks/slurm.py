@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 
 log = logging.getLogger(__name__)
 
@@ -43,34 +42,6 @@ def give_way(to: str, what: str) -> None:
     log.info("%s is being made by SLURM job %s: this job queues behind it", what, to)
     _scontrol("update", f"JobId={me}", f"Dependency=afterany:{to}")
     sys.exit(1)  # its status counts for nothing any more
-
-
-def close_wandb_run(seconds: float = 20.0) -> None:
-    """Close the W&B run of a job that is about to be queued again; it is shown as preempted.
-
-    Afterwards is too late: W&B's own process is sent SIGTERM, too, and loses what it has not
-    written: of an offline run its last 32 KiB, which may be everything.
-
-    Done by another thread, since the handler of a signal, which calls this, may have interrupted
-    W&B itself.
-
-    Args:
-        seconds: how long to wait for it at most.
-    """
-    run = getattr(sys.modules.get("wandb"), "run", None)
-    if run is None:
-        return
-
-    def close() -> None:
-        try:
-            run.mark_preempting()
-            run.finish(exit_code=1)
-        except Exception as error:
-            log.warning("W&B: %s: %s; the job is queued again", type(error).__name__, error)
-
-    closing = threading.Thread(target=close, daemon=True)
-    closing.start()
-    closing.join(seconds)
 
 
 def _scontrol(*arguments: str) -> bool:

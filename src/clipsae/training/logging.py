@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 log = logging.getLogger(__name__)
+
+_open: list[Any] = []  # the W&B runs of this process that are not closed
 
 
 class PatientWandbLogger(WandbLogger):
@@ -108,6 +111,7 @@ def wandb_logger(
         run = wandb.init(mode=mode, **options)
         if mode == "offline":
             log.warning("W&B: offline run in %s; `wandb sync` sends it later", Path(run.dir).parent)
+    _open.append(run)
     logger = PatientWandbLogger(experiment=run)
     logger.upload_sae = upload_sae
     return logger
@@ -211,15 +215,42 @@ def finish(logger: Logger | None, failed: bool, coming_back: bool = False) -> No
         coming_back: it was told to leave, and will go on later; W&B then shows "preempted".
     """
     if isinstance(logger, WandbLogger):
-        import wandb
-
         run = logger.experiment
-        folder = Path(run.dir).parent
-        try:
-            if coming_back and wandb.run is run:  # not closed before the requeue
-                run.mark_preempting()
-            run.finish(exit_code=1 if failed else 0)
-        except Exception as error:
-            log.warning("W&B: %s: `wandb sync %s` sends what is missing", error, folder)
+        if run in _open:  # else it was closed before the job was queued again
+            _open.remove(run)
+            _close(run, failed, coming_back)
     elif logger is not None:
         logger.finalize("failed" if failed else "success")
+
+
+def close_preempted(seconds: float = 20.0) -> None:
+    """Close the W&B runs of a job that is about to be queued again; they are shown as preempted.
+
+    Afterwards is too late: W&B's own process is sent SIGTERM, too, and loses what it has not
+    written: of an offline run its last 32 KiB, which may be everything.
+
+    Done by another thread, since the handler of a signal, which calls this, may have interrupted
+    W&B itself.
+
+    Args:
+        seconds: how long to wait for it at most.
+    """
+    runs, _open[:] = _open.copy(), []
+
+    def close() -> None:
+        for run in runs:
+            _close(run, failed=True, coming_back=True)
+
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    closing.join(seconds)
+
+
+def _close(run: Any, failed: bool, coming_back: bool) -> None:
+    folder = Path(run.dir).parent
+    try:
+        if coming_back:
+            run.mark_preempting()
+        run.finish(exit_code=1 if failed else 0)
+    except Exception as error:
+        log.warning("W&B: %s: `wandb sync %s` sends what is missing", error, folder)

@@ -97,7 +97,7 @@ class _Awaited(BaseSubmititLauncher):
         """What the job does when it starts again; called when it is asked to leave."""
         import submitit
 
-        from clipsae.tasks.slurm import close_wandb_run
+        from clipsae.training.logging import close_preempted
 
         self.leaving = True
         # Asked again before it has left, it would end with an error; and so it would had it been
@@ -105,7 +105,7 @@ class _Awaited(BaseSubmititLauncher):
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         pickled = submitit.JobEnvironment().paths.submitted_pickle
         pickled.with_name(f"{pickled.name}.save_tmp").unlink(missing_ok=True)
-        close_wandb_run()
+        close_preempted()
         # As it was submitted: this object may be in the midst of anything.
         return submitit.core.utils.DelayedSubmission.load(pickled)
 
