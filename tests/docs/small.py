@@ -115,8 +115,8 @@ def shrunken(command: Command, cfg: Any, clip: str | None = None) -> list[str]:
         given = [one for one in given if not one.startswith("clip.")]
     small = dict(SMALL)
     for group in ("dataset", "train_dataset"):
-        if "size" in cfg[group]:
-            small[f"{group}.size"] = str(SCENES)
+        if "Scenes" in cfg[group].get("_target_", ""):
+            small[f"++{group}.size"] = str(SCENES)
     if task.endswith("pretrain.run"):
         small = PRETRAIN
     if not any(one.startswith("logger") for one in given):

@@ -98,7 +98,7 @@ def encode_images(
         hold: keep the codes that are not zero.
         observe: called with tokens, reconstruction and dense codes of each group.
     """
-    group = max(1, _DENSE_BYTES // (x.shape[1] * sae.latents * x.element_size()))
+    group = max(1, _DENSE_BYTES // (x.shape[1] * sae.config["latents"] * x.element_size()))
     parts = []
     for start in range(0, len(x), group):
         tokens = x[start : start + group]

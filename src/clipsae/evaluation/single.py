@@ -94,13 +94,13 @@ class SingleSAE:
         self.batch_size = batch_size
         self.memory = memory
         device = predictions.classifier.device
-        self.latents = sae.latents
+        self.latents: int = sae.config["latents"]
         self.ns = sorted({n for n in ns if n < self.latents})
         self.ranks = bool(self.ns) and bool({"on", "off"} & set(settings))
         self.rankings = ClassRankings(
             len(predictions.classifier), self.latents, max(self.ns, default=0), device
         )
-        self.sparsity = SparsityMetrics(sae.d, self.latents) if sparsity else None
+        self.sparsity = SparsityMetrics(sae.config["d"], self.latents) if sparsity else None
         if self.sparsity is not None:
             self.sparsity.to(device)
         self.postponed: list[int] = []

@@ -86,7 +86,7 @@ class SingleMeasure:
     def __init__(self, sae: SAE, options: Options) -> None:
         self.sae = sae
         self.options = options
-        self.latents = sae.latents
+        self.latents: int = sae.config["latents"]
         self.scores: Tensor | None = None
         self.recovered: dict[str, dict[str, Tensor]] = {}
         self._metrics: dict[str, Metric] = {}
