@@ -173,6 +173,11 @@ class FrozenCLIP(nn.Module):
             x = visual.ln_post(x)[:, 1:].mean(dim=1)
         return _at_least_fp32(x if visual.proj is None else x @ visual.proj)
 
+    def logits(self, tokens: Tensor, classifier: Tensor) -> Tensor:
+        """Streams [B, T, d] and text embeddings [C, e] -> logits [B, C], temperature included."""
+        image = nn.functional.normalize(self.tail(tokens), dim=-1)
+        return image @ classifier.T * self.logit_scale
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> embedding [B, e] by the whole model in one go."""
         return _at_least_fp32(self.model.encode_image(images.to(self.compute_dtype)))

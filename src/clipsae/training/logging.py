@@ -5,10 +5,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +181,42 @@ def log_histogram(logger: Logger | None, name: str, values: Any, step: int) -> N
         histogram = wandb.Histogram(values, num_bins=64)
         with _told():
             logger.experiment.log({name: histogram, "trainer/global_step": step})
+
+
+def log_picture(logger: Logger | None, name: str, png: bytes, step: int) -> None:
+    """A picture: in W&B, or as a file `<name>-<step>.png` in the folder of a CSV logger.
+
+    Args:
+        name: as W&B shows it.
+        png: the file's content.
+        step: the training step it belongs to.
+    """
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        with _told():
+            shown = wandb.Image(Image.open(BytesIO(png)))
+            logger.experiment.log({name: shown, "trainer/global_step": step})
+    elif isinstance(logger, CSVLogger):
+        file = Path(logger.log_dir) / f"{name}-{step:06d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png)
+
+
+def log_page(logger: Logger | None, folder: Path) -> None:
+    """Upload a page of `task=explore` as an artifact of the folder's name.
+
+    Raises:
+        ValueError: the logger is not W&B's.
+    """
+    if not isinstance(logger, WandbLogger):
+        raise ValueError("a page is uploaded to W&B: expected logger=wandb")
+    import wandb
+
+    with _told():
+        artifact = wandb.Artifact(folder.name, type="page")
+        artifact.add_dir(str(folder))
+        logger.experiment.log_artifact(artifact)
 
 
 def log_sae(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
