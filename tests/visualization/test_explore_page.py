@@ -13,7 +13,6 @@ from clipsae.visualization.page.dictionary import layout, nearest, word_scores
 from clipsae.visualization.page.looks import (
     collect_looks,
     first_order_effects,
-    logits_of,
     logits_without,
 )
 from clipsae.visualization.page.write import ALPHABET, MAP_LEVELS, heat_text
@@ -98,13 +97,13 @@ def test_first_order_effects_are_the_slope_at_the_stream(world):
     clip, sae, dataset, classifier = world
     stream = clip.prefix(clip.normalize(dataset[1][0][None]))[0]
     codes = sae.encode(stream)
-    predicted = logits_of(clip, stream[None], classifier)[0].argmax()
+    predicted = clip.logits(stream[None], classifier)[0].argmax()
     effect = first_order_effects(clip, sae, stream, codes, classifier, predicted)
     step = 1e-3
     for m in (codes > 0).any(dim=0).nonzero().squeeze(1)[:4].tolist():
         share = codes[:, m, None] * sae.decoder_rows()[m] * sae.input_scale(stream)
         two = torch.stack((stream + step * share, stream - step * share))
-        logits = logits_of(clip, two, classifier)
+        logits = clip.logits(two, classifier)
         logits = logits - logits.mean(dim=-1, keepdim=True)
         slope = (logits[0, predicted] - logits[1, predicted]) / (2 * step)
         assert effect[m].item() == pytest.approx(slope.item(), abs=0.02, rel=0.05)
@@ -137,7 +136,7 @@ def test_looks_and_effects_of_the_images_that_are_shown(world):
     changes = []
     for index in references.index[m, :2].tolist():
         one = clip.prefix(clip.normalize(dataset[index][0][None]))
-        own = logits_of(clip, one, classifier)[0]
+        own = clip.logits(one, classifier)[0]
         args = (clip, sae, one[0], sae.encode(one)[0], torch.tensor([m]), classifier)
         change = own - logits_without(*args)[0]
         changes.append(change - change.mean())

@@ -36,6 +36,29 @@ def made_up(seed: int, ties: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, torch.randint(3, (B,), generator=generator)
 
 
+@pytest.mark.parametrize("others", [0, 1, 5])
+def test_patches_are_the_last_tokens_however_many_come_before(others):
+    codes, labels = made_up(0, False)
+    patches = codes[:, 1:]
+    before = torch.full((B, others, M), 0.0)
+    before[..., 2:] = 0.25  # the same on every image: the order stays that of the patches
+    collector = Collector(M, P, top=K)
+    collector.update(torch.cat([before, patches], dim=1), labels, torch.arange(B))
+    found = collector.references(SHOWN)
+    assert found.alive.any()
+    for m in range(M):
+        active = int((patches[..., m] != 0).sum()) + B * others * (m >= 2)
+        assert found.token_frequency[m].item() == pytest.approx(active / (B * (P + others)))
+        for slot, image in enumerate(found.index[m].tolist()):
+            if image < 0:
+                continue
+            assert found.class_token[m, slot] == (0.25 if others and m >= 2 else 0)
+            scale = found.scale[m, slot]
+            shown = found.maps[m, slot].float() * scale / 255
+            expected = patches[image, :, m].clamp(min=0)
+            assert torch.allclose(shown, expected, atol=float(scale) / 255 + 1e-6)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("sizes", [[23], [1] * 23, [7, 9, 7]])

@@ -8,7 +8,8 @@ import torch
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
 from clipsae.sae import SAE
-from clipsae.visualization.figure import Panel, draw, save, share
+from clipsae.visualization.drawing import save, share
+from clipsae.visualization.figure import Panel, draw
 from clipsae.visualization.references import BINS, References, Shown
 from clipsae.visualization.view import View, darkened, look, passes_filter
 

@@ -190,6 +190,11 @@ class FrozenCLIP(nn.Module):
         block = self.blocks + self.layer
         return _at_least_fp32(self.tower.tail(tokens.to(self.compute_dtype), block))
 
+    def logits(self, tokens: Tensor, classifier: Tensor) -> Tensor:
+        """Streams [B, T, d] and text embeddings [C, e] -> logits [B, C], temperature included."""
+        image = nn.functional.normalize(self.tail(tokens), dim=-1)
+        return image @ classifier.T * self.logit_scale
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> embedding [B, e] by the whole model in one go."""
         return _at_least_fp32(self.tower.whole(images.to(self.compute_dtype)))

@@ -18,7 +18,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.store import Busy, Stage, Store
 from clipsae.store.lease import owner_of
-from clipsae.tasks import build, slurm, together
+from clipsae.tasks import build, slurm, together, watch
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
 from clipsae.tasks.table import print_results
@@ -39,20 +39,18 @@ def run(cfg: DictConfig) -> None:
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
     sae.check(cfg, clip, train_set)
+    watch.check(cfg)
     trained = sae.stage(cfg, store, train_set)
 
     def train(logger: Callable[[], Logger | None]) -> None:
-        make_sae(
-            trained,
-            lambda folder: sae.make(
-                cfg,
-                clip,
-                train_set,
-                logger() if rank_zero_only.rank == 0 else None,
-                trained,
-                folder,
-            ),
-        )
+        first = rank_zero_only.rank == 0
+
+        def make(folder: Path) -> None:
+            own = logger() if first else None
+            looks = watch.callbacks(cfg, store, clip, test_set) if first else []
+            sae.make(cfg, clip, train_set, own, trained, folder, looks)
+
+        make_sae(trained, make)
 
     benchmark(cfg, store, clip, test_set, trained, train)
 

@@ -24,7 +24,8 @@ from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import pictures
 from clipsae.tasks.table import terminal
 from clipsae.visualization.collector import TOP
-from clipsae.visualization.figure import Panel, draw, save
+from clipsae.visualization.drawing import save
+from clipsae.visualization.figure import Panel, draw
 from clipsae.visualization.references import References
 from clipsae.visualization.view import FILTERS, look, passes_filter
 

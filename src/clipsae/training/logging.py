@@ -6,10 +6,12 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +188,26 @@ def log_histogram(logger: Logger | None, name: str, values: Any, step: int) -> N
         histogram = wandb.Histogram(values, num_bins=64)
         with _told():
             logger.experiment.log({name: histogram, "trainer/global_step": step})
+
+
+def log_picture(logger: Logger | None, name: str, png: bytes, step: int) -> None:
+    """A picture: in W&B, or as a file `<name>-<step>.png` in the folder of a CSV logger.
+
+    Args:
+        name: as W&B shows it.
+        png: the file's content.
+        step: the training step it belongs to.
+    """
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        with _told():
+            shown = wandb.Image(Image.open(BytesIO(png)))
+            logger.experiment.log({name: shown, "trainer/global_step": step})
+    elif isinstance(logger, CSVLogger):
+        file = Path(logger.log_dir) / f"{name}-{step:06d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png)
 
 
 def log_sae(logger: Logger | None, folder: Path, aliases: list[str]) -> None:

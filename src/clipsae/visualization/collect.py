@@ -81,7 +81,7 @@ def collect_references(
     collectors = {
         key: Collector(
             sae.config["latents"],
-            clip.tokens - 1,
+            clip.grid[0] * clip.grid[1],
             top=top,
             embed_dim=0 if embed is None else _embed_dim(embed, dataset, indices, device),
             patch_concepts=len(names) - len(columns) if truth else 0,

@@ -62,6 +62,7 @@ class Collector(nn.Module):
         long = {"dtype": torch.long}
         self.register_buffer("position", torch.zeros((), **long))  # in the list of images
         self.register_buffer("images", torch.zeros((), **long))
+        self.register_buffer("tokens", torch.zeros((), **long))
         self.register_buffer("values", torch.zeros(latents, top))
         self.register_buffer("index", torch.full((latents, top), -1))
         self.register_buffer("label", torch.full((latents, top), -1))
@@ -95,7 +96,7 @@ class Collector(nn.Module):
         """Add images, in ascending order of their indices over all calls.
 
         Args:
-            codes: [B, T, M], dense, the class token first.
+            codes: [B, T, M], dense, the patches last.
             labels, indices: LongTensor [B].
             embeddings: [B, e] of the separate image encoder.
             patch_truth: bool [B, P, V].
@@ -104,13 +105,15 @@ class Collector(nn.Module):
         means = pool_codes(codes)
         active = means > 0
         self.images += len(codes)
+        self.tokens += codes.shape[:2].numel()
         self.active_images += active.sum(dim=0)
         self.strength += (means * active).double().sum(dim=0)
         self._count_codes(codes)
         if self.monosemanticity is not None:
             self.monosemanticity.update(means, embeddings)
         if patch_truth is not None:
-            self._count_hits("patch", codes[:, 1:].flatten(0, 1), patch_truth.flatten(0, 1))
+            patches = codes[:, -self.patches :]
+            self._count_hits("patch", patches.flatten(0, 1), patch_truth.flatten(0, 1))
             self._count_hits("image", means, image_truth)
         # Against an equal value the earlier image stays, which has the smaller index.
         entering = (means.amax(dim=0) > self.values[:, -1]).nonzero().squeeze(1)
@@ -147,12 +150,14 @@ class Collector(nn.Module):
         row, slot = fresh.nonzero(as_tuple=True)
         image = order[fresh] - top
         found = codes[image, :, rows[row]]  # [entries, T]
-        quantised, scale = quantise(found[:, 1:])
+        quantised, scale = quantise(found[:, -self.patches :])
+        first = found[:, 0].float()
+        class_token = first if found.shape[1] > self.patches else torch.zeros_like(first)
         for name, new in (
             ("index", indices[image]),
             ("label", labels[image]),
             ("scale", scale),
-            ("class_token", found[:, 0].float()),
+            ("class_token", class_token),
             ("maps", quantised),
         ):
             state = getattr(self, name)
@@ -167,14 +172,13 @@ class Collector(nn.Module):
     def references(self, shown: Shown) -> References:
         """The result, on the CPU. `shown` says how many images there were."""
         images = self.images.double()
-        tokens = images * (self.patches + 1)
         entropy, top_label = label_statistics(self.values, self.label)
         strength = self.strength / self.active_images.clamp(min=1)
         found = {
             **{name: getattr(self, name) for name in ("values", "index", "label", "maps")},
             **{name: getattr(self, name) for name in ("scale", "class_token", "histogram")},
             "frequency": (self.active_images / images).float(),
-            "token_frequency": (self.active_tokens / tokens).float(),
+            "token_frequency": (self.active_tokens / self.tokens).float(),
             "strength": strength.float(),
             "entropy": entropy,
             "top_label": top_label,

@@ -1,39 +1,33 @@
 """The figure of one image: its latents as spikes, where the strongest are active, and the
 reference images of those (Figures 6-11 of the paper).
-
-Made of explicit positions in inches, so that the same input gives the same file, and without
-pyplot, so that it works without a display and leaves no state behind.
 """
 
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from clipsae.visualization.drawing import (
+    GAP,
+    MARGIN,
+    WIDTH,
+    about_latent,
+    add_axes,
+    add_caption,
+    add_picture,
+    add_text,
+    canvas,
+)
 from clipsae.visualization.references import References
 from clipsae.visualization.view import View, darkened
 
-WIDTH = 6.875  # inches: the text of a two-column paper
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 _GREY = "#bbbbbb"
-_STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 7,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "pdf.fonttype": 42,
-}
-_MARGIN, _GAP = 0.06, 0.08
 _HEAD, _BELOW_HEAD = 1.45, 0.2  # image and spikes, and the space below
 _TITLE, _CAPTION = 0.2, 0.38  # above and below a row of images
-_WORTH_NAMING = 0.3  # of a concept's score
 _RASTER = 2000  # spikes beyond which the PDF holds them as pixels
 
 
@@ -66,14 +60,12 @@ def draw(
         own_index: of the image in the dataset that the references come from: it is left out of
             them.
     """
-    cell = (WIDTH - 2 * _MARGIN - references * _GAP) / (references + 1)
+    cell = (WIDTH - 2 * MARGIN - references * GAP) / (references + 1)
     row = _TITLE + cell + _CAPTION
     heights = [_HEAD + _BELOW_HEAD + row * len(panel.view.marked) for panel in panels.values()]
-    height = sum(heights) + 2 * _MARGIN
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, height))
-        FigureCanvasAgg(figure)
-        top = height - _MARGIN
+    height = sum(heights) + 2 * MARGIN
+    with canvas(height) as figure:
+        top = height - MARGIN
         for (name, panel), needed in zip(panels.items(), heights, strict=True):
             _head(figure, top, cell, image, title, name, panel.view)
             below = top - _HEAD - _BELOW_HEAD
@@ -93,48 +85,16 @@ def draw(
     return figure
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path` with the suffixes .png (300 dots an inch) and .pdf, the same bytes each time."""
-    with mpl.rc_context(_STYLE):
-        png, pdf = path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.pdf")
-        figure.savefig(png, dpi=300, metadata={"Software": None})
-        figure.savefig(pdf, dpi=300, metadata={"CreationDate": None, "Creator": None})
-    return [png, pdf]
-
-
-def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes by their upper left corner, in inches from the left and from the bottom."""
-    w, h = figure.get_size_inches()
-    return figure.add_axes((left / w, (top - height) / h, width / w, height / h))
-
-
-def _picture(
-    figure: Figure, left: float, top: float, side: float, image: Tensor, colour: str = "black"
-) -> None:
-    axes = _axes(figure, left, top, side, side)
-    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color(colour)
-        spine.set_linewidth(0.6 if colour == "black" else 1.2)
-
-
-def _text(figure: Figure, x: float, y: float, text: str, **options: object) -> None:
-    w, h = figure.get_size_inches()
-    figure.text(x / w, y / h, text, **options)
-
-
 def _head(
     figure: Figure, top: float, cell: float, image: Tensor, title: str, name: str, view: View
 ) -> None:
     side = min(_HEAD - _TITLE, 1.2)
     title = textwrap.shorten(title, width=28, placeholder=" …")
-    _text(figure, _MARGIN, top - 0.04, title, va="top", weight="bold")
-    _picture(figure, _MARGIN, top - _TITLE, side, image)
-    left = _MARGIN + side + 0.62
-    axes = _axes(figure, left, top - _TITLE, WIDTH - left - _MARGIN - 0.05, side - 0.08)
-    _text(figure, left, top - 0.04, name, va="top", weight="bold")
+    add_text(figure, MARGIN, top - 0.04, title, va="top", weight="bold")
+    add_picture(figure, MARGIN, top - _TITLE, side, image)
+    left = MARGIN + side + 0.62
+    axes = add_axes(figure, left, top - _TITLE, WIDTH - left - MARGIN - 0.05, side - 0.08)
+    add_text(figure, left, top - 0.04, name, va="top", weight="bold")
     _spikes(axes, view)
 
 
@@ -215,38 +175,29 @@ def _row(
     grid = references.shown.grid
     colour = COLOURS[rank % len(COLOURS)]
     said = f"latent {latent}"
-    _text(figure, _MARGIN, top - 0.06, said, va="top", color=colour, weight="bold")
-    about = [f"active on {share(float(references.frequency[latent]))} of the images"]
-    if references.concept is not None and references.concept_score[latent] >= _WORTH_NAMING:
-        concept = references.shown.concepts[int(references.concept[latent])]
-        precision = share(float(references.concept_precision[latent]))
-        about.append(f"{precision} of its activation on {concept}")
-    left = _MARGIN + cell + _GAP
-    _text(figure, left, top - 0.06, ", ".join(about), va="top", color="#444444")
+    add_text(figure, MARGIN, top - 0.06, said, va="top", color=colour, weight="bold")
+    left = MARGIN + cell + GAP
+    add_text(
+        figure,
+        left,
+        top - 0.06,
+        ", ".join(about_latent(references, latent)),
+        va="top",
+        color="#444444",
+    )
     under = top - _TITLE - cell - 0.04
     own = darkened(image, view.patches[rank], grid)
-    _picture(figure, _MARGIN, top - _TITLE, cell, own, colour)
+    add_picture(figure, MARGIN, top - _TITLE, cell, own, colour)
     patches = int((view.patches[rank] > 0).sum())
     own_caption = [f"{view.means[latent]:.3g}", f"{patches} of {view.patches.shape[1]} patches"]
-    _caption(figure, _MARGIN + cell / 2, under, own_caption)
+    add_caption(figure, MARGIN + cell / 2, under, own_caption)
     for column, (slot, index) in enumerate(others):
-        at = left + column * (cell + _GAP)
+        at = left + column * (cell + GAP)
         shown = panel.image_of(index)
         if mask:
             shown = darkened(shown, references.maps[latent, slot], grid)
-        _picture(figure, at, top - _TITLE, cell, shown)
+        add_picture(figure, at, top - _TITLE, cell, shown)
         label = references.shown.classnames[int(references.label[latent, slot])]
         value = f"{references.values[latent, slot]:.3g}"
         lines = textwrap.wrap(label, width=round(cell / 0.058), max_lines=2, placeholder=" …")
-        _caption(figure, at + cell / 2, under, [value, *lines])
-
-
-def _caption(figure: Figure, x: float, top: float, lines: list[str]) -> None:
-    # Each line on a baseline of its own: a block's lines move with their letters' heights.
-    for number, line in enumerate(lines):
-        _text(figure, x, top - 0.08 - 0.115 * number, line, va="baseline", ha="center")
-
-
-def share(value: float) -> str:
-    """A share as percent that is never a misleading 0 %."""
-    return "0 %" if value == 0 else "< 0.1 %" if value < 0.001 else f"{100 * value:.1f} %"
+        add_caption(figure, at + cell / 2, under, [value, *lines])

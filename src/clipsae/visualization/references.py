@@ -56,7 +56,7 @@ class References:
         label: int64 [M, K], their labels; -1 where there are fewer.
         maps: uint8 [M, K, P], codes on the patches: 0 not active, else ceil(255 code / scale).
         scale: float32 [M, K], the largest code on a patch of that image; 0: on none.
-        class_token: float32 [M, K], the code of the class token.
+        class_token: float32 [M, K], the code of the first token that is no patch; 0: there is none.
         frequency: float32 [M], share of the images that the latent is active on.
         token_frequency: float32 [M], share of the tokens.
         strength: float32 [M], mean of the token means of the images it is active on; 0 for none.

@@ -72,7 +72,7 @@ def look(clip: FrozenCLIP, sae: nn.Module, image: Tensor, shown: Tensor, top: in
     allowed = means.masked_fill(~shown, 0)
     best = top_latents(allowed[None], min(top, len(means)))[0]
     marked = [int(m) for m in best if allowed[m] > 0]
-    patches = codes[0, 1:][:, marked].T.float().cpu()
+    patches = codes[0, clip.prefix_tokens :][:, marked].T.float().cpu()
     return View(means, shown, marked, patches)
 
 

@@ -2,12 +2,14 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
@@ -104,8 +106,13 @@ def make(
     logger: Logger | None,
     stage: Stage,
     folder: Path,
+    watch: Sequence[Callback] = (),
 ) -> None:
-    """Train an SAE and write it into `folder`, continuing from the stage's checkpoint if any."""
+    """Train an SAE and write it into `folder`, continuing from the stage's checkpoint if any.
+
+    Args:
+        watch: callbacks that look at the training and leave it as it is.
+    """
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     module = SAEModule(build.build_sae(cfg, clip.width), **build.training_options(cfg))
     held_out = build.build_dataset(build.train_dataset_node(cfg), "test", clip.image_size)
@@ -117,7 +124,7 @@ def make(
         every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
         every_n_seconds=cfg.callbacks.checkpoint_every_n_seconds,
     )
-    callbacks = [resume, TokenRate(), ReportProgress(stage.progress)]
+    callbacks = [resume, TokenRate(), ReportProgress(stage.progress), *watch]
     if together.is_shared():  # which answers signals, too
         data.source = together.source(
             lambda: features.data_module(cfg, clip, train_set, cache=cache),

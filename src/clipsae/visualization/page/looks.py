@@ -62,15 +62,6 @@ class Looks:
     effect: Tensor | None
 
 
-def logits_of(clip: FrozenCLIP, tokens: Tensor, classifier: Tensor) -> Tensor:
-    """Streams [B, T, d] -> CLIP's logits [B, C], its temperature included."""
-    parts = [
-        nn.functional.normalize(clip.tail(part), dim=-1) @ classifier.T
-        for part in tokens.split(_STREAMS)
-    ]
-    return torch.cat(parts) * clip.logit_scale
-
-
 def logits_without(
     clip: FrozenCLIP,
     sae: nn.Module,
@@ -96,7 +87,7 @@ def logits_without(
     for part in latents.split(_STREAMS):
         rows = sae.decoder_rows(part)
         share = codes[:, part].T[:, :, None] * rows[:, None, :] * scale  # [n, T, d]
-        found.append(logits_of(clip, tokens - share, classifier))
+        found.append(clip.logits(tokens - share, classifier))
     return torch.cat(found)
 
 
@@ -156,7 +147,7 @@ def collect_looks(
             if not seen:
                 continue
             streams = clip.prefix(clip.normalize(pixels[seen]))
-            logits = logits_of(clip, streams, classifier)
+            logits = clip.logits(streams, classifier)
             for stream, own, index, label in zip(
                 streams, logits, at[seen].tolist(), labels[seen].tolist(), strict=True
             ):
@@ -202,7 +193,7 @@ def _look(
         kept = values > 0
         tokens.append((latents[kept].tolist(), values[kept].tolist()))
     rebuilt = sae.decode(codes, sae.input_scale(stream))
-    through = logits_of(clip, rebuilt[None], classifier)[0]
+    through = clip.logits(rebuilt[None], classifier)[0]
     return Look(
         index=index,
         label=label,
@@ -256,7 +247,7 @@ def first_order_effects(
     """
     with torch.enable_grad():
         tokens = stream.detach().requires_grad_(True)
-        logits = logits_of(clip, tokens[None], classifier)[0]
+        logits = clip.logits(tokens[None], classifier)[0]
         (gradient,) = torch.autograd.grad(_centred(logits)[predicted], tokens)
     along = (gradient * sae.input_scale(stream)).to(codes.dtype) @ sae.decoder_rows().T
     return (along * codes).sum(dim=0)

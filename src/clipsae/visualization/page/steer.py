@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
-from clipsae.visualization.page.looks import logits_of
 
 
 @torch.no_grad()
@@ -43,4 +42,4 @@ def steered_logits(
         wanted = torch.tensor(list(strengths.values()), dtype=stream.dtype, device=stream.device)
         change = wanted - sae.encode(stream)[:, latents]
         stream = stream + (change @ sae.decoder_rows(latents)) * sae.input_scale(stream)
-    return logits_of(clip, stream[None], classifier)[0]
+    return clip.logits(stream[None], classifier)[0]

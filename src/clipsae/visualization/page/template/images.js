@@ -46,13 +46,14 @@
     const of = await clipsae.load(`looks/${text}`);
     const [rows, cols] = meta.grid;
     const patches = rows * cols;
+    const first = of.tokens.length - patches;
     // Where each latent fires: latent -> codes of the patches.
     const where = new Map();
     of.tokens.forEach(([latents, codes], token) => {
-      if (token === 0) return;
+      if (token < first) return; // no patch
       latents.forEach((m, k) => {
         if (!where.has(m)) where.set(m, new Float32Array(patches));
-        where.get(m)[token - 1] = codes[k];
+        where.get(m)[token - first] = codes[k];
       });
     });
     const levels = (m) => {
@@ -83,7 +84,7 @@
       list.querySelectorAll("tr").forEach((row) => row.classList.toggle("at", Boolean(what) && Number(row.dataset.latent) === what.latent));
     }
     function ofPatch(patch) {
-      const [latents, codes] = of.tokens[patch + 1];
+      const [latents, codes] = of.tokens[patch + first];
       return latents.map((m, k) => [m, codes[k], losses.get(m) || null]);
     }
     const rests = of.why.map(([m, mean, lost, instead]) => [m, mean, [lost, instead]]);

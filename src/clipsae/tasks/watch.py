@@ -1,0 +1,70 @@
+"""What is looked at while an SAE is trained: the callbacks that `cfg.callbacks` asks for."""
+
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+from torch import Tensor
+
+from clipsae.clip import FrozenCLIP
+from clipsae.data import ImageDataset
+from clipsae.data.loader import image_batches
+from clipsae.errors import ConfigError
+from clipsae.evaluation.passes import evenly_spaced
+from clipsae.store import Store
+from clipsae.tasks import build
+from clipsae.tasks.stages import classifier
+from clipsae.training.predictions import Predictions
+from clipsae.visualization.watch import ReferenceSheets
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse options that cannot be.
+
+    Raises:
+        ConfigError: see there.
+    """
+    for name, least in (
+        ("prediction_images", 0),
+        ("reference_sheet_every_n_steps", 0),
+        ("reference_sheet_images", 1),
+    ):
+        value = cfg.callbacks[name]
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(
+                f"callbacks.{name}={value!r}: expected a whole number, {least} or more"
+            )
+
+
+def callbacks(
+    cfg: DictConfig, store: Store, clip: FrozenCLIP, test_set: ImageDataset
+) -> list[Callback]:
+    """Those that are wanted and can be, on the images of `cfg.dataset`'s evaluated split."""
+    options, found = cfg.callbacks, []
+    if options.prediction_images and clip.has_text:
+        indices = evenly_spaced(len(test_set), options.prediction_images)
+        images, labels = build.user_error(read, test_set, indices)
+        classes = classifier.embeddings(cfg, store, clip, test_set)
+        found.append(Predictions(clip, images, labels, classes))
+    if options.reference_sheet_every_n_steps:
+        found.append(
+            ReferenceSheets(
+                clip,
+                test_set,
+                name=cfg.dataset.name,
+                split=cfg.evaluation.split,
+                images=options.reference_sheet_images,
+                every_n_steps=options.reference_sheet_every_n_steps,
+                batch_size=cfg.evaluation.batch_size,
+            )
+        )
+    return found
+
+
+def read(dataset: ImageDataset, indices: list[int]) -> tuple[Tensor, Tensor]:
+    """Images uint8 [B, 3, S, S] and their labels [B], without those that may be skipped.
+
+    Raises:
+        ValueError: none of them can be read, or one that may not be skipped.
+    """
+    for images, labels, _ in image_batches(dataset, len(indices), 0, indices):
+        return images, labels
+    raise ValueError(f"none of {len(indices)} held-out images can be read")

@@ -1,0 +1,78 @@
+"""Reference images of the leading latents while an SAE is trained."""
+
+from io import BytesIO
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from clipsae.clip import FrozenCLIP
+from clipsae.data import ImageDataset
+from clipsae.training.logging import log_picture
+from clipsae.visualization.collect import collect_references
+from clipsae.visualization.sheet import draw_sheet, leading_latents
+
+_DOTS = 150  # of an inch
+
+
+class ReferenceSheets(Callback):
+    """Logs a sheet of the leading latents' reference images (`val/reference_images`) when
+    it looks at held-out images: a picture in W&B, a PNG beside the CSV file.
+
+    A look reads the images, runs CLIP's prefix and the SAE's encoder over them, and holds ten patch
+    maps a latent (M = 49,152 with 14 x 14 patches: 96 MB): as much time as a validation pass of as
+    many images. In a training on several devices the first one does it, the others wait.
+
+    Args:
+        dataset: held-out images.
+        name, split: of the dataset, for the record.
+        images: how many of them, evenly spaced.
+        every_n_steps: at least so many steps lie between two sheets; 1: one at every look.
+        rows: latents on a sheet.
+    """
+
+    def __init__(
+        self,
+        clip: FrozenCLIP,
+        dataset: ImageDataset,
+        *,
+        name: str,
+        split: str,
+        images: int = 256,
+        every_n_steps: int = 1,
+        rows: int = 8,
+        batch_size: int = 32,
+    ) -> None:
+        self.clip = clip
+        self.dataset = dataset
+        self.about = {"name": name, "split": split}
+        self.images = images
+        self.every_n_steps = every_n_steps
+        self.rows = rows
+        self.batch_size = batch_size
+        self.last_step: int | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or pl_module.logger is None:
+            return
+        step = trainer.global_step
+        if self.last_step is not None and step - self.last_step < self.every_n_steps:
+            return
+        self.last_step = step
+        references = collect_references(
+            self.clip,
+            {"sae": pl_module.sae},
+            self.dataset,
+            **self.about,
+            batch_size=self.batch_size,
+            device=pl_module.device,
+            limit_images=self.images,
+        )["sae"]
+        figure = draw_sheet(
+            references,
+            leading_latents(references, self.rows),
+            lambda index: self.dataset[index][0],
+            f"step {step:,}",
+        )
+        file = BytesIO()
+        figure.savefig(file, format="png", dpi=_DOTS)
+        log_picture(pl_module.logger, "val/reference_images", file.getvalue(), step)
