@@ -52,6 +52,11 @@ def decode(p: Parameters, z: Tensor, x: Tensor, options: dict) -> Tensor:
     return out * x.norm(dim=1, keepdim=True) if options["normalize_input"] else out
 
 
+def encode(p: Parameters, x: Tensor, options: dict) -> Tensor:
+    """Codes [N, M] of tokens x [N, d] in evaluation."""
+    return _CODES[options["activation"]](scores(p, x, options), p, options)
+
+
 def relu(p: Parameters, x: Tensor, options: dict) -> Tensor:
     z = torch.relu(scores(p, x, options))
     weighted = z * (p["C"] @ p["W_V"]).norm(dim=1) if "C" in p else z
@@ -80,10 +85,14 @@ def gated(p: Parameters, x: Tensor, options: dict) -> Tensor:
 
 
 def topk(p: Parameters, x: Tensor, options: dict) -> Tensor:
-    s = torch.relu(scores(p, x, options))
-    values, indices = s.topk(options["k"], dim=1)
-    z = torch.zeros_like(s).scatter(1, indices, values)
+    z = topk_codes(scores(p, x, options), p, options)
     return options["reconstruction_weight"] * error(decode(p, z, x, options), x)
+
+
+def topk_codes(s: Tensor, p: Parameters, options: dict) -> Tensor:
+    s = torch.relu(s)
+    values, indices = s.topk(options["k"], dim=1)
+    return torch.zeros_like(s).scatter(1, indices, values)
 
 
 def batch_topk(p: Parameters, x: Tensor, options: dict) -> Tensor:
@@ -94,15 +103,28 @@ def batch_topk(p: Parameters, x: Tensor, options: dict) -> Tensor:
 
 
 def sparsemax(p: Parameters, x: Tensor, options: dict) -> Tensor:
+    z = sparsemax_codes(scores(p, x, options), p, options)
+    return options["reconstruction_weight"] * error(decode(p, z, x, options), x)
+
+
+def sparsemax_codes(s: Tensor, p: Parameters, options: dict) -> Tensor:
     """As released: a full sort finds the support; z = s there."""
-    s = scores(p, x, options)
     ordered = s.detach().sort(dim=1, descending=True).values
     r = torch.arange(1, s.shape[1] + 1)
     sums = ordered.cumsum(1)
     size = (1 + r * ordered > sums).sum(1, keepdim=True)
     tau = (sums.gather(1, size - 1) - 1) / size
-    z = s * (s > tau)
-    return options["reconstruction_weight"] * error(decode(p, z, x, options), x)
+    return s * (s > tau)
 
 
 _FORMS = {f.__name__: f for f in (relu, jumprelu, gated, topk, batch_topk, sparsemax)}
+_CODES = {
+    "relu": lambda s, p, options: torch.relu(s),
+    "jumprelu": lambda s, p, options: s * (s > p["log_theta"].exp()),
+    "gated": lambda s, p, options: (
+        torch.relu(p["r_mag"].exp() * s + p["b_mag"]) * (s > -p["b_gate"])
+    ),
+    "topk": topk_codes,
+    "batch_topk": lambda s, p, options: torch.relu(s) * (s > p["inference_threshold"]),
+    "sparsemax": sparsemax_codes,
+}

@@ -96,37 +96,50 @@ def encode_images(
         latents: LongTensor [B, n] whose codes are to be kept.
         own: picks an image's own latents from its sums, [B, M] -> [B, n].
         hold: keep the codes that are not zero.
-        observe: called with tokens, reconstruction and dense codes of each group.
+        observe: called with tokens, reconstruction and, LongTensor [M], how many tokens each
+            latent is active on, of each group.
     """
     group = max(1, _DENSE_BYTES // (x.shape[1] * sae.config["latents"] * x.element_size()))
     parts = []
     for start in range(0, len(x), group):
         tokens = x[start : start + group]
-        codes = sae.encode(tokens)
-        # One look at the dense codes; what follows touches the support alone.
-        keys = codes.reshape(-1).nonzero().squeeze(1)
-        values = codes.reshape(-1)[keys]
+        shape = torch.Size((*tokens.shape[:2], sae.config["latents"]))
+        held = sae.encode_held(tokens)
+        keys, values = _not_zero(held)
         found: dict[str, Any] = {"active": torch.tensor([len(keys)], device=x.device)}
         if count_above is not None or own is not None:
-            sums = _per_latent(keys, codes.shape, weights=values.double())
+            sums = _per_latent(keys, shape, weights=values.double())
         if count_above is not None:
-            found["counts"] = _per_latent(keys[values > count_above], codes.shape)
+            found["counts"] = _per_latent(keys[values > count_above], shape)
             found["sums"] = sums
+        sparse = _by_image(keys, values, shape)
         if hold:
-            found["sparse"] = _by_image(keys, values, codes.shape)
+            found["sparse"] = sparse
         if decode:
             found["scale"] = sae.input_scale(tokens)
-            found["reconstruction"] = sae.decode(codes, found["scale"])
+            found["reconstruction"] = sae.decode_held(held, found["scale"])
         if latents is not None:
-            found["kept"] = _codes_of(codes, latents[start : start + group])
+            found["kept"] = _codes_of(sparse, latents[start : start + group])
         if own is not None:
             found["own"] = own(sums)
-            found["own_codes"] = _codes_of(codes, found["own"])
+            found["own_codes"] = _codes_of(sparse, found["own"])
         if observe is not None:
-            observe(tokens, found["reconstruction"], codes)
+            fired = torch.bincount(keys % shape[2], minlength=shape[2])
+            observe(tokens, found["reconstruction"], fired)
         parts.append(found)
-        del codes
+        del held
     return _concatenate(parts)
+
+
+def _not_zero(held: Any) -> tuple[Tensor, Tensor]:
+    """Keys (image * T + token) * M + latent, ascending, and values of codes that are not zero."""
+    if isinstance(held, Tensor):
+        keys = held.reshape(-1).nonzero().squeeze(1)
+        return keys, held.reshape(-1)[keys]
+    some = held.values.nonzero().squeeze(1)
+    if len(some) == len(held.values):
+        return held.support.positions, held.values
+    return held.support.positions[some], held.values[some]
 
 
 def _per_latent(keys: Tensor, shape: torch.Size, weights: Tensor | None = None) -> Tensor:
@@ -152,8 +165,9 @@ def _by_image(keys: Tensor, values: Tensor, shape: torch.Size) -> list[SparseCod
     ]
 
 
-def _codes_of(codes: Tensor, latents: Tensor) -> Tensor:
-    return codes.gather(-1, latents[:, None, :].expand(-1, codes.shape[1], -1))
+def _codes_of(sparse: list[SparseCodes], latents: Tensor) -> Tensor:
+    """[B, T, n] of latents [B, n]."""
+    return torch.stack([codes.of(chosen) for codes, chosen in zip(sparse, latents, strict=True)])
 
 
 def _concatenate(parts: list[dict[str, Any]]) -> Encoded:

@@ -18,6 +18,8 @@ from clipsae.evaluation.result import Key
 from clipsae.evaluation.sparsity import SparsityMetrics
 from clipsae.sae import SAE
 
+_ON_AND_OFF = ("on", "off")
+
 
 class Predictions:
     """The predicted class of every image in every setting; -1 where there is none yet.
@@ -35,11 +37,14 @@ class Predictions:
 
     def add(self, key: Key, tokens: Tensor, indices: Tensor) -> None:
         """Predict from the residual streams [B, T, d] of the images `indices`, LongTensor [B]."""
-        embedding = nn.functional.normalize(self.clip.tail(tokens), dim=-1)
-        predicted = (embedding @ self.classifier.T).argmax(dim=-1)
+        predicted = self.logits(tokens).argmax(dim=-1)
         if key not in self._found:
             self._found[key] = torch.full((self.images,), -1, device=predicted.device)
         self._found[key][indices.to(predicted.device)] = predicted
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[B, C]: cosines with the classifier's rows, if those are of unit length."""
+        return nn.functional.normalize(self.clip.tail(tokens), dim=-1) @ self.classifier.T
 
     def of(self, key: Key) -> Tensor:
         """LongTensor [N] on the CPU."""
@@ -152,9 +157,9 @@ class SingleSAE:
             key = (self.name, "off", self.latents)
             self.predictions.add(key, self._nothing(found.scale).expand_as(tokens), indices)
         if own is not None:
-            self._run("self", found.own_codes, found.scale, found.own, None, indices)
+            self._run(["self"], found.own_codes, found.own, found, indices)
         if latents is not None:
-            self._run_on_and_off(found.kept, found, latents, indices)
+            self._run(_ON_AND_OFF, found.kept, latents, found, indices)
         if counting:
             self._count(found, labels)
             if self.ranks:
@@ -167,7 +172,7 @@ class SingleSAE:
         if mine:
             latents = self.rankings.latents[[labels[i] for i in mine]]
             found = encode_images(self.sae, tokens[mine], latents=latents)
-            self._run_on_and_off(found.kept, found, latents, indices[mine])
+            self._run(_ON_AND_OFF, found.kept, latents, found, indices[mine])
 
     def pass_is_over(self) -> None:
         """The last class is complete: all that was held is run."""
@@ -224,32 +229,27 @@ class SingleSAE:
                 scale=torch.stack([held.scale for held in batch]),
             )
             indices = torch.tensor([held.index for held in batch])
-            self._run_on_and_off(torch.stack(codes), found, latents, indices)
-
-    def _run_on_and_off(
-        self, codes: Tensor, found: Encoded, latents: Tensor, indices: Tensor
-    ) -> None:
-        for setting in ("on", "off"):
-            self._run(setting, codes, found.scale, latents, found.reconstruction, indices)
+            self._run(_ON_AND_OFF, torch.stack(codes), latents, found, indices)
 
     def _run(
         self,
-        setting: str,
+        settings: Sequence[str],
         codes: Tensor,
-        scale: Tensor,
         latents: Tensor,
-        full: Tensor | None,
+        found: Encoded,
         indices: Tensor,
     ) -> None:
-        """One tail for each n: codes [B, T, n] of latents [B, n], the first k of which serve k."""
-        if setting not in self.settings:
-            return
-        for n in self.ns:
-            stream = self.sae.decode(codes[..., :n], scale, latents[:, :n])
-            if setting == "off":
-                assert full is not None
-                stream = full - stream + self._nothing(scale)  # the bias is in both
-            self.predictions.add((self.name, setting, n), stream, indices)
+        """One tail for each n and setting: codes [B, T, n] of latents [B, n], the first k of which
+        serve k."""
+        wanted = [setting for setting in settings if setting in self.settings]
+        for n in self.ns if wanted else ():
+            few = self.sae.decode(codes[..., :n].contiguous(), found.scale, latents[:, :n])
+            for setting in wanted:
+                stream = few
+                if setting == "off":  # the bias is in both
+                    assert found.reconstruction is not None
+                    stream = found.reconstruction - few + self._nothing(found.scale)
+                self.predictions.add((self.name, setting, n), stream, indices)
 
     def _nothing(self, scale: Tensor) -> Tensor:
         """What no latent at all decodes to: the bias, [B, T, d]; or [B, T, 1] of zeros."""

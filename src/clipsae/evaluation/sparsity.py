@@ -11,12 +11,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-def sparsity_sums(x: Tensor, reconstruction: Tensor, codes: Tensor) -> dict[str, Tensor]:
+def sparsity_sums(x: Tensor, reconstruction: Tensor, fired: Tensor) -> dict[str, Tensor]:
     """The sums of a batch that `sparsity_values` divides; sums of batches add up.
 
     Args:
         x, reconstruction: [..., d].
-        codes: [..., M], dense.
+        fired: codes [..., M], or LongTensor [M]: on how many of the tokens a latent's code is
+            not zero.
 
     Returns:
         float64 or int64 tensors: scalars, `token_sum` [d] and `fired` [M].
@@ -26,7 +27,8 @@ def sparsity_sums(x: Tensor, reconstruction: Tensor, codes: Tensor) -> dict[str,
     variance = x.var(dim=-1, unbiased=False)
     varied = variance > 0  # a constant token has no variance to explain
     ratio = error.var(dim=-1, unbiased=False)[varied] / variance[varied]
-    fired = (codes != 0).flatten(0, -2).sum(dim=0)
+    if fired.ndim > 1:
+        fired = (fired != 0).flatten(0, -2).sum(dim=0)
     return {
         "tokens": torch.tensor(len(x), device=x.device),
         "varied_tokens": varied.sum(),
@@ -85,9 +87,9 @@ class SparsityMetrics(Metric):
         self.add_state("token_sum", torch.zeros(d, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("fired", torch.zeros(latents, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, x: Tensor, reconstruction: Tensor, codes: Tensor) -> None:
-        """Add a batch: tokens and reconstruction [..., d], dense codes [..., M]."""
-        for name, value in sparsity_sums(x, reconstruction, codes).items():
+    def update(self, x: Tensor, reconstruction: Tensor, fired: Tensor) -> None:
+        """Add a batch: tokens and reconstruction [..., d], and codes or counts as above."""
+        for name, value in sparsity_sums(x, reconstruction, fired).items():
             setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> dict[str, Tensor]:

@@ -71,6 +71,9 @@ class Attention(Architecture):
         return self.query(x) @ self._rows(latents).mT
 
     def decode(self, codes: Tensor, latents: Tensor | None = None) -> Tensor:
+        # From the side that has fewer rows.
+        if latents is not None and codes.ndim > 1 and latents.shape[-1] < codes.shape[-2]:
+            return codes @ self.decoder_rows(latents)
         return (codes @ self._rows(latents)) @ self.W_V
 
     def decode_chosen(self, values: Tensor, indices: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from clipsae.sae.support import Support
 Chooser = Callable[[Tensor], Tensor | None]
 """Scores [N, M] -> positions of pairs, token * M + latent; None: dense."""
 
-_BLOCK = 512  # tokens whose scores are in memory together
+BLOCK = 512  # tokens whose scores are in memory together
 
 
 class _Scores(torch.autograd.Function):
@@ -168,7 +168,7 @@ class Dictionary:
             latents: LongTensor [n]: show it the scores of these alone. It must not say None then.
         """
         of = self if latents is None else self._part(latents)
-        found = of._find(x, choose, len(x) if together else min(len(x), _BLOCK))
+        found = of._find(x, choose, len(x) if together else min(len(x), BLOCK))
         if isinstance(found, Tensor):
             return self._differentiable(x, found, None), None
         values, positions = found
@@ -184,13 +184,25 @@ class Dictionary:
         """All scores, or those that are chosen and their positions."""
         values, positions, buffer = [], [], None
         for start in range(0, len(x), block):
-            scores = buffer = self._scores(x[start : start + block], buffer)
+            scores = buffer = self.scores(x[start : start + block], buffer)
             chosen = choose(scores)
             if chosen is None:
-                return scores if block == len(x) else self._scores(x)
+                return scores if block == len(x) else self._all(x, scores if start == 0 else None)
             values.append(scores.flatten().index_select(0, chosen))
             positions.append(chosen + start * scores.shape[1])
         return torch.cat(values), torch.cat(positions)
+
+    def _all(self, x: Tensor, first: Tensor | None) -> Tensor:
+        """All scores, of which the first tokens' may be there."""
+        if first is None:
+            return self.scores(x)
+        out = empty(len(x), len(self.keys), like=first)
+        out[: len(first)] = first
+        if len(first) < len(x):
+            rest = self.scores(x[len(first) :], out[len(first) :])
+            if rest.data_ptr() != out[len(first) :].data_ptr():  # under autocast
+                out[len(first) :] = rest
+        return out
 
     def mixed(self, codes: Tensor, support: Support | None, frozen: bool = False) -> Tensor:
         """Z rows: codes [p] on a support, or [N, M] -> [N, d]. Frozen: rows get no gradient."""
@@ -201,7 +213,8 @@ class Dictionary:
         bias = None if self.bias is None else self.bias[latents]
         return Dictionary(self.keys[latents], self.rows, bias, self.center)
 
-    def _scores(self, x: Tensor, buffer: Tensor | None = None) -> Tensor:
+    def scores(self, x: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """[N, d] -> [N, M], in the first rows of a buffer from an earlier call if there is one."""
         query = x if self.center is None else x - self.center
         if torch.is_autocast_enabled(x.device.type):
             return nn.functional.linear(query, self.keys, self.bias)

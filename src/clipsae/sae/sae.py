@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clipsae.sae.auxk import auxk_loss, auxk_loss_at
 from clipsae.sae.base import Activation, Architecture, SAEOutput, SparseCodes, Step
+from clipsae.sae.encoding import encode_by_blocks
 from clipsae.sae.losses import at_least_float32, relative_error
 from clipsae.sae.ranks import summed
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
@@ -143,6 +144,25 @@ class SAE(nn.Module):
         """Tokens [..., d] -> codes [..., M], as in evaluation."""
         scores = self.scores(x)
         return self.gate(scores, self.threshold(scores))
+
+    def encode_held(self, x: Tensor) -> Tensor | SparseCodes:
+        """`encode`, without gradients: codes [..., M], or the sparse form of them where few
+        latents act."""
+        self._check(x)
+        dictionary = self.architecture.dictionary()
+        if dictionary is None or not self._knows_supports(x):
+            return self.encode(x)
+        query = self.architecture.query((x / self.input_scale(x)).flatten(0, -2))
+        shape = (*x.shape[:-1], self.latents)
+        codes, support = encode_by_blocks(query, dictionary, self.activation)
+        return codes.view(shape) if support is None else SparseCodes(codes, support, shape)
+
+    def decode_held(self, held: Tensor | SparseCodes, scale: Tensor | float = 1.0) -> Tensor:
+        """`decode` of what `encode_held` returned."""
+        if isinstance(held, Tensor):
+            return self.decode(held, scale)
+        tokens = self.architecture.decode_at(held.values, held.support)
+        return tokens.view(*held.shape[:-1], self.d) * scale
 
     def decode(
         self, codes: Tensor, scale: Tensor | float = 1.0, latents: Tensor | None = None

@@ -35,7 +35,9 @@ class TopK(Activation):
         if self.k == self.latents:
             return scores.new_zeros(())
         # float32 even for half precision: there is no bfloat16 between two neighbours.
-        top = at_least_float32(scores.topk(self.k + 1, dim=-1).values)
+        flat = scores.reshape(-1, scores.shape[-1])
+        top = at_least_float32(largest(flat, self.k + 1)[0].topk(self.k + 1, dim=-1).values)
+        top = top.view(*scores.shape[:-1], self.k + 1)
         above, below = top[..., -2:-1], top[..., -1:]
         tau = below + (above - below) / 2
         tau = torch.where(tau < above, tau, below)
