@@ -44,6 +44,8 @@ class StubSAE(nn.Module):
             scores = scores[..., : self.config["latents"] // 2].repeat(1, 1, 2)
         return torch.where(scores > self.threshold(scores), scores, 0.0)
 
+    encode_held = encode
+
     def threshold(self, scores):
         if self.kind == "jumprelu":
             return self.theta
@@ -57,6 +59,8 @@ class StubSAE(nn.Module):
         rows = self.decoder if latents is None else self.decoder[latents]
         bias = 0.0 if self.decoder_bias is None else self.decoder_bias
         return (codes @ rows + bias) * scale
+
+    decode_held = decode
 
 
 class Photos:
