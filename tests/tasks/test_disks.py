@@ -71,7 +71,7 @@ def test_a_disk_that_fills_in_the_midst_of_a_run(tmp_path, disk):
     moments = {
         "shards": being_made("shards", "work"),
         "sae": being_made("sae", "scratch/last.ckpt"),
-        "evaluation": lambda out: any(out.glob("classifier/[!.]*")),  # which it makes first
+        "evaluation": being_made("evaluation", "work"),
     }
     for kind, begun in moments.items():
         process = subprocess.Popen(

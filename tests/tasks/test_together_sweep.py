@@ -62,9 +62,8 @@ def test_results_are_those_of_each_alone_and_what_fails_harms_no_other(tmp_path)
     assert len(alone) == 2 + 4
     assert shared == alone
     # Each cell's own folder has its own log and curves, as alone.
-    logs = {
-        path.parent: path.read_text() for path in (tmp_path / "shared").glob("sweeps/*/*/run.log")
-    }
+    files = (tmp_path / "shared").glob("sweeps/*/*/clipsae.log")
+    logs = {path.parent: path.read_text() for path in files}
     assert len(logs) == 8
     done = [folder for folder, text in logs.items() if "became NaN" not in text]
     assert len(done) == 4
