@@ -53,7 +53,10 @@ def children(name: str) -> list[int]:
     """Processes of that name that this one started."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        text = stat.read_text()
+        try:
+            text = stat.read_text()
+        except OSError:  # ended meanwhile
+            continue
         parent = int(text.rpartition(")")[2].split()[1])
         if parent == os.getpid() and name in text:
             found.append(int(stat.parent.name))
@@ -69,6 +72,13 @@ def serve() -> None:
 
 def main(folder: str, case: str) -> None:
     server = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+    try:
+        lose(folder, case, server)
+    finally:  # it holds our output open
+        server.kill()
+
+
+def lose(folder: str, case: str, server: subprocess.Popen) -> None:
     url = server.stdout.readline().strip()
     os.environ.update(WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40)
     os.environ.pop("WANDB_MODE", None)
@@ -104,7 +114,6 @@ def main(folder: str, case: str) -> None:
     )
     finish(logger, failed=False)
     print("done", flush=True)
-    server.kill()
 
 
 if __name__ == "__main__":
