@@ -10,14 +10,14 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from run import ROOT
-from tests.docs import small, warm
+from tests.docs import small
 from tests.docs.blocks import Block, blocks, inline_commands, script
+from tests.warm import start
 
 NEEDS = {
     "the weights": "they are fetched: composed as written, run with clip=tiny",
@@ -37,16 +37,10 @@ IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 def shims(tmp_path_factory) -> Path:
     """The folder of `python` and `clipsae`, which a warm process serves."""
     folder = tmp_path_factory.mktemp("warm")
-    warm.write_shims(folder / "bin", folder / "socket")
-    process = subprocess.Popen(
-        [sys.executable, warm.__file__, folder / "socket"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout.readline() == "ready\n"
-        yield folder / "bin"
-    finally:
-        process.kill()
-        process.wait()
+    process = start(folder, ROOT / "tests/docs/warm.py", "python", "clipsae")
+    yield folder
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """The benchmark as a user runs it, on toy data in the real layouts: one multirun, one report."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
-from run import ROOT
 from tests.data.eleven.toys import BUILDERS
+from tests.warm import run_py
 
 
 @pytest.mark.slow
@@ -17,11 +15,8 @@ def test_one_multirun_and_one_report_over_data_in_the_real_layouts(tmp_path):
     environment = {**os.environ, "CLIPSAE_DATA": str(tmp_path / "data")}
 
     def run(*overrides: str) -> str:
-        command = [sys.executable, str(ROOT / "run.py"), *overrides]
         options = [f"paths.output_dir={tmp_path / 'out'}", "logger=none", "model.latents=128"]
-        done = subprocess.run(
-            [*command, *options], env=environment, capture_output=True, text=True, cwd=tmp_path
-        )
+        done = run_py(*overrides, *options, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

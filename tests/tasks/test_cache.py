@@ -6,8 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +24,7 @@ from clipsae.tasks import cache as task
 from clipsae.tasks.experiment import public_config
 from clipsae.tasks.stages import features, sae
 from run import ROOT
+from tests.warm import run_py
 
 N, SHARD = 300, 128  # shards of two batches, two, and one
 
@@ -308,14 +307,13 @@ def test_no_path_of_this_machine_is_logged(tmp_path):
 
 
 def train(folder: Path, *overrides: str) -> Path:
-    command = [
-        *(sys.executable, str(ROOT / "run.py"), f"paths.output_dir={folder}"),
+    done = run_py(
+        f"paths.output_dir={folder}",
         *("model=topk", "model.latents=64", "trainer.max_steps=12", "features.batch_size=8"),
         *("+train_dataset.size=90", "dataset.size=20", "trainer.val_check_interval=6"),
         *("trainer.limit_val_batches=1", "evaluation.settings=[no_sae,on]", "measurement=none"),
         *("logger=none", *overrides),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    )
     assert done.returncode == 0, done.stderr
     (made,) = folder.glob("sae/*")
     return made

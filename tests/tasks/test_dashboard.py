@@ -1,13 +1,11 @@
 """The W&B workspace: what is on it, and that it shows what is logged."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from clipsae.tasks.dashboard import CURVES, as_json, workspace
-from run import ROOT
+from tests.warm import run_py
 
 pytest.importorskip("wandb_workspaces")
 
@@ -61,10 +59,7 @@ def test_only_the_sweeps_runs_with_their_failures(content):
 
 @pytest.mark.slow
 def test_the_task_writes_it_for_the_sweeps_datasets(tmp_path):
-    command = [sys.executable, str(ROOT / "run.py"), "task=dashboard", "sweeps=demo"]
-    done = subprocess.run(
-        [*command, f"paths.output_dir={tmp_path}"], capture_output=True, text=True
-    )
+    done = run_py("task=dashboard", "sweeps=demo", f"paths.output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "not saved in W&B" in done.stdout
     found = panels(json.loads((tmp_path / "dashboard-demo.json").read_text()))

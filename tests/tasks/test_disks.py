@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from run import ROOT
+from tests.warm import run_py, start_py
 
 JOB = [
     *("model=topk", "model.latents=256", "trainer.max_steps=40", "trainer.log_every_n_steps=10"),
@@ -26,8 +25,8 @@ CACHED = [
 ]
 
 
-def command(folder: Path, *overrides: str) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), f"paths.output_dir={folder}", *JOB, *overrides]
+def job(folder: Path, *overrides: str) -> list[str]:
+    return [f"paths.output_dir={folder}", *JOB, *overrides]
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -74,9 +73,7 @@ def test_a_disk_that_fills_in_the_midst_of_a_run(tmp_path, disk):
         "evaluation": being_made("evaluation", "work"),
     }
     for kind, begun in moments.items():
-        process = subprocess.Popen(
-            command(out, *CACHED), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = start_py(*job(out, *CACHED))
         while not begun(out):
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.001)
@@ -88,10 +85,10 @@ def test_a_disk_that_fills_in_the_midst_of_a_run(tmp_path, disk):
         assert "Traceback" not in said, said
         assert not list(out.glob(f"{kind}/[!.]*/results.csv"))
         ballast.unlink()
-    done = subprocess.run(command(out, *CACHED), capture_output=True, text=True)
+    done = run_py(*job(out, *CACHED))
     assert done.returncode == 0, done.stderr
     whole = tmp_path / "whole"
-    subprocess.run(command(whole, *CACHED), check=True, capture_output=True)
+    run_py(*job(whole, *CACHED), check=True)
     assert results(out) == results(whole)
     assert {"sae.safetensors", "results.csv"} < set(results(out))
 
@@ -107,6 +104,6 @@ def test_images_on_a_disk_that_cannot_be_written_to(tmp_path, disk):
                 Image.new("RGB", (80, 70), colour).save(folder / f"{i}.png")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     images = ["dataset=image_folder", f"dataset.root={disk / 'photos'}"]
-    done = subprocess.run(command(tmp_path / "out", *images), capture_output=True, text=True)
+    done = run_py(*job(tmp_path / "out", *images))
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(results(tmp_path / "out")) == {"sae.safetensors", "results.csv"}

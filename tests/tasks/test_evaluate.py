@@ -1,8 +1,6 @@
 """SAEs in and out by `run.py`: the benchmark on one that was not trained here, and exports."""
 
 import json
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -16,6 +14,7 @@ from clipsae.interop import read, saelens
 from clipsae.sae import SAE
 from clipsae.tasks import evaluate, export
 from run import ROOT
+from tests.warm import run_py
 
 
 @pytest.fixture
@@ -36,16 +35,6 @@ def composed(tmp_path):
     HydraConfig.instance().cfg = None
 
 
-def run(*overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-
-
 @pytest.mark.slow
 def test_the_benchmark_on_a_foreign_sae_gives_the_numbers_of_the_same_sae_of_ours(
     tmp_path, foreign
@@ -62,7 +51,7 @@ def test_the_benchmark_on_a_foreign_sae_gives_the_numbers_of_the_same_sae_of_our
         "measurement.metrics=[sparsity]",
     ]
     for source in (folder, tmp_path / "ours", folder):
-        done = run(*common, f"task.sae={source}")
+        done = run_py(*common, f"task.sae={source}")
         assert done.returncode == 0, done.stderr
         assert "somebody's" in done.stdout or source != folder
     out = tmp_path / "out"
@@ -215,18 +204,18 @@ def test_an_sae_of_ones_own_is_one_file_and_one_yaml(tmp_path):
         "dataset.size=40",
         "measurement=none",
     ]
-    done = run(*command)
+    done = run_py(*command)
     assert done.returncode == 0, done.stderr
     assert "softplus on scenes_colour" in done.stdout
     (sae,) = (tmp_path / "out" / "sae").glob("*")
     assert json.loads((sae / "sae.json").read_text())["config"]["above"] == 0.5
     # Found again as long as its file is the same, and trained anew once that has changed.
     (mine / "softplus.py").write_text(f"{PLUGIN}\n# changed\n")
-    done = run(*command)
+    done = run_py(*command)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out" / "sae").glob("*"))) == 2
 
-    done = run(*command, "plugins=[nowhere.py]")
+    done = run_py(*command, "plugins=[nowhere.py]")
     assert done.returncode == 1
     assert "nowhere.py is in none of" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from run import ROOT
+from tests.warm import run_py, start_py
 
 SMALL = [
     "model.latents=128",
@@ -23,15 +22,8 @@ SMALL = [
 ]
 
 
-def run(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "run.py"), *overrides]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-
-
 def small(folder: Path, *overrides: str, **options) -> subprocess.CompletedProcess:
-    return run(*overrides, f"paths.output_dir={folder}", *SMALL, **options)
+    return run_py(*overrides, f"paths.output_dir={folder}", *SMALL, **options)
 
 
 @pytest.mark.slow
@@ -122,14 +114,14 @@ def test_a_backbone_without_texts_is_trained_and_measured(tmp_path):
                 )
     size = [option for option in SMALL if not option.startswith("dataset.")]
     options = (*backbone, *scenes, f"paths.output_dir={tmp_path / 'out'}", *size)
-    refused = run(*options)
+    refused = run_py(*options)
     assert refused.returncode == 1
     said = refused.stdout.splitlines()[-1]
     assert "has no text tower" in said
     assert "evaluation=none" in said
     assert not (tmp_path / "out" / "sae").exists()
 
-    done = run(*options, "evaluation=none")
+    done = run_py(*options, "evaluation=none")
     assert done.returncode == 0, done.stderr
     (measurement,) = (tmp_path / "out").glob("measurement/*")
     assert "timm_vit_small_patch14_dinov2" in measurement.name
@@ -146,11 +138,8 @@ def test_two_sweeps_at_once_share_one_store(tmp_path):
     ]
 
     def start(store: str, name: str) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "run.py"), *sweep, *SMALL]
-        command += [f"paths.output_dir={tmp_path / store}", f"sweep_name={name}"]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        more = [f"paths.output_dir={tmp_path / store}", f"sweep_name={name}"]
+        return start_py(*sweep, *SMALL, *more)
 
     said = ""
     for sweeps in (("shared", "a"), ("shared", "b")), (("alone", "a"),):
@@ -213,7 +202,7 @@ def test_clip_alone_can_be_evaluated(tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence_before_anything_begins(tmp_path, overrides, words):
-    done = run(f"paths.output_dir={tmp_path}", "logger=none", *overrides)
+    done = run_py(f"paths.output_dir={tmp_path}", "logger=none", *overrides)
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert words in said

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from clipsae.store import Store
 from clipsae.tasks import build
 from clipsae.tasks.stages import sae
 from run import ROOT
+from tests.warm import run_py
 
 SMALL = ["model=topk", "model.latents=96", "dataset.size=24", "task.pages=3"]
 
@@ -33,8 +33,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "run.py"), "task=explore", f"paths.output_dir={folder}"]
-    return subprocess.run([*command, *SMALL, *overrides], capture_output=True, text=True)
+    return run_py("task=explore", f"paths.output_dir={folder}", *SMALL, *overrides)
 
 
 def read(file: Path):

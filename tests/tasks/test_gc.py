@@ -1,8 +1,6 @@
 """`task=gc` lists what nothing needs, and removes it when told to, but nothing that lives."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 from made_up import ELSEWHERE, LONG_AGO, MadeUp
@@ -11,7 +9,7 @@ from clipsae.store import MARK
 from clipsae.store.lease import LEASE, begin
 from clipsae.store.survey import survey
 from clipsae.tasks.gc import remove, waste
-from run import ROOT
+from tests.warm import run_py
 
 
 @pytest.fixture
@@ -128,9 +126,8 @@ def test_rubble_of_killed_processes(made_up):
 @pytest.mark.slow
 def test_a_dry_run_by_default(made_up):
     root = made_up.store.root
-    command = [sys.executable, str(ROOT / "run.py"), "task=gc", f"paths.output_dir={root}"]
     before = names(survey(root))
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_py("task=gc", f"paths.output_dir={root}")
     assert done.returncode == 0, done.stderr
     assert "checkpoint at step 30" in done.stdout
     assert "task.delete=true" in done.stdout

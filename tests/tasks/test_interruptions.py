@@ -1,14 +1,12 @@
 """What ends a job before its time: Ctrl-C, NaN in the loss."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from run import ROOT
+from tests.warm import run_py, start_py
 
 SMALL = [
     "model=relu",
@@ -26,8 +24,8 @@ SMALL = [
 ]
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), f"paths.output_dir={folder}", *SMALL, *more]
+def job(folder: Path, *more: str) -> list[str]:
+    return [f"paths.output_dir={folder}", *SMALL, *more]
 
 
 def weights(folder: Path) -> bytes:
@@ -38,13 +36,7 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_the_same_command_continues(tmp_path):
     more = ["trainer.max_steps=200", "callbacks.checkpoint_every_n_steps=10"]
-    process = subprocess.Popen(
-        command(tmp_path / "cut", *more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_py(*job(tmp_path / "cut", *more))
     while not list((tmp_path / "cut").glob("sae/.*/*/scratch/last.ckpt")):
         assert process.poll() is None
         time.sleep(0.02)
@@ -54,10 +46,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(tmp_path):
     assert "interrupted: the same command goes on" in said
     assert "Traceback" not in said
     again, whole = (
-        subprocess.run(
-            command(tmp_path / name, *more), capture_output=True, text=True, check=True
-        ).stdout
-        for name in ("cut", "whole")
+        run_py(*job(tmp_path / name, *more), check=True).stdout for name in ("cut", "whole")
     )
     assert "continuing the training" in again
     assert "continuing the training" not in whole
@@ -67,16 +56,14 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(tmp_path):
 @pytest.mark.slow
 def test_nan_in_the_loss_ends_with_a_sentence(tmp_path):
     # At such a rate the weights overflow after some steps.
-    done = subprocess.run(
-        command(
+    done = run_py(
+        *job(
             tmp_path,
             "trainer.max_steps=400",
             "model.learning_rate=1e17",
             "model.warmup_steps=100",
             "callbacks.checkpoint_every_n_steps=1",
-        ),
-        capture_output=True,
-        text=True,
+        )
     )
     assert done.returncode == 1
     said = done.stdout + done.stderr

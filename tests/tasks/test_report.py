@@ -2,21 +2,17 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
-from run import ROOT
+from tests.warm import run_py
 
 
 def report(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "run.py"), "task=report", f"paths.output_dir={folder}"]
-    return subprocess.run(
-        [*command, *overrides], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    return run_py("task=report", f"paths.output_dir={folder}", *overrides)
 
 
 def evaluation(root: Path, model: str, dataset: str, accuracy: float, **more) -> None:

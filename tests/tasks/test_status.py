@@ -1,8 +1,6 @@
 """`task=status` on a store with a stage in every state."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from made_up import MadeUp
@@ -10,7 +8,7 @@ from made_up import MadeUp
 from clipsae.errors import ConfigError
 from clipsae.store.survey import survey
 from clipsae.tasks.status import combine, detail, find_cell, swept
-from run import ROOT
+from tests.warm import run_py
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +25,7 @@ def entries(root):
 
 
 def status(root, *overrides):
-    command = [sys.executable, str(ROOT / "run.py"), "task=status", f"paths.output_dir={root}"]
-    return subprocess.run([*command, *overrides], capture_output=True, text=True)
+    return run_py("task=status", f"paths.output_dir={root}", *overrides)
 
 
 def test_every_state_is_seen(entries):

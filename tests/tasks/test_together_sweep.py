@@ -1,15 +1,13 @@
 """`together=true` as a user runs it."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from run import ROOT
+from tests.warm import run_py, start_py
 
 SMALL = [
     "model.latents=128",
@@ -25,8 +23,8 @@ SMALL = [
 ]
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), "-m", *SMALL, *more, f"paths.output_dir={folder}"]
+def sweep_of(folder: Path, *more: str) -> list[str]:
+    return ["-m", *SMALL, *more, f"paths.output_dir={folder}"]
 
 
 @pytest.mark.slow
@@ -37,12 +35,7 @@ def test_results_are_those_of_each_alone_and_what_fails_harms_no_other(tmp_path)
         "dataset=scenes_shape,scenes_colour",
     ]
     runs = {
-        name: subprocess.Popen(
-            command(tmp_path / name, *cells, f"together={name == 'shared'}"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        name: start_py(*sweep_of(tmp_path / name, *cells, f"together={name == 'shared'}"))
         for name in ("shared", "alone")
     }
     said = {name: run.communicate()[0] for name, run in runs.items()}
@@ -78,13 +71,7 @@ def test_results_are_those_of_each_alone_and_what_fails_harms_no_other(tmp_path)
 @pytest.mark.slow
 def test_ctrl_c_saves_all_and_the_same_command_continues(tmp_path):
     sweep = ["model=relu,topk", "together=true", "trainer.max_steps=200"]
-    process = subprocess.Popen(
-        command(tmp_path, *sweep, "callbacks.checkpoint_every_n_steps=10"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_py(*sweep_of(tmp_path, *sweep, "callbacks.checkpoint_every_n_steps=10"))
     while not list(tmp_path.glob("sae/.*/*/scratch/last.ckpt")):
         assert process.poll() is None
         time.sleep(0.02)
@@ -94,5 +81,5 @@ def test_ctrl_c_saves_all_and_the_same_command_continues(tmp_path):
     assert "interrupted: the same command goes on" in said
     assert "Traceback" not in said
     assert len(list(tmp_path.glob("sae/.*/free/scratch/last.ckpt"))) == 2
-    again = subprocess.run(command(tmp_path, *sweep), capture_output=True, text=True, check=True)
+    again = run_py(*sweep_of(tmp_path, *sweep), check=True)
     assert again.stdout.count("continuing the training") == 2

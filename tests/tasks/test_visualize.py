@@ -1,7 +1,6 @@
 """`task=visualize` as a user runs it, on SAEs with random weights where trained ones would be."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from clipsae.store import Store
 from clipsae.tasks import build
 from clipsae.tasks.stages import sae
 from run import ROOT
+from tests.warm import run_py
 
 SMALL = ["model.latents=96", "dataset.size=24", "measurement.image_encoder=tiny"]
 
@@ -34,8 +34,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "run.py"), "task=visualize", f"paths.output_dir={folder}"]
-    return subprocess.run([*command, *SMALL, *overrides], capture_output=True, text=True)
+    return run_py("task=visualize", f"paths.output_dir={folder}", *SMALL, *overrides)
 
 
 @pytest.mark.slow

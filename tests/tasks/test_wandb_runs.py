@@ -11,6 +11,7 @@ import pytest
 from clipsae.training import logging as run_logging
 from clipsae.training.logging import finish, wandb_logger
 from run import ROOT
+from tests.warm import run_py
 
 SERVER = ROOT / "tests" / "training" / "wandb_server.py"
 JOB = [
@@ -46,8 +47,7 @@ def jobs(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
         "badly": ["model.learning_rate=1e17"],
     }.items():
         folder = tmp_path_factory.mktemp(name)
-        command = [sys.executable, ROOT / "run.py", f"paths.output_dir={folder}", *JOB, *more]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        done = run_py(f"paths.output_dir={folder}", *JOB, *more, env=env)
         assert done.returncode == (name == "badly"), done.stdout + done.stderr
         (file,) = folder.glob("wandb/offline-run-*/*.wandb")
         ended[name] = folder, records(folder, file.stem.removeprefix("run-"))

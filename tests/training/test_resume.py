@@ -2,14 +2,12 @@
 
 import contextlib
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from run import ROOT
+from tests.warm import run_py, start_py
 
 OVERRIDES = [
     "model=batch_topk",  # thresholds, counters of dead latents, projected gradients: much to keep
@@ -29,8 +27,8 @@ OVERRIDES = [
 ]
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), f"paths.output_dir={folder}", *OVERRIDES, *more]
+def job(folder: Path, *more: str) -> list[str]:
+    return [f"paths.output_dir={folder}", *OVERRIDES, *more]
 
 
 def weights(folder: Path) -> bytes:
@@ -53,13 +51,11 @@ def checkpoint_times(folder: Path) -> list[float]:
 @pytest.mark.parametrize("shuffle", [0, 16])
 def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
     more = f"features.shuffle_tokens={shuffle}"
-    subprocess.run(command(tmp_path / "whole", more), check=True, capture_output=True)
+    run_py(*job(tmp_path / "whole", more), check=True)
 
     for sign in (signal.SIGKILL, signal.SIGTERM):
         seen = 0.0
-        process = subprocess.Popen(
-            command(tmp_path / "cut", more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        process = start_py(*job(tmp_path / "cut", more))
         while process.poll() is None:  # until a checkpoint of this run is there, then no mercy
             times = checkpoint_times(tmp_path / "cut")
             if times and seen and times[0] > seen:
@@ -67,18 +63,18 @@ def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
                 break
             seen = times[0] if times else seen
             time.sleep(0.01)
-        assert process.wait(60) != 0, process.stdout.read().decode()
+        assert process.wait(60) != 0, process.stdout.read()
         assert not list((tmp_path / "cut").glob("sae/[!.]*"))
 
-    subprocess.run(command(tmp_path / "cut", more), check=True, capture_output=True)
+    run_py(*job(tmp_path / "cut", more), check=True)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_training_begins_anew(tmp_path):
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    process = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.DEVNULL)
+    run_py(*job(tmp_path / "whole"), check=True)
+    process = start_py(*job(tmp_path / "cut"))
     while not checkpoint_times(tmp_path / "cut"):
         assert process.poll() is None
         time.sleep(0.01)
@@ -88,7 +84,7 @@ def test_a_damaged_checkpoint_is_named_and_the_training_begins_anew(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    again = subprocess.run(command(tmp_path / "cut"), check=True, capture_output=True, text=True)
+    again = run_py(*job(tmp_path / "cut"), check=True)
     assert "last.ckpt does not match its checksum" in again.stdout
     assert "continuing" not in again.stdout
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
@@ -96,9 +92,9 @@ def test_a_damaged_checkpoint_is_named_and_the_training_begins_anew(tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_run_is_used_again(tmp_path):
-    first = subprocess.run(command(tmp_path), check=True, capture_output=True, text=True)
+    first = run_py(*job(tmp_path), check=True)
     before = weights(tmp_path)
-    again = subprocess.run(command(tmp_path), check=True, capture_output=True, text=True)
+    again = run_py(*job(tmp_path), check=True)
     assert "using the finished" not in first.stdout
     assert f"using the finished {tmp_path}/sae/" in again.stdout
     assert f"using the finished {tmp_path}/evaluation/" in again.stdout
