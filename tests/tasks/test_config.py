@@ -98,6 +98,15 @@ def test_the_entry_point_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("task", ["status", "gc"])
+def test_a_look_at_the_store_does_not_import_torch(tmp_path, task):
+    arguments = [f"task={task}", "sweeps=demo", f"paths.output_dir={tmp_path}"]
+    code = f"import sys, run; sys.argv[1:] = {arguments}; run.main(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
 def test_help_works_from_any_folder(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, ROOT / "run.py", "--help"], cwd=tmp_path, capture_output=True, text=True

@@ -30,11 +30,13 @@ def run_task(cfg: DictConfig) -> None:
 
     from clipsae.tasks import plugins
 
-    quiet_lightning()
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         plugins.load(cfg)
-        get_method(cfg.task._target_)(cfg)
+        task = get_method(cfg.task._target_)
+        if "lightning" in sys.modules:  # status and gc answer seconds sooner without
+            quiet_lightning()
+        task(cfg)
     except KeyboardInterrupt:
         _say_interrupted()
     except SystemExit as stop:
@@ -59,9 +61,8 @@ def _say_interrupted() -> None:
 
 
 def quiet_lightning() -> None:
-    """Leave out the lines and warnings that a user can do nothing about."""
-    import lightning.pytorch  # noqa: F401, it sets its loggers' levels when imported
-
+    """Leave out the lines and warnings that a user can do nothing about. Lightning sets the levels
+    of its loggers when it is imported: this comes after."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
