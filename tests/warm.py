@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
@@ -64,15 +64,15 @@ class Started(subprocess.Popen[str]):
             os.kill(self.worker, sig)
 
 
-def start_py(*overrides: str) -> Started:
-    """`run.py` with overrides, in the project's folder, which goes on by itself; its output and
-    its errors are in one pipe. It ends with status 1 if it is killed."""
+def start_py(*overrides: str, output: IO[str] | int = subprocess.PIPE) -> Started:
+    """`run.py` with overrides, in the project's folder, which goes on by itself. Its output and its
+    errors are one. It ends with status 1 if it is killed."""
     reader, writer = os.pipe()
     process = Started(
         [_own() / "run.py", *overrides],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         pass_fds=[writer],

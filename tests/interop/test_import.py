@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -285,15 +286,19 @@ SIMPLE = {"encoder.weight": (M, D), "encoder.bias": (M,), "decoder.weight": (M, 
 
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu"])
-@pytest.mark.parametrize("file", ["sae.pt", "model.safetensors"])
-def test_visaebench(tmp_path, x, name, file):
+@pytest.mark.parametrize(
+    ("file", "about"),
+    [("sae.pt", "config.json"), ("model.safetensors", "config.yaml"), ("sae.pt", "config.yml")],
+)
+def test_visaebench(tmp_path, x, name, file, about):
     state = weights(**SIMPLE, **{"decoder.bias": (D,), "jump_thresholds": (M,)})
     if name != "jumprelu":
         del state["jump_thresholds"]
     w = {n: t.double() for n, t in state.items()}
     scores = (x.double() @ w["encoder.weight"].T + w["encoder.bias"]).clamp(min=0)
     config = {"activation": name, "k": K, "threshold": 1.25, "backbone": "clip_vitb16"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write = json.dumps if about == "config.json" else yaml.safe_dump
+    (tmp_path / about).write_text(write(config))
     torch.save(state, tmp_path / file) if file == "sae.pt" else save_file(state, tmp_path / file)
     codes = {
         "topk": lambda: topk(scores, K),
@@ -322,7 +327,33 @@ def test_visaebench_with_overcompletes_names(tmp_path, x):
     agree(read(tmp_path).sae, x, codes, codes @ decoder * multiplier.exp())
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("!!python/object/apply:os.system ['false']", "is no YAML: could not determine"),
+        ("- topk", "holds a list: expected a YAML object"),
+        ("activation: topk\nk: many", "config.yaml: k='many': expected a whole number"),
+    ],
+)
+def test_a_config_that_is_none_is_refused_in_a_sentence(tmp_path, text, words):
+    torch.save(weights(**SIMPLE), tmp_path / "sae.pt")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r".") as refused:
+        clipsae.load(tmp_path)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 # --- files that mean harm, or are damaged ---
+
+
+def test_a_file_of_another_kind_does_not_stand_for_its_folder(tmp_path):
+    torch.save(weights(**SIMPLE), tmp_path / "sae.pt")
+    (tmp_path / "config.json").write_text('{"k": 5}')
+    assert clipsae.load(tmp_path / "config.json").latents == M
+    (tmp_path / "sae.pkl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"sae\.pkl\.gz is of no known format"):
+        clipsae.load(tmp_path / "sae.pkl.gz")
 
 
 class Harm:

@@ -3,13 +3,12 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from run import ROOT
+from tests.warm import start_py
 
 SMALL = [
     "model=batch_topk",  # a threshold, counters of dead latents, projected gradients: much to keep
@@ -54,11 +53,7 @@ def launch(cluster: None, jobs_name: str) -> Iterator[Callable[..., subprocess.P
         if any(o.startswith("hydra/launcher=slurm") for o in overrides):
             launcher = [f"hydra.launcher.name={jobs_name}"]
         log.parent.mkdir(parents=True, exist_ok=True)
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *settings, *overrides, *launcher],
-            stdout=log.open("a"),
-            stderr=subprocess.STDOUT,
-        )
+        process = start_py(*settings, *overrides, *launcher, output=log.open("a"))
         started.append(process)
         return process
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import Tensors, read_json, read_pickle, size
+from clipsae.interop.safely import Tensors, read_config, read_pickle, size
 
 NAME = "dictionary_learning"
 FILES = ("ae.pt", "config.json")
@@ -32,7 +32,7 @@ def read(folder: Path) -> Imported:
     Raises:
         FileNotFoundError, ValueError: a file is missing, hostile or damaged; another class.
     """
-    trainer = read_json(folder / "config.json").get("trainer")
+    trainer = read_config(folder / "config.json").get("trainer")
     if not isinstance(trainer, dict) or trainer.get("dict_class") not in CLASSES:
         found = trainer.get("dict_class") if isinstance(trainer, dict) else None
         raise ValueError(

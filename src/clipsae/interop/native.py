@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clipsae.interop.plain import Imported
-from clipsae.interop.safely import all_finite, read_json, read_safetensors
+from clipsae.interop.safely import all_finite, read_config, read_safetensors
 from clipsae.sae import SAE
 
 NAME = "clipsae"
@@ -20,7 +20,7 @@ def read(folder: Path) -> Imported:
         FileNotFoundError: a file is missing.
         ValueError: a key that does not exist, shapes that do not fit, NaN, a newer version.
     """
-    about = read_json(folder / "sae.json")
+    about = read_config(folder / "sae.json")
     unknown = sorted(set(about) - _KEYS)
     if unknown or not isinstance(about.get("config"), dict):
         what = f"has the unknown key {unknown[0]!r}" if unknown else "has no config"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import Tensors, read_json, read_safetensors, size
+from clipsae.interop.safely import Tensors, read_config, read_safetensors, size
 from clipsae.sae import SAE
 
 NAME = "SAELens"
@@ -50,7 +50,7 @@ def read(folder: Path) -> Imported:
         FileNotFoundError, ValueError: a file is missing or damaged, or an architecture or a
             normalisation that has no counterpart here.
     """
-    cfg = read_json(folder / "cfg.json")
+    cfg = read_config(folder / "cfg.json")
     weights = folder / "sae_weights.safetensors"
     return convert(cfg, Tensors(weights, read_safetensors(weights)))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,19 +21,21 @@ class Inert:
     """Stands for a pickled object of a class whose code is never imported: its attributes."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object.
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file, by its suffix, that holds one object.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or it holds something else.
     """
     _there(path)
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no {kind}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: expected a JSON object")
+        raise ValueError(f"{path} holds a {type(content).__name__}: expected a {kind} object")
     return content
 
 

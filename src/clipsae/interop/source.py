@@ -58,6 +58,11 @@ def read(source: str | Path) -> Imported:
 
 def _read(path: Path) -> Imported:
     file = path if path.is_file() and path.suffix in checkpoint.SUFFIXES else None
+    if file is None and path.is_file() and path.name not in FILES:
+        raise ValueError(
+            f"{path} is of no known format: expected a folder with one of {_marks()}, or a "
+            f"{', '.join(checkpoint.SUFFIXES)} file, as torch.save writes it"
+        )
     folder = path.parent if path.is_file() else path
     if file is None or file.name in FILES:
         for one in FORMATS:
@@ -67,6 +72,9 @@ def _read(path: Path) -> Imported:
     if file is None and len(files) > 1:
         raise ValueError(f"{path} holds {len(files)} checkpoints: name one, such as {files[0]}")
     if file is None and not files:
-        marks = ", ".join(name for one in FORMATS for name in one.MARKS)
-        raise FileNotFoundError(f"{path} holds no SAE: expected one of {marks}, or a .pt file")
+        raise FileNotFoundError(f"{path} holds no SAE: expected one of {_marks()}, or a .pt file")
     return checkpoint.read(file or files[0])
+
+
+def _marks() -> str:
+    return ", ".join(dict.fromkeys(name for one in FORMATS for name in one.MARKS))

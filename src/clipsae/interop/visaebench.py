@@ -1,4 +1,4 @@
-"""visaebench: folders with `config.json` and weights, from and to, and its interface.
+"""visaebench: folders with a config and weights, from and to, and its interface.
 
 https://github.com/vraj130/visaebench: z = rule(relu(x W^T + b)), x_hat = z D (+ bias), with
 rows per latent in both matrices; `topk`, `batchtopk` (>= its threshold) and `jumprelu`. Its seven
@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import Tensors, read_json, read_pickle, read_safetensors, size
+from clipsae.interop.safely import Tensors, read_config, read_pickle, read_safetensors, size
 from clipsae.sae import SAE
 
 NAME = "visaebench"
 WEIGHTS = ("sae.pt", "model.safetensors", "model.pt")
-FILES = ("config.json", *WEIGHTS)
-MARKS = ("config.json",)
+MARKS = ("config.json", "config.yaml", "config.yml")
+FILES = (*MARKS, *WEIGHTS)
 
 RULES = {"topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
 _STANDARDISED = (
@@ -35,21 +35,20 @@ def read(folder: Path) -> Imported:
     Raises:
         FileNotFoundError, ValueError: a file is missing, hostile or damaged; another activation.
     """
-    config = read_json(folder / "config.json")
+    about = next(folder / name for name in MARKS if (folder / name).is_file())
+    config = read_config(about)
     there = [name for name in WEIGHTS if (folder / name).is_file()]
     if not there:
-        raise FileNotFoundError(f"{folder} holds a config.json, and none of {', '.join(WEIGHTS)}")
+        raise FileNotFoundError(f"{folder} holds a {about.name}, and none of {', '.join(WEIGHTS)}")
     path = folder / there[0]
     load = read_safetensors if path.suffix == ".safetensors" else read_pickle
     tensors = Tensors(path, load(path))
     name = config.get("activation", config.get("sae_type", config.get("architecture", "topk")))
     rule = RULES.get(str(name).lower())
     if rule is None:
-        raise ValueError(
-            f"{folder}/config.json: activation={name!r}: expected one of {', '.join(RULES)}"
-        )
+        raise ValueError(f"{about}: activation={name!r}: expected one of {', '.join(RULES)}")
     lost = [_STANDARDISED]
-    plain = _convert(rule, config, tensors, lost).shift_input(1)
+    plain = _convert(rule, config, about, tensors, lost).shift_input(1)
     if left := tensors.left():
         lost.append(f"{', '.join(left)} are in the file, and not known here.")
     reads: dict[str, Any] = {
@@ -58,7 +57,7 @@ def read(folder: Path) -> Imported:
     return Imported(plain.to_sae(), NAME, reads, tuple(lost))
 
 
-def _convert(rule: str, config: dict, tensors: Tensors, lost: list[str]) -> Plain:
+def _convert(rule: str, config: dict, about: Path, tensors: Tensors, lost: list[str]) -> Plain:
     simple = "encoder.weight" in tensors
     prefix = "encoder." if simple else "encoder.final_block.0."
     m, d = tensors.shape(f"{prefix}weight", 2)
@@ -74,10 +73,10 @@ def _convert(rule: str, config: dict, tensors: Tensors, lost: list[str]) -> Plai
         b_dec=tensors.take("decoder.bias", d) if "decoder.bias" in tensors else torch.zeros(d),
     )
     if rule == "topk":
-        plain.k = size(config, "k", "config.json")
+        plain.k = size(config, "k", about)
     elif rule == "batch_topk":
-        plain.k = size(config, "k", "config.json") if config.get("k") is not None else 1
-        plain.tau = _threshold(config, tensors)
+        plain.k = size(config, "k", about) if config.get("k") is not None else 1
+        plain.tau = _threshold(config, about, tensors)
     else:
         given = [name for name in ("jump_thresholds", "thresholds") if name in tensors]
         if not given:
@@ -86,7 +85,7 @@ def _convert(rule: str, config: dict, tensors: Tensors, lost: list[str]) -> Plai
     return plain
 
 
-def _threshold(config: dict, tensors: Tensors) -> float:
+def _threshold(config: dict, about: Path, tensors: Tensors) -> float:
     """Below which a code is 0; there one that equals it passes, here only one above it."""
     value = config.get("threshold")
     if "_running_threshold" in tensors:
@@ -94,7 +93,7 @@ def _threshold(config: dict, tensors: Tensors) -> float:
         value = running if value is None else value
     value = 0.0 if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise ValueError(f"config.json: threshold={value!r}: expected a number")
+        raise ValueError(f"{about}: threshold={value!r}: expected a number")
     below = torch.nextafter(torch.tensor(float(value)), torch.tensor(-torch.inf))
     return max(below.item(), 0.0)
 
