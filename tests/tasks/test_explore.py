@@ -44,9 +44,10 @@ def read(file: Path):
 
 
 @pytest.mark.slow
-def test_a_page_with_words_of_the_world_and_again_without_pictures(trained, tmp_path):
+def test_a_page_with_words_of_the_world_and_again_without_pictures(trained, tmp_path, monkeypatch):
     done = run(trained)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not (trained / "wandb").exists()
     (page,) = trained.glob("explore/*/index.html")
     assert str(page) in done.stdout
     folder = page.parent
@@ -69,9 +70,14 @@ def test_a_page_with_words_of_the_world_and_again_without_pictures(trained, tmp_
 
     words = tmp_path / "words.txt"
     words.write_text("red\nblue\n\nred\n")
-    again = run(trained, "task.thumbnails=false", "task.effect_images=0", f"task.words={words}")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    more = ["task.effect_images=0", "task.upload=true", "logger.mode=offline"]
+    again = run(trained, "task.thumbnails=false", f"task.words={words}", *more)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "collecting" not in again.stdout
+    (file,) = trained.glob("wandb/offline-run-*/*.wandb")
+    assert b"explore" in (told := file.read_bytes())
+    assert folder.name.encode() in told
     assert not list(folder.glob("**/*.jpg"))
     assert read(folder / "data" / "meta.js")["words"] == ["red", "blue"]
     assert "helps" not in next(latent for latent in read(folder / "data/latents/0.js") if latent)
@@ -84,6 +90,7 @@ def test_a_page_with_words_of_the_world_and_again_without_pictures(trained, tmp_
         (["model.k=3"], "run `python run.py model=topk"),
         (["task.effect_images=11"], "expected a whole number, 0 to 10"),
         (["task.words=nowhere.txt"], "one word a line"),
+        (["task.upload=true", "logger=csv"], "choose logger=wandb"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(trained, overrides, words):

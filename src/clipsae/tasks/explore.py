@@ -22,9 +22,11 @@ from clipsae.evaluation.ranking import top_latents
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
+from clipsae.tasks.experiment import tracked
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, pictures
 from clipsae.tasks.table import terminal
+from clipsae.training.logging import log_page
 from clipsae.visualization.collector import TOP
 from clipsae.visualization.page import Words, write_page
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
@@ -66,6 +68,9 @@ def run(cfg: DictConfig) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     console = terminal()
     console.print(f"page        {folder / 'index.html'}", soft_wrap=True, highlight=False)
+    if cfg.task.upload:
+        with tracked(cfg, stage, job_type="explore") as logger:
+            log_page(logger(), folder, [cfg.model.name, cfg.dataset.name, f"seed-{cfg.seed}"])
     if cfg.task.serve:
         serve(cfg, store, clip, dataset, trained, folder, console)
 
@@ -91,6 +96,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"task.words={task.words!r}: no such file; expected a text file, one word a line"
         )
+    if task.upload and not cfg.logger._target_.endswith(".wandb_logger"):
+        raise ConfigError("task.upload=true sends the page to W&B: choose logger=wandb with it")
 
 
 def serve(
