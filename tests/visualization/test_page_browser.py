@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipsae.visualization.page import Words, write_page
-from clipsae.visualization.page.looks import Look
+from clipsae.visualization.page.looks import Effects, Look
 from clipsae.visualization.page.serve import PageServer
 from clipsae.visualization.page.write import write_picture, write_thumbnail
 from clipsae.visualization.references import BINS, References, Shown
@@ -58,6 +58,14 @@ def made_up() -> References:
     )
 
 
+EFFECTS = Effects(
+    latent=torch.tensor([5, 100, 100, 100, 100]),
+    label=torch.tensor([0, 0, 2, 3, 7]),
+    change=torch.tensor([1.0, 0.25, -0.5, 0.75, 0.004]),
+    images=torch.tensor([1, 3, 1, 2, 9]),
+)
+
+
 def look(index: int) -> Look:
     """Latent 5 on patch 1 alone, latent 6 on the patches 0 and 11."""
     tokens: list[tuple[list[int], list[float]]] = [([7], [1.0])]
@@ -82,7 +90,8 @@ def write(folder: Path, references: References, thumbnails: bool) -> str:
         neighbours=(torch.arange(M)[:, None].roll(1), torch.full((M, 1), 0.5)),
         places=torch.rand(M, 2, generator=generator) * 2 - 1,
         words=Words([], nothing.long(), nothing),
-        effect=torch.randn(M, len(CLASSES), generator=generator),
+        effects=EFFECTS,
+        ranking={1: [100, 5], 2: [5, 7, 100]},
         looks=[look(0), look(3)],
         thumbnails=thumbnails,
     )
@@ -249,6 +258,22 @@ def test_patches_show_their_latents_and_latents_their_patches(browser, page):
     assert "class 2" in row.text  # what would be predicted without it
     ActionChains(browser).move_to_element(row).perform()
     assert browser.execute_script(LIT) == [0, 11]
+
+
+def test_a_latent_shows_the_classes_that_it_helps_hurts_and_is_kept_for(browser, page):
+    sections = """
+    return Object.fromEntries([...document.querySelectorAll('section')].map(s =>
+      [s.querySelector('h2').firstChild.textContent,
+       [...s.querySelectorAll('li')].map(l => l.innerText.replace(/\\s+/g, ' '))]))
+    """
+    go(browser, f"{page}#/latent/100", "main .picture canvas")
+    found = browser.execute_script(sections)
+    assert found["Helps"] == ["class 3 2 images +0.75", "class 0 3 images +0.25"]
+    assert found["Hurts"] == ["class 2 1 image -0.50"]
+    assert found["Top-n"] == ["class 1 n ≥ 1", "class 2 n ≥ 3"]
+    go(browser, f"{page}#/latent/7", "main .picture canvas")
+    found = browser.execute_script(sections)
+    assert (found["Helps"], found["Hurts"], found["Top-n"]) == ([], [], ["class 2 n ≥ 2"])
 
 
 def test_it_fits_a_phone(browser, page):

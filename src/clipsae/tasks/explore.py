@@ -24,7 +24,7 @@ from clipsae.store import Stage, Store
 from clipsae.tasks import build
 from clipsae.tasks.experiment import tracked
 from clipsae.tasks.guidance import resolve_k
-from clipsae.tasks.stages import classifier, pictures
+from clipsae.tasks.stages import classifier, evaluation, pictures
 from clipsae.tasks.table import terminal
 from clipsae.training.logging import log_page
 from clipsae.visualization.collector import TOP
@@ -184,10 +184,21 @@ def write(
         neighbours=tuple(x.cpu() for x in nearest(rows, alive, cfg.task.neighbours)),
         places=layout(rows, alive).cpu(),
         words=Words(names, best.cpu(), scores.gather(1, best).cpu()),
-        effect=looks.effect,
+        effects=looks.effects,
+        ranking=ranking(cfg, store, trained, clip),
         looks=looks.images,
         thumbnails=cfg.task.thumbnails,
     )
+
+
+def ranking(
+    cfg: DictConfig, store: Store, trained: Stage, clip: FrozenCLIP
+) -> dict[int, list[int]] | None:
+    """Class -> its latents as the config's top-n evaluation ranks them; None if it has yet to be
+    made."""
+    test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
+    evaluated = evaluation.stage(cfg, store, trained, test_set)
+    return evaluation.read_ranking(evaluated.path) if evaluated.finished else None
 
 
 def words(

@@ -49,17 +49,35 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Effects:
+    """What single latents do for the true class of images, E pairs of a latent and a class.
+
+    Attributes:
+        latent, label: int64 [E], ascending by latent, then by class.
+        change: float32 [E], what CLIP's logit of the true class, relative to the mean over all
+            classes, loses when the latent alone is taken out of the stream: the mean over the
+            images of the class that were looked at and that the latent is active on. Above zero
+            the latent helps the class, below it hurts it.
+        images: int64 [E], how many those are.
+    """
+
+    latent: Tensor
+    label: Tensor
+    change: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
 class Looks:
     """What `collect_looks` found.
 
     Attributes:
         images: the images that get a page, by ascending index.
-        effect: float32 [M, C], how much a latent adds to each class's logit, relative to the mean
-            over all classes, on its own reference images; None if not wanted.
+        effects: what latents do for the true class; None if not wanted.
     """
 
     images: list[Look]
-    effect: Tensor | None
+    effects: Effects | None
 
 
 def logits_without(
@@ -114,8 +132,8 @@ def collect_looks(
         sae: on the device of `clip`.
         classifier: text embeddings [C, e], of unit length or not.
         pages: indices of the images that get a page.
-        effect_images: of how many of its reference images a latent's effect on the classes is
-            averaged; 0: it is not computed.
+        effect_images: a latent's effect on the true class is measured on the images with a page
+            that it is active on, and on that many of its reference images; 0: not at all.
         on_image: called with the index and the pixels, uint8 [3, S, S], of each image that has a
             page or is a reference image; None: only what is computed on is read.
         per_token: codes of a token that are kept.
@@ -133,10 +151,7 @@ def collect_looks(
     needed = with_page | set(wanted)
     if on_image is not None:
         needed |= set(references.index[references.index >= 0].tolist())
-    effect = counts = None
-    if effect_images:
-        effect = torch.zeros(references.latents, len(classifier))
-        counts = torch.zeros(references.latents)
+    measured: list[tuple[Tensor, int, Tensor]] = []
     found = []
     with in_eval_mode([sae]):
         for pixels, labels, at in image_batches(dataset, batch_size, num_workers, sorted(needed)):
@@ -157,15 +172,28 @@ def collect_looks(
                     found.append(
                         _look(clip, sae, stream, codes, own, index, label, classifier, sizes)
                     )
-                if index in wanted:
-                    latents = torch.tensor(wanted[index], device=codes.device)
+                if effect_images:
+                    latents = torch.tensor(wanted.get(index, []), device=codes.device)
+                    if index in with_page:  # the wanted ones are among them
+                        latents = (pool_codes(codes[None])[0] > 0).nonzero().squeeze(1)
                     without = logits_without(clip, sae, stream, codes, latents, classifier)
-                    change = _centred(own - without)
-                    effect.index_add_(0, latents.cpu(), change.float().cpu())
-                    counts.index_add_(0, latents.cpu(), torch.ones(len(latents)))
-    if effect is not None:
-        effect /= counts.clamp(min=1)[:, None]
-    return Looks(found, effect)
+                    measured.append((latents, label, _centred(own - without)[:, label]))
+    return Looks(found, _averaged(measured) if effect_images else None)
+
+
+def _averaged(measured: list[tuple[Tensor, int, Tensor]]) -> Effects:
+    """The mean over the images of a class, from (latents [n], class, changes [n]) of each image."""
+    if not measured:
+        nothing = torch.zeros(0, dtype=torch.long)
+        return Effects(nothing, nothing, nothing.float(), nothing)
+    latents = torch.cat([latents.cpu() for latents, _, _ in measured])
+    labels = torch.cat([torch.full((len(of),), label) for of, label, _ in measured])
+    change = torch.cat([change.cpu() for _, _, change in measured]).double()
+    pairs, place, images = torch.stack((latents, labels)).unique(
+        dim=1, return_inverse=True, return_counts=True
+    )
+    total = torch.zeros(len(images), dtype=torch.float64).index_add_(0, place, change)
+    return Effects(pairs[0], pairs[1], (total / images).float(), images)
 
 
 def _centred(logits: Tensor) -> Tensor:
