@@ -55,6 +55,8 @@ def made_up() -> References:
         concept_score=certainty,
         concept_precision=certainty,
         concept_recall=certainty,
+        leading=torch.tensor([[300, 100], [1, 2], [-1, -1]]),
+        leading_precision=torch.tensor([[0.75, 0.5], [0.6, 0.4], [0.0, 0.0]]),
     )
 
 
@@ -162,6 +164,7 @@ def test_every_view_loads_without_errors_and_asks_for_nothing_outside(browser, p
         ("", ".item"),
         ("latent/100", ".picture canvas"),
         (f"latent/{DEAD}", "h1"),
+        ("concepts", "[data-concept] img"),
         ("images", ".picture img"),
         ("image/3", "tr[data-latent]"),
         ("map", ".legend span"),
@@ -194,9 +197,17 @@ def test_the_list_holds_few_rows_sorts_and_searches(browser, page):
     )
     assert expected[::-1][1500] in listed(browser)
 
-    # "red" is a concept, though no label holds the word; a number is a latent's own.
-    type_into_search(browser, "red", "2 of 3,000")
-    assert sorted(listed(browser)) == [100, 2000]
+    # "red" is a concept, though no label holds the word: those that lead it come first, in their
+    # order, whatever their best concept; a number is a latent's own.
+    type_into_search(browser, "red", "3 of 3,000")
+    assert listed(browser) == [300, 100, 2000]
+    said = browser.execute_script("return document.querySelectorAll('.item .concept')[0].innerText")
+    assert said == "colour=red 75.0 %"
+    browser.execute_script("document.querySelector('[data-key=gain]').click()")
+    type_into_search(browser, "", "2,999 of 3,000")
+    assert listed(browser)[:2] == [5, 100]
+    said = browser.execute_script("return document.querySelectorAll('.item .helps')[1].innerText")
+    assert said == "class 3 +0.75"
     type_into_search(browser, "2999", "1 of 3,000")
     assert listed(browser) == [2999]
     named = (of.top_label == 7) & of.alive
@@ -276,6 +287,22 @@ def test_a_latent_shows_the_classes_that_it_helps_hurts_and_is_kept_for(browser,
     assert (found["Helps"], found["Hurts"], found["Top-n"]) == ([], [], ["class 2 n ≥ 2"])
 
 
+def test_the_latents_that_lead_a_concept(browser, page):
+    go(browser, f"{page}#/concepts", "[data-concept]")
+    found = browser.execute_script(
+        "return Object.fromEntries([...document.querySelectorAll('[data-concept]')].map(c => "
+        "[c.dataset.concept, [...c.querySelectorAll('a')].map(a => a.innerText)]))"
+    )
+    assert found == {
+        "colour=red": ["300 75.0 %", "100 50.0 %"],
+        "colour=blue": ["1 60.0 %", "2 40.0 %"],
+        "shape=ring": [],
+    }
+    browser.execute_script("document.querySelector('[data-latent=\"300\"]').click()")
+    wait(browser, "return document.querySelector('h1')?.textContent === 'Latent 300'")
+    assert "colour=red 75.0 %" in browser.find_element("css selector", "h1 + span").text
+
+
 def test_it_fits_a_phone(browser, page):
     metrics = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -284,6 +311,7 @@ def test_it_fits_a_phone(browser, page):
             ("", ".item"),
             ("latent/100", "canvas"),
             ("image/0", "tr[data-latent]"),
+            ("concepts", "[data-concept]"),
             ("map", ".legend span"),
         ):
             go(browser, f"{page}#/{view}", f"main {wanted}")

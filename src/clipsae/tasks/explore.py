@@ -154,7 +154,7 @@ def write(
     names, embeddings = words(cfg, clip, dataset, classes)
     scores = word_scores(clip, rows, embeddings.to(device))
     best = top_latents(scores, min(WORDS_SHOWN, len(names)))
-    pages = evenly_spaced(len(dataset), cfg.task.pages) if cfg.task.pages else []
+    pages = evenly_spaced(dataset.labels, cfg.task.pages) if cfg.task.pages else []
     log.info("looking at images")
 
     def on_image(index: int, pixels: Tensor) -> None:

@@ -29,7 +29,8 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _CLASSES = 5  # that a latent helps, hurts or is kept for
 _NEGLIGIBLE = 0.01  # a change of a logit
 THUMBNAIL = 112  # pixels of a side
-ASSETS = ("page.css", "app.js", "list.js", "latent.js", "steer.js", "images.js", "map.js")
+VIEWS = ("list", "latent", "concepts", "steer", "images", "map")
+ASSETS = ("page.css", "app.js", *(f"{name}.js" for name in VIEWS))
 _TEMPLATE = Path(__file__).parent / "template"
 
 
@@ -100,7 +101,9 @@ def write_page(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE), autoescape=True, keep_trailing_newline=True
     )
-    page = environment.get_template("index.html.j2").render(title=title, assets=ASSETS)
+    page = environment.get_template("index.html.j2").render(
+        title=title, assets=ASSETS, concepts=bool(references.shown.concepts)
+    )
     (folder / "index.html").write_text(page)
     for name in ASSETS:
         (folder / name).write_bytes((_TEMPLATE / name).read_bytes())
@@ -125,7 +128,8 @@ def write_page(
                 {"index": look.index, "label": look.label, "said": look.clip[0][0]}
                 for look in looks
             ],
-            "columns": _columns(references, places, words),
+            "leading": _leading(references),
+            "columns": _columns(references, places, words, effects),
         },
     )
     roles = _roles(references.latents, effects, ranking)
@@ -147,11 +151,22 @@ def _script(folder: Path, name: str, content: Any) -> None:
     path.write_text(f'clipsae.data("{name}",{text});\n')
 
 
-def _columns(references: References, places: Tensor, words: Words) -> dict[str, list[str]]:
+def _leading(references: References) -> list[list[list[float]]]:
+    """For each concept its leading latents: [latent, precision]."""
+    if references.leading is None:
+        return [[] for _ in references.shown.concepts]
+    of = zip(references.leading, references.leading_precision, strict=True)
+    return [_pairs(latents[latents >= 0], share[latents >= 0]) for latents, share in of]
+
+
+def _columns(
+    references: References, places: Tensor, words: Words, effects: Effects | None
+) -> dict[str, list[str]]:
     """Name -> type ("f" or "i") and base64 of the array."""
     nothing = torch.full_like(references.top_label, -1)
     nan = torch.full_like(references.frequency, torch.nan)
     measured = references.monosemanticity
+    helps, gain = _most_helped(references.latents, effects)
     has_word = words.best.shape[1] > 0
     columns = {
         "frequency": references.frequency,
@@ -165,6 +180,8 @@ def _columns(references: References, places: Tensor, words: Words) -> dict[str, 
         "certainty": nan if references.concept is None else references.concept_score,
         "image": references.index[:, 0],
         "word": words.best[:, 0] if has_word else nothing,
+        "helps": helps,
+        "gain": gain,
         "x": places[:, 0],
         "y": places[:, 1],
     }
@@ -174,6 +191,17 @@ def _columns(references: References, places: Tensor, words: Words) -> dict[str, 
         else ["i", _base64(value.int())]
         for name, value in columns.items()
     }
+
+
+def _most_helped(latents: int, effects: Effects | None) -> tuple[Tensor, Tensor]:
+    """The class that each latent helps most, -1 for none, and by how much, NaN for none; [M]."""
+    gain = torch.full((latents,), torch.nan)
+    helps = torch.full((latents,), -1)
+    if effects is not None:
+        order = effects.change.argsort(stable=True)  # of a latent's the largest is written last
+        for e in order[effects.change[order] >= _NEGLIGIBLE].tolist():
+            helps[effects.latent[e]], gain[effects.latent[e]] = effects.label[e], effects.change[e]
+    return helps, gain
 
 
 def _base64(values: Tensor) -> str:

@@ -33,9 +33,9 @@
     };
   };
 
-  function predictions(title, list, label) {
+  function predictions(title, list, label, kind = "") {
     const meta = clipsae.meta;
-    return el("section", {}, el("h2", {}, title),
+    return el("section", { class: kind }, el("h2", {}, title),
       bars(list.map(([k, p]) => [el("span", { class: k === label ? "good" : "" }, meta.classnames[k]), p, percent(p)]), 1));
   }
 
@@ -100,7 +100,8 @@
       const entries = patch === null ? ofImage() : ofPatch(patch);
       orders.forEach((b) => b.setAttribute("aria-pressed", String(patch === null && b.dataset.order === order)));
       const predicted = meta.classnames[of.clip[0][0]];
-      const hint = "Hover a patch to see its latents, a latent to see its patches; click to keep.";
+      const hint = matchMedia("(hover: none)").matches ? "Tap a patch to see its latents, a latent to see its patches."
+        : "Hover a patch to see its latents, a latent to see its patches; click to keep.";
       said.textContent = patch === null
         ? (order === "why" ? `What CLIP's "${predicted}" rests on: the change of its logit by each latent. ${hint}` : `Largest mean code over all tokens. ${hint}`)
         : `Patch in row ${Math.floor(patch / cols) + 1}, column ${patch % cols + 1}: ${entries.length} strongest latents.`;
@@ -112,7 +113,7 @@
       el("td", {}, thumbnail(clipsae.columns.image[m])),
       el("td", {}, el("a", { href: `#/latent/${m}` }, String(m))),
       el("td", {}, meaning(m)),
-      el("td", { class: "number" }, digits(value)),
+      el("td", { class: "number code" }, digits(value)),
       el("td", { class: `number ${off ? (off[0] > 0 ? "good" : "bad") : ""}` }, off ? signed(off[0]) : ""),
       el("td", { class: "bad" }, off && off[1] !== of.clip[0][0] ? `→ ${meta.classnames[off[1]]}` : ""),
       steer ? el("td", {}, el("button", { type: "button", class: "off", "data-of": m, "aria-label": `Switch latent ${m} off`, onclick: (event) => { event.stopPropagation(); steer.toggle(m); } }, "off")) : null)));
@@ -144,18 +145,16 @@
     const go = (by) => { const next = meta.looks[at + by]; if (next) location.hash = `#/image/${next.index}`; };
     const heat = heatButtons(() => [frame]);
     const head = el("div", { class: "row" }, el("h1", {}, meta.classnames[of.label]), el("span", { class: "soft" }, `image ${of.index}`),
-      el("span", { style: "flex:1" }),
-      el("button", { type: "button", onclick: () => go(-1), "aria-label": "Previous image" }, "←"),
-      el("button", { type: "button", onclick: () => go(1), "aria-label": "Next image" }, "→"));
+      steps("image", go));
     const table = el("table", { class: "table" },
-      el("thead", {}, el("tr", {}, el("th", {}), el("th", {}, "Latent"), el("th", {}, "Meaning"), el("th", {}, "Code"),
+      el("thead", {}, el("tr", {}, el("th", {}), el("th", {}, "Latent"), el("th", {}, "Meaning"), el("th", { class: "code" }, "Code"),
         el("th", { title: "What CLIP's logit of its predicted class loses without the latent" }, "Logit"), el("th", {}, "Without it"))), list);
     tell(null);
     light(null);
     const element = el("div", { class: "page" }, head,
       el("div", { class: "look", style: "margin-top:12px" },
         el("div", { class: "left" }, frame, el("p", { style: "margin:8px 0" }), heat,
-          predictions("CLIP says", of.clip, of.label), steer ? steer.element : null, predictions("CLIP on the SAE's reconstruction says", of.sae, of.label)),
+          predictions("CLIP says", of.clip, of.label), steer ? steer.element : null, predictions("CLIP on the SAE's reconstruction says", of.sae, of.label, "later")),
         el("div", {}, el("div", { class: "row", role: "group", "aria-label": "Which latents" }, ...orders), said, table)));
     return {
       element,

@@ -61,10 +61,8 @@
     const go = (by) => { const next = clipsae.beside(m, by); if (next !== null) location.hash = `#/latent/${next}`; };
     const head = el("div", { class: "row" },
       el("h1", {}, `Latent ${m}`),
-      conceptOf(m) ? el("a", { href: "#/", class: "soft" }, `${conceptOf(m)} ${percent(c.precision[m])}`) : el("span", { class: "soft" }, labelOf(m)),
-      el("span", { style: "flex:1" }),
-      el("button", { type: "button", onclick: () => go(-1), "aria-label": "Previous latent" }, "←"),
-      el("button", { type: "button", onclick: () => go(1), "aria-label": "Next latent" }, "→"));
+      el("span", { class: "soft" }, meaning(m)),
+      steps("latent", go));
     const keys = (event) => {
       if (event.key === "ArrowLeft" || event.key === "k") go(-1);
       else if (event.key === "ArrowRight" || event.key === "j") go(1);
@@ -79,6 +77,8 @@
       ["Active on images", percent(c.frequency[m])], ["on tokens", percent(c.tokens[m])], ["Strength", digits(c.strength[m])],
       ["Label", labelOf(m)], ["Label entropy", digits(c.entropy[m], 2)], ["MonoSemanticity", digits(c.monosemanticity[m], 2)],
     ].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+    const leads = leadsOf(m).map(([k, rank, precision]) => el("div", {},
+      el("dt", {}, meta.concepts[k]), el("dd", {}, percent(precision), el("span", { class: "soft" }, rank ? `, number ${rank + 1}` : ", the first"))));
     const pages = new Set(meta.looks.map((look) => look.index));
     const frames = [];
     const pictures = el("div", { class: "pictures" }, ...of.images.map((index, k) => {
@@ -106,6 +106,7 @@
       el("div", { class: "caption soft", title: meaning(k) }, meaning(k)))));
     const recipe = `${of.images.length} of ${meta.images.toLocaleString("en")} images`;
     const element = el("div", { class: "page" }, head, facts,
+      leads.length ? section("Leads", "the concepts that few say more about; the share of its activation that lies there", el("dl", { class: "facts" }, ...leads)) : null,
       section("Reference images", recipe, el("div", {}, heat, el("p", { style: "margin:0;height:8px" }), pictures)),
       el("div", { class: "columns" },
         section("Codes", "of all tokens, above zero", histogram(of.histogram)),

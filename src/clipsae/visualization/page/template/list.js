@@ -5,15 +5,16 @@
   const state = { search: "", alive: "alive", concept: "", low: "", high: "", sort: "", down: true, at: 0, top: 0 };
   const heads = [
     ["id", "Latent", "id"], [null, "", "thumb"], ["label", "Label of top images", "label"], ["concept", "Concept", "concept"],
-    ["word", "Word", "word"], ["frequency", "Frequency", "frequency"], ["strength", "Strength", "strength"],
+    ["word", "Word", "word"], ["gain", "Helps", "helps"], ["frequency", "Frequency", "frequency"], ["strength", "Strength", "strength"],
     ["entropy", "Entropy", "entropy"], ["monosemanticity", "MonoSem.", "ms"],
   ];
   let shown = []; // the latents, in order
+  let named = new Set(); // the concepts that are searched for by name
 
   function texts() {
     if (!texts.of) {
       texts.of = Array.from({ length: clipsae.meta.latents }, (_, m) =>
-        `${m} ${labelOf(m)} ${conceptOf(m)} ${wordOf(m)}`.toLowerCase());
+        `${m} ${labelOf(m)} ${conceptOf(m)} ${wordOf(m)} ${helpsOf(m)} ${leadsOf(m).map(([k]) => clipsae.meta.concepts[k]).join(" ")}`.toLowerCase());
     }
     return texts.of;
   }
@@ -31,6 +32,7 @@
     // A number alone is a latent's number.
     const number = wanted.length === 1 && /^#?\d+$/.test(wanted[0]) ? Number(wanted[0].replace("#", "")) : null;
     shown = [];
+    named = new Set();
     for (let m = 0; m < clipsae.meta.latents; m++) {
       if (number !== null) {
         if (String(m).startsWith(String(number))) shown.push(m);
@@ -45,9 +47,11 @@
     const name = { label: labelOf, word: wordOf }[state.sort];
     const direction = state.down ? -1 : 1;
     if (state.sort === "id") { if (state.down) shown.reverse(); return; }
-    // Searched by its name, a concept comes before labels and words that hold it.
-    const named = new Set(clipsae.meta.concepts.flatMap((text, k) => (wanted.some((word) => text.toLowerCase().split("=").pop() === word) ? [k] : [])));
-    const rank = (m) => (named.has(c.concept[m]) ? 0 : 1);
+    // Searched by its name, a concept's leading latents come first, then others whose best concept
+    // it is, then those that help a class of that name, then labels and words that hold it.
+    named = new Set(clipsae.meta.concepts.flatMap((text, k) => (wanted.some((word) => text.toLowerCase().split("=").pop() === word) ? [k] : [])));
+    const leading = new Map([...named].flatMap((k) => clipsae.meta.leading[k].map(([m], place) => [m, place])));
+    const rank = (m) => leading.get(m) ?? (named.has(c.concept[m]) ? 100 : wanted.includes(helpsOf(m).toLowerCase()) ? 101 : 102);
     if (name) {
       const key = new Map(shown.map((m) => [m, name(m)]));
       shown.sort((a, b) => rank(a) - rank(b) || direction * key.get(a).localeCompare(key.get(b)) || a - b);
@@ -63,8 +67,9 @@
     start();
     const narrow = matchMedia("(max-width: 760px)");
     const height = () => (narrow.matches ? 64 : 48);
+    const dead = clipsae.columns.tokens.reduce((n, share) => n + (share > 0 ? 0 : 1), 0);
     const attributes = [...new Set(meta.concepts.map((name) => name.split("=")[0]))];
-    const search = el("input", { type: "search", placeholder: "Search: latent, label, concept, word", "aria-label": "Search", value: state.search });
+    const search = el("input", { type: "search", placeholder: `Search: latent, label, ${meta.concepts.length ? "concept, " : ""}word, class it helps`, "aria-label": "Search", value: state.search });
     const count = el("span", { class: "soft", role: "status" });
     const select = (name, said, options) => {
       const made = el("select", { "aria-label": said, onchange: () => { state[name] = made.value; renew(); } },
@@ -79,7 +84,7 @@
     const sorter = el("select", { "aria-label": "Sort by", class: "narrow", onchange: () => sortBy(sorter.value, sorter.value !== "id") },
       ...heads.filter(([key]) => key).map(([key, said]) => el("option", { value: key, selected: state.sort === key }, `by ${said.toLowerCase()}`)));
     const tools = el("div", { class: "tools" }, search,
-      select("alive", "Which latents", [["alive", "active"], ["dead", "dead"], ["all", "all"]]),
+      select("alive", "Which latents", [["alive", "active"], ["dead", `dead (${dead.toLocaleString("en")})`], ["all", "all"]]),
       meta.concepts.length ? select("concept", "Concept", [["", "any concept"], ...attributes.flatMap((a) => [[a, `any ${a}`],
         ...meta.concepts.filter((c) => c.startsWith(`${a}=`)).map((c) => [c, `  ${c}`])])]) : null,
       el("label", { class: "wide" }, "frequency", number("low", "Lowest frequency in percent"), "to", number("high", "Highest frequency in percent"), "%"),
@@ -89,7 +94,7 @@
     const spacer = el("div", { style: "position:relative" });
     const scroll = el("div", { class: "scroll", tabindex: 0, role: "listbox", "aria-label": "Latents" },
       el("div", { class: "grid heads" }, ...buttons), spacer);
-    const element = el("div", { class: `list${meta.concepts.length ? "" : " unknown"}` }, tools, scroll);
+    const element = el("div", { class: ["list", meta.concepts.length ? "" : "no-concept", meta.words.length ? "" : "no-word", clipsae.columns.helps.some((k) => k >= 0) ? "" : "no-helps"].join(" ") }, tools, scroll);
     let drawn = new Map();
 
     function sortBy(key, down) {
@@ -128,14 +133,16 @@
     }
     function item(m, i, h) {
       const c = clipsae.columns;
-      const concept = conceptOf(m);
+      const lead = leadsOf(m).find(([k]) => named.has(k));
+      const [concept, share] = lead ? [meta.concepts[lead[0]], lead[2]] : [conceptOf(m), c.precision[m]];
       return el("a", { class: `grid item${alive(m) ? "" : " dead"}`, href: `#/latent/${m}`, style: `top:${i * h}px`, role: "option", tabindex: -1,
         onclick: () => { state.at = i; } },
         el("span", { class: "id" }, String(m)),
         el("span", { class: "thumb" }, thumbnail(c.image[m])),
-        el("span", { class: "label" }, narrow.matches ? (alive(m) ? meaning(m) : "dead") : labelOf(m) || "dead"),
-        el("span", { class: `concept${c.certainty[m] < 0.15 ? " soft" : ""}` }, concept ? `${concept} ${percent(c.precision[m])}` : ""),
+        el("span", { class: "label" }, narrow.matches ? (alive(m) ? (lead ? `${concept} ${percent(share)}` : meaning(m)) : "dead") : labelOf(m) || "dead"),
+        el("span", { class: `concept${lead || c.certainty[m] >= 0.15 ? "" : " soft"}` }, concept ? `${concept} ${percent(share)}` : ""),
         el("span", { class: "word" }, wordOf(m)),
+        el("span", { class: "helps" }, helpsOf(m) ? `${helpsOf(m)} ${signed(c.gain[m])}` : ""),
         el("span", { class: "number bar frequency" }, percent(c.frequency[m]), el("i", { style: `width:${100 * c.frequency[m]}%` })),
         el("span", { class: "number strength" }, digits(c.strength[m])),
         el("span", { class: "number entropy" }, digits(c.entropy[m], 2)),
