@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clipsae.clip import FrozenCLIP
+from clipsae.clip.towers import Tower
 from clipsae.data.scenes import ScenesDataset
 from clipsae.sae import SAE
 from clipsae.visualization import collect_references
@@ -73,6 +74,25 @@ def test_words_are_compared_along_the_direct_path(world):
             expected = torch.cosine_similarity(direct, unit[w], dim=0)
             found = word_scores(clip, rows, words)[m, w]
             assert found.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_no_words_where_there_is_no_direct_path(world, monkeypatch):
+    """SigLIP's embedding is pooled by attention."""
+    clip = world[0]
+    monkeypatch.setattr(clip.tower, "direct", lambda rows: Tower.direct(clip.tower, rows))
+    assert word_scores(clip, torch.randn(3, clip.width), torch.randn(4, clip.embed_dim)) is None
+
+
+def test_nothing_is_predicted_without_texts(world):
+    clip, sae, dataset, classifier = world
+    references = collect_references(clip, {"it": sae}, dataset, name="colour", split="test")["it"]
+    options = {"pages": [2], "effect_images": 1, "on_image": None}
+    (full,) = collect_looks(clip, sae, dataset, classifier, references, **options).images
+    looks = collect_looks(clip, sae, dataset, None, references, **options)
+    assert looks.effects is None
+    (look,) = looks.images
+    assert (look.clip, look.sae, look.why) == ([], [], [])
+    assert (look.tokens, look.latents) == (full.tokens, full.latents)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,11 @@ def look(index: int) -> Look:
     return Look(index, 3, tokens, [5, 6], [0.15, 0.06], prediction, prediction, why)
 
 
-def write(folder: Path, references: References, thumbnails: bool) -> str:
+def write(folder: Path, references: References, thumbnails: bool, predictions: bool = True) -> str:
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)
     nothing = torch.zeros(M, 0)
+    looks = [look(0), look(3)]
     write_page(
         folder,
         title="topk on <things>",
@@ -92,9 +94,9 @@ def write(folder: Path, references: References, thumbnails: bool) -> str:
         neighbours=(torch.arange(M)[:, None].roll(1), torch.full((M, 1), 0.5)),
         places=torch.rand(M, 2, generator=generator) * 2 - 1,
         words=Words([], nothing.long(), nothing),
-        effects=EFFECTS,
-        ranking={1: [100, 5], 2: [5, 7, 100]},
-        looks=[look(0), look(3)],
+        effects=EFFECTS if predictions else None,
+        ranking={1: [100, 5], 2: [5, 7, 100]} if predictions else None,
+        looks=looks if predictions else [replace(of, clip=[], sae=[], why=[]) for of in looks],
         thumbnails=thumbnails,
     )
     if thumbnails:
@@ -331,6 +333,19 @@ def test_pictures_can_be_left_out(browser, tmp_path):
     for view, wanted in (("", ".item"), ("latent/100", "canvas"), ("image/0", "canvas")):
         go(browser, f"{url}#/{view}", f"main {wanted}")
         assert browser.execute_script("return document.images.length") == 0
+    assert browser.get_log("browser") == []
+
+
+def test_what_needs_predictions_is_left_out_without_them(browser, tmp_path):
+    url = write(tmp_path / "without", made_up(), thumbnails=True, predictions=False)
+    browser.get_log("browser")
+    for view, wanted in (("", ".item"), ("images", "a.picture"), ("latent/100", "canvas")):
+        go(browser, f"{url}#/{view}", f"main {wanted}")
+    headings = "return [...document.querySelectorAll('h2')].map(h => h.firstChild.textContent)"
+    assert not {"Helps", "Hurts", "Top-n"} & set(browser.execute_script(headings))
+    go(browser, f"{url}#/image/3", "main tr[data-latent='5']")
+    assert browser.execute_script(headings) == []
+    assert "Why" not in browser.find_element("css selector", "main").text
     assert browser.get_log("browser") == []
 
 

@@ -31,7 +31,7 @@ class Look:
         tokens: for each of T tokens, the class token first, its largest codes: (latents, codes).
         latents, means: the image's largest token means, descending.
         clip, sae: (class, probability) of the most likely classes, as CLIP says, and with the
-            stream replaced by the SAE's reconstruction.
+            stream replaced by the SAE's reconstruction; none without a classifier.
         why: (latent, mean code, loss, class) of those that the prediction rests on most, for or
             against, by descending size of the loss: what CLIP's logit of its predicted class,
             relative to the mean over all classes, loses when the latent's part is taken out of
@@ -114,7 +114,7 @@ def collect_looks(
     clip: FrozenCLIP,
     sae: nn.Module,
     dataset: Any,
-    classifier: Tensor,
+    classifier: Tensor | None,
     references: References,
     *,
     pages: list[int],
@@ -130,7 +130,7 @@ def collect_looks(
 
     Args:
         sae: on the device of `clip`.
-        classifier: text embeddings [C, e], of unit length or not.
+        classifier: text embeddings [C, e], of unit length or not; None: nothing is predicted.
         pages: indices of the images that get a page.
         effect_images: a latent's effect on the true class is measured on the images with a page
             that it is active on, and on that many of its reference images; 0: not at all.
@@ -141,7 +141,10 @@ def collect_looks(
         why: latents of an image that are switched off: those whose effect is largest to first
             order.
     """
-    classifier = classifier.to(clip.device)
+    if classifier is None:
+        effect_images = 0
+    else:
+        classifier = classifier.to(clip.device)
     wanted: dict[int, list[int]] = {}
     for latent, images in enumerate(references.index[:, :effect_images].tolist()):
         for index in images:
@@ -162,7 +165,7 @@ def collect_looks(
             if not seen:
                 continue
             streams = clip.prefix(clip.normalize(pixels[seen]))
-            logits = clip.logits(streams, classifier)
+            logits = [None] * len(seen) if classifier is None else clip.logits(streams, classifier)
             for stream, own, index, label in zip(
                 streams, logits, at[seen].tolist(), labels[seen].tolist(), strict=True
             ):
@@ -205,10 +208,10 @@ def _look(
     sae: nn.Module,
     stream: Tensor,
     codes: Tensor,
-    own: Tensor,
+    own: Tensor | None,
     index: int,
     label: int,
-    classifier: Tensor,
+    classifier: Tensor | None,
     sizes: tuple[int, int, int],
 ) -> Look:
     per_token, per_image, why = sizes
@@ -220,17 +223,22 @@ def _look(
     for latents, values in zip(of_token, codes.gather(1, of_token), strict=True):
         kept = values > 0
         tokens.append((latents[kept].tolist(), values[kept].tolist()))
-    rebuilt = sae.decode(codes, sae.input_scale(stream))
-    through = clip.logits(rebuilt[None], classifier)[0]
+    said: list[tuple[int, float]] = []
+    through, reasons = said, []
+    if own is not None:
+        said = likely(own)
+        rebuilt = sae.decode(codes, sae.input_scale(stream))
+        through = likely(clip.logits(rebuilt[None], classifier)[0])
+        reasons = _why(clip, sae, stream, codes, own, classifier, why)
     return Look(
         index=index,
         label=label,
         tokens=tokens,
         latents=best.tolist(),
         means=means[best].tolist(),
-        clip=likely(own),
-        sae=likely(through),
-        why=_why(clip, sae, stream, codes, own, classifier, why),
+        clip=said,
+        sae=through,
+        why=reasons,
     )
 
 

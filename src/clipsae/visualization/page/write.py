@@ -125,7 +125,11 @@ def write_page(
             "alphabet": ALPHABET,
             "thumbnails": thumbnails,
             "looks": [
-                {"index": look.index, "label": look.label, "said": look.clip[0][0]}
+                {
+                    "index": look.index,
+                    "label": look.label,
+                    "said": look.clip[0][0] if look.clip else None,
+                }
                 for look in looks
             ],
             "leading": _leading(references),

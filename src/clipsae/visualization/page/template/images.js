@@ -10,31 +10,33 @@
     const wrong = el("input", { type: "checkbox", checked: state.wrong });
     const grid = el("div", { class: "pictures" });
     const count = el("span", { class: "soft", role: "status" });
+    const right = (look) => look.said === null || look.said === look.label;
     function renew() {
       state.search = search.value;
       state.wrong = wrong.checked;
       const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
       const found = meta.looks.filter((look) => {
         const text = `${look.index} ${meta.classnames[look.label]}`.toLowerCase();
-        return words.every((word) => text.includes(word)) && !(state.wrong && look.said === look.label);
+        return words.every((word) => text.includes(word)) && !(state.wrong && right(look));
       });
       count.textContent = `${found.length} of ${meta.looks.length}`;
       grid.replaceChildren(...found.map((look) => el("a", { class: "picture", href: `#/image/${look.index}` },
         el("div", { class: "framed" }, thumbnail(look.index)),
         el("div", { class: "caption" }, meta.classnames[look.label]),
-        look.said === look.label ? null : el("div", { class: "caption bad" }, `CLIP: ${meta.classnames[look.said]}`))));
+        right(look) ? null : el("div", { class: "caption bad" }, `CLIP: ${meta.classnames[look.said]}`))));
     }
     search.addEventListener("input", renew);
     wrong.addEventListener("change", renew);
     renew();
     return {
-      element: el("div", {}, el("div", { class: "tools" }, search, el("label", {}, wrong, "named wrongly by CLIP"), count), el("div", { class: "page" }, grid)),
+      element: el("div", {}, el("div", { class: "tools" }, search, meta.looks.some((look) => look.said !== null) ? el("label", {}, wrong, "named wrongly by CLIP") : null, count), el("div", { class: "page" }, grid)),
       keys(event) { if (event.key !== "/") return false; search.select(); return true; },
     };
   };
 
   function predictions(title, list, label, kind = "") {
     const meta = clipsae.meta;
+    if (!list.length) return null; // there are no texts to compare with
     return el("section", { class: kind }, el("h2", {}, title),
       bars(list.map(([k, p]) => [el("span", { class: k === label ? "good" : "" }, meta.classnames[k]), p, percent(p)]), 1));
   }
@@ -92,14 +94,14 @@
     const strongest = of.latents.map((m, k) => [m, of.means[k], losses.get(m) || null]);
     let order = rests.length ? "why" : "strongest";
     const ofImage = () => (order === "why" ? rests : strongest);
-    const orders = [["why", "Why this class"], ["strongest", "Strongest"]].map(([name, text]) => el("button", {
+    const orders = [["why", "Why this class"], ["strongest", "Strongest"]].filter(([name]) => name !== "why" || rests.length).map(([name, text]) => el("button", {
       type: "button", "data-order": name, onclick: () => { order = name; pinned = null; tell(null); light(null); },
     }, text));
     function tell(what) {
       const patch = what && what.patch != null ? what.patch : null;
       const entries = patch === null ? ofImage() : ofPatch(patch);
       orders.forEach((b) => b.setAttribute("aria-pressed", String(patch === null && b.dataset.order === order)));
-      const predicted = meta.classnames[of.clip[0][0]];
+      const predicted = of.clip.length ? meta.classnames[of.clip[0][0]] : "";
       const hint = matchMedia("(hover: none)").matches ? "Tap a patch to see its latents, a latent to see its patches."
         : "Hover a patch to see its latents, a latent to see its patches; click to keep.";
       said.textContent = patch === null
@@ -148,7 +150,7 @@
       steps("image", go));
     const table = el("table", { class: "table" },
       el("thead", {}, el("tr", {}, el("th", {}), el("th", {}, "Latent"), el("th", {}, "Meaning"), el("th", { class: "code" }, "Code"),
-        el("th", { title: "What CLIP's logit of its predicted class loses without the latent" }, "Logit"), el("th", {}, "Without it"))), list);
+        ...(rests.length ? [el("th", { title: "What CLIP's logit of its predicted class loses without the latent" }, "Logit"), el("th", {}, "Without it")] : []))), list);
     tell(null);
     light(null);
     const element = el("div", { class: "page" }, head,
