@@ -25,7 +25,9 @@ const clipsae = (() => {
   }
 
   function column([type, text]) {
-    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const raw = atob(text);
+    const bytes = new Uint8Array(raw.length);
+    for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i); // from() with a function is ten times slower
     const view = new DataView(bytes.buffer);
     const n = bytes.length / 4;
     const values = type === "f" ? new Float32Array(n) : new Int32Array(n);

@@ -28,7 +28,7 @@
     const wanted = state.search.trim().toLowerCase().split(/\s+/).filter(Boolean);
     const low = state.low === "" ? -1 : Number(state.low) / 100;
     const high = state.high === "" ? 2 : Number(state.high) / 100;
-    const of = texts();
+    const of = wanted.length ? texts() : null;
     // A number alone is a latent's number.
     const number = wanted.length === 1 && /^#?\d+$/.test(wanted[0]) ? Number(wanted[0].replace("#", "")) : null;
     shown = [];
@@ -44,22 +44,34 @@
       if (wanted.every((word) => of[m].includes(word))) shown.push(m);
     }
     if (number !== null) return;
-    const name = { label: labelOf, word: wordOf }[state.sort];
-    const direction = state.down ? -1 : 1;
     if (state.sort === "id") { if (state.down) shown.reverse(); return; }
     // Searched by its name, a concept's leading latents come first, then others whose best concept
     // it is, then those that help a class of that name, then labels and words that hold it.
     named = new Set(clipsae.meta.concepts.flatMap((text, k) => (wanted.some((word) => text.toLowerCase().split("=").pop() === word) ? [k] : [])));
     const leading = new Map([...named].flatMap((k) => clipsae.meta.leading[k].map(([m], place) => [m, place])));
-    const rank = (m) => leading.get(m) ?? (named.has(c.concept[m]) ? 100 : wanted.includes(helpsOf(m).toLowerCase()) ? 101 : 102);
-    if (name) {
-      const key = new Map(shown.map((m) => [m, name(m)]));
-      shown.sort((a, b) => rank(a) - rank(b) || direction * key.get(a).localeCompare(key.get(b)) || a - b);
-      return;
+    const first = (m) => leading.get(m) ?? (named.has(c.concept[m]) ? 100 : wanted.includes(helpsOf(m).toLowerCase()) ? 101 : 102);
+    // Numbers alone are compared: 49,152 latents are in order in a tenth of a second.
+    const rank = new Uint8Array(clipsae.meta.latents);
+    const key = new Float64Array(clipsae.meta.latents);
+    const [values, places] = column(state.sort);
+    for (const m of shown) {
+      if (wanted.length) rank[m] = first(m);
+      const value = places ? places[values[m]] ?? -1 : values[m];
+      key[m] = Number.isNaN(value) ? Infinity : state.down ? -value : value; // what has no value comes last
     }
-    const values = state.sort === "concept" ? c.certainty : c[state.sort];
-    // What has no value comes last, either way.
-    shown.sort((a, b) => rank(a) - rank(b) || (Number.isNaN(values[a]) - Number.isNaN(values[b])) || direction * (values[a] - values[b]) || a - b);
+    shown.sort((a, b) => rank[a] - rank[b] || (key[a] < key[b] ? -1 : key[a] > key[b] ? 1 : a - b));
+  }
+
+  // What is sorted by: a column, and where it holds names, the place of each in the alphabet.
+  function column(name) {
+    const c = clipsae.columns;
+    const names = { label: clipsae.meta.classnames, word: clipsae.meta.words }[name];
+    if (!names) return [name === "concept" ? c.certainty : c[name], null];
+    const places = [];
+    names.map((text, k) => [text, k]).sort((a, b) => a[0].localeCompare(b[0])).forEach(([text, k], i, all) => {
+      places[k] = i && all[i - 1][0] === text ? places[all[i - 1][1]] : i; // names may be alike
+    });
+    return [c[name], places];
   }
 
   clipsae.views.latents = () => {
@@ -104,6 +116,9 @@
     }
     function renew(keep = false) {
       choose();
+      lay(keep);
+    }
+    function lay(keep) {
       if (!keep) { state.at = 0; scroll.scrollTop = 0; }
       const active = state.sort;
       buttons.forEach((button, i) => {
@@ -162,7 +177,7 @@
       timer = setTimeout(() => { state.search = search.value; renew(); }, 60);
     });
     scroll.addEventListener("scroll", draw);
-    const resized = new ResizeObserver(() => renew(true));
+    const resized = new ResizeObserver(() => lay(true));
     return {
       element,
       enter() {
