@@ -21,7 +21,7 @@ from run import ROOT
 SMALL = ["model=topk", "model.latents=96", "dataset.size=24", "task.pages=3"]
 NO_TEXTS = [
     *("clip=dinov2_s_14", "clip.name=timm:vit_tiny_patch16_224", "clip.pretrained=null"),
-    *("clip.image_size=64", "evaluation=none"),
+    *("clip.image_size=64", "evaluation=none", "measurement=none"),
 ]
 
 

@@ -201,11 +201,13 @@ def test_the_list_holds_few_rows_sorts_and_searches(browser, page):
 
     # "red" is a concept, though no label holds the word: those that lead it come first, in their
     # order, whatever their best concept; a number is a latent's own.
+    browser.execute_script("document.querySelector('[data-key=concept]').click()")
     type_into_search(browser, "red", "3 of 3,000")
     assert listed(browser) == [300, 100, 2000]
     said = browser.execute_script("return document.querySelectorAll('.item .concept')[0].innerText")
     assert said == "colour=red 75.0 %"
     browser.execute_script("document.querySelector('[data-key=gain]').click()")
+    assert listed(browser)[0] == 100  # as is asked for: what helps most
     type_into_search(browser, "", "2,999 of 3,000")
     assert listed(browser)[:2] == [5, 100]
     said = browser.execute_script("return document.querySelectorAll('.item .helps')[1].innerText")

@@ -95,7 +95,7 @@
     const largest = Math.max(...effects.map(([, v]) => Math.abs(v)), 1e-9);
     const images = (n) => `${n} image${n === 1 ? "" : "s"}`;
     const classes = (list, kind) => (list.length
-      ? bars(list.map(([k, v, n]) => [el("span", { title: meta.classnames[k] }, meta.classnames[k], el("span", { class: "soft" }, ` ${images(n)}`)), v, signed(v)]), largest, kind)
+      ? bars(list.map(([k, v, n]) => [el("span", { class: "counted", title: meta.classnames[k] }, el("span", {}, meta.classnames[k]), el("span", { class: "soft" }, images(n))), v, signed(v)]), largest, kind)
       : el("p", { class: "soft" }, "none"));
     const kept = (list) => (list.length
       ? el("ul", { class: "bars" }, ...list.map(([k, n]) => el("li", {}, el("span", { class: "name", title: meta.classnames[k] }, meta.classnames[k]), el("span"), el("span", { class: "number" }, `n ≥ ${n}`))))
@@ -111,7 +111,7 @@
       el("div", { class: "columns" },
         section("Codes", "of all tokens, above zero", histogram(of.histogram)),
         of.words.length ? section("Words", "its direct path points to", bars(of.words.map(([k, v]) => [meta.words[k], v, v.toFixed(2)]), 1)) : null,
-        of.helps ? section("Helps", `the true class's logit loses this without it; ${images(of.seen)}`, classes(of.helps, "good")) : null,
+        of.helps ? section("Helps", `the true class's logit loses this without it; seen on ${images(of.seen)}`, classes(of.helps, "good")) : null,
         of.hurts ? section("Hurts", "the true class's logit gains this without it", classes(of.hurts, "bad")) : null,
         of.kept ? section("Top-n", "on_n keeps it for", kept(of.kept)) : null),
       of.near.length ? section("Nearest", "by the cosine of decoder rows", near) : null);

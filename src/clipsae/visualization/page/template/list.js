@@ -20,7 +20,10 @@
   }
 
   // What means something comes first, where that is known.
-  function start() { state.sort = state.sort || (clipsae.meta.concepts.length ? "concept" : "frequency"); }
+  function start() {
+    state.sort ||= clipsae.meta.concepts.length ? "concept" : measured() ? "monosemanticity" : "frequency";
+  }
+  const measured = () => clipsae.columns.monosemanticity.some(Number.isFinite);
 
   function choose() {
     const c = clipsae.columns;
@@ -45,7 +48,7 @@
     }
     if (number !== null) return;
     if (state.sort === "id") { if (state.down) shown.reverse(); return; }
-    // Searched by its name, a concept's leading latents come first, then others whose best concept
+    // By concept, and one is searched for by its name: its leading latents come first, then others whose best concept
     // it is, then those that help a class of that name, then labels and words that hold it.
     named = new Set(clipsae.meta.concepts.flatMap((text, k) => (wanted.some((word) => text.toLowerCase().split("=").pop() === word) ? [k] : [])));
     const leading = new Map([...named].flatMap((k) => clipsae.meta.leading[k].map(([m], place) => [m, place])));
@@ -55,7 +58,7 @@
     const key = new Float64Array(clipsae.meta.latents);
     const [values, places] = column(state.sort);
     for (const m of shown) {
-      if (wanted.length) rank[m] = first(m);
+      if (state.sort === "concept" && wanted.length) rank[m] = first(m);
       const value = places ? places[values[m]] ?? -1 : values[m];
       key[m] = Number.isNaN(value) ? Infinity : state.down ? -value : value; // what has no value comes last
     }
@@ -106,7 +109,7 @@
     const spacer = el("div", { style: "position:relative" });
     const scroll = el("div", { class: "scroll", tabindex: 0, role: "listbox", "aria-label": "Latents" },
       el("div", { class: "grid heads" }, ...buttons), spacer);
-    const element = el("div", { class: ["list", meta.concepts.length ? "" : "no-concept", meta.words.length ? "" : "no-word", clipsae.columns.helps.some((k) => k >= 0) ? "" : "no-helps"].join(" ") }, tools, scroll);
+    const element = el("div", { class: ["list", meta.concepts.length ? "" : "no-concept", meta.words.length ? "" : "no-word", clipsae.columns.helps.some((k) => k >= 0) ? "" : "no-helps", measured() ? "" : "no-ms"].join(" ") }, tools, scroll);
     let drawn = new Map();
 
     function sortBy(key, down) {
