@@ -96,8 +96,10 @@ def test_nothing_is_predicted_without_texts(world):
 
 
 @torch.no_grad()
-def test_a_latent_is_taken_out_of_the_stream_alone(world):
+@pytest.mark.parametrize("layer", [-2, -3])
+def test_a_latent_is_taken_out_of_the_stream_alone(world, layer):
     clip, sae, dataset, classifier = world
+    clip = FrozenCLIP(clip.model, name=clip.name, layer=layer)
     stream = clip.prefix(clip.normalize(dataset[0][0][None]))[0]
     codes = sae.encode(stream)
     active = (codes > 0).any(dim=0).nonzero().squeeze(1)[:5]

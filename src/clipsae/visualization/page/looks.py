@@ -103,9 +103,11 @@ def logits_without(
     scale = sae.input_scale(tokens)
     found = []
     for part in latents.split(_STREAMS):
-        rows = sae.decoder_rows(part)
-        share = codes[:, part].T[:, :, None] * rows[:, None, :] * scale  # [n, T, d]
-        found.append(clip.logits(tokens - share, classifier))
+        version, token = codes[:, part].T.nonzero(as_tuple=True)
+        share = codes[token, part[version], None] * sae.decoder_rows(part)[version] * scale[token]
+        image = clip.tail_of_changes(tokens, version, token, -share, len(part))
+        image = nn.functional.normalize(image, dim=-1)
+        found.append(image @ classifier.T * clip.logit_scale)
     return torch.cat(found)
 
 
