@@ -126,13 +126,18 @@ def test_what_needs_texts_is_refused_without_them(override, words):
         explore.check_text(cfg, build.build_clip(cfg))
 
 
+def test_an_upload_needs_a_logger_that_can():
+    explore.check(composed("task.upload=true"))
+    with pytest.raises(ConfigError, match="choose logger=wandb"):
+        explore.check(composed("task.upload=true", "logger=csv"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["model.k=3"], "run `python run.py model=topk"),
         (["task.effect_images=11"], "expected a whole number, 0 to 10"),
         (["task.words=nowhere.txt"], "one word a line"),
-        (["task.upload=true", "logger=csv"], "choose logger=wandb"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(trained, overrides, words):
