@@ -340,3 +340,25 @@ def test_what_timm_cannot_give_is_refused(name, pretrained, message, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=message):
         FrozenCLIP.load(name, pretrained)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [-2, -1, 0])
+@pytest.mark.parametrize(
+    "vision", [{}, {"ls_init_value": 0.5}, {"pool_type": "avg"}, {"no_ln_pre": True}], ids=str
+)
+def test_versions_of_an_image_go_through_the_tail_together(small, layer, vision):
+    clip = load_random(small(**vision), layer=layer)
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randn(clip.tokens, clip.width, generator=generator)
+    # Version 0 changes two tokens, 2 the class token and another, 1 and 3 nothing.
+    version, token = torch.tensor([0, 0, 2, 2]), torch.tensor([3, 5, 0, 5])
+    change = torch.randn(4, clip.width, generator=generator)
+    found = clip.tail_of_changes(stream, version, token, change, 4)
+    streams = stream.repeat(4, 1, 1)
+    for v, t, by in zip(version, token, change, strict=True):
+        streams[v, t] += by
+    assert torch.allclose(found, clip.tail(streams), atol=1e-5)
+    assert not torch.allclose(found[2], found[1], atol=1e-3)
+    nothing = version[:0], token[:0], change[:0]
+    assert torch.allclose(clip.tail_of_changes(stream, *nothing, 2), found[[1, 3]], atol=1e-5)

@@ -11,6 +11,7 @@ from torch import nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.evaluation import encoding, evaluate_topn
+from clipsae.evaluation.passes import evenly_spaced
 from clipsae.sae import SAE
 
 CLASSES, LATENTS, WIDTH = 7, 40, 32
@@ -376,10 +377,17 @@ def test_limited_to_evenly_spaced_images(clip, classifier):
     dataset = Photos(LABELS)
     result = evaluate_topn(clip, {}, dataset, classifier, limit_images=4)
     seen = (result.predictions[None, "no_sae", None] >= 0).nonzero().flatten()
-    assert seen.tolist() == [0, 4, 8, 12]
+    by_class = sorted(range(len(LABELS)), key=lambda i: LABELS[i])
+    assert seen.tolist() == sorted(by_class[i] for i in (0, 4, 8, 12))
     assert result.rows[0]["images"] == 4
     everything = evaluate_topn(clip, {}, dataset, classifier, limit_images=1000)
     assert everything.rows[0]["images"] == len(LABELS)
+
+
+def test_a_limit_leaves_no_class_out_where_labels_repeat():
+    labels = torch.arange(2000) % 10
+    assert labels[evenly_spaced(labels, 200)].bincount().tolist() == [20] * 10
+    assert evenly_spaced(labels, None) == evenly_spaced(labels.tolist(), 5000) == list(range(2000))
 
 
 def test_batch_size_does_not_matter(clip, classifier):

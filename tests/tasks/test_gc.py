@@ -5,7 +5,7 @@ import os
 import pytest
 from made_up import ELSEWHERE, LONG_AGO, MadeUp
 
-from clipsae.store import MARK
+from clipsae.store import MARK, SCHEMA
 from clipsae.store.lease import LEASE, begin
 from clipsae.store.survey import survey
 from clipsae.tasks.gc import remove, waste
@@ -78,8 +78,9 @@ def test_shards_of_a_cache_that_nobody_works_on(made_up):
 
 
 def test_of_an_older_schema(made_up, monkeypatch):
-    monkeypatch.setattr("clipsae.tasks.gc.SCHEMA", 2)
-    assert listed(made_up)["topk"].reason == "superseded: of schema 1, now 2"
+    monkeypatch.setattr("clipsae.tasks.gc.SCHEMA", SCHEMA + 1)
+    said = f"superseded: of schema {SCHEMA}, now {SCHEMA + 1}"
+    assert listed(made_up)["topk"].reason == said
 
 
 def test_what_is_removed_is_gone_whole_and_the_rest_stays(made_up):

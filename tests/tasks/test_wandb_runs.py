@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clipsae.training import logging as run_logging
-from clipsae.training.logging import finish, wandb_logger
+from clipsae.training.logging import finish, log_page, wandb_logger
 from run import ROOT
 from tests.warm import run_py
 
@@ -91,6 +91,30 @@ def test_the_sae_is_an_artifact_on_request(jobs):
         assert Path(one["local_path"]).read_bytes() == (sae / name).read_bytes()
     assert json.loads(artifact["metadata"]) == json.loads((sae / "sae.json").read_text())["config"]
     assert not [one for one in of_type(jobs["badly"][1], "artifact") if one["type"] == "sae"]
+
+
+@pytest.mark.slow
+def test_a_page_is_an_artifact_that_stays_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    page = tmp_path / "topk-on-photos"
+    (page / "data" / "latents").mkdir(parents=True)
+    content = {"index.html": b"<!doctype html>", "data/latents/0.js": b"0", "thumb.jpg": b""}
+    for name, text in content.items():
+        (page / name).write_bytes(text)
+    logger = wandb_logger(
+        **{"project": "clipsae", "entity": None, "mode": "offline", "group": "night"},
+        **{"tags": [], "name": "it", "run_id": "page1", "job_type": "explore"},
+        **{"run_config": {}, "folder": tmp_path, "run_folder": tmp_path},
+    )
+    log_page(logger, page, ["topk"])
+    finish(logger, failed=False)
+    (page / "index.html").write_bytes(b"written anew")
+    (artifact,) = [a for a in of_type(records(tmp_path, "page1"), "artifact") if a["type"] != "job"]
+    assert (artifact["name"], artifact["type"]) == ("topk-on-photos", "explore")
+    assert set(artifact["aliases"]) == {"latest", "topk"}
+    sent = {f["path"]: Path(f["local_path"]) for f in artifact["manifest"]["contents"]}
+    assert {name: file.read_bytes() for name, file in sent.items()} == content
+    log_page(None, page, [])  # no logger: nothing to do
 
 
 @pytest.mark.slow

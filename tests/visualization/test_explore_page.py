@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clipsae.clip import FrozenCLIP
+from clipsae.clip.towers import Tower
 from clipsae.data.scenes import ScenesDataset
 from clipsae.sae import SAE
 from clipsae.visualization import collect_references
@@ -75,9 +76,30 @@ def test_words_are_compared_along_the_direct_path(world):
             assert found.item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-@torch.no_grad()
-def test_a_latent_is_taken_out_of_the_stream_alone(world):
+def test_no_words_where_there_is_no_direct_path(world, monkeypatch):
+    """SigLIP's embedding is pooled by attention."""
+    clip = world[0]
+    monkeypatch.setattr(clip.tower, "direct", lambda rows: Tower.direct(clip.tower, rows))
+    assert word_scores(clip, torch.randn(3, clip.width), torch.randn(4, clip.embed_dim)) is None
+
+
+def test_nothing_is_predicted_without_texts(world):
     clip, sae, dataset, classifier = world
+    references = collect_references(clip, {"it": sae}, dataset, name="colour", split="test")["it"]
+    options = {"pages": [2], "effect_images": 1, "on_image": None}
+    (full,) = collect_looks(clip, sae, dataset, classifier, references, **options).images
+    looks = collect_looks(clip, sae, dataset, None, references, **options)
+    assert looks.effects is None
+    (look,) = looks.images
+    assert (look.clip, look.sae, look.why) == ([], [], [])
+    assert (look.tokens, look.latents) == (full.tokens, full.latents)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [-2, -3])
+def test_a_latent_is_taken_out_of_the_stream_alone(world, layer):
+    clip, sae, dataset, classifier = world
+    clip = FrozenCLIP(clip.model, name=clip.name, layer=layer)
     stream = clip.prefix(clip.normalize(dataset[0][0][None]))[0]
     codes = sae.encode(stream)
     active = (codes > 0).any(dim=0).nonzero().squeeze(1)[:5]
@@ -132,15 +154,42 @@ def test_looks_and_effects_of_the_images_that_are_shown(world):
     losses = [abs(loss) for _, _, loss, _ in look.why]
     assert losses == sorted(losses, reverse=True)
 
-    m = int(references.frequency.argmax())
-    changes = []
-    for index in references.index[m, :2].tolist():
-        one = clip.prefix(clip.normalize(dataset[index][0][None]))
-        own = clip.logits(one, classifier)[0]
-        args = (clip, sae, one[0], sae.encode(one)[0], torch.tensor([m]), classifier)
-        change = own - logits_without(*args)[0]
-        changes.append(change - change.mean())
-    assert torch.allclose(looks.effect[m], torch.stack(changes).mean(dim=0), atol=1e-3)
+
+@torch.no_grad()
+def test_effects_on_the_true_class_are_those_of_one_latent_at_a_time(world):
+    """One image, one latent, the whole model: the plain loop."""
+    clip, sae, dataset, classifier = world
+    references = collect_references(clip, {"it": sae}, dataset, name="colour", split="test")["it"]
+    pages = [0, 3, 7, 10]
+    own = references.index[:, :1].tolist()
+    expected: dict[tuple[int, int], list[float]] = {}
+    for index in range(len(dataset)):
+        pixels, label = dataset[index]
+        stream = clip.prefix(clip.normalize(pixels[None]))
+        codes = sae.encode(stream)
+        scale = sae.input_scale(stream)
+        for m in (codes.mean(dim=1)[0] > 0).nonzero().flatten().tolist():
+            if index not in pages and own[m] != [index]:
+                continue
+            zeroed = codes.clone()
+            zeroed[..., m] = 0
+            changed = stream + sae.decode(zeroed, scale) - sae.decode(codes, scale)
+            margins = []
+            for of in (stream, changed):
+                image = torch.nn.functional.normalize(clip.tail(of), dim=-1)
+                logits = clip.logit_scale * (image @ classifier.T)[0]
+                margins.append((logits[label] - logits.mean()).item())
+            expected.setdefault((m, label), []).append(margins[0] - margins[1])
+    options = {"pages": pages, "effect_images": 1, "on_image": None, "batch_size": 5}
+    found = collect_looks(clip, sae, dataset, classifier, references, **options).effects
+    pairs = list(zip(found.latent.tolist(), found.label.tolist(), strict=True))
+    assert pairs == sorted(expected)
+    assert found.images.tolist() == [len(expected[pair]) for pair in pairs]
+    assert found.images.max() > 1
+    means = [sum(expected[pair]) / len(expected[pair]) for pair in pairs]
+    assert found.change.tolist() == pytest.approx(means, abs=1e-3)
+    options["effect_images"] = 0
+    assert collect_looks(clip, sae, dataset, classifier, references, **options).effects is None
 
 
 def test_what_is_active_has_a_level_above_zero():

@@ -4,13 +4,14 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from clipsae.visualization.page import Words, write_page
-from clipsae.visualization.page.looks import Look
+from clipsae.visualization.page.looks import Effects, Look
 from clipsae.visualization.page.serve import PageServer
 from clipsae.visualization.page.write import write_picture, write_thumbnail
 from clipsae.visualization.references import BINS, References, Shown
@@ -55,7 +56,17 @@ def made_up() -> References:
         concept_score=certainty,
         concept_precision=certainty,
         concept_recall=certainty,
+        leading=torch.tensor([[300, 100], [1, 2], [-1, -1]]),
+        leading_precision=torch.tensor([[0.75, 0.5], [0.6, 0.4], [0.0, 0.0]]),
     )
+
+
+EFFECTS = Effects(
+    latent=torch.tensor([5, 100, 100, 100, 100]),
+    label=torch.tensor([0, 0, 2, 3, 7]),
+    change=torch.tensor([1.0, 0.25, -0.5, 0.75, 0.004]),
+    images=torch.tensor([1, 3, 1, 2, 9]),
+)
 
 
 def look(index: int) -> Look:
@@ -70,10 +81,11 @@ def look(index: int) -> Look:
     return Look(index, 3, tokens, [5, 6], [0.15, 0.06], prediction, prediction, why)
 
 
-def write(folder: Path, references: References, thumbnails: bool) -> str:
+def write(folder: Path, references: References, thumbnails: bool, predictions: bool = True) -> str:
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)
     nothing = torch.zeros(M, 0)
+    looks = [look(0), look(3)]
     write_page(
         folder,
         title="topk on <things>",
@@ -82,8 +94,9 @@ def write(folder: Path, references: References, thumbnails: bool) -> str:
         neighbours=(torch.arange(M)[:, None].roll(1), torch.full((M, 1), 0.5)),
         places=torch.rand(M, 2, generator=generator) * 2 - 1,
         words=Words([], nothing.long(), nothing),
-        effect=torch.randn(M, len(CLASSES), generator=generator),
-        looks=[look(0), look(3)],
+        effects=EFFECTS if predictions else None,
+        ranking={1: [100, 5], 2: [5, 7, 100]} if predictions else None,
+        looks=looks if predictions else [replace(of, clip=[], sae=[], why=[]) for of in looks],
         thumbnails=thumbnails,
     )
     if thumbnails:
@@ -153,6 +166,7 @@ def test_every_view_loads_without_errors_and_asks_for_nothing_outside(browser, p
         ("", ".item"),
         ("latent/100", ".picture canvas"),
         (f"latent/{DEAD}", "h1"),
+        ("concepts", "[data-concept] img"),
         ("images", ".picture img"),
         ("image/3", "tr[data-latent]"),
         ("map", ".legend span"),
@@ -185,9 +199,19 @@ def test_the_list_holds_few_rows_sorts_and_searches(browser, page):
     )
     assert expected[::-1][1500] in listed(browser)
 
-    # "red" is a concept, though no label holds the word; a number is a latent's own.
-    type_into_search(browser, "red", "2 of 3,000")
-    assert sorted(listed(browser)) == [100, 2000]
+    # "red" is a concept, though no label holds the word: those that lead it come first, in their
+    # order, whatever their best concept; a number is a latent's own.
+    browser.execute_script("document.querySelector('[data-key=concept]').click()")
+    type_into_search(browser, "red", "3 of 3,000")
+    assert listed(browser) == [300, 100, 2000]
+    said = browser.execute_script("return document.querySelectorAll('.item .concept')[0].innerText")
+    assert said == "colour=red 75.0 %"
+    browser.execute_script("document.querySelector('[data-key=gain]').click()")
+    assert listed(browser)[0] == 100  # as is asked for: what helps most
+    type_into_search(browser, "", "2,999 of 3,000")
+    assert listed(browser)[:2] == [5, 100]
+    said = browser.execute_script("return document.querySelectorAll('.item .helps')[1].innerText")
+    assert said == "class 3 +0.75"
     type_into_search(browser, "2999", "1 of 3,000")
     assert listed(browser) == [2999]
     named = (of.top_label == 7) & of.alive
@@ -251,6 +275,38 @@ def test_patches_show_their_latents_and_latents_their_patches(browser, page):
     assert browser.execute_script(LIT) == [0, 11]
 
 
+def test_a_latent_shows_the_classes_that_it_helps_hurts_and_is_kept_for(browser, page):
+    sections = """
+    return Object.fromEntries([...document.querySelectorAll('section')].map(s =>
+      [s.querySelector('h2').firstChild.textContent,
+       [...s.querySelectorAll('li')].map(l => l.innerText.replace(/\\s+/g, ' '))]))
+    """
+    go(browser, f"{page}#/latent/100", "main .picture canvas")
+    found = browser.execute_script(sections)
+    assert found["Helps"] == ["class 3 2 images +0.75", "class 0 3 images +0.25"]
+    assert found["Hurts"] == ["class 2 1 image -0.50"]
+    assert found["Top-n"] == ["class 1 n ≥ 1", "class 2 n ≥ 3"]
+    go(browser, f"{page}#/latent/7", "main .picture canvas")
+    found = browser.execute_script(sections)
+    assert (found["Helps"], found["Hurts"], found["Top-n"]) == ([], [], ["class 2 n ≥ 2"])
+
+
+def test_the_latents_that_lead_a_concept(browser, page):
+    go(browser, f"{page}#/concepts", "[data-concept]")
+    found = browser.execute_script(
+        "return Object.fromEntries([...document.querySelectorAll('[data-concept]')].map(c => "
+        "[c.dataset.concept, [...c.querySelectorAll('a')].map(a => a.innerText)]))"
+    )
+    assert found == {
+        "colour=red": ["300 75.0 %", "100 50.0 %"],
+        "colour=blue": ["1 60.0 %", "2 40.0 %"],
+        "shape=ring": [],
+    }
+    browser.execute_script("document.querySelector('[data-latent=\"300\"]').click()")
+    wait(browser, "return document.querySelector('h1')?.textContent === 'Latent 300'")
+    assert "colour=red 75.0 %" in browser.find_element("css selector", "h1 + span").text
+
+
 def test_it_fits_a_phone(browser, page):
     metrics = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -259,6 +315,7 @@ def test_it_fits_a_phone(browser, page):
             ("", ".item"),
             ("latent/100", "canvas"),
             ("image/0", "tr[data-latent]"),
+            ("concepts", "[data-concept]"),
             ("map", ".legend span"),
         ):
             go(browser, f"{page}#/{view}", f"main {wanted}")
@@ -278,6 +335,19 @@ def test_pictures_can_be_left_out(browser, tmp_path):
     for view, wanted in (("", ".item"), ("latent/100", "canvas"), ("image/0", "canvas")):
         go(browser, f"{url}#/{view}", f"main {wanted}")
         assert browser.execute_script("return document.images.length") == 0
+    assert browser.get_log("browser") == []
+
+
+def test_what_needs_predictions_is_left_out_without_them(browser, tmp_path):
+    url = write(tmp_path / "without", made_up(), thumbnails=True, predictions=False)
+    browser.get_log("browser")
+    for view, wanted in (("", ".item"), ("images", "a.picture"), ("latent/100", "canvas")):
+        go(browser, f"{url}#/{view}", f"main {wanted}")
+    headings = "return [...document.querySelectorAll('h2')].map(h => h.firstChild.textContent)"
+    assert not {"Helps", "Hurts", "Top-n"} & set(browser.execute_script(headings))
+    go(browser, f"{url}#/image/3", "main tr[data-latent='5']")
+    assert browser.execute_script(headings) == []
+    assert "Why" not in browser.find_element("css selector", "main").text
     assert browser.get_log("browser") == []
 
 

@@ -183,6 +183,7 @@ def test_several_saes_in_one_pass_with_ground_truth(world):
         scores = monosemanticity(codes.mean(dim=1), _concepts(dataset))
         assert torch.allclose(of.monosemanticity, scores.float(), atol=1e-5, equal_nan=True)
         on_patches = codes[:, 1:].flatten(0, 1).double()
+        gains = []
         for m in range(sae.latents):
             c, values = int(of.concept[m]), on_patches[:, m]
             if 0 <= c < len(names):
@@ -193,10 +194,21 @@ def test_several_saes_in_one_pass_with_ground_truth(world):
             one = (truth.T.double() @ values, values.sum(), values.square().sum())
             base = truth.double().mean(dim=0)
             gain = precision_gain(one[0][None], one[1][None], one[2][None], base)[1]
+            gains.append(gain[0])
             assert of.concept_score[m] >= gain.max() - 1e-4
             assert c >= len(names) or of.concept_score[m] == pytest.approx(
                 max(0.0, float(gain.max())), abs=1e-4
             )
+        assert len(of.leading) == len(of.leading_precision) == len(of.shown.concepts)
+        for c in range(len(names)):
+            order = sorted((-float(gain[c]), m) for m, gain in enumerate(gains))
+            expected = [m for gain, m in order[:8] if -gain >= 1e-6]
+            leading = [m for m in of.leading[c].tolist() if m >= 0]
+            assert leading == expected
+            for m, found_precision in zip(leading, of.leading_precision[c], strict=False):
+                values = on_patches[:, m]
+                precision = values[truth[:, c]].sum() / values.sum()
+                assert found_precision == pytest.approx(float(precision), rel=1e-4)
         assert of.shown.concepts[: len(names)] == names
         assert (of.concept >= -1).all()
         assert of.concept.max() < len(of.shown.concepts)

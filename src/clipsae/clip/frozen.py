@@ -190,6 +190,24 @@ class FrozenCLIP(nn.Module):
         block = self.blocks + self.layer
         return _at_least_fp32(self.tower.tail(tokens.to(self.compute_dtype), block))
 
+    def tail_of_changes(
+        self, stream: Tensor, version: Tensor, token: Tensor, change: Tensor, versions: int
+    ) -> Tensor:
+        """The tail of several versions of one image's stream [T, d] -> embedding [V, e].
+
+        With the default layer the work is by the changes, not by the tokens of all versions.
+
+        Args:
+            version, token: LongTensor [P], of the changes; no pair occurs twice.
+            change: [P, d], what is added to that token in that version.
+            versions: V.
+        """
+        dtype, block = self.compute_dtype, self.blocks + self.layer
+        found = self.tower.tail_of_changes(
+            stream.to(dtype), block, version, token, change.to(dtype), versions
+        )
+        return _at_least_fp32(found)
+
     def logits(self, tokens: Tensor, classifier: Tensor) -> Tensor:
         """Streams [B, T, d] and text embeddings [C, e] -> logits [B, C], temperature included."""
         image = nn.functional.normalize(self.tail(tokens), dim=-1)

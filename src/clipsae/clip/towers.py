@@ -14,6 +14,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
+from clipsae.clip.changes import class_token_of_changes
 from clipsae.errors import ConfigError
 
 EXAMPLES = "ViT-B-16-quickgelu, ViT-B-16-SigLIP or timm:vit_small_patch14_dinov2"
@@ -50,6 +51,26 @@ class Tower(ABC):
     @abstractmethod
     def tail(self, tokens: Tensor, block: int) -> Tensor:
         """The residual stream after a block, [B, T, d] -> embedding [B, e]."""
+
+    def tail_of_changes(
+        self,
+        stream: Tensor,
+        block: int,
+        version: Tensor,
+        token: Tensor,
+        change: Tensor,
+        versions: int,
+    ) -> Tensor:
+        """The tail of several versions of one image's stream [T, d] -> embedding [V, e].
+
+        Args:
+            version, token: LongTensor [P], of the changes; no pair occurs twice.
+            change: [P, d], what is added to that token in that version.
+            versions: V.
+        """
+        streams = stream.repeat(versions, 1, 1)
+        streams[version, token] += change
+        return self.tail(streams, block)
 
     @abstractmethod
     def whole(self, images: Tensor) -> Tensor:
@@ -128,6 +149,22 @@ class OpenClipTower(Tower):
         else:
             x = visual.ln_post(x)[:, 1:].mean(dim=1)
         return x if visual.proj is None else x @ visual.proj
+
+    def tail_of_changes(
+        self,
+        stream: Tensor,
+        block: int,
+        version: Tensor,
+        token: Tensor,
+        change: Tensor,
+        versions: int,
+    ) -> Tensor:
+        if block != self.blocks - 2 or not self._reads_class_token_only:
+            return super().tail_of_changes(stream, block, version, token, change, versions)
+        last = self.visual.transformer.resblocks[-1]
+        x = class_token_of_changes(last, stream, version, token, change, versions)
+        x = self.visual.ln_post(x)
+        return x if self.visual.proj is None else x @ self.visual.proj
 
     def whole(self, images: Tensor) -> Tensor:
         return self.visual(images)

@@ -70,7 +70,7 @@ def evaluate_topn(
             one for each by name. 0.2 was tuned for codes of unnormalised tokens.
         settings: which of no_sae, on, off, self.
         device: moves the models there; None: where `clip` is.
-        limit_images: that many images only, evenly spaced over the split (both splits).
+        limit_images: that many images only, evenly spaced over the classes (both splits).
         memory_gb: bound on what waits for its class to be complete. The images of a class that
             needs more are encoded a second time instead, with the same results.
         sparsity: also collect the corpus metrics of `SparsityMetrics` on the evaluated split.
@@ -184,7 +184,7 @@ def _by_class(dataset: Any, limit: int | None, classes: int) -> list[int]:
             f"labels from {int(labels.min())} to {int(labels.max())} with a classifier of "
             f"{classes} classes: expected 0..{classes - 1}"
         )
-    chosen = torch.tensor(evenly_spaced(len(labels), limit))
+    chosen = torch.tensor(evenly_spaced(labels, limit))
     return chosen[labels[chosen].argsort(stable=True)].tolist()
 
 

@@ -136,7 +136,9 @@ def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Callable[[], Logger | None]]:
+def tracked(
+    cfg: DictConfig, stage: Stage, job_type: str = "experiment"
+) -> Iterator[Callable[[], Logger | None]]:
     """The job's one run in W&B or a CSV file, opened when it is first asked for, closed with the
     right exit code. A job that gives its place back opens none."""
 
@@ -146,7 +148,7 @@ def tracked(cfg: DictConfig, stage: Stage) -> Iterator[Callable[[], Logger | Non
             logger_options(cfg),
             name=f"{cfg.model.name}-{cfg.dataset.name}-s{cfg.seed}",
             run_id=stage.path.name[-10:],
-            job_type="experiment",
+            job_type=job_type,
             run_config=public_config(cfg),
             folder=Path(cfg.paths.output_dir),
             run_folder=Path(HydraConfig.get().runtime.output_dir),

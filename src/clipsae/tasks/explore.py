@@ -22,9 +22,11 @@ from clipsae.evaluation.ranking import top_latents
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
+from clipsae.tasks.experiment import tracked
 from clipsae.tasks.guidance import resolve_k
-from clipsae.tasks.stages import classifier, pictures
+from clipsae.tasks.stages import classifier, evaluation, pictures
 from clipsae.tasks.table import terminal
+from clipsae.training.logging import log_page
 from clipsae.visualization.collector import TOP
 from clipsae.visualization.page import Words, write_page
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
@@ -50,6 +52,7 @@ def run(cfg: DictConfig) -> None:
     store = Store(cfg.paths.output_dir)
     resolve_k(cfg, store)
     clip = build.build_clip(cfg)
+    check_text(cfg, clip)
     dataset = build.build_dataset(cfg.dataset, cfg.task.split, clip.image_size)
     trained = pictures.finished_sae(cfg, store, clip)
     stage = pictures.stage(cfg, store, trained, dataset, cfg.task.split)
@@ -66,6 +69,9 @@ def run(cfg: DictConfig) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     console = terminal()
     console.print(f"page        {folder / 'index.html'}", soft_wrap=True, highlight=False)
+    if cfg.task.upload:
+        with tracked(cfg, stage, job_type="explore") as logger:
+            log_page(logger(), folder, [cfg.model.name, cfg.dataset.name, f"seed-{cfg.seed}"])
     if cfg.task.serve:
         serve(cfg, store, clip, dataset, trained, folder, console)
 
@@ -90,6 +96,25 @@ def check(cfg: DictConfig) -> None:
     if task.words is not None and not Path(task.words).expanduser().is_file():
         raise ConfigError(
             f"task.words={task.words!r}: no such file; expected a text file, one word a line"
+        )
+    if task.upload and not cfg.logger._target_.endswith(".wandb_logger"):
+        raise ConfigError("task.upload=true sends the page to W&B: choose logger=wandb with it")
+
+
+def check_text(cfg: DictConfig, clip: FrozenCLIP) -> None:
+    """Refuse what needs texts that the model does not have.
+
+    Raises:
+        ConfigError: see there.
+    """
+    if cfg.task.serve:
+        clip.require_text()
+    if cfg.task.words is not None and (
+        not clip.has_text or clip.tower.direct(torch.zeros(1, clip.width)) is None
+    ):
+        raise ConfigError(
+            f"task.words={cfg.task.words!r}: no latent of clip.name={clip.name!r} can be compared "
+            "with texts; leave it out"
         )
 
 
@@ -141,13 +166,10 @@ def write(
     device = build.best_device()
     clip.to(device)
     sae = SAE.load(trained.path).to(device)
-    classes = classifier.embeddings(cfg, store, clip, dataset)
+    classes = classifier.embeddings(cfg, store, clip, dataset) if clip.has_text else None
     rows = sae.decoder_rows().float()
     alive = references.alive.to(device)
-    names, embeddings = words(cfg, clip, dataset, classes)
-    scores = word_scores(clip, rows, embeddings.to(device))
-    best = top_latents(scores, min(WORDS_SHOWN, len(names)))
-    pages = evenly_spaced(len(dataset), cfg.task.pages) if cfg.task.pages else []
+    pages = evenly_spaced(dataset.labels, cfg.task.pages) if cfg.task.pages else []
     log.info("looking at images")
 
     def on_image(index: int, pixels: Tensor) -> None:
@@ -176,11 +198,37 @@ def write(
         references=references,
         neighbours=tuple(x.cpu() for x in nearest(rows, alive, cfg.task.neighbours)),
         places=layout(rows, alive).cpu(),
-        words=Words(names, best.cpu(), scores.gather(1, best).cpu()),
-        effect=looks.effect,
+        words=best_words(cfg, clip, dataset, classes, rows),
+        effects=looks.effects,
+        ranking=ranking(cfg, store, trained, clip),
         looks=looks.images,
         thumbnails=cfg.task.thumbnails,
     )
+
+
+def ranking(
+    cfg: DictConfig, store: Store, trained: Stage, clip: FrozenCLIP
+) -> dict[int, list[int]] | None:
+    """Class -> its latents as the config's top-n evaluation ranks them; None if it has yet to be
+    made."""
+    test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
+    evaluated = evaluation.stage(cfg, store, trained, test_set)
+    return evaluation.read_ranking(evaluated.path) if evaluated.finished else None
+
+
+def best_words(
+    cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, classes: Tensor | None, rows: Tensor
+) -> Words:
+    """The words that each decoder row [M, d] aligns with most; none where there are no texts, or
+    no direct path to them."""
+    if classes is not None:
+        names, embeddings = words(cfg, clip, dataset, classes)
+        scores = word_scores(clip, rows, embeddings.to(rows.device))
+        if scores is not None:
+            best = top_latents(scores, min(WORDS_SHOWN, len(names)))
+            return Words(names, best.cpu(), scores.gather(1, best).cpu())
+    nothing = torch.zeros(len(rows), 0)
+    return Words([], nothing.long(), nothing)
 
 
 def words(

@@ -149,7 +149,7 @@ def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> li
         found.append(Wanted(f"{path.stem}-{mark}", path.name, pixels))
     indices = cfg.task.indices
     if indices is None:
-        indices = [] if found else evenly_spaced(len(dataset), DEFAULT_IMAGES)
+        indices = [] if found else evenly_spaced(dataset.labels, DEFAULT_IMAGES)
     for index in indices:
         if not isinstance(index, int) or not 0 <= index < len(dataset):
             raise ConfigError(

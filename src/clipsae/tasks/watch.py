@@ -40,7 +40,7 @@ def callbacks(
     """Those that are wanted and can be, on the images of `cfg.dataset`'s evaluated split."""
     options, found = cfg.callbacks, []
     if options.prediction_images and clip.has_text:
-        indices = evenly_spaced(len(test_set), options.prediction_images)
+        indices = evenly_spaced(test_set.labels, options.prediction_images)
         images, labels = build.user_error(read, test_set, indices)
         classes = classifier.embeddings(cfg, store, clip, test_set)
         found.append(Predictions(clip, images, labels, classes))

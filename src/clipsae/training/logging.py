@@ -229,6 +229,25 @@ def log_sae(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
         logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])
 
 
+def log_page(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
+    """Upload a page, the whole folder of it, as an artifact of type "explore".
+
+    Args:
+        folder: with `index.html`; its name becomes the artifact's.
+        aliases: by which it is found, beside "latest".
+    """
+    if not isinstance(logger, PatientWandbLogger):
+        return
+    import wandb
+
+    with _told():
+        artifact = wandb.Artifact(folder.name, type="explore")
+        # W&B's own copy: a page is written anew in the same place, maybe before an offline run
+        # is sent.
+        artifact.add_dir(str(folder), policy="mutable")
+        logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])
+
+
 def finish(logger: Logger | None, failed: bool, coming_back: bool = False) -> None:
     """Close the run, or the next job of this process would log into it.
 

@@ -58,7 +58,7 @@ def collect_references(
         top: K.
         encoder: of MonoSemanticity (a name for `image_encoder`); None: not measured.
         device: moves the models there; None: where `clip` is.
-        limit_images: that many images only, evenly spaced.
+        limit_images: that many images only, evenly spaced over the classes.
         scratch: by name a folder for the state of an unfinished pass: a later call with the same
             arguments goes on where it was saved last.
         save_every_seconds: how often it is saved.
@@ -69,7 +69,7 @@ def collect_references(
     """
     if top < 1:
         raise ValueError(f"top={top}: expected 1 or more reference images of a latent")
-    indices = evenly_spaced(len(dataset.labels), limit_images)
+    indices = evenly_spaced(dataset.labels, limit_images)
     if not indices:
         raise ValueError("the dataset has no images: expected at least one")
     device = clip.device if device is None else torch.device(device)

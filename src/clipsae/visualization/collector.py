@@ -20,6 +20,8 @@ from clipsae.visualization.references import (
 )
 
 TOP = 10
+LEADING = 8  # latents that are kept of each concept
+_NO_GAIN = 1e-6  # rounding, of a concept that no image shows
 _ROWS = 16384  # latents whose maps are moved at a time
 
 
@@ -198,14 +200,18 @@ class Collector(nn.Module):
             precision.append(found[0])
             gain.append(found[1])
             recall.append(getattr(self, f"{level}_hits") / truth.clamp(min=1))
-        score = torch.cat(gain, dim=1)
+        score, share = torch.cat(gain, dim=1), torch.cat(precision, dim=1)
+        leading = top_latents(score.T.contiguous(), min(LEADING, self.latents))
+        led = score.T.gather(1, leading)
         best = top_latents(score, 1)
         score = score.gather(1, best).squeeze(1)
         none = score <= 0
         return {
+            "leading": leading.masked_fill(led < _NO_GAIN, -1),
+            "leading_precision": share.T.gather(1, leading).float(),
             "concept": best.squeeze(1).masked_fill(none, -1),
             "concept_score": score.clamp(min=0).float(),
-            "concept_precision": torch.cat(precision, dim=1).gather(1, best).squeeze(1).float(),
+            "concept_precision": share.gather(1, best).squeeze(1).float(),
             "concept_recall": torch.cat(recall, dim=1).gather(1, best).squeeze(1).float(),
         }
 

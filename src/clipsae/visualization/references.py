@@ -71,6 +71,9 @@ class References:
         concept_score: float32 [M], that gain, 0..1.
         concept_precision: float32 [M], the share of the latent's activation that lies there.
         concept_recall: float32 [M], the share of the concept's patches (images) it is active on.
+        leading: int64 [V, L], for each concept the latents whose activity says most about it, by
+            the same gain, though another concept may be their best; -1 where there are fewer.
+        leading_precision: float32 [V, L], the share of their activation that lies there.
         shown: what they were taken of.
     """
 
@@ -92,6 +95,8 @@ class References:
     concept_score: Tensor | None = None
     concept_precision: Tensor | None = None
     concept_recall: Tensor | None = None
+    leading: Tensor | None = None
+    leading_precision: Tensor | None = None
 
     @property
     def latents(self) -> int:

@@ -25,7 +25,7 @@ class ReferenceSheets(Callback):
     Args:
         dataset: held-out images.
         name, split: of the dataset, for the record.
-        images: how many of them, evenly spaced.
+        images: how many of them, evenly spaced over the classes.
         every_n_steps: at least so many steps lie between two sheets; 1: one at every look.
         rows: latents on a sheet.
     """

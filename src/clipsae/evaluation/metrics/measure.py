@@ -100,7 +100,7 @@ def measure(
         sample_images: images, drawn from all, whose patches and pooled codes recovery compares.
         k: neighbours of CKNNA.
         threshold: the AUROC from which a latent counts as good for a concept.
-        limit_images: that many images only, evenly spaced.
+        limit_images: that many images only, evenly spaced over the classes.
         progress: called with (images done, images in all).
 
     Raises:
@@ -123,7 +123,7 @@ def measure(
         encoder = encoder_by_name(encoder, dataset)
     if isinstance(encoder, nn.Module):
         encoder.to(device)
-    indices = evenly_spaced(len(dataset.labels), limit_images)
+    indices = evenly_spaced(dataset.labels, limit_images)
     tokens = _drawn(len(indices) * clip.tokens, sample_tokens, seed) if "cknna" in chosen else []
     images = _drawn(len(indices), sample_images, seed) if "recovery" in chosen else []
     options = Options(chosen, pooling, k, threshold)

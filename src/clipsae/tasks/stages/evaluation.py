@@ -1,5 +1,6 @@
 """Kind "evaluation": top-n concept classification of one SAE on one dataset (Tables 7-17).
-`results.csv`, `diagnostics.json`, `config.yaml`."""
+`results.csv`, `diagnostics.json`, `ranking.safetensors` (unless no latents were ranked),
+`config.yaml`."""
 
 import logging
 import math
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
@@ -117,7 +119,21 @@ def make(
             },
         },
     )
+    if name in result.latents and result.latents[name].numel():
+        ranking = {"latents": result.latents[name].contiguous(), "images": result.counted_images}
+        save_file(ranking, folder / "ranking.safetensors")
     build.save_config(cfg, folder)
+
+
+def read_ranking(folder: Path) -> dict[int, list[int]] | None:
+    """Of a finished evaluation, each class's latents in the order in which `on_n` keeps them, the
+    classes alone that had images; None where no latents were ranked."""
+    file = folder / "ranking.safetensors"
+    if not file.is_file():
+        return None
+    found = load_file(file)
+    latents, counted = found["latents"].tolist(), (found["images"] > 0).nonzero().flatten().tolist()
+    return {label: latents[label] for label in counted}
 
 
 def read(folder: Path) -> pd.DataFrame:

@@ -59,19 +59,22 @@ def layout(rows: Tensor, alive: Tensor) -> Tensor:
     return places.masked_fill(~alive[:, None], torch.nan).float()
 
 
-def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor:
+def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor | None:
     """How well each latent's direction aligns with each word, cosines float32 [M, W].
 
     The tail of CLIP is not linear: there is no text that a row "means". What is taken is its direct
     path: the row, centred and weighted as the last layer norm would, times the projection. All
     texts have a large part in common, which says nothing: words are compared after their mean is
-    taken away.
+    taken away. None where the embedding is no linear map of a normed token (SigLIP's is pooled by
+    attention).
 
     Args:
         rows: decoder rows [M, d].
         words: text embeddings [W, e].
     """
     direct = clip.tower.direct(rows)
+    if direct is None:
+        return None
     words = nn.functional.normalize(words.float(), dim=-1)
     words = nn.functional.normalize(words - words.mean(dim=0), dim=-1)
     return nn.functional.normalize(direct, dim=-1) @ words.T

@@ -31,7 +31,7 @@ class Look:
         tokens: for each of T tokens, the class token first, its largest codes: (latents, codes).
         latents, means: the image's largest token means, descending.
         clip, sae: (class, probability) of the most likely classes, as CLIP says, and with the
-            stream replaced by the SAE's reconstruction.
+            stream replaced by the SAE's reconstruction; none without a classifier.
         why: (latent, mean code, loss, class) of those that the prediction rests on most, for or
             against, by descending size of the loss: what CLIP's logit of its predicted class,
             relative to the mean over all classes, loses when the latent's part is taken out of
@@ -49,17 +49,35 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Effects:
+    """What single latents do for the true class of images, E pairs of a latent and a class.
+
+    Attributes:
+        latent, label: int64 [E], ascending by latent, then by class.
+        change: float32 [E], what CLIP's logit of the true class, relative to the mean over all
+            classes, loses when the latent alone is taken out of the stream: the mean over the
+            images of the class that were looked at and that the latent is active on. Above zero
+            the latent helps the class, below it hurts it.
+        images: int64 [E], how many those are.
+    """
+
+    latent: Tensor
+    label: Tensor
+    change: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
 class Looks:
     """What `collect_looks` found.
 
     Attributes:
         images: the images that get a page, by ascending index.
-        effect: float32 [M, C], how much a latent adds to each class's logit, relative to the mean
-            over all classes, on its own reference images; None if not wanted.
+        effects: what latents do for the true class; None if not wanted.
     """
 
     images: list[Look]
-    effect: Tensor | None
+    effects: Effects | None
 
 
 def logits_without(
@@ -85,9 +103,11 @@ def logits_without(
     scale = sae.input_scale(tokens)
     found = []
     for part in latents.split(_STREAMS):
-        rows = sae.decoder_rows(part)
-        share = codes[:, part].T[:, :, None] * rows[:, None, :] * scale  # [n, T, d]
-        found.append(clip.logits(tokens - share, classifier))
+        version, token = codes[:, part].T.nonzero(as_tuple=True)
+        share = codes[token, part[version], None] * sae.decoder_rows(part)[version] * scale[token]
+        image = clip.tail_of_changes(tokens, version, token, -share, len(part))
+        image = nn.functional.normalize(image, dim=-1)
+        found.append(image @ classifier.T * clip.logit_scale)
     return torch.cat(found)
 
 
@@ -96,7 +116,7 @@ def collect_looks(
     clip: FrozenCLIP,
     sae: nn.Module,
     dataset: Any,
-    classifier: Tensor,
+    classifier: Tensor | None,
     references: References,
     *,
     pages: list[int],
@@ -112,10 +132,10 @@ def collect_looks(
 
     Args:
         sae: on the device of `clip`.
-        classifier: text embeddings [C, e], of unit length or not.
+        classifier: text embeddings [C, e], of unit length or not; None: nothing is predicted.
         pages: indices of the images that get a page.
-        effect_images: of how many of its reference images a latent's effect on the classes is
-            averaged; 0: it is not computed.
+        effect_images: a latent's effect on the true class is measured on the images with a page
+            that it is active on, and on that many of its reference images; 0: not at all.
         on_image: called with the index and the pixels, uint8 [3, S, S], of each image that has a
             page or is a reference image; None: only what is computed on is read.
         per_token: codes of a token that are kept.
@@ -123,7 +143,10 @@ def collect_looks(
         why: latents of an image that are switched off: those whose effect is largest to first
             order.
     """
-    classifier = classifier.to(clip.device)
+    if classifier is None:
+        effect_images = 0
+    else:
+        classifier = classifier.to(clip.device)
     wanted: dict[int, list[int]] = {}
     for latent, images in enumerate(references.index[:, :effect_images].tolist()):
         for index in images:
@@ -133,10 +156,7 @@ def collect_looks(
     needed = with_page | set(wanted)
     if on_image is not None:
         needed |= set(references.index[references.index >= 0].tolist())
-    effect = counts = None
-    if effect_images:
-        effect = torch.zeros(references.latents, len(classifier))
-        counts = torch.zeros(references.latents)
+    measured: list[tuple[Tensor, int, Tensor]] = []
     found = []
     with in_eval_mode([sae]):
         for pixels, labels, at in image_batches(dataset, batch_size, num_workers, sorted(needed)):
@@ -147,7 +167,7 @@ def collect_looks(
             if not seen:
                 continue
             streams = clip.prefix(clip.normalize(pixels[seen]))
-            logits = clip.logits(streams, classifier)
+            logits = [None] * len(seen) if classifier is None else clip.logits(streams, classifier)
             for stream, own, index, label in zip(
                 streams, logits, at[seen].tolist(), labels[seen].tolist(), strict=True
             ):
@@ -157,15 +177,28 @@ def collect_looks(
                     found.append(
                         _look(clip, sae, stream, codes, own, index, label, classifier, sizes)
                     )
-                if index in wanted:
-                    latents = torch.tensor(wanted[index], device=codes.device)
+                if effect_images:
+                    latents = torch.tensor(wanted.get(index, []), device=codes.device)
+                    if index in with_page:  # the wanted ones are among them
+                        latents = (pool_codes(codes[None])[0] > 0).nonzero().squeeze(1)
                     without = logits_without(clip, sae, stream, codes, latents, classifier)
-                    change = _centred(own - without)
-                    effect.index_add_(0, latents.cpu(), change.float().cpu())
-                    counts.index_add_(0, latents.cpu(), torch.ones(len(latents)))
-    if effect is not None:
-        effect /= counts.clamp(min=1)[:, None]
-    return Looks(found, effect)
+                    measured.append((latents, label, _centred(own - without)[:, label]))
+    return Looks(found, _averaged(measured) if effect_images else None)
+
+
+def _averaged(measured: list[tuple[Tensor, int, Tensor]]) -> Effects:
+    """The mean over the images of a class, from (latents [n], class, changes [n]) of each image."""
+    if not measured:
+        nothing = torch.zeros(0, dtype=torch.long)
+        return Effects(nothing, nothing, nothing.float(), nothing)
+    latents = torch.cat([latents.cpu() for latents, _, _ in measured])
+    labels = torch.cat([torch.full((len(of),), label) for of, label, _ in measured])
+    change = torch.cat([change.cpu() for _, _, change in measured]).double()
+    pairs, place, images = torch.stack((latents, labels)).unique(
+        dim=1, return_inverse=True, return_counts=True
+    )
+    total = torch.zeros(len(images), dtype=torch.float64).index_add_(0, place, change)
+    return Effects(pairs[0], pairs[1], (total / images).float(), images)
 
 
 def _centred(logits: Tensor) -> Tensor:
@@ -177,10 +210,10 @@ def _look(
     sae: nn.Module,
     stream: Tensor,
     codes: Tensor,
-    own: Tensor,
+    own: Tensor | None,
     index: int,
     label: int,
-    classifier: Tensor,
+    classifier: Tensor | None,
     sizes: tuple[int, int, int],
 ) -> Look:
     per_token, per_image, why = sizes
@@ -192,17 +225,22 @@ def _look(
     for latents, values in zip(of_token, codes.gather(1, of_token), strict=True):
         kept = values > 0
         tokens.append((latents[kept].tolist(), values[kept].tolist()))
-    rebuilt = sae.decode(codes, sae.input_scale(stream))
-    through = clip.logits(rebuilt[None], classifier)[0]
+    said: list[tuple[int, float]] = []
+    through, reasons = said, []
+    if own is not None:
+        said = likely(own)
+        rebuilt = sae.decode(codes, sae.input_scale(stream))
+        through = likely(clip.logits(rebuilt[None], classifier)[0])
+        reasons = _why(clip, sae, stream, codes, own, classifier, why)
     return Look(
         index=index,
         label=label,
         tokens=tokens,
         latents=best.tolist(),
         means=means[best].tolist(),
-        clip=likely(own),
-        sae=likely(through),
-        why=_why(clip, sae, stream, codes, own, classifier, why),
+        clip=said,
+        sae=through,
+        why=reasons,
     )
 
 

@@ -10,7 +10,7 @@ M latents, K reference images, P patches, W words.
 import base64
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipsae.visualization.page.looks import Look
+from clipsae.visualization.page.looks import Effects, Look
 from clipsae.visualization.references import BIN_EDGES, References
 
 CHUNK = 64  # latents of a script
 MAP_LEVELS = 64  # of a patch in a heat map: one character
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-_CLASSES = 4  # that a latent helps or hurts
+_CLASSES = 5  # that a latent helps, hurts or is kept for
 _NEGLIGIBLE = 0.01  # a change of a logit
 THUMBNAIL = 112  # pixels of a side
-ASSETS = ("page.css", "app.js", "list.js", "latent.js", "steer.js", "images.js", "map.js")
+VIEWS = ("list", "latent", "concepts", "steer", "images", "map")
+ASSETS = ("page.css", "app.js", *(f"{name}.js" for name in VIEWS))
 _TEMPLATE = Path(__file__).parent / "template"
 
 
@@ -79,7 +80,8 @@ def write_page(
     neighbours: tuple[Tensor, Tensor],
     places: Tensor,
     words: Words,
-    effect: Tensor | None,
+    effects: Effects | None,
+    ranking: Mapping[int, Sequence[int]] | None,
     looks: list[Look],
     thumbnails: bool,
 ) -> None:
@@ -91,13 +93,17 @@ def write_page(
         about: what is shown on the page's "about", by name.
         neighbours: of `dictionary.nearest`.
         places: of `dictionary.layout`, [M, 2].
-        effect: of `looks.collect_looks`, [M, C], or None.
+        effects: of `looks.collect_looks`, or None.
+        ranking: class -> its latents in the order in which top-n evaluation keeps them, the classes
+            that were evaluated alone; None: there was no evaluation.
         thumbnails: whether pictures lie in the folder.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE), autoescape=True, keep_trailing_newline=True
     )
-    page = environment.get_template("index.html.j2").render(title=title, assets=ASSETS)
+    page = environment.get_template("index.html.j2").render(
+        title=title, assets=ASSETS, concepts=bool(references.shown.concepts)
+    )
     (folder / "index.html").write_text(page)
     for name in ASSETS:
         (folder / name).write_bytes((_TEMPLATE / name).read_bytes())
@@ -119,15 +125,24 @@ def write_page(
             "alphabet": ALPHABET,
             "thumbnails": thumbnails,
             "looks": [
-                {"index": look.index, "label": look.label, "said": look.clip[0][0]}
+                {
+                    "index": look.index,
+                    "label": look.label,
+                    "said": look.clip[0][0] if look.clip else None,
+                }
                 for look in looks
             ],
-            "columns": _columns(references, places, words),
+            "leading": _leading(references),
+            "columns": _columns(references, places, words, effects),
         },
     )
+    roles = _roles(references.latents, effects, ranking)
     for start in range(0, references.latents, CHUNK):
         latents = range(start, min(start + CHUNK, references.latents))
-        chunk = [_latent(m, references, neighbours, words, effect) for m in latents]
+        chunk = [_latent(m, references, neighbours, words) for m in latents]
+        for m, latent in zip(latents, chunk, strict=True):
+            if latent is not None:
+                latent |= roles[m]
         _script(folder, f"latents/{start // CHUNK}", chunk)
     for look in looks:
         _script(folder, f"looks/{look.index}", _look(look))
@@ -140,11 +155,22 @@ def _script(folder: Path, name: str, content: Any) -> None:
     path.write_text(f'clipsae.data("{name}",{text});\n')
 
 
-def _columns(references: References, places: Tensor, words: Words) -> dict[str, list[str]]:
+def _leading(references: References) -> list[list[list[float]]]:
+    """For each concept its leading latents: [latent, precision]."""
+    if references.leading is None:
+        return [[] for _ in references.shown.concepts]
+    of = zip(references.leading, references.leading_precision, strict=True)
+    return [_pairs(latents[latents >= 0], share[latents >= 0]) for latents, share in of]
+
+
+def _columns(
+    references: References, places: Tensor, words: Words, effects: Effects | None
+) -> dict[str, list[str]]:
     """Name -> type ("f" or "i") and base64 of the array."""
     nothing = torch.full_like(references.top_label, -1)
     nan = torch.full_like(references.frequency, torch.nan)
     measured = references.monosemanticity
+    helps, gain = _most_helped(references.latents, effects)
     has_word = words.best.shape[1] > 0
     columns = {
         "frequency": references.frequency,
@@ -158,6 +184,8 @@ def _columns(references: References, places: Tensor, words: Words) -> dict[str, 
         "certainty": nan if references.concept is None else references.concept_score,
         "image": references.index[:, 0],
         "word": words.best[:, 0] if has_word else nothing,
+        "helps": helps,
+        "gain": gain,
         "x": places[:, 0],
         "y": places[:, 1],
     }
@@ -167,6 +195,17 @@ def _columns(references: References, places: Tensor, words: Words) -> dict[str, 
         else ["i", _base64(value.int())]
         for name, value in columns.items()
     }
+
+
+def _most_helped(latents: int, effects: Effects | None) -> tuple[Tensor, Tensor]:
+    """The class that each latent helps most, -1 for none, and by how much, NaN for none; [M]."""
+    gain = torch.full((latents,), torch.nan)
+    helps = torch.full((latents,), -1)
+    if effects is not None:
+        order = effects.change.argsort(stable=True)  # of a latent's the largest is written last
+        for e in order[effects.change[order] >= _NEGLIGIBLE].tolist():
+            helps[effects.latent[e]], gain[effects.latent[e]] = effects.label[e], effects.change[e]
+    return helps, gain
 
 
 def _base64(values: Tensor) -> str:
@@ -179,13 +218,12 @@ def _latent(
     references: References,
     neighbours: tuple[Tensor, Tensor],
     words: Words,
-    effect: Tensor | None,
 ) -> dict[str, Any] | None:
     """What the page of a latent shows; None for one that is never active."""
     if not references.alive[m]:
         return None
     n = int((references.index[m] >= 0).sum())
-    found = {
+    return {
         "images": references.index[m, :n].tolist(),
         "labels": references.label[m, :n].tolist(),
         "values": _rounded(references.values[m, :n].tolist()),
@@ -196,11 +234,31 @@ def _latent(
         "near": _pairs(neighbours[0][m], neighbours[1][m]),
         "words": _pairs(words.best[m], words.scores[m]),
     }
-    if effect is not None:
-        of = effect[m].topk(min(_CLASSES, len(effect[m])))
-        against = effect[m].topk(min(_CLASSES, len(effect[m])), largest=False)
-        found["helps"] = [p for p in _pairs(of.indices, of.values) if p[1] >= _NEGLIGIBLE]
-        found["hurts"] = [p for p in _pairs(*reversed(against)) if p[1] <= -_NEGLIGIBLE]
+
+
+def _roles(
+    latents: int, effects: Effects | None, ranking: Mapping[int, Sequence[int]] | None
+) -> list[dict[str, Any]]:
+    """What each latent does for classes: those that it helps and hurts, [class, change, images],
+    and those that top-n evaluation keeps it for, [class, the smallest n]."""
+    found: list[dict[str, Any]] = [{} for _ in range(latents)]
+    if effects is not None:
+        changes: list[list[list[Any]]] = [[] for _ in range(latents)]
+        columns = (effects.latent, effects.label, effects.change, effects.images)
+        for m, label, change, images in zip(*(x.tolist() for x in columns), strict=True):
+            changes[m].append([label, round(change, 3), images])
+        for role, of in zip(found, changes, strict=True):
+            of.sort(key=lambda entry: -entry[1])
+            role["seen"] = sum(images for _, _, images in of)
+            role["helps"] = [e for e in of[:_CLASSES] if e[1] >= _NEGLIGIBLE]
+            role["hurts"] = [e for e in of[::-1][:_CLASSES] if e[1] <= -_NEGLIGIBLE]
+    if ranking is not None:
+        kept: list[list[list[int]]] = [[] for _ in range(latents)]
+        for label, order in ranking.items():
+            for place, m in enumerate(order):
+                kept[m].append([label, place + 1])
+        for role, places in zip(found, kept, strict=True):
+            role["kept"] = sorted(places, key=lambda entry: entry[1])[:_CLASSES]
     return found
 
 

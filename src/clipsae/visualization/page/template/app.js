@@ -25,7 +25,9 @@ const clipsae = (() => {
   }
 
   function column([type, text]) {
-    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const raw = atob(text);
+    const bytes = new Uint8Array(raw.length);
+    for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i); // from() with a function is ten times slower
     const view = new DataView(bytes.buffer);
     const n = bytes.length / 4;
     const values = type === "f" ? new Float32Array(n) : new Int32Array(n);
@@ -68,7 +70,27 @@ function wordOf(m) {
   const at = clipsae.columns.word[m];
   return at < 0 ? "" : clipsae.meta.words[at];
 }
-function meaning(m) { // a concept that is hardly above chance says less than the label
+function helpsOf(m) {
+  const at = clipsae.columns.helps[m];
+  return at < 0 ? "" : clipsae.meta.classnames[at];
+}
+// The concepts that a latent leads: [concept, rank, precision], the largest precision first.
+function leadsOf(m) {
+  if (!leadsOf.of) {
+    leadsOf.of = new Map();
+    clipsae.meta.leading.forEach((latents, k) => latents.forEach(([of, precision], rank) => {
+      if (!leadsOf.of.has(of)) leadsOf.of.set(of, []);
+      leadsOf.of.get(of).push([k, rank, precision]);
+    }));
+    leadsOf.of.forEach((list) => list.sort((a, b) => b[2] - a[2]));
+  }
+  return leadsOf.of.get(m) || [];
+}
+// What most of its activation lies on, of what it leads; else its best concept; and as one that is
+// hardly above chance says less than the label, that.
+function meaning(m) {
+  const [lead] = leadsOf(m);
+  if (lead && lead[2] >= 0.5) return `${clipsae.meta.concepts[lead[0]]} ${percent(lead[2])}`;
   return conceptOf(m) && clipsae.columns.certainty[m] >= 0.15 ? `${conceptOf(m)} ${percent(clipsae.columns.precision[m])}` : labelOf(m);
 }
 
@@ -122,6 +144,12 @@ function heatButtons(frames) {
   const row = el("div", { class: "row", role: "group", "aria-label": "How active patches are shown" }, ...buttons);
   row.next = () => choose(modes[(modes.findIndex(([m]) => m === HEAT.mode) + 1) % modes.length][0]);
   return row;
+}
+
+function steps(of, go) {
+  return el("span", { class: "steps" },
+    el("button", { type: "button", onclick: () => go(-1), "aria-label": `Previous ${of}` }, "←"),
+    el("button", { type: "button", onclick: () => go(1), "aria-label": `Next ${of}` }, "→"));
 }
 
 function bars(entries, largest, kind = "") {
@@ -198,10 +226,11 @@ clipsae.views.about = () => {
       "Frequency: the share of images on which the mean of a latent's codes over all tokens is positive. Strength: the mean of those means. A latent is dead if no token of these images makes it active.",
       "Label: the most frequent label of the ten reference images. Entropy: of their labels, weighted by activation, in nats; 0 is one label alone.",
       "MonoSemanticity: how alike the images are that a latent is active on, in the eyes of a separate image encoder.",
-      meta.concepts.length ? "Concept: the ground truth that the latent's activity says most about; the percentage is the share of its activation that lies there." : null,
-      "Words: the cosine of the latent's decoder row with a text's embedding along the direct path alone (the row, centred and weighted as the last layer norm does, times the projection), the words' mean taken away. CLIP's last block lies in between: a hint, not a proof.",
-      "Helps and hurts: CLIP's logit of a class, relative to the mean over all classes, less the same with the latent's part taken out of the stream, on the latent's own reference images. What is below 0.01 is left out.",
-      "Why: the same on one image, for the class that CLIP predicts; the latents are those with the largest effect by gradient times contribution, each then switched off.",
+      meta.concepts.length ? "Concept: the ground truth that the latent's activity says most about; the percentage is the share of its activation that lies there. Under Concepts it is the other way round: the latents that say most about each, even where another is what they say most about." : null,
+      meta.words.length ? "Words: the cosine of the latent's decoder row with a text's embedding along the direct path alone (the row, centred and weighted as the last layer norm does, times the projection), the words' mean taken away. CLIP's last block lies in between: a hint, not a proof." : null,
+      "Helps and hurts: CLIP's logit of an image's true class, relative to the mean over all classes, less the same with the latent alone taken out of the stream; the mean over a class's images that the latent is active on, among those with a page and its first reference images. What is below 0.01 is left out; the list shows the class that is helped most.",
+      "Top-n: on_n is CLIP's accuracy when only the n latents are kept that are active most often on a class's images; listed is the smallest n for which the latent is one of them.",
+      "Why this class: the same difference on one image, for the class that CLIP predicts; the latents are those with the largest effect by gradient times contribution, each then switched off.",
       "Map: the two principal components of the decoder rows, each of unit length.",
     ].filter(Boolean).map((text) => el("p", {}, text)),
     el("h2", {}, "Keys"),

@@ -10,32 +10,34 @@
     const wrong = el("input", { type: "checkbox", checked: state.wrong });
     const grid = el("div", { class: "pictures" });
     const count = el("span", { class: "soft", role: "status" });
+    const right = (look) => look.said === null || look.said === look.label;
     function renew() {
       state.search = search.value;
       state.wrong = wrong.checked;
       const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
       const found = meta.looks.filter((look) => {
         const text = `${look.index} ${meta.classnames[look.label]}`.toLowerCase();
-        return words.every((word) => text.includes(word)) && !(state.wrong && look.said === look.label);
+        return words.every((word) => text.includes(word)) && !(state.wrong && right(look));
       });
       count.textContent = `${found.length} of ${meta.looks.length}`;
       grid.replaceChildren(...found.map((look) => el("a", { class: "picture", href: `#/image/${look.index}` },
         el("div", { class: "framed" }, thumbnail(look.index)),
         el("div", { class: "caption" }, meta.classnames[look.label]),
-        look.said === look.label ? null : el("div", { class: "caption bad" }, `CLIP: ${meta.classnames[look.said]}`))));
+        right(look) ? null : el("div", { class: "caption bad" }, `CLIP: ${meta.classnames[look.said]}`))));
     }
     search.addEventListener("input", renew);
     wrong.addEventListener("change", renew);
     renew();
     return {
-      element: el("div", {}, el("div", { class: "tools" }, search, el("label", {}, wrong, "named wrongly by CLIP"), count), el("div", { class: "page" }, grid)),
+      element: el("div", {}, el("div", { class: "tools" }, search, meta.looks.some((look) => look.said !== null) ? el("label", {}, wrong, "named wrongly by CLIP") : null, count), el("div", { class: "page" }, grid)),
       keys(event) { if (event.key !== "/") return false; search.select(); return true; },
     };
   };
 
-  function predictions(title, list, label) {
+  function predictions(title, list, label, kind = "") {
     const meta = clipsae.meta;
-    return el("section", {}, el("h2", {}, title),
+    if (!list.length) return null; // there are no texts to compare with
+    return el("section", { class: kind }, el("h2", {}, title),
       bars(list.map(([k, p]) => [el("span", { class: k === label ? "good" : "" }, meta.classnames[k]), p, percent(p)]), 1));
   }
 
@@ -92,15 +94,16 @@
     const strongest = of.latents.map((m, k) => [m, of.means[k], losses.get(m) || null]);
     let order = rests.length ? "why" : "strongest";
     const ofImage = () => (order === "why" ? rests : strongest);
-    const orders = [["why", "Why this class"], ["strongest", "Strongest"]].map(([name, text]) => el("button", {
+    const orders = [["why", "Why this class"], ["strongest", "Strongest"]].filter(([name]) => name !== "why" || rests.length).map(([name, text]) => el("button", {
       type: "button", "data-order": name, onclick: () => { order = name; pinned = null; tell(null); light(null); },
     }, text));
     function tell(what) {
       const patch = what && what.patch != null ? what.patch : null;
       const entries = patch === null ? ofImage() : ofPatch(patch);
       orders.forEach((b) => b.setAttribute("aria-pressed", String(patch === null && b.dataset.order === order)));
-      const predicted = meta.classnames[of.clip[0][0]];
-      const hint = "Hover a patch to see its latents, a latent to see its patches; click to keep.";
+      const predicted = of.clip.length ? meta.classnames[of.clip[0][0]] : "";
+      const hint = matchMedia("(hover: none)").matches ? "Tap a patch to see its latents, a latent to see its patches."
+        : "Hover a patch to see its latents, a latent to see its patches; click to keep.";
       said.textContent = patch === null
         ? (order === "why" ? `What CLIP's "${predicted}" rests on: the change of its logit by each latent. ${hint}` : `Largest mean code over all tokens. ${hint}`)
         : `Patch in row ${Math.floor(patch / cols) + 1}, column ${patch % cols + 1}: ${entries.length} strongest latents.`;
@@ -112,7 +115,7 @@
       el("td", {}, thumbnail(clipsae.columns.image[m])),
       el("td", {}, el("a", { href: `#/latent/${m}` }, String(m))),
       el("td", {}, meaning(m)),
-      el("td", { class: "number" }, digits(value)),
+      el("td", { class: "number code" }, digits(value)),
       el("td", { class: `number ${off ? (off[0] > 0 ? "good" : "bad") : ""}` }, off ? signed(off[0]) : ""),
       el("td", { class: "bad" }, off && off[1] !== of.clip[0][0] ? `→ ${meta.classnames[off[1]]}` : ""),
       steer ? el("td", {}, el("button", { type: "button", class: "off", "data-of": m, "aria-label": `Switch latent ${m} off`, onclick: (event) => { event.stopPropagation(); steer.toggle(m); } }, "off")) : null)));
@@ -144,18 +147,16 @@
     const go = (by) => { const next = meta.looks[at + by]; if (next) location.hash = `#/image/${next.index}`; };
     const heat = heatButtons(() => [frame]);
     const head = el("div", { class: "row" }, el("h1", {}, meta.classnames[of.label]), el("span", { class: "soft" }, `image ${of.index}`),
-      el("span", { style: "flex:1" }),
-      el("button", { type: "button", onclick: () => go(-1), "aria-label": "Previous image" }, "←"),
-      el("button", { type: "button", onclick: () => go(1), "aria-label": "Next image" }, "→"));
+      steps("image", go));
     const table = el("table", { class: "table" },
-      el("thead", {}, el("tr", {}, el("th", {}), el("th", {}, "Latent"), el("th", {}, "Meaning"), el("th", {}, "Code"),
-        el("th", { title: "What CLIP's logit of its predicted class loses without the latent" }, "Logit"), el("th", {}, "Without it"))), list);
+      el("thead", {}, el("tr", {}, el("th", {}), el("th", {}, "Latent"), el("th", {}, "Meaning"), el("th", { class: "code" }, "Code"),
+        ...(rests.length ? [el("th", { title: "What CLIP's logit of its predicted class loses without the latent" }, "Logit"), el("th", {}, "Without it")] : []))), list);
     tell(null);
     light(null);
     const element = el("div", { class: "page" }, head,
       el("div", { class: "look", style: "margin-top:12px" },
         el("div", { class: "left" }, frame, el("p", { style: "margin:8px 0" }), heat,
-          predictions("CLIP says", of.clip, of.label), steer ? steer.element : null, predictions("CLIP on the SAE's reconstruction says", of.sae, of.label)),
+          predictions("CLIP says", of.clip, of.label), steer ? steer.element : null, predictions("CLIP on the SAE's reconstruction says", of.sae, of.label, "later")),
         el("div", {}, el("div", { class: "row", role: "group", "aria-label": "Which latents" }, ...orders), said, table)));
     return {
       element,

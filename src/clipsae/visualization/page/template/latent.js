@@ -61,10 +61,8 @@
     const go = (by) => { const next = clipsae.beside(m, by); if (next !== null) location.hash = `#/latent/${next}`; };
     const head = el("div", { class: "row" },
       el("h1", {}, `Latent ${m}`),
-      conceptOf(m) ? el("a", { href: "#/", class: "soft" }, `${conceptOf(m)} ${percent(c.precision[m])}`) : el("span", { class: "soft" }, labelOf(m)),
-      el("span", { style: "flex:1" }),
-      el("button", { type: "button", onclick: () => go(-1), "aria-label": "Previous latent" }, "←"),
-      el("button", { type: "button", onclick: () => go(1), "aria-label": "Next latent" }, "→"));
+      el("span", { class: "soft" }, meaning(m)),
+      steps("latent", go));
     const keys = (event) => {
       if (event.key === "ArrowLeft" || event.key === "k") go(-1);
       else if (event.key === "ArrowRight" || event.key === "j") go(1);
@@ -79,6 +77,8 @@
       ["Active on images", percent(c.frequency[m])], ["on tokens", percent(c.tokens[m])], ["Strength", digits(c.strength[m])],
       ["Label", labelOf(m)], ["Label entropy", digits(c.entropy[m], 2)], ["MonoSemanticity", digits(c.monosemanticity[m], 2)],
     ].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+    const leads = leadsOf(m).map(([k, rank, precision]) => el("div", {},
+      el("dt", {}, meta.concepts[k]), el("dd", {}, percent(precision), el("span", { class: "soft" }, rank ? `, number ${rank + 1}` : ", the first"))));
     const pages = new Set(meta.looks.map((look) => look.index));
     const frames = [];
     const pictures = el("div", { class: "pictures" }, ...of.images.map((index, k) => {
@@ -93,20 +93,27 @@
     heat = heatButtons(() => frames);
     const effects = (of.helps || []).concat(of.hurts || []);
     const largest = Math.max(...effects.map(([, v]) => Math.abs(v)), 1e-9);
+    const images = (n) => `${n} image${n === 1 ? "" : "s"}`;
     const classes = (list, kind) => (list.length
-      ? bars(list.map(([k, v]) => [meta.classnames[k], v, signed(v)]), largest, kind) : el("p", { class: "soft" }, "none"));
+      ? bars(list.map(([k, v, n]) => [el("span", { class: "counted", title: meta.classnames[k] }, el("span", {}, meta.classnames[k]), el("span", { class: "soft" }, images(n))), v, signed(v)]), largest, kind)
+      : el("p", { class: "soft" }, "none"));
+    const kept = (list) => (list.length
+      ? el("ul", { class: "bars" }, ...list.map(([k, n]) => el("li", {}, el("span", { class: "name", title: meta.classnames[k] }, meta.classnames[k]), el("span"), el("span", { class: "number" }, `n ≥ ${n}`))))
+      : el("p", { class: "soft" }, "no class"));
     const near = el("div", { class: "near" }, ...of.near.map(([k, cosine]) => el("a", { href: `#/latent/${k}` },
       el("div", { class: "framed" }, thumbnail(c.image[k])),
       el("div", {}, `${k} `, el("span", { class: "soft" }, cosine.toFixed(2))),
       el("div", { class: "caption soft", title: meaning(k) }, meaning(k)))));
     const recipe = `${of.images.length} of ${meta.images.toLocaleString("en")} images`;
     const element = el("div", { class: "page" }, head, facts,
+      leads.length ? section("Leads", "the concepts that few say more about; the share of its activation that lies there", el("dl", { class: "facts" }, ...leads)) : null,
       section("Reference images", recipe, el("div", {}, heat, el("p", { style: "margin:0;height:8px" }), pictures)),
       el("div", { class: "columns" },
         section("Codes", "of all tokens, above zero", histogram(of.histogram)),
         of.words.length ? section("Words", "its direct path points to", bars(of.words.map(([k, v]) => [meta.words[k], v, v.toFixed(2)]), 1)) : null,
-        of.helps ? section("Helps", "logits it adds, on its own images", classes(of.helps, "good")) : null,
-        of.hurts ? section("Hurts", "logits it takes away", classes(of.hurts, "bad")) : null),
+        of.helps ? section("Helps", `the true class's logit loses this without it; seen on ${images(of.seen)}`, classes(of.helps, "good")) : null,
+        of.hurts ? section("Hurts", "the true class's logit gains this without it", classes(of.hurts, "bad")) : null,
+        of.kept ? section("Top-n", "on_n keeps it for", kept(of.kept)) : null),
       of.near.length ? section("Nearest", "by the cosine of decoder rows", near) : null);
     return { element, keys };
   };

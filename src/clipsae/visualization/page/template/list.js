@@ -5,21 +5,25 @@
   const state = { search: "", alive: "alive", concept: "", low: "", high: "", sort: "", down: true, at: 0, top: 0 };
   const heads = [
     ["id", "Latent", "id"], [null, "", "thumb"], ["label", "Label of top images", "label"], ["concept", "Concept", "concept"],
-    ["word", "Word", "word"], ["frequency", "Frequency", "frequency"], ["strength", "Strength", "strength"],
+    ["word", "Word", "word"], ["gain", "Helps", "helps"], ["frequency", "Frequency", "frequency"], ["strength", "Strength", "strength"],
     ["entropy", "Entropy", "entropy"], ["monosemanticity", "MonoSem.", "ms"],
   ];
   let shown = []; // the latents, in order
+  let named = new Set(); // the concepts that are searched for by name
 
   function texts() {
     if (!texts.of) {
       texts.of = Array.from({ length: clipsae.meta.latents }, (_, m) =>
-        `${m} ${labelOf(m)} ${conceptOf(m)} ${wordOf(m)}`.toLowerCase());
+        `${m} ${labelOf(m)} ${conceptOf(m)} ${wordOf(m)} ${helpsOf(m)} ${leadsOf(m).map(([k]) => clipsae.meta.concepts[k]).join(" ")}`.toLowerCase());
     }
     return texts.of;
   }
 
   // What means something comes first, where that is known.
-  function start() { state.sort = state.sort || (clipsae.meta.concepts.length ? "concept" : "frequency"); }
+  function start() {
+    state.sort ||= clipsae.meta.concepts.length ? "concept" : measured() ? "monosemanticity" : "frequency";
+  }
+  const measured = () => clipsae.columns.monosemanticity.some(Number.isFinite);
 
   function choose() {
     const c = clipsae.columns;
@@ -27,10 +31,11 @@
     const wanted = state.search.trim().toLowerCase().split(/\s+/).filter(Boolean);
     const low = state.low === "" ? -1 : Number(state.low) / 100;
     const high = state.high === "" ? 2 : Number(state.high) / 100;
-    const of = texts();
+    const of = wanted.length ? texts() : null;
     // A number alone is a latent's number.
     const number = wanted.length === 1 && /^#?\d+$/.test(wanted[0]) ? Number(wanted[0].replace("#", "")) : null;
     shown = [];
+    named = new Set();
     for (let m = 0; m < clipsae.meta.latents; m++) {
       if (number !== null) {
         if (String(m).startsWith(String(number))) shown.push(m);
@@ -42,20 +47,34 @@
       if (wanted.every((word) => of[m].includes(word))) shown.push(m);
     }
     if (number !== null) return;
-    const name = { label: labelOf, word: wordOf }[state.sort];
-    const direction = state.down ? -1 : 1;
     if (state.sort === "id") { if (state.down) shown.reverse(); return; }
-    // Searched by its name, a concept comes before labels and words that hold it.
-    const named = new Set(clipsae.meta.concepts.flatMap((text, k) => (wanted.some((word) => text.toLowerCase().split("=").pop() === word) ? [k] : [])));
-    const rank = (m) => (named.has(c.concept[m]) ? 0 : 1);
-    if (name) {
-      const key = new Map(shown.map((m) => [m, name(m)]));
-      shown.sort((a, b) => rank(a) - rank(b) || direction * key.get(a).localeCompare(key.get(b)) || a - b);
-      return;
+    // By concept, and one is searched for by its name: its leading latents come first, then others whose best concept
+    // it is, then those that help a class of that name, then labels and words that hold it.
+    named = new Set(clipsae.meta.concepts.flatMap((text, k) => (wanted.some((word) => text.toLowerCase().split("=").pop() === word) ? [k] : [])));
+    const leading = new Map([...named].flatMap((k) => clipsae.meta.leading[k].map(([m], place) => [m, place])));
+    const first = (m) => leading.get(m) ?? (named.has(c.concept[m]) ? 100 : wanted.includes(helpsOf(m).toLowerCase()) ? 101 : 102);
+    // Numbers alone are compared: 49,152 latents are in order in a tenth of a second.
+    const rank = new Uint8Array(clipsae.meta.latents);
+    const key = new Float64Array(clipsae.meta.latents);
+    const [values, places] = column(state.sort);
+    for (const m of shown) {
+      if (state.sort === "concept" && wanted.length) rank[m] = first(m);
+      const value = places ? places[values[m]] ?? -1 : values[m];
+      key[m] = Number.isNaN(value) ? Infinity : state.down ? -value : value; // what has no value comes last
     }
-    const values = state.sort === "concept" ? c.certainty : c[state.sort];
-    // What has no value comes last, either way.
-    shown.sort((a, b) => rank(a) - rank(b) || (Number.isNaN(values[a]) - Number.isNaN(values[b])) || direction * (values[a] - values[b]) || a - b);
+    shown.sort((a, b) => rank[a] - rank[b] || (key[a] < key[b] ? -1 : key[a] > key[b] ? 1 : a - b));
+  }
+
+  // What is sorted by: a column, and where it holds names, the place of each in the alphabet.
+  function column(name) {
+    const c = clipsae.columns;
+    const names = { label: clipsae.meta.classnames, word: clipsae.meta.words }[name];
+    if (!names) return [name === "concept" ? c.certainty : c[name], null];
+    const places = [];
+    names.map((text, k) => [text, k]).sort((a, b) => a[0].localeCompare(b[0])).forEach(([text, k], i, all) => {
+      places[k] = i && all[i - 1][0] === text ? places[all[i - 1][1]] : i; // names may be alike
+    });
+    return [c[name], places];
   }
 
   clipsae.views.latents = () => {
@@ -63,8 +82,9 @@
     start();
     const narrow = matchMedia("(max-width: 760px)");
     const height = () => (narrow.matches ? 64 : 48);
+    const dead = clipsae.columns.tokens.reduce((n, share) => n + (share > 0 ? 0 : 1), 0);
     const attributes = [...new Set(meta.concepts.map((name) => name.split("=")[0]))];
-    const search = el("input", { type: "search", placeholder: "Search: latent, label, concept, word", "aria-label": "Search", value: state.search });
+    const search = el("input", { type: "search", placeholder: `Search: latent, label, ${meta.concepts.length ? "concept, " : ""}word, class it helps`, "aria-label": "Search", value: state.search });
     const count = el("span", { class: "soft", role: "status" });
     const select = (name, said, options) => {
       const made = el("select", { "aria-label": said, onchange: () => { state[name] = made.value; renew(); } },
@@ -79,7 +99,7 @@
     const sorter = el("select", { "aria-label": "Sort by", class: "narrow", onchange: () => sortBy(sorter.value, sorter.value !== "id") },
       ...heads.filter(([key]) => key).map(([key, said]) => el("option", { value: key, selected: state.sort === key }, `by ${said.toLowerCase()}`)));
     const tools = el("div", { class: "tools" }, search,
-      select("alive", "Which latents", [["alive", "active"], ["dead", "dead"], ["all", "all"]]),
+      select("alive", "Which latents", [["alive", "active"], ["dead", `dead (${dead.toLocaleString("en")})`], ["all", "all"]]),
       meta.concepts.length ? select("concept", "Concept", [["", "any concept"], ...attributes.flatMap((a) => [[a, `any ${a}`],
         ...meta.concepts.filter((c) => c.startsWith(`${a}=`)).map((c) => [c, `  ${c}`])])]) : null,
       el("label", { class: "wide" }, "frequency", number("low", "Lowest frequency in percent"), "to", number("high", "Highest frequency in percent"), "%"),
@@ -89,7 +109,7 @@
     const spacer = el("div", { style: "position:relative" });
     const scroll = el("div", { class: "scroll", tabindex: 0, role: "listbox", "aria-label": "Latents" },
       el("div", { class: "grid heads" }, ...buttons), spacer);
-    const element = el("div", { class: `list${meta.concepts.length ? "" : " unknown"}` }, tools, scroll);
+    const element = el("div", { class: ["list", meta.concepts.length ? "" : "no-concept", meta.words.length ? "" : "no-word", clipsae.columns.helps.some((k) => k >= 0) ? "" : "no-helps", measured() ? "" : "no-ms"].join(" ") }, tools, scroll);
     let drawn = new Map();
 
     function sortBy(key, down) {
@@ -99,6 +119,9 @@
     }
     function renew(keep = false) {
       choose();
+      lay(keep);
+    }
+    function lay(keep) {
       if (!keep) { state.at = 0; scroll.scrollTop = 0; }
       const active = state.sort;
       buttons.forEach((button, i) => {
@@ -128,14 +151,16 @@
     }
     function item(m, i, h) {
       const c = clipsae.columns;
-      const concept = conceptOf(m);
+      const lead = leadsOf(m).find(([k]) => named.has(k));
+      const [concept, share] = lead ? [meta.concepts[lead[0]], lead[2]] : [conceptOf(m), c.precision[m]];
       return el("a", { class: `grid item${alive(m) ? "" : " dead"}`, href: `#/latent/${m}`, style: `top:${i * h}px`, role: "option", tabindex: -1,
         onclick: () => { state.at = i; } },
         el("span", { class: "id" }, String(m)),
         el("span", { class: "thumb" }, thumbnail(c.image[m])),
-        el("span", { class: "label" }, narrow.matches ? (alive(m) ? meaning(m) : "dead") : labelOf(m) || "dead"),
-        el("span", { class: `concept${c.certainty[m] < 0.15 ? " soft" : ""}` }, concept ? `${concept} ${percent(c.precision[m])}` : ""),
+        el("span", { class: "label" }, narrow.matches ? (alive(m) ? (lead ? `${concept} ${percent(share)}` : meaning(m)) : "dead") : labelOf(m) || "dead"),
+        el("span", { class: `concept${lead || c.certainty[m] >= 0.15 ? "" : " soft"}` }, concept ? `${concept} ${percent(share)}` : ""),
         el("span", { class: "word" }, wordOf(m)),
+        el("span", { class: "helps" }, helpsOf(m) ? `${helpsOf(m)} ${signed(c.gain[m])}` : ""),
         el("span", { class: "number bar frequency" }, percent(c.frequency[m]), el("i", { style: `width:${100 * c.frequency[m]}%` })),
         el("span", { class: "number strength" }, digits(c.strength[m])),
         el("span", { class: "number entropy" }, digits(c.entropy[m], 2)),
@@ -155,7 +180,7 @@
       timer = setTimeout(() => { state.search = search.value; renew(); }, 60);
     });
     scroll.addEventListener("scroll", draw);
-    const resized = new ResizeObserver(() => renew(true));
+    const resized = new ResizeObserver(() => lay(true));
     return {
       element,
       enter() {

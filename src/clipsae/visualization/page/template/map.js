@@ -5,6 +5,7 @@
   const state = { colour: "", zoom: 1, x: 0, y: 0 };
 
   function ramp(t) { // from blue over green to yellow, readable on light and dark
+    t = Math.round(64 * t) / 64; // few colours are drawn faster
     const hue = 255 - 205 * t;
     return `hsl(${hue} 75% ${42 + 14 * t}%)`;
   }
@@ -68,10 +69,24 @@
       el("div", { class: "tools" }, el("label", {}, "colour by", select), button("+", "Zoom in", () => zoom(1.5)), button("−", "Zoom out", () => zoom(1 / 1.5)),
         el("span", { class: "soft wide" }, "two principal components of the decoder rows; drag, scroll, click a latent")), legend, field);
     let frame = 0;
-    const place = (m) => {
-      const side = Math.min(canvas.clientWidth, canvas.clientHeight) / 2 - 12;
-      return [canvas.clientWidth / 2 + state.x + state.zoom * side * c.x[m], canvas.clientHeight / 2 + state.y - state.zoom * side * c.y[m]];
+    // Where a latent is: [width, height, its place], asked of the page once for all latents.
+    const view = () => {
+      const [w, h] = [canvas.clientWidth, canvas.clientHeight];
+      const side = state.zoom * (Math.min(w, h) / 2 - 12);
+      return [w, h, (m) => [w / 2 + state.x + side * c.x[m], h / 2 + state.y - side * c.y[m]]];
     };
+    let groups = []; // [colour, latents]
+    let grouped = "";
+    function group(colour) {
+      const found = new Map();
+      for (const m of latents) {
+        const of = colour.of(m);
+        if (!found.has(of)) found.set(of, []);
+        found.get(of).push(m);
+      }
+      groups = [...found].sort((a, b) => b[0].startsWith("rgb") - a[0].startsWith("rgb")); // grey lies below
+      grouped = state.colour;
+    }
     function draw() { cancelAnimationFrame(frame); frame = requestAnimationFrame(now); }
     function now() {
       const dots = devicePixelRatio || 1;
@@ -80,14 +95,19 @@
       const pen = canvas.getContext("2d");
       pen.scale(dots, dots);
       const colour = colouring(state.colour);
+      if (grouped !== state.colour) group(colour);
+      const [w, h, place] = view();
       const size = Math.max(1.4, Math.min(6, 110 / Math.sqrt(latents.length) * Math.sqrt(state.zoom)));
-      for (const m of latents) {
-        const [x, y] = place(m);
-        if (x < -9 || y < -9 || x > canvas.clientWidth + 9 || y > canvas.clientHeight + 9) continue;
-        pen.fillStyle = colour.of(m);
-        pen.beginPath();
-        pen.arc(x, y, size, 0, 7);
-        pen.fill();
+      for (const [of, members] of groups) {
+        pen.fillStyle = of;
+        for (const m of members) {
+          const [x, y] = place(m);
+          if (x < -9 || y < -9 || x > w + 9 || y > h + 9) continue;
+          if (size < 2) { pen.fillRect(x - size, y - size, 2 * size, 2 * size); continue; }
+          pen.beginPath();
+          pen.arc(x, y, size, 0, 7);
+          pen.fill();
+        }
       }
       legend.replaceChildren(...colour.legend.map(([of, said]) => el("span", { style: `--of:${of}` }, said)));
     }
@@ -96,6 +116,7 @@
       const [px, py] = [event.clientX - box.left, event.clientY - box.top];
       let best = null;
       let least = 14 * 14;
+      const place = view()[2];
       for (const m of latents) {
         const [x, y] = place(m);
         const d = (x - px) ** 2 + (y - py) ** 2;

@@ -1,0 +1,20 @@
+// The concepts of the ground truth, and the latents that say most about each.
+"use strict";
+
+clipsae.views.concepts = () => {
+  const meta = clipsae.meta;
+  const attributes = [...new Set(meta.concepts.map((name) => name.split("=")[0]))];
+  const one = ([m, precision]) => el("a", { href: `#/latent/${m}`, "data-latent": m },
+    el("div", { class: "framed" }, thumbnail(clipsae.columns.image[m])),
+    el("div", {}, `${m} `, el("span", { class: "soft" }, percent(precision))));
+  const sections = attributes.map((attribute) => el("section", {}, el("h2", {}, attribute),
+    el("div", { class: "concepts" }, ...meta.concepts.flatMap((name, k) => {
+      const [of, value] = name.split("=");
+      if (of !== attribute) return [];
+      const leading = meta.leading[k].slice(0, 4);
+      return [el("div", { "data-concept": name }, el("h3", {}, value),
+        leading.length ? el("div", { class: "four" }, ...leading.map(one)) : el("p", { class: "soft" }, "no latent says anything about it"))];
+    }))));
+  const said = "The latents whose activity says most about each concept, best first; the percentage is the share of a latent's activation that lies there.";
+  return { element: el("div", { class: "page" }, el("p", { class: "soft", style: "margin:0" }, said), ...sections) };
+};
