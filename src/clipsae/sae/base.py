@@ -141,6 +141,10 @@ class Architecture(nn.Module):
         """What a latent adds to the reconstruction: [M, d], or those of `latents`."""
         raise NotImplementedError
 
+    def decoder_norms(self) -> Tensor:
+        """The norm of each of `decoder_rows`: [M]."""
+        return torch.linalg.vector_norm(self.decoder_rows(), dim=-1)
+
     @property
     def bias(self) -> Tensor | None:
         """The decoder's bias [d], None where there is none."""
@@ -165,7 +169,7 @@ class Step:
         scale: what a reconstruction is multiplied with, [..., 1] or a scalar.
         scores, codes: [..., M], or [p] on the support.
         latents: whose they are: None (all M), or LongTensor [p].
-        tokens: their number N.
+        tokens: their number N, what sums over them are divided by; 1 if there is none.
         decode_frozen: codes like these -> [..., d]; the decoder receives no gradient.
         architecture: of the SAE.
         relative_error: (reconstruction) -> scalar, the reconstruction loss of this batch.

@@ -227,7 +227,7 @@ class SAE(nn.Module):
             scores=scores,
             codes=codes,
             latents=None if support is None else support.latent,
-            tokens=x.numel() // self.d,
+            tokens=max(1, x.numel() // self.d),
             decode_frozen=partial(decode, frozen=True),
             architecture=self.architecture,
             relative_error=lambda other: relative_error(other, x),

@@ -100,6 +100,8 @@ class Sparsemax(Activation):
     @torch.no_grad()
     def _count(self, codes: Tensor, support: Support | None) -> None:
         # f_t = ((t - 1) f_{t-1} + share of this batch's tokens) / t
+        if (len(codes) if support is None else support.tokens) == 0:
+            return
         if support is None:
             share = (codes > 0).flatten(0, -2).sum(dim=0) / (codes.numel() // self.latents)
         else:
