@@ -178,9 +178,10 @@ def _approach(scores: Tensor, tau: Tensor) -> Tensor:
     top = scores.amax(dim=-1, keepdim=True)
     eps = torch.finfo(scores.dtype).eps
     for _ in range(50):
-        rest = torch.relu(scores - tau)
-        size = torch.count_nonzero(rest, dim=-1)[:, None].clamp(min=1)
-        step = (rest.sum(dim=-1, keepdim=True) - 1) / size
+        rest = (scores - tau).relu_()
+        total = rest.sum(dim=-1, keepdim=True)
+        # Ones are summed in place: `count_nonzero` would first make them int64.
+        step = (total - 1) / rest.sign_().sum(dim=-1, keepdim=True).clamp(min=1)
         # What rounding may have added.
         margin = 64 * eps * (top - tau) + 4 * eps * tau.abs()
         if not (step > 2 * margin).any():

@@ -174,6 +174,12 @@ def _sorted_by(key: Tensor, keys: int) -> tuple[Tensor, Tensor]:
 
 
 def _bags(index: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor:
+    # Detached: for rows that ask for a gradient, also what its own backward pass would need is made.
     return embedding_bag(
-        index, rows, begin, mode="sum", per_sample_weights=weights, include_last_offset=True
+        index,
+        rows.detach(),
+        begin,
+        mode="sum",
+        per_sample_weights=weights.detach(),
+        include_last_offset=True,
     )
