@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,6 +99,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, help="repetitions of each pair; 5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
@@ -112,8 +114,9 @@ def main(words: list[str] | None = None) -> None:
     args = _arguments(words)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch finds no such device here")
+    sizes = QUICK if args.quick else Sizes()
     setup = Setup(
-        sizes=QUICK if args.quick else Sizes(),
+        sizes=sizes if args.rounds is None else replace(sizes, rounds=args.rounds),
         threads=args.threads,
         seed=args.seed,
         device=args.device,

@@ -46,6 +46,7 @@ class Sizes:
     )
     memory_rows: tuple[tuple[str, float | None], ...] = (
         ("relu", None),
+        ("relu", 0.12),  # nearly the most that is held sparse
         ("jumprelu", None),
         ("gated", None),
         ("topk", None),

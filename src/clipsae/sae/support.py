@@ -14,9 +14,14 @@ from torch.nn.functional import embedding_bag
 
 from clipsae.sae.memory import empty
 
-DENSE_FROM = {"cpu": 0.1}
+DENSE_FROM = {"cpu": 0.14}
 """Share of active pairs above which dense products are faster, by type of device. Devices that are
-not named always have dense ones."""
+not named always have dense ones.
+
+Measured on whole steps of 512 tokens, M = 49,152, with one thread: a ReLU SAE takes 1.1 s at 3 %,
+2.3 at 10 %, 2.6 at 15 % and 3.6 at 20 %, in dense products 2.8. With two threads both are equal at
+14 %. (Sparsemax, whose threshold takes passes over all M where many act: 4.7 s at 16 %, dense 7.6.)
+"""
 
 # Rows of 4096 latents fit in the cache that tokens would otherwise fetch them to again and again.
 _TILE = 4096
@@ -174,7 +179,7 @@ def _sorted_by(key: Tensor, keys: int) -> tuple[Tensor, Tensor]:
 
 
 def _bags(index: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor:
-    # Detached: for rows that ask for a gradient, also what its own backward pass would need is made.
+    # Detached: where rows ask for a gradient, what its own backward pass would need is made, too.
     return embedding_bag(
         index,
         rows.detach(),
