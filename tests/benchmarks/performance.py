@@ -38,6 +38,7 @@ SECTIONS: dict[str, Callable[[Setup, Callable[[str], None]], Any]] = {
     "evaluation": measure_evaluation,
     "features": measure_features,
 }
+OF_STEPS = ("steps", "growth", "memory")  # in which bfloat16 is of use
 FORMAT = 1  # of the JSON
 
 
@@ -53,7 +54,7 @@ def measured(section: str, setup: Setup) -> dict[str, Any]:
         "clock": setup.clock_name,
         "load": [load, os.getloadavg()[0]],
         "device": setup.device,
-        "dtype": "bfloat16 (autocast)" if setup.bf16 else "float32",
+        "dtype": "bfloat16 (autocast)" if setup.bf16 and section in OF_STEPS else "float32",
         "seed": setup.seed,
         "sizes": {name: getattr(setup.sizes, name) for name in ("d", "latents", "tokens")},
         "rounds": setup.sizes.rounds,
@@ -99,6 +100,8 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--tokens", type=int, help="of a step; 512, on a GPU the paper's 6,304")
+    parser.add_argument("--latents", type=int, help="M; 49,152")
     parser.add_argument("--rounds", type=int, help="repetitions of each pair; 5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -115,8 +118,11 @@ def main(words: list[str] | None = None) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch finds no such device here")
     sizes = QUICK if args.quick else Sizes()
+    if args.device == "cuda" and not args.quick:
+        sizes = replace(sizes, tokens=sizes.memory_tokens)
+    given = {name: getattr(args, name) for name in ("tokens", "latents", "rounds")}
     setup = Setup(
-        sizes=sizes if args.rounds is None else replace(sizes, rounds=args.rounds),
+        sizes=replace(sizes, **{name: value for name, value in given.items() if value}),
         threads=args.threads,
         seed=args.seed,
         device=args.device,
