@@ -180,17 +180,23 @@ def test_codes_made_dense_carry_their_gradient():
     torch.testing.assert_close(found, sae.architecture.W_enc.grad)
 
 
+@pytest.mark.parametrize("chunk", [1024, 4, 1])
+@pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.03, 1.0])
-def test_products_on_a_support(share, monkeypatch):
+def test_products_on_a_support(share, ordered, chunk, monkeypatch):
     monkeypatch.setattr(support_module, "_TILE", 7)  # some tiles, the last one shorter
+    monkeypatch.setattr(support_module, "_CHUNK", chunk)
+    monkeypatch.setattr(support_module, "_PAIRS_A_ROW", 0)
     g = torch.Generator().manual_seed(0)
     mask = torch.rand(9, 40, generator=g) < share
     positions = mask.flatten().nonzero()[:, 0]
-    positions = positions[torch.randperm(len(positions), generator=g)]
+    if not ordered:
+        positions = positions[torch.randperm(len(positions), generator=g)]
     support = Support(positions, 9, 40)
     values = torch.randn(len(positions), generator=g)
     z = torch.zeros(9 * 40).index_put((positions,), values).view(9, 40)
     rows, x = torch.randn(40, D, generator=g), torch.randn(9, D, generator=g)
+    assert len(support._chunks) == (0 if chunk > 9 else -(-9 // chunk))
     torch.testing.assert_close(support.dense(values), z)
     torch.testing.assert_close(support.times_rows(values, rows), z @ rows)
     torch.testing.assert_close(support.transposed_times((values, x)), z.T @ x)
