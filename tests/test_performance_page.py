@@ -65,3 +65,12 @@ def test_the_plain_form_is_of_the_same_step(name):
     expected = form(parameters, x[0], sae.config)
     assert expected.item() > 0
     torch.testing.assert_close(sae(x).loss, expected)
+
+
+DOCS = performance.ROOT / "docs"
+
+
+@pytest.mark.skipif(not (DOCS / "performance.json").exists(), reason="not measured yet")
+def test_the_page_in_docs_is_made_from_the_numbers_beside_it():
+    content = json.loads((DOCS / "performance.json").read_text())
+    assert (DOCS / "performance.md").read_text() == performance.page(content)

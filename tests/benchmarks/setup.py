@@ -46,7 +46,7 @@ class Sizes:
     )
     memory_rows: tuple[tuple[str, float | None], ...] = (
         ("relu", None),
-        ("relu", 0.12),  # nearly the most that is held sparse
+        ("relu", 0.11),  # nearly the most that is held sparse
         ("jumprelu", None),
         ("gated", None),
         ("topk", None),
