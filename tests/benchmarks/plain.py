@@ -1,6 +1,8 @@
 """The recipes as one would write them: dense products, full sorts, autograd, Adam as it comes."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ from clipsae.sae import SAE
 Parameters = dict[str, Tensor]
 
 
-def step(sae: SAE, x: Tensor) -> Callable[[], float]:
+def step(
+    sae: SAE, x: Tensor, precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Callable[[], None]:
     """A training step of a copy of the SAE's parameters on tokens x [1, N, d]."""
     p = {n.rsplit(".")[-1]: nn.Parameter(v.detach().clone()) for n, v in sae.named_parameters()}
     x = x.flatten(0, -2)
@@ -19,9 +23,10 @@ def step(sae: SAE, x: Tensor) -> Callable[[], float]:
     unit_rows, options = sae.architecture.unit_rows, sae.config
     del sae
 
-    def once() -> float:
+    def once() -> None:
         optimizer.zero_grad()
-        loss = function(p, x, options)
+        with precision():
+            loss = function(p, x, options)
         loss.backward()
         if unit_rows:
             rows, gradient = p["W_dec"].data, p["W_dec"].grad
@@ -29,7 +34,6 @@ def step(sae: SAE, x: Tensor) -> Callable[[], float]:
         optimizer.step()
         if unit_rows:
             p["W_dec"].data /= p["W_dec"].data.norm(dim=1, keepdim=True)
-        return loss.item()
 
     return once
 
@@ -110,7 +114,7 @@ def sparsemax(p: Parameters, x: Tensor, options: dict) -> Tensor:
 def sparsemax_codes(s: Tensor, p: Parameters, options: dict) -> Tensor:
     """As released: a full sort finds the support; z = s there."""
     ordered = s.detach().sort(dim=1, descending=True).values
-    r = torch.arange(1, s.shape[1] + 1)
+    r = torch.arange(1, s.shape[1] + 1, device=s.device)
     sums = ordered.cumsum(1)
     size = (1 + r * ordered > sums).sum(1, keepdim=True)
     tau = (sums.gather(1, size - 1) - 1) / size

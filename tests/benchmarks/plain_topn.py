@@ -49,8 +49,10 @@ class PlainTopN:
     def run(self, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[Key, Tensor]:
         """Cosines [N, C] in each setting of batches of images [B, 3, S, S] and labels [B]."""
         found: dict[Key, list[Tensor]] = {}
-        counts = torch.zeros(len(self.classifier), self.latents, dtype=torch.long)
-        sums = torch.zeros(len(self.classifier), self.latents, dtype=torch.float64)
+        classes = 1 + int(max(labels.max() for _, labels in batches))
+        on = {"device": self.classifier.device}
+        counts = torch.zeros(classes, self.latents, dtype=torch.long, **on)
+        sums = torch.zeros(classes, self.latents, dtype=torch.float64, **on)
 
         def add(key: Key, images: Tensor, mask: Any = None, count: Tensor | None = None) -> None:
             def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -74,13 +76,13 @@ class PlainTopN:
         for images, labels in batches:
             add(("no_sae", None), images)
             add(("on", self.latents), images, count=labels)
-            add(("off", self.latents), images, torch.zeros(len(images), self.latents))
+            add(("off", self.latents), images, torch.zeros(len(images), self.latents, **on))
         by_sum = sums.sort(dim=1, descending=True, stable=True).indices
         order = counts.gather(1, by_sum).sort(dim=1, descending=True, stable=True).indices
         ranking = by_sum.gather(1, order)
         for images, labels in batches:
             for n in self.ns:
-                mask = torch.zeros(len(images), self.latents)
+                mask = torch.zeros(len(images), self.latents, **on)
                 mask.scatter_(1, ranking[labels, :n], 1)
                 add(("on", n), images, mask)
                 add(("off", n), images, 1 - mask)

@@ -1,19 +1,31 @@
 """The recipes of conf/model as SAEs, at a chosen density."""
 
+from typing import Any
+
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-import run
 from clipsae.sae import SAE
-from clipsae.tasks.build import sae_options
+
+
+def options_of(model: str, latents: int) -> dict[str, Any]:
+    """The SAE's options in conf/model/<model>.yaml, without its width."""
+    # Here, as a process that measures memory needs neither.
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    import run
+    from clipsae.tasks.build import sae_options
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(run.ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"model={model}", "clip=vit_b_16", f"model.latents={latents}"])
+    return sae_options(cfg)
 
 
 def recipe(model: str, d: int, latents: int) -> SAE:
     """An SAE of conf/model/<model>.yaml, in training mode."""
-    with initialize_config_dir(str(run.ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [f"model={model}", "clip=vit_b_16", f"model.latents={latents}"])
-    return SAE(d=d, **sae_options(cfg)).train()
+    return SAE(d=d, **options_of(model, latents)).train()
 
 
 @torch.no_grad()

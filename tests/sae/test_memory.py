@@ -94,3 +94,24 @@ def test_several_threads_never_share():
 def test_small_ones_are_the_allocators():
     empty(10, 10, like=LIKE)
     assert not memory._free
+
+
+def test_autograd_adds_up_in_it():
+    places = []
+
+    class Ones(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            out = empty(2**12, 2**12, like=gradient).fill_(1)
+            places.append(out.data_ptr())
+            return out
+
+    x = torch.zeros(2**12, 2**12, requires_grad=True)
+    later, earlier = x.sum(), Ones.apply(x)  # the latest goes back first
+    (later + earlier).backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+    assert x.grad.data_ptr() == places[0]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation
-from tests.sae.conftest import D, build, tokens
+from tests.sae.conftest import D, M, build, tokens
 
 
 @pytest.mark.parametrize(
@@ -149,3 +149,21 @@ def test_files_that_are_no_sae_or_do_not_fit_are_refused(tmp_path):
         SAE.load(tmp_path)
     write()
     assert SAE.load(tmp_path).config == about["config"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norms_of_decoder_rows_and_their_gradients(dtype):
+    architecture = build("attention_relu").architecture.to(dtype)
+    with torch.no_grad():
+        architecture.C[3] = 0
+    weights = torch.randn(M, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norms = architecture.decoder_norms()
+    (norms * weights.to(dtype)).sum().backward()
+    C, W_V = (p.detach().double().requires_grad_() for p in (architecture.C, architecture.W_V))
+    expected = torch.linalg.vector_norm(C @ W_V, dim=1)
+    (expected * weights).sum().backward()
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    pairs = (norms, expected), (architecture.C.grad, C.grad), (architecture.W_V.grad, W_V.grad)
+    for found, wanted in pairs:
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)

@@ -146,6 +146,28 @@ def test_the_gradient_reaches_the_tokens(recipe):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("shape", [(0, D), (0, 5, D)])
+def test_an_empty_batch_has_no_loss_and_moves_nothing(recipe, shape):
+    for options in OPTIONS[recipe]:
+        for share in (2, -1):
+            sae = build(recipe, **options)
+            sae.tokens_since_fired.fill_(10**9)  # all dead: AuxK has candidates
+            before = copy.deepcopy(dict(sae.named_buffers()))
+            with dense_from(share):
+                out = sae(torch.zeros(shape))
+                out.loss.backward()
+            # (An l0 that should be 3 is missed by all of it.)
+            assert out.loss == (options["l0"] if "target_l0" in options else 0)
+            assert out.reconstruction.shape == shape
+            assert out.codes.shape == (*shape[:-1], M)
+            for name, parameter in sae.named_parameters():
+                assert parameter.grad is None or not parameter.grad.any(), name
+            for name, buffer in sae.named_buffers():
+                assert torch.equal(buffer, before[name]) or name == "activation.step", name
+            assert sae.eval()(torch.zeros(shape)).loss == 0
+            assert sae.encode_held(torch.zeros(shape)).shape == (*shape[:-1], M)
+
+
 def test_codes_made_dense_carry_their_gradient():
     sae, x = build("topk").double(), tokens(6, D, dtype=torch.float64)
     weight = torch.randn(6, M, dtype=torch.float64)
@@ -158,17 +180,23 @@ def test_codes_made_dense_carry_their_gradient():
     torch.testing.assert_close(found, sae.architecture.W_enc.grad)
 
 
+@pytest.mark.parametrize("chunk", [1024, 4, 1])
+@pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.03, 1.0])
-def test_products_on_a_support(share, monkeypatch):
+def test_products_on_a_support(share, ordered, chunk, monkeypatch):
     monkeypatch.setattr(support_module, "_TILE", 7)  # some tiles, the last one shorter
+    monkeypatch.setattr(support_module, "_CHUNK", chunk)
+    monkeypatch.setattr(support_module, "_PAIRS_A_ROW", 0)
     g = torch.Generator().manual_seed(0)
     mask = torch.rand(9, 40, generator=g) < share
     positions = mask.flatten().nonzero()[:, 0]
-    positions = positions[torch.randperm(len(positions), generator=g)]
+    if not ordered:
+        positions = positions[torch.randperm(len(positions), generator=g)]
     support = Support(positions, 9, 40)
     values = torch.randn(len(positions), generator=g)
     z = torch.zeros(9 * 40).index_put((positions,), values).view(9, 40)
     rows, x = torch.randn(40, D, generator=g), torch.randn(9, D, generator=g)
+    assert len(support._chunks) == (0 if chunk > 9 else -(-9 // chunk))
     torch.testing.assert_close(support.dense(values), z)
     torch.testing.assert_close(support.times_rows(values, rows), z @ rows)
     torch.testing.assert_close(support.transposed_times((values, x)), z.T @ x)

@@ -9,11 +9,14 @@ never formed.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Architecture
+from clipsae.sae.losses import at_least_float32
+from clipsae.sae.memory import empty
 from clipsae.sae.products import Dictionary
 from clipsae.sae.registry import ARCHITECTURES
 
@@ -88,8 +91,40 @@ class Attention(Architecture):
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
         return self._rows(latents) @ self.W_V
 
+    def decoder_norms(self) -> Tensor:
+        with torch.autocast(self.C.device.type, enabled=False):  # a difference of large numbers
+            return _Norms.apply(self.C, self.W_V)
+
     def _rows(self, latents: Tensor | None) -> Tensor:
         return self.C if latents is None else self.C[latents]
+
+
+class _Norms(torch.autograd.Function):
+    """||c W|| of each row c of C [M, d], W [d, d] -> [M], as sqrt(c G c^T) with G = W W^T.
+
+    Two products with C there and back, where those of C W take three: c G, which the norm needs,
+    is also its gradient but for a factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor) -> Tensor:
+        wide, w = at_least_float32(rows), at_least_float32(matrix)
+        by_g = torch.mm(wide, w @ w.T, out=empty(*rows.shape, like=wide))
+        parts = zip(by_g.split(1024), wide.split(1024), strict=True)  # that stay in the cache
+        squares = [(a * b).sum(dim=-1) for a, b in parts]
+        norms = torch.cat(squares).clamp(min=0).sqrt()
+        ctx.save_for_backward(rows, matrix, by_g, norms)
+        return norms.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        rows, matrix, by_g, norms = ctx.saved_tensors
+        wide, w = at_least_float32(rows), at_least_float32(matrix)
+        factor = torch.where(norms > 0, gradient.to(norms.dtype) / norms, 0)[:, None]
+        scaled = torch.mul(wide, factor, out=empty(*wide.shape, like=wide))
+        of_matrix = (wide.T @ scaled) @ w
+        of_rows = torch.mul(by_g, factor, out=scaled)
+        return of_rows.to(rows.dtype), of_matrix.to(matrix.dtype)
 
 
 def _kaiming(rows: int, columns: int, fan_in: int) -> Tensor:

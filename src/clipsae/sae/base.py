@@ -38,12 +38,13 @@ class SparseCodes:
 
 
 def _fired(codes: Tensor) -> Tensor:
-    active = (codes != 0).flatten(0, -2)
-    if active.device.type != "cpu":
-        return active.sum(dim=0)
-    # Bytes, as long as they suffice: int64 sums of booleans take ten times as long.
-    parts = active.view(torch.uint8).split(255)
-    return sum(part.sum(dim=0, dtype=torch.uint8).long() for part in parts)
+    codes = codes.flatten(0, -2)
+    if codes.device.type != "cpu" or not len(codes):
+        return (codes != 0).sum(dim=0)
+    # A few tokens stay in the cache, and their number fits in a byte: int64 sums of booleans take
+    # ten times as long.
+    active = ((part != 0).view(torch.uint8) for part in codes.split(64))
+    return sum(part.sum(dim=0, dtype=torch.uint8).long() for part in active)
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,10 @@ class Architecture(nn.Module):
         """What a latent adds to the reconstruction: [M, d], or those of `latents`."""
         raise NotImplementedError
 
+    def decoder_norms(self) -> Tensor:
+        """The norm of each of `decoder_rows`: [M]."""
+        return torch.linalg.vector_norm(self.decoder_rows(), dim=-1)
+
     @property
     def bias(self) -> Tensor | None:
         """The decoder's bias [d], None where there is none."""
@@ -163,9 +168,9 @@ class Step:
     Attributes:
         x: the input [..., d].
         scale: what a reconstruction is multiplied with, [..., 1] or a scalar.
-        scores, codes: [..., M], or [p] on the support.
+        scores, codes: [..., M], tokens as they came or in one row; or [p] on the support.
         latents: whose they are: None (all M), or LongTensor [p].
-        tokens: their number N.
+        tokens: their number N, what sums over them are divided by; 1 if there is none.
         decode_frozen: codes like these -> [..., d]; the decoder receives no gradient.
         architecture: of the SAE.
         relative_error: (reconstruction) -> scalar, the reconstruction loss of this batch.
@@ -239,7 +244,7 @@ class Activation(nn.Module):
         """Codes in training, with the gradients that the variant defines. May update buffers.
 
         Args:
-            scores: [..., M], or [p] on a support.
+            scores: [..., M], tokens as they came or in one row; or [p] on a support.
         """
         latents = None if support is None else support.latent
         return self.gate(scores, self.threshold(scores), latents)

@@ -26,6 +26,8 @@ def encode_by_blocks(
         latents act that dense products are faster.
     """
     n, m = len(query), len(dictionary.keys)
+    if not n:
+        return query.new_empty(0, m), None
     values, places, buffer, dense = [], [], None, None
     for start in range(0, n, BLOCK):
         scores = buffer = dictionary.scores(query[start : start + BLOCK], buffer)

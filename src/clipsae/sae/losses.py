@@ -27,12 +27,13 @@ def relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
     Args:
         reconstruction, x: [..., d]. Half precision is summed in float32.
 
-    A token of norm 0 has no relative error: it counts as a token, with loss 0.
+    A token of norm 0 has no relative error: it counts as a token, with loss 0. No tokens: 0.
     """
     x, reconstruction = at_least_float32(x), at_least_float32(reconstruction)
     norm = torch.linalg.vector_norm(x, dim=-1)
     weight = torch.where(norm > 0, norm, 1).reciprocal() * (norm > 0)
-    return ((reconstruction - x).square().mean(dim=-1) * weight).mean()
+    errors = (reconstruction - x).square().mean(dim=-1) * weight
+    return errors.mean() if errors.numel() else errors.sum()
 
 
 def mean_over_tokens(values: Tensor, tokens: int) -> Tensor:

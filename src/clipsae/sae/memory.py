@@ -27,8 +27,9 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     # A view of its own, held by the storage: it dies with the last tensor that uses the memory.
     view = memoryview(memory)
     weakref.finalize(view, _give_back, memory).atexit = False
-    storage = torch.frombuffer(view, dtype=like.dtype).untyped_storage()
-    return like.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload] # no view, for autograd
+    # Its shape is set in place: of a view of it, or of one whose storage Python has seen, autograd
+    # would not know that nobody else uses the memory, and not add gradients up there.
+    return torch.frombuffer(view, dtype=like.dtype).resize_(shape)
 
 
 def _take(size: int) -> mmap.mmap:

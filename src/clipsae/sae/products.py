@@ -182,6 +182,8 @@ class Dictionary:
     @torch.no_grad()
     def _find(self, x: Tensor, choose: Chooser, block: int) -> Tensor | tuple[Tensor, Tensor]:
         """All scores, or those that are chosen and their positions."""
+        if not len(x):
+            return x.new_empty(0), torch.empty(0, dtype=torch.int64, device=x.device)
         values, positions, buffer = [], [], None
         for start in range(0, len(x), block):
             scores = buffer = self.scores(x[start : start + block], buffer)

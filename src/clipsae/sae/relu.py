@@ -53,7 +53,7 @@ def l1_norm(codes: Tensor, step: Step) -> Tensor:
     """
     if step.architecture.unit_rows:
         return mean_over_tokens(codes, step.tokens)
-    norms = torch.linalg.vector_norm(step.architecture.decoder_rows(), dim=-1)
+    norms = step.architecture.decoder_norms()
     norms = per_latent(norms, len(norms), step.latents)
     return mean_over_tokens(codes * norms, step.tokens)
 

@@ -204,8 +204,9 @@ class SAE(nn.Module):
         else:
             scores = self.architecture.scores(unit)
         if support is None:
-            scores = scores.view(shape)
-            held = codes = self.activation(scores)
+            # (From a dictionary, tokens in one row: gradients of views are not added up in place.)
+            codes = self.activation(scores)
+            held = codes.view(shape)
         else:
             codes = self.activation(scores, support)
             held = SparseCodes(codes, support, shape)
@@ -217,22 +218,24 @@ class SAE(nn.Module):
             codes = codes if support is not None else codes.flatten(0, -2)
             return self.architecture.decode_at(codes, support, frozen).view(x.shape)
 
-        reconstruction = decode(codes) * scale
-        losses = self._reconstruction_loss(reconstruction, x)
-        out = SAEOutput(reconstruction, held, losses)
-        self._count_silence(out.fired(), x.numel() // self.d)
         step = Step(
             x=x,
             scale=scale,
             scores=scores,
             codes=codes,
             latents=None if support is None else support.latent,
-            tokens=x.numel() // self.d,
+            tokens=max(1, x.numel() // self.d),
             decode_frozen=partial(decode, frozen=True),
             architecture=self.architecture,
             relative_error=lambda other: relative_error(other, x),
         )
-        losses.update(self.activation.losses(step))
+        # Before the decoding: autograd goes back the other way, and then adds what these terms send
+        # to the codes in the memory of the large gradient that is there already.
+        terms = self.activation.losses(step)
+        reconstruction = decode(codes) * scale
+        losses = self._reconstruction_loss(reconstruction, x) | terms
+        out = SAEOutput(reconstruction, held, losses)
+        self._count_silence(out.fired(), x.numel() // self.d)
         if self.auxk:
             rest = self.dead, self.auxk_k, self.architecture, self.ranks
             if by_dictionary:

@@ -100,6 +100,8 @@ class Sparsemax(Activation):
     @torch.no_grad()
     def _count(self, codes: Tensor, support: Support | None) -> None:
         # f_t = ((t - 1) f_{t-1} + share of this batch's tokens) / t
+        if (len(codes) if support is None else support.tokens) == 0:
+            return
         if support is None:
             share = (codes > 0).flatten(0, -2).sum(dim=0) / (codes.numel() // self.latents)
         else:
@@ -176,9 +178,10 @@ def _approach(scores: Tensor, tau: Tensor) -> Tensor:
     top = scores.amax(dim=-1, keepdim=True)
     eps = torch.finfo(scores.dtype).eps
     for _ in range(50):
-        rest = torch.relu(scores - tau)
-        size = torch.count_nonzero(rest, dim=-1)[:, None].clamp(min=1)
-        step = (rest.sum(dim=-1, keepdim=True) - 1) / size
+        rest = (scores - tau).relu_()
+        total = rest.sum(dim=-1, keepdim=True)
+        # Ones are summed in place: `count_nonzero` would first make them int64.
+        step = (total - 1) / rest.sign_().sum(dim=-1, keepdim=True).clamp(min=1)
         # What rounding may have added.
         margin = 64 * eps * (top - tau) + 4 * eps * tau.abs()
         if not (step > 2 * margin).any():

@@ -1,0 +1,76 @@
+"""The command that makes docs/performance.md, at toy sizes: what it says, not how fast it was."""
+
+import json
+
+import pytest
+import torch
+
+from tests.benchmarks import performance, plain
+from tests.benchmarks.recipes import options_of
+from tests.benchmarks.setup import Setup, Sizes
+from tests.benchmarks.steps import prepared
+
+TITLES = {
+    "steps": "A training step",
+    "growth": "How it grows",
+    "memory": "Memory",
+    "evaluation": "Evaluation",
+    "features": "Features",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_part_is_measured_and_one_alone_leaves_the_others(tmp_path):
+    performance.main(["--quick", "--threads", "1", "--out", str(tmp_path)])
+    first = json.loads((tmp_path / "performance.json").read_text())["sections"]
+    page = (tmp_path / "performance.md").read_text()
+    assert list(first) == list(TITLES)
+    assert all(f"\n## {title}\n" in page for title in TITLES.values())
+    for row in first["steps"]["values"]:
+        ours, plain = row["ours"]["rounds"], row["plain"]["rounds"]
+        assert row["plain"]["ratio"] == pytest.approx(plain[0] / ours[0])
+    dense, sparse = first["steps"]["values"]
+    assert dense["active"] == pytest.approx(0.5, abs=0.1)
+    assert sparse["active"] == pytest.approx(0.02, abs=0.01)
+    assert first["memory"]["values"][0]["peak_gb"] > 0.05
+    found = first["evaluation"]["values"]
+    assert found["equal_settings"] == found["settings"] == 7
+
+    performance.main(["--quick", "--threads", "1", "--out", str(tmp_path), "--only", "growth"])
+    second = json.loads((tmp_path / "performance.json").read_text())["sections"]
+    assert second["growth"] != first["growth"]
+    assert {**second, "growth": None} == {**first, "growth": None}
+    assert all(
+        f"\n## {title}\n" in (tmp_path / "performance.md").read_text() for title in TITLES.values()
+    )
+
+
+RECIPES = [name for name, _ in Sizes().step_rows]
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES)))
+def test_the_plain_form_is_of_the_same_step(name):
+    sizes = Sizes(d=16, latents=256, tokens=20)
+    setup = Setup(sizes=sizes, threads=1)
+    options = options_of(name, sizes.latents) | {"auxk": 0.0}
+    sae, x = prepared(options, 0.05 if "k" not in options else None, setup)
+    form = plain._FORMS[sae.config["activation"]]
+    parameters = {n.rsplit(".")[-1]: p for n, p in sae.named_parameters()}
+    expected = form(parameters, x[0], sae.config)
+    assert expected.item() > 0
+    torch.testing.assert_close(sae(x).loss, expected)
+
+
+DOCS = performance.ROOT / "docs"
+
+
+@pytest.mark.skipif(not (DOCS / "performance.json").exists(), reason="not measured yet")
+def test_the_page_in_docs_is_made_from_the_numbers_beside_it():
+    content = json.loads((DOCS / "performance.json").read_text())
+    assert (DOCS / "performance.md").read_text() == performance.page(content)
