@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -150,8 +151,12 @@ def _answer(connection: socket.socket, command: Callable[..., None]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    os.environ.pop("WANDB_SERVICE", None)  # W&B's own process, which a test may have started
     paths = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [os.path.abspath(path) for path in paths if path]  # noqa: PTH100
+    # What was made before the fork, such as W&B's folder for media, is there for the next one, too.
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False
     code: object = 0
     try:
         command(*arguments)

@@ -52,6 +52,8 @@ class Sizes:
         ("topk", None),
         ("batch_topk", None),
         ("sparsemax", 0.021),
+        ("attention_relu", None),
+        ("linear_sparsemax", 0.021),
     )
     memory_tokens: int = 6304
     grow: Mapping[str, tuple] = None  # type: ignore[assignment] # set below

@@ -81,7 +81,8 @@ def main(folder: str, case: str) -> None:
 def lose(folder: str, case: str, server: subprocess.Popen) -> None:
     url = server.stdout.readline().strip()
     os.environ.update(WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40)
-    os.environ.pop("WANDB_MODE", None)
+    for name in ("WANDB_MODE", "WANDB_SERVICE"):  # (the process of W&B that the tests may have)
+        os.environ.pop(name, None)
     logging.basicConfig()
 
     from clipsae.training.logging import finish, log_results, wandb_logger

@@ -21,7 +21,8 @@ def class_token_of_changes(
 
     Args:
         stream: [T, d], the class token first.
-        version, token: LongTensor [P]; no pair occurs twice.
+        version: LongTensor [P], of the changes.
+        token: LongTensor [P], the same; no pair occurs twice.
         change: [P, d], what is added to that token in that version.
     """
     attention = block.attn

@@ -198,7 +198,8 @@ class FrozenCLIP(nn.Module):
         With the default layer the work is by the changes, not by the tokens of all versions.
 
         Args:
-            version, token: LongTensor [P], of the changes; no pair occurs twice.
+            version: LongTensor [P], of the changes.
+            token: LongTensor [P], the same; no pair occurs twice.
             change: [P, d], what is added to that token in that version.
             versions: V.
         """

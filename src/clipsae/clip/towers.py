@@ -64,7 +64,8 @@ class Tower(ABC):
         """The tail of several versions of one image's stream [T, d] -> embedding [V, e].
 
         Args:
-            version, token: LongTensor [P], of the changes; no pair occurs twice.
+            version: LongTensor [P], of the changes.
+            token: LongTensor [P], the same; no pair occurs twice.
             change: [P, d], what is added to that token in that version.
             versions: V.
         """

@@ -106,7 +106,7 @@ def wandb_logger(
         try:
             resume = "allow" if "id" in options else None
             run = wandb.init(mode="online", resume=resume, **options)
-        except wandb.errors.Error as error:
+        except Exception as error:  # W&B's own, and those of its process
             log.warning("W&B: OFFLINE, since the server did not take the run: %s", error)
             mode = "offline"
     if mode != "online":
