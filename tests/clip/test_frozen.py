@@ -72,8 +72,8 @@ def small(tmp_path):
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
-        ("ViT-B-16-quickgelu", [*range(-12, 0), 0, 11]),
-        ("ViT-L-14", [-24, -13, -2, -1, 0, 23]),  # every layer would take minutes
+        ("ViT-B-16-quickgelu", [-12, -7, -2, -1, 0, 11]),  # every layer of the tiny one
+        ("ViT-L-14", [-24, -2, 23]),
         ("clipsae-tiny", None),
     ],
 )

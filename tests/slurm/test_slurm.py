@@ -32,14 +32,13 @@ class Sweeps:
     Attributes:
         root: one folder a sweep, its output in `<name>.log`.
         first, second: exit statuses of the disturbed sweep, and of the same command once more.
-        ranks, shared: exit statuses of the others.
+        ranks: exit status of the other.
     """
 
     root: Path
     first: int
     second: int
     ranks: int
-    shared: int
 
     def text(self, name: str) -> str:
         return (self.root / f"{name}.log").read_text()
@@ -64,15 +63,6 @@ def sweeps(launch: Callable, tmp_path_factory: pytest.TempPathFactory) -> Sweeps
         "hydra.sweep.subdir=${hydra.job.num}",
         f"paths.output_dir={','.join(map(str, stores.values()))}",
     ]
-    shared = launch(
-        root / "shared.log",
-        "hydra.mode=MULTIRUN",
-        SLURM,
-        "dataset=scenes_shape,scenes_colour",
-        "trainer.max_steps=600",
-        f"paths.output_dir={root}/shared",
-        f"hydra.sweep.dir={root}/sweeps/shared",
-    )
     first = launch(root / "first.log", *disturbed)
     array = submitted(first, root / "first.log")
     ranks = launch(
@@ -108,7 +98,7 @@ def sweeps(launch: Callable, tmp_path_factory: pytest.TempPathFactory) -> Sweeps
     assert whole.wait(TIMEOUT) == one.wait(TIMEOUT) == 0, (root / "whole.log").read_text()
     status = first.wait(TIMEOUT)
     second = launch(root / "second.log", *disturbed)
-    return Sweeps(root, status, second.wait(TIMEOUT), ranks.wait(TIMEOUT), shared.wait(TIMEOUT))
+    return Sweeps(root, status, second.wait(TIMEOUT), ranks.wait(TIMEOUT))
 
 
 def submitted(parent: subprocess.Popen, log: Path) -> str:
@@ -154,14 +144,6 @@ def test_the_killed_job_alone_fails_and_is_made_by_the_same_command(sweeps):
     assert said.count("ended without a result") == 2  # when it was seen, and in the table
     assert f"paths.output_dir={sweeps.root}/kill" in said.replace("\n", "")
     assert sweeps.second == 0, sweeps.text("second")
-
-
-def test_a_job_gives_its_place_back_while_another_trains_its_sae(sweeps):
-    assert sweeps.shared == 0, sweeps.text("shared")
-    said = sweeps.jobs("shared")
-    assert sum("this job queues behind it" in text for text in said.values()) == 1
-    assert sum(text.count("training batch_topk") for text in said.values()) == 1
-    assert len(list((sweeps.root / "shared").glob("evaluation/[!.]*"))) == 2
 
 
 def test_two_tasks_train_what_one_process_does(sweeps):
