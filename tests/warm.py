@@ -125,6 +125,10 @@ def serve(address: str, command: Callable[..., None]) -> None:
     """
     for name in IMPORTED:
         import_module(name)
+    # The end of one fork must not remove for the next ones what importing has made.
+    atexit.unregister(import_module("wandb.sdk.data_types._private").MEDIA_TMP.cleanup)
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
@@ -154,9 +158,6 @@ def _answer(connection: socket.socket, command: Callable[..., None]) -> None:
     os.environ.pop("WANDB_SERVICE", None)  # W&B's own process, which a test may have started
     paths = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [os.path.abspath(path) for path in paths if path]  # noqa: PTH100
-    # What was made before the fork, such as W&B's folder for media, is there for the next one, too.
-    for finalizer in list(weakref.finalize._registry):
-        finalizer.atexit = False
     code: object = 0
     try:
         command(*arguments)

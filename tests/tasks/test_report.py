@@ -80,7 +80,7 @@ def test_a_report_from_the_command_line(tmp_path):
     )
     assert read.returncode == 0, read.stderr
     summary = json.dumps(json.loads(read.stdout))
-    assert "accuracy_scenes_shape" in summary
+    assert "accuracy_scenes_shape" in summary, done.stdout + done.stderr
     (table,) = record.parent.glob("files/media/table/accuracy_scenes_shape_*.table.json")
     content = json.loads(table.read_text())
     assert content["columns"][:4] == ["model", "no_sae", "on_5", "on_5_std"]
