@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipsae.clip import FrozenCLIP
+from clipsae.clip.changes import Changes
 from clipsae.errors import ConfigError
 
 
@@ -354,11 +355,13 @@ def test_versions_of_an_image_go_through_the_tail_together(small, layer, vision)
     # Version 0 changes two tokens, 2 the class token and another, 1 and 3 nothing.
     version, token = torch.tensor([0, 0, 2, 2]), torch.tensor([3, 5, 0, 5])
     change = torch.randn(4, clip.width, generator=generator)
-    found = clip.tail_of_changes(stream, version, token, change, 4)
+    found = clip.tail_of_changes(Changes(stream, version, token, change, 4))
     streams = stream.repeat(4, 1, 1)
     for v, t, by in zip(version, token, change, strict=True):
         streams[v, t] += by
     assert torch.allclose(found, clip.tail(streams), atol=1e-5)
     assert not torch.allclose(found[2], found[1], atol=1e-3)
     nothing = version[:0], token[:0], change[:0]
-    assert torch.allclose(clip.tail_of_changes(stream, *nothing, 2), found[[1, 3]], atol=1e-5)
+    assert torch.allclose(
+        clip.tail_of_changes(Changes(stream, *nothing, 2)), found[[1, 3]], atol=1e-5
+    )

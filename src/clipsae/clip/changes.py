@@ -4,27 +4,44 @@ What is the same in all of them is computed once: keys and values of the tokens 
 changes. T tokens of the image, d width, V versions, P changed tokens over all versions, H heads.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 
-def class_token_of_changes(
-    block: ResidualAttentionBlock,
-    stream: Tensor,
-    version: Tensor,
-    token: Tensor,
-    change: Tensor,
-    versions: int,
-) -> Tensor:
-    """The block's output for the class token, [V, d].
+@dataclass(frozen=True)
+class Changes:
+    """Versions of one image's stream.
 
-    Args:
-        stream: [T, d], the class token first.
-        version: LongTensor [P], of the changes.
-        token: LongTensor [P], the same; no pair occurs twice.
-        change: [P, d], what is added to that token in that version.
+    Attributes:
+        stream: [T, d], what all begin with.
+        version, token: LongTensor [P], where they change; no pair occurs twice.
+        change: [P, d], what is added there.
+        versions: V.
     """
+
+    stream: Tensor
+    version: Tensor
+    token: Tensor
+    change: Tensor
+    versions: int
+
+    def to(self, dtype: torch.dtype) -> "Changes":
+        """The same in another precision."""
+        return replace(self, stream=self.stream.to(dtype), change=self.change.to(dtype))
+
+    def streams(self) -> Tensor:
+        """All versions written out, [V, T, d]."""
+        found = self.stream.repeat(self.versions, 1, 1)
+        found[self.version, self.token] += self.change
+        return found
+
+
+def class_token_of_changes(block: ResidualAttentionBlock, changes: Changes) -> Tensor:
+    """The block's output for the class token, the first of the stream, [V, d]."""
+    stream, version, token, change = changes.stream, changes.version, changes.token, changes.change
     attention = block.attn
     heads, width = attention.num_heads, stream.shape[-1]
     of_query, of_rest = attention.in_proj_weight.split((width, 2 * width))
@@ -35,7 +52,7 @@ def class_token_of_changes(
         keys, values = both.unflatten(-1, (2, heads, -1)).unbind(dim=-3)
         return keys, values
 
-    class_token = stream[0].repeat(versions, 1)
+    class_token = stream[0].repeat(changes.versions, 1)
     at_first = token == 0
     class_token[version[at_first]] += change[at_first]
     query = nn.functional.linear(block.ln_1(class_token), of_query, query_bias)

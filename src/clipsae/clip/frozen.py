@@ -18,6 +18,7 @@ from open_clip import get_tokenizer
 from torch import Tensor, nn
 
 from clipsae.clip.build import build_model, weights_file
+from clipsae.clip.changes import Changes
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
 
@@ -190,29 +191,21 @@ class FrozenCLIP(nn.Module):
         block = self.blocks + self.layer
         return _at_least_fp32(self.tower.tail(tokens.to(self.compute_dtype), block))
 
-    def tail_of_changes(
-        self, stream: Tensor, version: Tensor, token: Tensor, change: Tensor, versions: int
-    ) -> Tensor:
-        """The tail of several versions of one image's stream [T, d] -> embedding [V, e].
+    def tail_of_changes(self, changes: Changes) -> Tensor:
+        """The tail of versions of one image's stream -> embedding [V, e].
 
         With the default layer the work is by the changes, not by the tokens of all versions.
-
-        Args:
-            version: LongTensor [P], of the changes.
-            token: LongTensor [P], the same; no pair occurs twice.
-            change: [P, d], what is added to that token in that version.
-            versions: V.
         """
-        dtype, block = self.compute_dtype, self.blocks + self.layer
-        found = self.tower.tail_of_changes(
-            stream.to(dtype), block, version, token, change.to(dtype), versions
-        )
-        return _at_least_fp32(found)
+        changes, block = changes.to(self.compute_dtype), self.blocks + self.layer
+        return _at_least_fp32(self.tower.tail_of_changes(changes, block))
 
     def logits(self, tokens: Tensor, classifier: Tensor) -> Tensor:
         """Streams [B, T, d] and text embeddings [C, e] -> logits [B, C], temperature included."""
-        image = nn.functional.normalize(self.tail(tokens), dim=-1)
-        return image @ classifier.T * self.logit_scale
+        return self.logits_of(self.tail(tokens), classifier)
+
+    def logits_of(self, image: Tensor, classifier: Tensor) -> Tensor:
+        """Image embeddings [B, e] of any length and text embeddings [C, e] -> logits [B, C]."""
+        return nn.functional.normalize(image, dim=-1) @ classifier.T * self.logit_scale
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> embedding [B, e] by the whole model in one go."""

@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
-from clipsae.clip.changes import class_token_of_changes
+from clipsae.clip.changes import Changes, class_token_of_changes
 from clipsae.errors import ConfigError
 
 EXAMPLES = "ViT-B-16-quickgelu, ViT-B-16-SigLIP or timm:vit_small_patch14_dinov2"
@@ -52,26 +52,9 @@ class Tower(ABC):
     def tail(self, tokens: Tensor, block: int) -> Tensor:
         """The residual stream after a block, [B, T, d] -> embedding [B, e]."""
 
-    def tail_of_changes(
-        self,
-        stream: Tensor,
-        block: int,
-        version: Tensor,
-        token: Tensor,
-        change: Tensor,
-        versions: int,
-    ) -> Tensor:
-        """The tail of several versions of one image's stream [T, d] -> embedding [V, e].
-
-        Args:
-            version: LongTensor [P], of the changes.
-            token: LongTensor [P], the same; no pair occurs twice.
-            change: [P, d], what is added to that token in that version.
-            versions: V.
-        """
-        streams = stream.repeat(versions, 1, 1)
-        streams[version, token] += change
-        return self.tail(streams, block)
+    def tail_of_changes(self, changes: Changes, block: int) -> Tensor:
+        """The tail of versions of one image's stream -> embedding [V, e]."""
+        return self.tail(changes.streams(), block)
 
     @abstractmethod
     def whole(self, images: Tensor) -> Tensor:
@@ -149,22 +132,15 @@ class OpenClipTower(Tower):
             x = visual.ln_post(x[:, 1:].mean(dim=1))
         else:
             x = visual.ln_post(x)[:, 1:].mean(dim=1)
-        return x if visual.proj is None else x @ visual.proj
+        return self._projected(x)
 
-    def tail_of_changes(
-        self,
-        stream: Tensor,
-        block: int,
-        version: Tensor,
-        token: Tensor,
-        change: Tensor,
-        versions: int,
-    ) -> Tensor:
+    def tail_of_changes(self, changes: Changes, block: int) -> Tensor:
         if block != self.blocks - 2 or not self._reads_class_token_only:
-            return super().tail_of_changes(stream, block, version, token, change, versions)
-        last = self.visual.transformer.resblocks[-1]
-        x = class_token_of_changes(last, stream, version, token, change, versions)
-        x = self.visual.ln_post(x)
+            return super().tail_of_changes(changes, block)
+        x = class_token_of_changes(self.visual.transformer.resblocks[-1], changes)
+        return self._projected(self.visual.ln_post(x))
+
+    def _projected(self, x: Tensor) -> Tensor:
         return x if self.visual.proj is None else x @ self.visual.proj
 
     def whole(self, images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
+from clipsae.clip.changes import Changes
 from clipsae.data.loader import image_batches
 from clipsae.evaluation.metrics import pool_codes
 from clipsae.evaluation.passes import in_eval_mode
@@ -105,9 +106,8 @@ def logits_without(
     for part in latents.split(_STREAMS):
         version, token = codes[:, part].T.nonzero(as_tuple=True)
         share = codes[token, part[version], None] * sae.decoder_rows(part)[version] * scale[token]
-        image = clip.tail_of_changes(tokens, version, token, -share, len(part))
-        image = nn.functional.normalize(image, dim=-1)
-        found.append(image @ classifier.T * clip.logit_scale)
+        changes = Changes(tokens, version, token, -share, len(part))
+        found.append(clip.logits_of(clip.tail_of_changes(changes), classifier))
     return torch.cat(found)
 
 
