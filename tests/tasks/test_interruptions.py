@@ -1,11 +1,13 @@
 """What ends a job before its time: Ctrl-C, NaN in the loss."""
 
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from clipsae.store.files import read_json
 from tests.warm import run_py, start_py
 
 SMALL = [
@@ -51,6 +53,55 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(tmp_path):
     assert "continuing the training" in again
     assert "continuing the training" not in whole
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_where_no_checkpoint_was_due(tmp_path):
+    """With the usual 500 steps between checkpoints; and where a shell has Ctrl-C ignored, as it does
+    for a command in the background."""
+    more = ["trainer.max_steps=400"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = start_py(*job(tmp_path / "cut", *more))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    while not any(step(lease) >= 20 for lease in (tmp_path / "cut").glob("sae/.*/*/lease.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    (stopped,) = [line for line in said.splitlines() if "stopped at step" in line]
+    at = int(
+        re.search(r"stopped at step (\d+) of 400: the checkpoint of step \1 is in", stopped)[1]
+    )
+    assert 20 <= at < 400
+    again, _ = (
+        run_py(*job(tmp_path / name, *more), check=True).stdout for name in ("cut", "whole")
+    )
+    assert f"from step {at}" in again
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def step(lease: Path) -> int:
+    """How far a training says it is."""
+    return read_json(lease).get("done") or 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", ["max_time=00:00:00:00", "limit_train_batches=0"])
+def test_a_training_that_ends_early_is_not_finished(tmp_path, early):
+    more = [*job(tmp_path, "trainer.max_steps=20"), "evaluation=none"]
+    done = run_py(*more, f"+trainer.{early}")
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert re.search(r"is not finished: Lightning ended its training after \d+ of 20 steps", said)
+    assert f"(trainer.{early})" in said
+    assert not list(tmp_path.glob("sae/[!.]*"))
+    assert run_py(*more).returncode == 0
+    (file,) = tmp_path.glob("sae/[!.]*/training.json")
+    assert read_json(file)["steps"] == 20
 
 
 @pytest.mark.slow

@@ -1,0 +1,64 @@
+"""What decides a trained SAE is in its key: whatever is not listed."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from clipsae.store import Store
+from clipsae.tasks import build
+from clipsae.tasks.stages import sae
+from run import ROOT
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("store"))
+
+    def of(*overrides: str) -> str:
+        cfg = compose("config", ["trainer.max_steps=20", *overrides])
+        images = build.build_dataset(build.train_dataset_node(cfg), "train", 64)
+        return sae.stage(cfg, store, images).path.name
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield of
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("+trainer.limit_train_batches=1", "+trainer.overfit_batches=2", "trainer.max_steps=21"),
+        *("trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0", "trainer.devices=2"),
+        *("+trainer.gradient_clip_algorithm=value", "+trainer.a_key_of_tomorrow=1"),
+        *("trainer.deterministic=true", "+trainer.reload_dataloaders_every_n_epochs=1"),
+        *("trainer.accumulate_grad_batches=2", "features.batch_size=16", "seed=1"),
+        *("features.shuffle_tokens=64", "+features.an_option_of_tomorrow=1", "features=cached"),
+        *("model.latents=64", "model.learning_rate=1e-9", "model.warmup_steps=7"),
+    ],
+)
+def test_what_may_change_the_weights_is_in_the_key(name, override):
+    assert name(override) != name()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "trainer.accelerator=cpu",
+            "trainer.log_every_n_steps=1",
+            "+trainer.max_time=00:01:00:00",
+        ),
+        *(
+            "trainer.val_check_interval=7",
+            "trainer.limit_val_batches=1",
+            "+trainer.profiler=simple",
+        ),
+        *("features.num_workers=3", "logger=csv", "dataset=scenes_shape", "resources.cpus=7"),
+        *("callbacks.checkpoint_every_n_steps=3", "callbacks.prediction_images=0"),
+        *("evaluation.ns=[2]", "measurement=none", "model.count_threshold=0.7"),
+    ],
+)
+def test_what_does_not_is_not(name, override):
+    assert name(override) == name()
+
+
+def test_a_step_is_the_same_images_on_one_device_or_two(name):
+    assert name("trainer.devices=2") == name("trainer.accumulate_grad_batches=2")
