@@ -93,8 +93,9 @@ class BatchTopK(Activation):
         positive = torch.where(values > 0, values, torch.inf)
         here = nn.functional.pad(positive, (0, 1), value=torch.inf).min().to(old.dtype)
         found = smallest(here, self.ranks)
-        decay = torch.where(self.step > self.threshold_start_step, self.threshold_decay, 0.0)
-        new = decay * old + (1 - decay) * found
+        # (`torch.where` of two Python numbers would be float32.)
+        average = self.threshold_decay * old + (1 - self.threshold_decay) * found
+        new = torch.where(self.step > self.threshold_start_step, average, found)
         # A batch without any positive score says nothing of the threshold.
         old.copy_(torch.where(found.isfinite(), new, old))
         self.step += 1
