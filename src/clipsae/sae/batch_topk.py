@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Activation
+from clipsae.sae.checks import fraction, whole
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.ranks import share, smallest
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.support import Support, positions_above, strided_maxima, too_dense
-from clipsae.sae.topk import check_k
 
 
 @ACTIVATIONS.register("batch_topk")
@@ -42,11 +42,9 @@ class BatchTopK(Activation):
         threshold_start_step: int = 1000,
     ) -> None:
         super().__init__(latents)
-        check_k(k, latents)
-        if not 0 <= threshold_decay < 1:
-            raise ValueError(f"threshold_decay={threshold_decay!r}: expected 0 <= decay < 1")
-        if threshold_start_step < 0:
-            raise ValueError(f"threshold_start_step={threshold_start_step!r}: expected 0 or more")
+        whole("k", k, most=latents, of="latents=")
+        fraction("threshold_decay", threshold_decay, "0 <= decay < 1", zero=True, one=False)
+        whole("threshold_start_step", threshold_start_step, least=0)
         self.k = k
         self.threshold_decay = threshold_decay
         self.threshold_start_step = threshold_start_step

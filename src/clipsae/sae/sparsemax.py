@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipsae.sae.base import Activation, per_latent
+from clipsae.sae.checks import boolean, fraction, one_of
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.support import Support, above, positions_above, strided_maxima
@@ -46,15 +47,14 @@ class Sparsemax(Activation):
         max_activation_frequency: float | None = 0.1,
     ) -> None:
         super().__init__(latents)
-        if weights not in WEIGHTS:
-            raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
+        one_of("weights", weights, WEIGHTS)
+        boolean("clamp", clamp)
         if clamp and weights != "scores":
             raise ValueError("clamp=True does nothing with weights='probabilities': leave it out")
         limit = max_activation_frequency
-        if limit is not None and not 0 < limit <= 1:
-            raise ValueError(
-                f"max_activation_frequency={limit!r}: expected 0 < share <= 1, or null"
-            )
+        if limit is not None:
+            expected = "0 < share <= 1, or null"
+            fraction("max_activation_frequency", limit, expected, zero=False, one=True)
         self.weights = weights
         self.clamp = clamp
         self.max_activation_frequency = limit
