@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from clipsae.interop import read, saelens, visaebench
+from clipsae.sae import ACTIVATIONS, Activation
+from clipsae.sae.batch_topk import BatchTopK
 
 FILES = {"relu", "topk", "batch_topk", "jumprelu"}  # what visaebench's files can hold
 
@@ -57,11 +59,46 @@ def test_the_real_saelens_is_read_without_it(tmp_path, x, name):
         close(theirs.encode(x), theirs(x), ours, x)
 
 
+@pytest.fixture
+def plugin():
+    """Activations of somebody's own: codes above fixed thresholds, and others."""
+
+    @ACTIVATIONS.register("own_batch_topk")
+    class Own(BatchTopK):
+        def curve(self, scores, tau, latents):
+            return super().curve(scores, tau, latents)
+
+    @ACTIVATIONS.register("own_shrinking")
+    class Shrinking(Activation):
+        def threshold(self, scores):
+            return scores.new_full((), 0.5)
+
+        def curve(self, scores, tau, latents):
+            return scores - tau
+
+    yield
+    for name in ("own_batch_topk", "own_shrinking"):
+        ACTIVATIONS._classes.pop(name)
+
+
+def test_an_activation_of_ones_own_with_fixed_thresholds_is_jumprelu(tmp_path, make, plugin, x):
+    sae = make(activation="own_batch_topk", k=5)
+    for library, module in (("a", saelens), ("b", visaebench)):
+        module.write(sae, tmp_path / library)
+        found = read(tmp_path / library).sae
+        assert found.config["activation"] == "jumprelu"
+        close(found(x).codes, found(x).reconstruction, sae, x)
+    with pytest.raises(ValueError, match="its codes are not the scores that pass a threshold"):
+        saelens.write(make(activation="own_shrinking"), tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ["attention", "linear"])
 def test_sparsemax_is_refused_in_one_sentence(tmp_path, make, architecture):
     sae = make(architecture=architecture, activation="sparsemax", normalize_input=True)
     for write in (saelens.write, visaebench.write):
-        with pytest.raises(ValueError, match="activation=sparsemax cannot be written for") as said:
+        with pytest.raises(
+            ValueError, match=r"activation=sparsemax .* all of a token's scores"
+        ) as said:
             write(sae, tmp_path)
         assert "\n" not in str(said.value)
     assert list(tmp_path.iterdir()) == []

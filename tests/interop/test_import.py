@@ -216,12 +216,12 @@ def test_saelens_of_version_6(tmp_path, x):
     w = {name: t.double() for name, t in state.items()}
     metadata = {"sae_lens_version": "6.5.0", "model_name": "clip", "hook_name": "blocks.10"}
     cfg = {"architecture": "topk", "k": K, "rescale_acts_by_decoder_norm": True}
-    found = saelens(tmp_path, cfg | {"metadata": metadata, "noise": 1}, state)
+    found = saelens(tmp_path, cfg | {"metadata": metadata, "l1_coefficient": 5}, state)
     norm = w["W_dec"].norm(dim=1)
     codes = topk((((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norm).clamp(min=0), K)
     agree(found.sae, x, codes, (codes / norm) @ w["W_dec"] + w["b_dec"])
     assert found.reads == {"model_name": "clip", "hook_name": "blocks.10"}
-    assert found.lost == ("noise of cfg.json decide the training, or are not known here.",)
+    assert found.lost == ()
 
 
 def test_saelens_before_version_6(tmp_path, x):
@@ -412,7 +412,7 @@ def test_their_config_class_is_never_imported(tmp_path, theirs):
         ({"W_dec": (M + 1, D)}, {}, f"W_dec has shape [{M + 1}, {D}]: expected [{M}, {D}]"),
         ({"W_enc": (M,)}, {}, "expected a matrix"),
         ({"W_enc": (0, M)}, {}, "expected a matrix"),
-        ({}, {"gated_sae": True}, "no forward pass"),
+        ({}, {"gated_sae": True}, "gated_sae=True has no counterpart here: expected False"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, theirs, state, cfg, words):

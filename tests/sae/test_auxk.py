@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from clipsae.sae import SAE
 from clipsae.sae.auxk import auxk_loss
-from tests.sae.conftest import D, M, build, tokens
+from tests.sae.conftest import MODELS, D, M, build, tokens
 
 
 def plain(x, x_hat, a, dead, k, rows, scale):
@@ -94,3 +96,29 @@ def test_without_a_look_at_which_latents_are_dead_it_is_the_same(dead):
     torch.testing.assert_close(results[1], results[0])
     assert results[0][1][:, is_dead].any()
     assert not results[0][1][:, ~is_dead].any()
+
+
+@pytest.mark.parametrize("model", ["topk", "batch_topk"])
+def test_its_weight_is_converted_to_the_scale_of_the_loss(model):
+    """Published: 1/32 beside ||x - x_hat||^2 of unit tokens. Here the reconstruction is r / d of
+    that, 0.02 for ViT-B/16, and AuxK's share of b_dec's gradient must be what it was."""
+    weight = OmegaConf.load(MODELS / f"{model}.yaml").auxk
+    d, m, r = 256, 2048, 0.02 * 256
+    torch.manual_seed(0)
+    sae = SAE(d, m, "linear", model, k=32, encoder_init="tied", auxk=weight, dead_after=10).double()
+    x = torch.randn(256, d, dtype=torch.float64) + 0.5 * torch.randn(d, dtype=torch.float64)
+    x = r * x / x.norm(dim=1, keepdim=True)
+    sae.initialize(x[:64, None])
+    sae(x)
+    sae.tokens_since_fired[sae.tokens_since_fired > 0] = 1000
+    out = sae(x)
+    assert sae.dead.any()
+    b_dec, unit = sae.architecture.b_dec, r * r  # of ||x - x_hat||^2 where tokens have norm 1
+    error = (out.reconstruction - x).square().sum(dim=1).mean() / unit
+    plain = torch.autograd.grad(error, b_dec, retain_graph=True)[0].norm()
+    ours, aux = (
+        torch.autograd.grad(out.losses[name], b_dec, retain_graph=True)[0].norm()
+        for name in ("reconstruction", "auxk")
+    )
+    published = aux / weight / 32 / plain
+    torch.testing.assert_close(aux / ours, published, rtol=1e-6, atol=0)

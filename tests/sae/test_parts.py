@@ -14,6 +14,41 @@ from tests.sae.conftest import D, M, build, tokens
     ("options", "message"),
     [
         ({"d": 0}, "d=0: expected a whole number"),
+        ({"latents": 0}, "latents=0: expected a whole number, 1 or more"),
+        ({"latents": "many"}, "latents='many': expected a whole number"),
+        ({"activation": "topk", "k": 1.5}, r"k=1\.5: expected a whole number from 1"),
+        ({"activation": "topk", "k": "x"}, "k='x': expected a whole number from 1"),
+        ({"activation": "topk", "k": None}, "k=None: expected a whole number from 1"),
+        ({"activation": "batch_topk", "k": 2, "threshold_decay": "x"}, "threshold_decay='x'"),
+        ({"activation": "batch_topk", "k": 2, "threshold_start_step": 1.5}, "_step=1.5"),
+        ({"activation": "batch_topk", "k": 2, "threshold_start_step": "x"}, "_step='x'"),
+        ({"l1": float("nan")}, "l1=nan: expected a number, 0 or more"),
+        ({"l1": float("inf")}, "l1=inf: expected a number, 0 or more"),
+        ({"l1": None}, "l1=None: expected a number, 0 or more"),
+        ({"activation": "gated", "gate_weight": -1}, "gate_weight=-1"),
+        ({"activation": "gated", "gate_weight": [1]}, r"gate_weight=\[1\]"),
+        ({"activation": "jumprelu", "l0": "x"}, "l0='x'"),
+        ({"activation": "jumprelu", "initial_threshold": float("inf")}, "initial_threshold=inf"),
+        ({"activation": "jumprelu", "initial_threshold": -0.1}, r"initial_threshold=-0\.1"),
+        ({"activation": "jumprelu", "target_l0": "x"}, "target_l0='x': .* above 0, or null"),
+        ({"activation": "sparsemax", "clamp": "yes"}, "clamp='yes': expected true or false"),
+        ({"activation": "sparsemax", "weights": "score"}, "did you mean scores"),
+        ({"activation": "sparsemax", "weights": 3}, "weights=3: expected one of"),
+        ({"activation": "sparsemax", "max_activation_frequency": "x"}, "frequency='x'"),
+        ({"activation": "sparsemax", "max_activation_frequency": 1.1}, r"frequency=1\.1"),
+        ({"activation": "sparsemax", "k": 16}, "k=16: .* has no such option; it has"),
+        ({"activation": "topk", "k": 2, "kk": 1}, r"kk=1: .*no such option \(did you mean k\?\)"),
+        ({"bias_innit": "zero"}, r"did you mean bias_init\?"),
+        ({"encoder_init": "tide"}, r"did you mean tied\?"),
+        ({"encoder_init": ["tied"]}, r"encoder_init=\['tied'\]: expected one of"),
+        ({"unit_decoder": 1}, "unit_decoder=1: expected true or false"),
+        ({"architecture": "attention", "scale": "sqrt"}, "scale='sqrt'"),
+        ({"architecture": "attention", "scale": float("nan")}, "scale=nan"),
+        ({"architecture": "lienar"}, r"did you mean linear\?"),
+        ({"activation": ["relu"]}, r"activation=\['relu'\] does not exist"),
+        ({"activation": None}, "activation=None does not exist"),
+        ({"auxk": "x"}, "auxk='x'"),
+        ({"dead_after": 1.5}, r"dead_after=1\.5"),
         ({"latents": 2.5}, r"latents=2\.5: expected a whole number"),
         ({"activation": "topk", "k": 9}, "k=9: expected a whole number from 1 to latents=8"),
         ({"activation": "topk", "k": 0}, "k=0"),
@@ -47,9 +82,10 @@ from tests.sae.conftest import D, M, build, tokens
     ],
 )
 def test_a_wrong_option_is_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message) as refused:
-        SAE(**{"d": 4, "latents": 8, **options})
-    assert "\n" not in str(refused.value)
+    for device in ("cpu", "meta"):  # on which a check costs no memory
+        with torch.device(device), pytest.raises(ValueError, match=message) as refused:
+            SAE(**{"d": 4, "latents": 8, **options})
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

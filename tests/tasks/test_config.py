@@ -59,6 +59,24 @@ def test_a_value_on_the_command_line_beats_the_recipe(composed):
     assert composed("trainer.max_steps=3").trainer.max_steps == 3
 
 
+@pytest.mark.parametrize(
+    ("clip", "model", "expected"),
+    [
+        ("vit_b_16", "topk", 0.02),
+        ("vit_b_16", "batch_topk", 0.02),
+        ("tiny", "topk", 0.3),
+        ("tiny", "batch_topk", 0.3),
+        ("vit_b_16", "relu", None),
+        ("vit_b_16", "sparsemax", None),
+        ("tiny", "jumprelu", None),
+    ],
+)
+def test_gradients_are_clipped_where_the_source_clips_them(composed, clip, model, expected):
+    chosen = f"clip={clip}", f"model={model}"
+    assert composed(*chosen).trainer.gradient_clip_val == expected
+    assert composed(*chosen, "trainer.gradient_clip_val=0.5").trainer.gradient_clip_val == 0.5
+
+
 def test_an_unknown_key_and_an_unknown_choice_are_refused(composed):
     with pytest.raises(ConfigCompositionException, match="modle"):
         composed("modle.k=3")

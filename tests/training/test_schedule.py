@@ -1,7 +1,10 @@
-"""Learning-rate factors against values worked out by hand."""
+"""Learning-rate factors against values worked out by hand; options that cannot be."""
 
 import pytest
+import torch
 
+from clipsae.sae import SAE
+from clipsae.training.module import SAEModule
 from clipsae.training.schedule import warmup_then
 
 
@@ -34,11 +37,37 @@ def test_decays_end_at_zero():
 @pytest.mark.parametrize(
     ("decay", "warmup", "steps", "words"),
     [
-        ("sine", 1, 10, "constant, cosine or linear"),
+        ("sine", 1, 10, "expected one of constant, cosine, linear"),
         ("constant", -1, 10, "0 or more"),
+        ("constant", "x", 10, "warmup_steps='x'"),
         ("cosine", 10, -1, "needs a trainer.max_steps"),
     ],
 )
 def test_what_cannot_be_is_refused(decay, warmup, steps, words):
     with pytest.raises(ValueError, match=words):
         warmup_then(decay, warmup, steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"learning_rate": 0}, "learning_rate=0: expected a number above 0"),
+        ({"learning_rate": -1e-3}, "learning_rate=-0.001"),
+        ({"learning_rate": "fast"}, "learning_rate='fast'"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"betas": [0.9]}, r"betas=\[0\.9\]: expected two numbers"),
+        ({"betas": 0.9}, r"betas=0\.9: expected two numbers"),
+        ({"betas": [0.9, 1.0]}, r"betas=1\.0: expected two numbers with 0 <= beta < 1"),
+        ({"betas": ["a", 0.9]}, "betas='a'"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"warmup_steps": 0.5}, r"warmup_steps=0\.5"),
+        ({"initial_images": 0}, "initial_images=0: expected a whole number, 1 or more"),
+        ({"compile": "no"}, "compile='no': expected true or false"),
+    ],
+)
+def test_options_of_the_training_are_refused_by_name(options, words):
+    with torch.device("meta"):
+        sae = SAE(d=4, latents=8)
+    with pytest.raises(ValueError, match=words) as refused:
+        SAEModule(sae, **{"learning_rate": 1e-3, **options})
+    assert "\n" not in str(refused.value)

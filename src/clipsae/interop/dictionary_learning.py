@@ -7,8 +7,9 @@ the tensors are named and what is computed.
 from pathlib import Path
 from typing import Any
 
+from clipsae.interop.known import DICTIONARY_LEARNING, refuse_others
 from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import Tensors, read_config, read_pickle, size
+from clipsae.interop.safely import Tensors, read_config, read_pickle, same_size, size
 
 NAME = "dictionary_learning"
 FILES = ("ae.pt", "config.json")
@@ -24,6 +25,12 @@ CLASSES = (
     "MatryoshkaBatchTopKSAE",
 )
 _OF_TOKENS = ("lm_name", "layer", "submodule_name")
+_READ = ("dict_class", "activation_dim", "dict_size")
+_READ_OF = {
+    "AutoEncoderTopK": ("k",),
+    "BatchTopKSAE": ("k",),
+    "MatryoshkaBatchTopKSAE": ("k", "group_fractions", "group_weights", "group_sizes"),
+}
 
 
 def read(folder: Path) -> Imported:
@@ -32,18 +39,27 @@ def read(folder: Path) -> Imported:
     Raises:
         FileNotFoundError, ValueError: a file is missing, hostile or damaged; another class.
     """
-    trainer = read_config(folder / "config.json").get("trainer")
+    about = folder / "config.json"
+    config = read_config(about)
+    trainer = config.get("trainer")
     if not isinstance(trainer, dict) or trainer.get("dict_class") not in CLASSES:
         found = trainer.get("dict_class") if isinstance(trainer, dict) else None
         raise ValueError(
-            f"{folder}/config.json: trainer.dict_class={found!r}: expected one of "
-            f"{', '.join(CLASSES)}"
+            f"{about}: trainer.dict_class={found!r}: expected one of {', '.join(CLASSES)}"
         )
+    refuse_others(config, ("trainer", "buffer"), {}, about)
+    if isinstance(config.get("buffer"), dict):  # where the tokens came from
+        io = {"io": config["buffer"].get("io")}
+        refuse_others(io, (), {"io": ("in", "out")}, f"{about}: buffer")
+    known = (*DICTIONARY_LEARNING, *_READ, *_READ_OF.get(trainer["dict_class"], ()))
+    refuse_others(trainer, known, {}, f"{about}: trainer")
     tensors = Tensors(folder / "ae.pt", read_pickle(folder / "ae.pt"))
     lost: list[str] = []
     plain = _convert(trainer, tensors, lost)
-    if left := tensors.left():
-        lost.append(f"{', '.join(left)} are in the file, and not known here.")
+    tensors.refuse_others()
+    m, d = plain.W_enc.shape
+    for name, found in (("activation_dim", d), ("dict_size", m)):
+        same_size(trainer, name, found, f"{about}: trainer")
     reads = {name: trainer[name] for name in _OF_TOKENS if trainer.get(name) is not None}
     return Imported(plain.to_sae(), NAME, reads, tuple(lost))
 
@@ -71,8 +87,9 @@ def _convert(trainer: dict[str, Any], tensors: Tensors, lost: list[str]) -> Plai
     if name == "JumpReluAutoEncoder":
         theta = tensors.take("threshold", m)
         return Plain("jumprelu", **parts, theta=theta).shift_input(1).scale_codes_by_rows()
-    tensors.drop("k")
     k = size(trainer, "k", "config.json: trainer")
+    if "k" in tensors:
+        same_size(trainer, "k", int(tensors.take("k").item()), "config.json: trainer")
     if name == "AutoEncoderTopK":
         # It keeps a threshold, too, for those who ask for it; its own forward pass does not.
         tensors.drop("threshold")

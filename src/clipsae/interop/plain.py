@@ -114,20 +114,21 @@ class Plain:
     def of(cls, sae: SAE, target: str) -> "Plain":
         """Of an SAE whose scores are linear in x and whose rule other libraries have.
 
-        The attention architecture is linear, too: W_enc = C W_K W_Q^T / scale, W_dec = C W_V.
+        The attention architecture is linear, too: W_enc = C W_K W_Q^T / scale, W_dec = C W_V. An
+        activation of somebody's own is JumpReLU where its codes are the scores above thresholds
+        that are the same for all tokens.
 
         Args:
             target: the library, for messages.
 
         Raises:
-            ValueError: sparsemax, or an architecture or activation of somebody's own.
+            ValueError: an activation that is none of these, such as sparsemax; an architecture of
+                somebody's own.
         """
         rule, architecture = sae.config["activation"], sae.config["architecture"]
+        fixed: Any = _OF_OTHERS
         if rule not in RULES:
-            raise ValueError(
-                f"activation={rule} cannot be written for {target}, which has no threshold that "
-                f"depends on all of a token's scores: expected one of {', '.join(RULES)}"
-            )
+            rule, fixed = "jumprelu", _fixed_thresholds(sae, target)
         state = {name: t.detach().cpu() for name, t in sae.state_dict().items()}
         part = {n.removeprefix("architecture."): t.double() for n, t in state.items()}
         if architecture == "linear":
@@ -152,10 +153,33 @@ class Plain:
             k=sae.config.get("k", _OF_OTHERS),
             tau=_OF_OTHERS if tau is None else tau.item(),
             # As it is computed when it encodes: in the parameter's own precision.
-            theta=_OF_OTHERS if log_theta is None else log_theta.exp(),
+            theta=fixed if log_theta is None else log_theta.exp(),
             **{name: of_rule.get(name, _OF_OTHERS) for name in ("b_gate", "b_mag", "r_mag")},
             normalize=sae.normalize_input,
         )
+
+
+@torch.no_grad()
+def _fixed_thresholds(sae: SAE, target: str) -> Tensor:
+    """[M] of an activation that is none of `RULES`, found by asking it for codes of any scores.
+
+    Raises:
+        ValueError: its thresholds differ between tokens, or its codes are not the scores.
+    """
+    like = next(sae.parameters())
+    scores = torch.linspace(-8, 8, 257, dtype=like.dtype, device=like.device)[:, None]
+    scores = scores.expand(-1, sae.latents).contiguous()
+    tau = sae.threshold(scores)
+    why = "its codes are not the scores that pass a threshold"
+    if tau.ndim > 1:
+        why = "its threshold depends on all of a token's scores"
+    elif torch.equal(sae.gate(scores, tau), torch.relu(scores) * (scores > tau)):
+        return tau.detach().cpu().double().expand(sae.latents)
+    raise ValueError(
+        f"activation={sae.config['activation']} cannot be written for {target}: {why}, and "
+        f"{target} has no such rule: expected one of {', '.join(RULES)}, or one with a threshold "
+        "for each latent"
+    )
 
 
 @dataclass(frozen=True)

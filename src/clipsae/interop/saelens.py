@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from clipsae.interop import sparsify
+from clipsae.interop.known import SAELENS, Harmless, names, refuse_others
 from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import Tensors, read_config, read_safetensors, size
+from clipsae.interop.safely import Tensors, flag, read_config, read_safetensors, same_size, size
 from clipsae.sae import SAE
 
 NAME = "SAELens"
@@ -23,17 +25,40 @@ MARKS = ("cfg.json",)
 
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
 
-# What version 6 writes and what is made of it here; a key beyond these is said to be unknown.
-_KNOWN = {
-    *("architecture", "d_in", "d_sae", "dtype", "device", "metadata", "k"),
-    *("apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
-    *("rescale_acts_by_decoder_norm", "finetuning_scaling_factor"),
+# What is read; with some architectures alone: what is read or decides their training.
+_READ = names(
+    """
+    architecture d_in d_sae activation_fn activation_fn_str activation_fn_kwargs
+    apply_b_dec_to_input normalize_activations reshape_activations finetuning_scaling_factor
+    """
+)
+_TOPK = names("k rescale_acts_by_decoder_norm")
+_BATCH = _TOPK | {"topk_threshold_lr"}
+_READ_OF = {
+    "topk": _TOPK,
+    "batchtopk": _BATCH,
+    "matryoshka_batchtopk": _BATCH
+    | names(
+        """
+        matryoshka_widths include_outer_loss skip_final_matryoshka_width use_matryoshka_aux_loss
+        detach_matryoshka_losses
+        """
+    ),
 }
-_OF_TOKENS = ("model_name", "hook_name", "hook_point", "dataset_path", "hook_head_index")
-_UNSCALED = {
-    "expected_average_only_in": "It was trained on tokens scaled to a mean norm of sqrt(d), and "
-    "does not save the factor: as in SAELens, tokens are encoded as they are.",
+_HARMLESS: Harmless = {
+    "finetuning_method": ("scale", "decoder", "unrotated_decoder"),  # see `_finetuned`
+    "gated_sae": (False,),  # PatchSAE's: parameters without a forward pass
+    "hook_head_index": (),
+    "hook_point_head_index": (),
+    "is_transcoder": (False,),
+    "noise_scale": (0,),
+    "transcoder_with_skip_connection": (False,),
+    "use_error_term": (False,),
 }
+_OF_TOKENS = (
+    *("model_name", "hook_name", "hook_point", "block_layer", "module_name", "dataset_path"),
+    *("class_token", "cls_token_only", "use_patches_only"),
+)
 _RULES = {
     "relu": "standard",
     "topk": "topk",
@@ -47,12 +72,15 @@ def read(folder: Path) -> Imported:
     """Read a folder.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, or an architecture or a
-            normalisation that has no counterpart here.
+        FileNotFoundError, ValueError: a file is missing or damaged, or an option that has no
+            counterpart here.
     """
-    cfg = read_config(folder / "cfg.json")
     weights = folder / "sae_weights.safetensors"
-    return convert(cfg, Tensors(weights, read_safetensors(weights)))
+    if not weights.is_file() and (folder / sparsify.WEIGHTS).is_file():
+        return sparsify.read(folder)
+    about = folder / "cfg.json"
+    cfg = read_config(about)
+    return convert(cfg, Tensors(weights, read_safetensors(weights)), about)
 
 
 def from_library(release: str, sae_id: str) -> Imported:
@@ -77,22 +105,38 @@ def from_library(release: str, sae_id: str) -> Imported:
 
 def from_object(theirs: Any) -> Imported:
     """An SAE that SAELens has in memory."""
-    return convert(theirs.cfg.to_dict(), Tensors("SAELens", theirs.state_dict()))
+    return convert(theirs.cfg.to_dict(), Tensors(NAME, theirs.state_dict()), NAME)
 
 
-def convert(cfg: Mapping[str, Any], tensors: Tensors) -> Imported:
-    """From a `cfg.json` and the tensors beside it."""
+def convert(
+    cfg: Mapping[str, Any], tensors: Tensors, where: Path | str, known: frozenset[str] = SAELENS
+) -> Imported:
+    """From a config and the tensors beside it.
+
+    Args:
+        where: the config's file, for messages.
+        known: options of the training.
+
+    Raises:
+        ValueError: an option or a tensor that is not understood, or does not fit.
+    """
     lost: list[str] = []
     metadata = cfg.get("metadata") if isinstance(cfg.get("metadata"), dict) else None
-    architecture, k = _architecture(cfg, tensors)
-    d, m = size(cfg, "d_in", "cfg.json"), size(cfg, "d_sae", "cfg.json")
+    about = cfg if metadata is None else metadata
+    architecture, k = _architecture(cfg, tensors, where)
+    refuse_others(cfg, known | _READ | _READ_OF.get(architecture, frozenset()), _HARMLESS, where)
+    heads = {name: about.get(name) for name in ("hook_head_index", "hook_point_head_index")}
+    refuse_others(heads, (), _HARMLESS, where)
+    d, m = tensors.shape("W_enc", 2)
+    d = d if cfg.get("d_in") is None else size(cfg, "d_in", where)
+    m = m if cfg.get("d_sae") is None else size(cfg, "d_sae", where)
     parts: dict[str, Any] = {
         "W_enc": tensors.take("W_enc", d, m).T,
         "W_dec": tensors.take("W_dec", m, d),
         "b_enc": torch.zeros(m) if architecture == "gated" else tensors.take("b_enc", m),
         "b_dec": tensors.take("b_dec", d),
     }
-    _finetuned(cfg, tensors, parts)
+    _finetuned(cfg, tensors, parts, where)
     if architecture == "standard":
         plain = Plain("relu", **parts)
     elif architecture == "topk":
@@ -109,72 +153,98 @@ def convert(cfg: Mapping[str, Any], tensors: Tensors) -> Imported:
     else:
         plain = Plain("batch_topk", **parts, k=k, tau=tensors.take("topk_threshold").item())
         lost.append("It is a checkpoint of the training: k counts in training, the threshold here.")
-    if not cfg.get("apply_b_dec_to_input", True):
+    tensors.refuse_others()
+    if not flag(cfg, "apply_b_dec_to_input", True, where):
         plain.shift_input(1)
-    if cfg.get("rescale_acts_by_decoder_norm", False):
+    if flag(cfg, "rescale_acts_by_decoder_norm", False, where):
         plain.scale_codes_by_rows()
-    _normalisation(cfg, plain, d, lost)
-    if cfg.get("reshape_activations", "none") != "none":
+    _normalisation(cfg, plain, d, where)
+    if _reads_heads(cfg, where):
         lost.append("It reads an attention layer's heads side by side: flatten them before it.")
-    if metadata is not None and (unknown := sorted(set(cfg) - _KNOWN)):
-        lost.append(f"{', '.join(unknown)} of cfg.json decide the training, or are not known here.")
-    if left := tensors.left():
-        lost.append(f"{', '.join(left)} are in the file, and not known here.")
-    about = cfg if metadata is None else metadata
     reads = {name: about[name] for name in _OF_TOKENS if about.get(name) is not None}
     return Imported(plain.to_sae(), NAME, reads, tuple(lost))
 
 
-def _architecture(cfg: Mapping[str, Any], tensors: Tensors) -> tuple[str, Any]:
+def _architecture(cfg: Mapping[str, Any], tensors: Tensors, where: Path | str) -> tuple[str, Any]:
     """Its name, and k where it has one; before version 6 a topk was a standard SAE."""
-    name = cfg.get("architecture", "standard")
-    function = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
-    options = cfg.get("activation_fn_kwargs")
-    if name == "standard" and function == "topk":
-        if not isinstance(options, dict):
-            options = {}
-        return "topk", size(options, "k", "cfg.json: activation_fn_kwargs")
-    if function != "relu":
-        raise ValueError(f"cfg.json: activation_fn={function!r}: expected relu or topk")
+    name = "standard" if cfg.get("architecture") is None else cfg["architecture"]
     if name not in ARCHITECTURES:
         raise ValueError(
-            f"cfg.json: architecture={name!r} has no counterpart here: expected one of "
+            f"{where}: architecture={name!r} has no counterpart here: expected one of "
             f"{', '.join(ARCHITECTURES)}"
         )
-    if name in ("batchtopk", "matryoshka_batchtopk") and "topk_threshold" not in tensors:
-        raise ValueError(f"{tensors.where} holds no topk_threshold, which {name} encodes with")
-    if name == "topk":
-        return name, size(cfg, "k", "cfg.json")
-    k = cfg.get("k")  # of a batch: there it may be a fraction, here it is the training's alone
-    return name, max(1, round(k)) if isinstance(k, int | float) else 1
+    function = "relu"
+    for key in ("activation_fn", "activation_fn_str"):
+        function = function if cfg.get(key) is None else cfg[key]
+        allowed = ("relu", "topk") if name in ("standard", "topk") else ("relu",)
+        if function not in allowed:
+            raise ValueError(f"{where}: {key}={function!r}: expected {' or '.join(allowed)}")
+    options = {} if cfg.get("activation_fn_kwargs") is None else cfg["activation_fn_kwargs"]
+    if not isinstance(options, dict):
+        raise ValueError(f"{where}: activation_fn_kwargs={options!r}: expected names and values")
+    if name == "standard" and function == "topk":
+        name = "topk"
+    of_options = f"{where}: activation_fn_kwargs"
+    refuse_others(options, ("k",) if name == "topk" else (), {}, of_options)
+    if name in ("batchtopk", "matryoshka_batchtopk"):
+        if "topk_threshold" not in tensors:
+            raise ValueError(f"{tensors.where} holds no topk_threshold, which {name} encodes with")
+        k = cfg.get("k")  # of a batch: there it may be a fraction, here it is the training's alone
+        return name, max(1, round(k)) if isinstance(k, int | float) else 1
+    if name != "topk":
+        return name, None
+    if options.get("k") is None:
+        return name, size(cfg, "k", where if cfg.get("architecture") == "topk" else of_options)
+    k = size(options, "k", of_options)
+    same_size(cfg, "k", k, where)
+    return name, k
 
 
-def _finetuned(cfg: Mapping[str, Any], tensors: Tensors, parts: dict[str, torch.Tensor]) -> None:
+def _finetuned(
+    cfg: Mapping[str, Any], tensors: Tensors, parts: dict[str, Any], where: Path | str
+) -> None:
     """A factor for each code before decoding, which some old SAEs have: into the decoder's rows."""
-    if "scaling_factor" not in tensors:
+    scaled = flag(cfg, "finetuning_scaling_factor", False, where)
+    scaled = scaled or cfg.get("finetuning_method") == "scale"
+    name = "scaling_factor" if "scaling_factor" in tensors else "finetuning_scaling_factor"
+    if not scaled and name not in tensors:
         return
-    factor = tensors.take("scaling_factor", len(parts["W_dec"]))
-    if cfg.get("finetuning_scaling_factor"):
+    factor = tensors.take(name, len(parts["W_dec"]))
+    if scaled:
         parts["W_dec"] = parts["W_dec"] * factor[:, None]
     elif not torch.equal(factor, torch.ones_like(factor)):
         raise ValueError(
-            f"{tensors.where} has a scaling_factor, which cfg.json's finetuning_scaling_factor "
-            "denies: one of them is wrong"
+            f"{tensors.where} has a {name}, which the config's finetuning_scaling_factor denies: "
+            "one of them is wrong"
         )
 
 
-def _normalisation(cfg: Mapping[str, Any], plain: Plain, d: int, lost: list[str]) -> None:
+def _normalisation(cfg: Mapping[str, Any], plain: Plain, d: int, where: Path | str) -> None:
     name = cfg.get("normalize_activations")
-    name = {True: "expected_average_only_in", False: "none", None: "none"}.get(name, name)
+    if isinstance(name, bool | None):  # as the first versions had it
+        name = "expected_average_only_in" if name else "none"
     if name == "constant_norm_rescale":
         plain.scale_input(d**0.5).normalize = True
-    elif name in _UNSCALED:
-        lost.append(_UNSCALED[name])
+    elif name == "expected_average_only_in":
+        raise ValueError(
+            f"{where}: normalize_activations={name!r}: its tokens were scaled to a mean norm of "
+            "sqrt(d), by a factor that is not saved: fold it into the weights with SAELens's "
+            "fold_activation_norm_scaling_factor, and save it again"
+        )
     elif name != "none":
         raise ValueError(
-            f"cfg.json: normalize_activations={name!r} has no counterpart here: expected none, "
-            "constant_norm_rescale or expected_average_only_in"
+            f"{where}: normalize_activations={name!r} has no counterpart here: expected none or "
+            "constant_norm_rescale"
         )
+
+
+def _reads_heads(cfg: Mapping[str, Any], where: Path | str) -> bool:
+    shape = cfg.get("reshape_activations")
+    if shape not in (None, "none", "hook_z"):
+        raise ValueError(f"{where}: reshape_activations={shape!r}: expected none or hook_z")
+    # Before version 6 its name alone told.
+    hook = cfg.get("hook_name", cfg.get("hook_point"))
+    return shape == "hook_z" or (isinstance(hook, str) and hook.endswith("_z"))
 
 
 def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> list[str]:

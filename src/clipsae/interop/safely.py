@@ -142,9 +142,15 @@ class Tensors:
         all_finite(tensor, name, self.where)
         return tensor
 
-    def left(self) -> list[str]:
-        """Names that nobody took, sorted."""
-        return sorted(set(self._tensors) - self._taken)
+    def refuse_others(self) -> None:
+        """Raises ValueError where there is a tensor that nobody took: it may be part of what the
+        SAE computes, such as a skip connection."""
+        left = sorted(set(self._tensors) - self._taken)
+        if left:
+            raise ValueError(
+                f"{self.where}: {', '.join(left[:8])} is not known here and may decide the codes: "
+                "leave it out of the file if it does not"
+            )
 
     def drop(self, *names: str) -> None:
         """Tensors that are known and not needed: not left over."""
@@ -177,3 +183,21 @@ def size(config: Mapping[str, Any], name: str, where: Path | str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{where}: {name}={value!r}: expected a whole number, 1 or more")
     return value
+
+
+def flag(config: Mapping[str, Any], name: str, default: bool, where: Path | str) -> bool:
+    """True or false of a config.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{where}: {name}={value!r}: expected true or false")
+    return default if value is None else value
+
+
+def same_size(config: Mapping[str, Any], name: str, found: int, where: Path | str) -> None:
+    """Raises ValueError where a config has a size, and the weights have another."""
+    if config.get(name) is not None and size(config, name, where) != found:
+        raise ValueError(f"{where}: {name}={config[name]}: the weights have {found}")

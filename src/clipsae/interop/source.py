@@ -25,14 +25,14 @@ def load(source: str | Path) -> SAE:
 
     Args:
         source: a folder with `sae.json` and `sae.safetensors` (one of a store, or saved by
-            `SAE.save`); a folder of SAELens, dictionary_learning or visaebench; a `.pt` file of
-            PatchSAE or of the Sparsemax SAE's authors; a Hugging Face id of one of these,
-            "owner/name", "owner/name/folder" or "owner/name/file.pt", with "@revision" if wanted;
-            or "saelens:RELEASE/SAE_ID".
+            `SAE.save`); a folder of SAELens, sparsify, dictionary_learning or visaebench; a `.pt`
+            file of PatchSAE, early SAELens, ViT-Prisma or the Sparsemax SAE's authors; a Hugging
+            Face id of one of these, "owner/name", "owner/name/folder" or "owner/name/file.pt",
+            with "@revision" if wanted; or "saelens:RELEASE/SAE_ID".
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a format that is not known, or files that are damaged or hostile.
+        ValueError: a format or an option that is not known, or files that are damaged or hostile.
     """
     found = read(source)
     for sentence in found.lost:

@@ -7,22 +7,25 @@ scores on the support of their sparsemax.
 
 from typing import Any
 
-from clipsae.interop.plain import assemble
+from clipsae.interop.known import PATCHSAE, refuse_others
+from clipsae.interop.plain import Imported, assemble
 from clipsae.interop.safely import Tensors
-from clipsae.sae import SAE
 
 NAME = "Sparsemax SAE's release"
 
+_OF_TOKENS = ("model_name", "block_layer", "module_name", "dataset_path", "class_token")
 # Parameters of the code it grew out of, which its forward pass never reads.
 _UNUSED = ("W_enc", "b_enc", "W_dec", "b_dec", "r_mag", "b_mag", "log_threshold")
 
 
-def convert(cfg: dict[str, Any], tensors: Tensors) -> tuple[SAE, list[str]]:
-    """The SAE, and what could not be carried over.
+def convert(cfg: dict[str, Any], tensors: Tensors) -> Imported:
+    """From its config and tensors.
 
     Raises:
-        ValueError: tensors that are missing, do not fit, or hold NaN.
+        ValueError: an option that is not its training's; tensors that are missing or too many, do
+            not fit, or hold NaN.
     """
+    refuse_others(cfg, (*PATCHSAE, "d_in", "d_sae"), {"gated_sae": (False,)}, tensors.where)
     latents, d = tensors.shape("concept", 2)
     sae = assemble(
         {
@@ -52,6 +55,6 @@ def convert(cfg: dict[str, Any], tensors: Tensors) -> tuple[SAE, list[str]]:
     tensors.drop(*unused)
     if unused:
         lost.append(f"{', '.join(unused)} are in the file, but its code never reads them.")
-    if left := tensors.left():
-        lost.append(f"{', '.join(left)} are in the file, and not known here.")
-    return sae, lost
+    tensors.refuse_others()
+    reads = {name: cfg[name] for name in _OF_TOKENS if cfg.get(name) is not None}
+    return Imported(sae, NAME, reads, tuple(lost))

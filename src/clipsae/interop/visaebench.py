@@ -13,8 +13,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipsae.interop.known import VISAEBENCH, refuse_others
 from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import Tensors, read_config, read_pickle, read_safetensors, size
+from clipsae.interop.safely import (
+    Tensors,
+    read_config,
+    read_pickle,
+    read_safetensors,
+    same_size,
+    size,
+)
 from clipsae.sae import SAE
 
 NAME = "visaebench"
@@ -23,6 +31,7 @@ MARKS = ("config.json", "config.yaml", "config.yml")
 FILES = (*MARKS, *WEIGHTS)
 
 RULES = {"topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
+_READ = (*("activation", "sae_type", "architecture", "k", "threshold", "input_dim", "hidden_dim"),)
 _STANDARDISED = (
     "visaebench standardises tokens by a mean and a deviation that it saves beside its cache and "
     "not with the SAE: give it tokens treated alike."
@@ -47,10 +56,13 @@ def read(folder: Path) -> Imported:
     rule = RULES.get(str(name).lower())
     if rule is None:
         raise ValueError(f"{about}: activation={name!r}: expected one of {', '.join(RULES)}")
+    refuse_others(config, (*VISAEBENCH, *_READ), {}, about)
     lost = [_STANDARDISED]
     plain = _convert(rule, config, about, tensors, lost).shift_input(1)
-    if left := tensors.left():
-        lost.append(f"{', '.join(left)} are in the file, and not known here.")
+    tensors.refuse_others()
+    m, d = plain.W_enc.shape
+    for name, found in (("input_dim", d), ("hidden_dim", m)):
+        same_size(config, name, found, about)
     reads: dict[str, Any] = {
         key: config[key] for key in ("backbone", "layer", "dataset") if key in config
     }

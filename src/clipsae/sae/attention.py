@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Architecture
+from clipsae.sae.checks import one_of, positive
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.memory import empty
 from clipsae.sae.products import Dictionary
@@ -46,14 +47,10 @@ class Attention(Architecture):
         scale: float | str = 1.0,
     ) -> None:
         super().__init__()
-        if query not in QUERIES:
-            raise ValueError(f"query={query!r}: expected one of {', '.join(QUERIES)}")
-        if scale == "sqrt_d":
-            self.scale = math.sqrt(d)
-        elif isinstance(scale, int | float) and not isinstance(scale, bool) and scale > 0:
-            self.scale = float(scale)
-        else:
-            raise ValueError(f"scale={scale!r}: expected a number above 0, or 'sqrt_d'")
+        one_of("query", query, QUERIES)
+        if scale != "sqrt_d":
+            positive("scale", scale, ", or 'sqrt_d'")
+        self.scale = math.sqrt(d) if scale == "sqrt_d" else float(scale)
         self.C = nn.Parameter(_kaiming(latents, d, fan_in=latents))
         self.W_Q = nn.Parameter(_kaiming(d, d, fan_in=d)) if query == "learned" else None
         self.W_K = nn.Parameter(_kaiming(d, d, fan_in=d))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.products import Dictionary
-from clipsae.sae.support import Support
+from clipsae.sae.support import Support, above
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,8 @@ class Activation(nn.Module):
         self.latents = latents
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """tau for scores [..., M]: [..., 1] per token, [M] per latent, or a scalar."""
+        """tau for scores [..., M]: [..., 1] per token, [M] per latent, or a scalar; of the scores'
+        precision or a higher one."""
         raise NotImplementedError
 
     def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
@@ -224,7 +225,7 @@ class Activation(nn.Module):
     def gate(self, scores: Tensor, tau: Tensor, latents: Tensor | None = None) -> Tensor:
         """Codes of scores [..., M], or [..., n] of `latents` ([n] or [B, n]), given tau."""
         tau = per_latent(tau, self.latents, latents)
-        return torch.where(scores > tau, self.curve(scores, tau, latents), 0)
+        return torch.where(above(scores, tau), self.curve(scores, tau, latents), 0)
 
     def support(self, scores: Tensor) -> Tensor | None:
         """Where codes in training, or gradients of their losses, may differ from 0.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Activation
+from clipsae.sae.checks import fraction, whole
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.ranks import share, smallest
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.support import Support, positions_above, strided_maxima, too_dense
-from clipsae.sae.topk import check_k
 
 
 @ACTIVATIONS.register("batch_topk")
@@ -42,11 +42,9 @@ class BatchTopK(Activation):
         threshold_start_step: int = 1000,
     ) -> None:
         super().__init__(latents)
-        check_k(k, latents)
-        if not 0 <= threshold_decay < 1:
-            raise ValueError(f"threshold_decay={threshold_decay!r}: expected 0 <= decay < 1")
-        if threshold_start_step < 0:
-            raise ValueError(f"threshold_start_step={threshold_start_step!r}: expected 0 or more")
+        whole("k", k, most=latents, of="latents=")
+        fraction("threshold_decay", threshold_decay, "0 <= decay < 1", zero=True, one=False)
+        whole("threshold_start_step", threshold_start_step, least=0)
         self.k = k
         self.threshold_decay = threshold_decay
         self.threshold_start_step = threshold_start_step
@@ -93,8 +91,9 @@ class BatchTopK(Activation):
         positive = torch.where(values > 0, values, torch.inf)
         here = nn.functional.pad(positive, (0, 1), value=torch.inf).min().to(old.dtype)
         found = smallest(here, self.ranks)
-        decay = torch.where(self.step > self.threshold_start_step, self.threshold_decay, 0.0)
-        new = decay * old + (1 - decay) * found
+        # (`torch.where` of two Python numbers would be float32.)
+        average = self.threshold_decay * old + (1 - self.threshold_decay) * found
+        new = torch.where(self.step > self.threshold_start_step, average, found)
         # A batch without any positive score says nothing of the threshold.
         old.copy_(torch.where(found.isfinite(), new, old))
         self.step += 1

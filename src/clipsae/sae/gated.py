@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from clipsae.sae.base import Activation, Step, per_latent
 from clipsae.sae.blockwise import blockwise, passing
+from clipsae.sae.checks import not_negative
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.relu import l1_norm, not_negative
+from clipsae.sae.relu import l1_norm
 from clipsae.sae.support import Support, positions_above
 
 

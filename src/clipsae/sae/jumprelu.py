@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from clipsae.sae.base import Activation, Step, per_latent
 from clipsae.sae.blockwise import blockwise, passing
+from clipsae.sae.checks import not_negative, positive
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.relu import not_negative
 from clipsae.sae.support import Support, positions_above
 
 
@@ -48,13 +48,10 @@ class JumpReLU(Activation):
     ) -> None:
         super().__init__(latents)
         not_negative("l0", l0)
-        for name, value in (
-            ("initial_threshold", initial_threshold),
-            ("bandwidth", bandwidth),
-            ("target_l0", 1 if target_l0 is None else target_l0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{name}={value!r}: expected a number above 0")
+        positive("initial_threshold", initial_threshold)
+        positive("bandwidth", bandwidth)
+        if target_l0 is not None:
+            positive("target_l0", target_l0, ", or null")
         self.l0 = l0
         self.target_l0 = target_l0
         self.bandwidth = bandwidth

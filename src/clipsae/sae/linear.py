@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.base import Architecture
+from clipsae.sae.checks import boolean, one_of
 from clipsae.sae.median import geometric_median
 from clipsae.sae.products import Dictionary
 from clipsae.sae.registry import ARCHITECTURES
@@ -47,8 +48,9 @@ class Linear(Architecture):
         bias_init: str = "images",
     ) -> None:
         super().__init__()
-        _one_of("encoder_init", encoder_init, ENCODER_INITS)
-        _one_of("bias_init", bias_init, BIAS_INITS)
+        one_of("encoder_init", encoder_init, ENCODER_INITS)
+        boolean("unit_decoder", unit_decoder)
+        one_of("bias_init", bias_init, BIAS_INITS)
         self.unit_rows = unit_decoder
         self.bias_init = bias_init
         self.W_dec = nn.Parameter(torch.empty(latents, d))
@@ -126,8 +128,3 @@ class Linear(Architecture):
 def _parts(rows: Tensor) -> tuple[Tensor, ...]:
     """Rows [M, d] in parts that stay in a CPU's cache while they are worked on."""
     return rows.split(1024 if rows.device.type == "cpu" else len(rows))
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")

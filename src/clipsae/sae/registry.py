@@ -13,6 +13,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from clipsae.sae.checks import near
+
 
 class Registry(Mapping[str, type[Any]]):
     """Classes by name.
@@ -43,9 +45,10 @@ class Registry(Mapping[str, type[Any]]):
         return decorate
 
     def __getitem__(self, name: str) -> type[Any]:
-        if name not in self._classes:
+        if not isinstance(name, str) or name not in self._classes:
             raise ValueError(
                 f"{self.kind}={name!r} does not exist: choose one of {', '.join(sorted(self))}"
+                f"{near(name, self)}"
             )
         return self._classes[name]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clipsae.sae.base import Activation, Step, per_latent
 from clipsae.sae.blockwise import blockwise
+from clipsae.sae.checks import not_negative
 from clipsae.sae.losses import mean_over_tokens
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.support import Support, positions_above
@@ -56,9 +57,3 @@ def l1_norm(codes: Tensor, step: Step) -> Tensor:
     norms = step.architecture.decoder_norms()
     norms = per_latent(norms, len(norms), step.latents)
     return mean_over_tokens(codes * norms, step.tokens)
-
-
-def not_negative(name: str, value: float) -> None:
-    """Raises ValueError unless value is a number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ValueError(f"{name}={value!r}: expected a number, 0 or more")

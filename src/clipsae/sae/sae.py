@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from clipsae.sae.auxk import auxk_loss, auxk_loss_at
 from clipsae.sae.base import Activation, Architecture, SAEOutput, SparseCodes, Step
+from clipsae.sae.checks import boolean, near, not_negative, whole
 from clipsae.sae.encoding import encode_by_blocks
 from clipsae.sae.losses import at_least_float32, relative_error
 from clipsae.sae.ranks import summed
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
-from clipsae.sae.relu import not_negative
 from clipsae.sae.support import DENSE_FROM
 
 FORMAT = "clipsae.sae"
@@ -68,14 +68,12 @@ class SAE(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        whole = {"d": d, "latents": latents, "dead_after": dead_after, "auxk_k": auxk_k}
-        for name, value in whole.items():
-            if name == "auxk_k" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
-        if not isinstance(normalize_input, bool):
-            raise ValueError(f"normalize_input={normalize_input!r}: expected true or false")
+        whole("d", d)
+        whole("latents", latents)
+        whole("dead_after", dead_after)
+        if auxk_k is not None:
+            whole("auxk_k", auxk_k)
+        boolean("normalize_input", normalize_input)
         not_negative("reconstruction_weight", reconstruction_weight)
         not_negative("auxk", auxk)
         if auxk_k is not None and not auxk:
@@ -83,7 +81,8 @@ class SAE(nn.Module):
         if auxk and not ACTIVATIONS[activation].holds_back:
             raise ValueError(
                 f"auxk={auxk} does nothing with activation={activation}, whose silent latents have "
-                "no score above 0: set it to 0"
+                "no score above 0 to learn from: set it to 0. How many stay dead is measured as "
+                "dead_fraction"
             )
         of_architecture, of_activation = _part_options(architecture, activation, options)
         self.d = d
@@ -381,10 +380,11 @@ def _part_options(
         )
     unknown = sorted(set(given) - set(names))
     if unknown:
-        known = ", ".join(sorted(set(names) - {"self"}))
+        known = sorted(set(names) - {"self"})
         raise ValueError(
             f"{unknown[0]}={given[unknown[0]]!r}: architecture={architecture} with "
-            f"activation={activation} has no such option; it has {known}"
+            f"activation={activation} has no such option{near(unknown[0], known)}; it has "
+            f"{', '.join(known)}"
         )
     for options in parts:
         options.update((name, value) for name, value in given.items() if name in options)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from clipsae.sae.base import Activation, per_latent
+from clipsae.sae.checks import boolean, fraction, one_of
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.support import Support, positions_above, strided_maxima
+from clipsae.sae.support import Support, above, positions_above, strided_maxima
 
 WEIGHTS = ("scores", "probabilities")
 
@@ -46,15 +47,14 @@ class Sparsemax(Activation):
         max_activation_frequency: float | None = 0.1,
     ) -> None:
         super().__init__(latents)
-        if weights not in WEIGHTS:
-            raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
+        one_of("weights", weights, WEIGHTS)
+        boolean("clamp", clamp)
         if clamp and weights != "scores":
             raise ValueError("clamp=True does nothing with weights='probabilities': leave it out")
         limit = max_activation_frequency
-        if limit is not None and not 0 < limit <= 1:
-            raise ValueError(
-                f"max_activation_frequency={limit!r}: expected 0 < share <= 1, or null"
-            )
+        if limit is not None:
+            expected = "0 < share <= 1, or null"
+            fraction("max_activation_frequency", limit, expected, zero=False, one=True)
         self.weights = weights
         self.clamp = clamp
         self.max_activation_frequency = limit
@@ -67,7 +67,7 @@ class Sparsemax(Activation):
 
     def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         if self.weights == "probabilities":
-            return (scores - tau).to(scores.dtype)
+            return _less(scores, tau)
         return torch.relu(scores) if self.clamp else scores
 
     def support(self, scores: Tensor) -> Tensor | None:
@@ -86,9 +86,9 @@ class Sparsemax(Activation):
             allowed = per_latent(self.frequency <= limit, self.latents, latents)
             scores = scores * allowed.to(scores.dtype)
         if support is not None:
-            codes = _less_tau(scores, support) if self.weights == "probabilities" else scores
+            codes = _probabilities(scores, support) if self.weights == "probabilities" else scores
         else:
-            tau = sparsemax_threshold(scores)
+            tau = self.threshold(scores)
             function = _Probabilities if self.weights == "probabilities" else _Scores
             codes = function.apply(scores, tau)
         if self.clamp:
@@ -103,9 +103,11 @@ class Sparsemax(Activation):
         if (len(codes) if support is None else support.tokens) == 0:
             return
         if support is None:
-            share = (codes > 0).flatten(0, -2).sum(dim=0) / (codes.numel() // self.latents)
+            count, tokens = (codes > 0).flatten(0, -2).sum(dim=0), codes.numel() // self.latents
         else:
-            share = support.count(codes > 0) / support.tokens
+            count, tokens = support.count(codes > 0), support.tokens
+        # (A quotient of whole numbers would be float32, and a tenth of it more than 0.1.)
+        share = count.to(self.frequency.dtype) / tokens
         self.step += 1
         # Not in place: a compiled backward pass compares with the old ones again.
         self.frequency = self.frequency + (share - self.frequency) / self.step
@@ -127,16 +129,12 @@ def sparsemax_threshold(scores: Tensor) -> Tensor:
         scores: [..., M].
 
     Returns:
-        [..., 1], float64 for float64 scores, else float32, rounded down: no score lies between
-        the rounded and the true tau, so `scores > tau` is the exact support.
+        float64 [..., 1], whatever the scores' dtype: near 1000, float32 would leave s - tau four
+        digits.
     """
     flat = scores.reshape(-1, scores.shape[-1])
     found = _from_maxima(flat)
     tau = _newton(flat, _lower_bound(flat).double()) if found is None else found[0]
-    if scores.dtype != torch.float64:
-        rounded = tau.float()
-        down = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
-        tau = torch.where(rounded.double() > tau, down, rounded)
     return tau.view(*scores.shape[:-1], 1)
 
 
@@ -203,12 +201,23 @@ def _newton(scores: Tensor, tau: Tensor) -> Tensor:
         tau = torch.maximum(tau, (total - 1) / size.clamp(min=1))
 
 
-def _less_tau(scores: Tensor, support: Support) -> Tensor:
+def _less(scores: Tensor, tau: Tensor) -> Tensor:
+    """s - tau in the scores' dtype, of tau in float64.
+
+    Of float32 scores in two float32 steps, as all of them in float64 would take several times as
+    long: first less tau's leading digits, exactly where s is near tau, then less the rest.
+    """
+    wide = at_least_float32(scores)
+    leading = tau.to(wide.dtype)
+    return ((wide - leading) - (tau - leading).to(wide.dtype)).to(scores.dtype)
+
+
+def _probabilities(scores: Tensor, support: Support) -> Tensor:
     """s - tau of the scores [p] on their support; the gradient is the projection onto it."""
     wide, token = scores.double(), support.token
     total = wide.new_zeros(support.tokens).index_add(0, token, wide)
     tau = (total - 1) / torch.bincount(token, minlength=support.tokens).clamp(min=1)
-    return (wide - tau.index_select(0, token)).to(scores.dtype)
+    return _less(scores, tau.index_select(0, token))
 
 
 class _Scores(torch.autograd.Function):
@@ -219,7 +228,7 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, tau: Tensor) -> Tensor:
-        support = scores > tau
+        support = above(scores, tau)
         ctx.save_for_backward(support)
         return torch.where(support, scores, 0)
 
@@ -234,14 +243,14 @@ class _Probabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, tau: Tensor) -> Tensor:
-        support = scores > tau
+        support = above(scores, tau)
         ctx.save_for_backward(support)
-        return torch.where(support, (scores - tau).to(scores.dtype), 0)
+        return torch.where(support, _less(scores, tau), 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (support,) = ctx.saved_tensors
         inside = torch.where(support, gradient, 0)
         size = support.sum(dim=-1, keepdim=True).clamp(min=1)
-        mean = inside.sum(dim=-1, keepdim=True) / size
-        return torch.where(support, inside - mean, 0).to(gradient.dtype), None
+        mean = inside.sum(dim=-1, keepdim=True, dtype=torch.float64) / size
+        return torch.where(support, _less(inside, mean), 0), None

@@ -176,20 +176,36 @@ def too_dense(active: int | Tensor, scores: Tensor) -> bool:
     return bool(active > DENSE_FROM.get(scores.device.type, 0) * scores.numel())
 
 
+def above(scores: Tensor, floor: Tensor) -> Tensor:
+    """scores > floor (broadcast), exact where the floor is float64 and the scores are not."""
+    return scores > _rounded_down(floor, scores)
+
+
+def _rounded_down(floor: Tensor, scores: Tensor) -> Tensor:
+    """A float64 floor in float32, where scores have no more digits: none of them lies between the
+    two, and all of them need not be made float64 to be compared."""
+    if floor.dtype != torch.float64 or scores.dtype == torch.float64:
+        return floor
+    rounded = floor.float()
+    down = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+    return torch.where(rounded.double() > floor, down, rounded)
+
+
 def positions_above(scores: Tensor, floor: Tensor) -> Tensor | None:
     """Where scores [N, M] > floor (broadcast): LongTensor [p], token * M + latent, ascending.
 
     None where dense products are faster: a look at every 32nd token tells before the rest is done.
     """
+    floor = _rounded_down(floor, scores)
     some = scores[::32]
     if too_dense(torch.count_nonzero(some > floor.expand_as(scores)[::32]), some):
         return None
-    above = (scores > floor).flatten()
-    if len(above) % 8:
-        return above.nonzero()[:, 0]
+    passing = (scores > floor).flatten()
+    if len(passing) % 8:
+        return passing.nonzero()[:, 0]
     # Eight at a time, as nearly all are False.
-    words = above.view(torch.int64).nonzero()[:, 0]
-    within = above.view(-1, 8).index_select(0, words).flatten().nonzero()[:, 0]
+    words = passing.view(torch.int64).nonzero()[:, 0]
+    within = passing.view(-1, 8).index_select(0, words).flatten().nonzero()[:, 0]
     return words.index_select(0, within >> 3).mul_(8).add_(within & 7)
 
 

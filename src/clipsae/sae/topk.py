@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clipsae.sae.base import Activation
+from clipsae.sae.checks import whole
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.support import Support, largest, too_dense
@@ -28,7 +29,7 @@ class TopK(Activation):
 
     def __init__(self, latents: int, *, k: int = 32) -> None:
         super().__init__(latents)
-        check_k(k, latents)
+        whole("k", k, most=latents, of="latents=")
         self.k = k
 
     def threshold(self, scores: Tensor) -> Tensor:
@@ -61,9 +62,3 @@ class TopK(Activation):
             return torch.relu(scores)
         values, indices = scores.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(scores).scatter(-1, indices, torch.relu(values))
-
-
-def check_k(k: int, latents: int) -> None:
-    """Raises ValueError unless k is a whole number from 1 to M."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= latents:
-        raise ValueError(f"k={k!r}: expected a whole number from 1 to latents={latents}")

@@ -8,6 +8,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from clipsae.sae import SAE, SAEOutput
+from clipsae.sae.checks import boolean, fraction, positive, whole
 from clipsae.training.logging import log_histogram
 from clipsae.training.ranks import average_statistics
 from clipsae.training.schedule import Decay, warmup_then
@@ -42,8 +43,14 @@ class SAEModule(LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if not learning_rate > 0:
-            raise ValueError(f"learning_rate={learning_rate}: expected a number above 0")
+        positive("learning_rate", learning_rate)
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise ValueError(f"betas={betas!r}: expected two numbers, such as [0.9, 0.999]")
+        for beta in betas:
+            fraction("betas", beta, "two numbers with 0 <= beta < 1", zero=True, one=False)
+        whole("warmup_steps", warmup_steps, least=0)
+        whole("initial_images", initial_images)
+        boolean("compile", compile)
         self.sae = sae
         self.learning_rate = float(learning_rate)
         self.betas = (float(betas[0]), float(betas[1]))

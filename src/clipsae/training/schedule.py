@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+from clipsae.sae.checks import one_of, whole
+
 Decay = Literal["constant", "cosine", "linear"]
 
 
@@ -22,10 +24,8 @@ def warmup_then(decay: Decay, warmup_steps: int, max_steps: int) -> Callable[[in
     Raises:
         ValueError: an unknown decay, a negative warm-up, or a decay without an end.
     """
-    if decay not in ("constant", "cosine", "linear"):
-        raise ValueError(f"decay={decay!r}: expected constant, cosine or linear")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps}: expected 0 or more")
+    one_of("decay", decay, ("constant", "cosine", "linear"))
+    whole("warmup_steps", warmup_steps, least=0)
     if decay != "constant" and max_steps < 0:
         raise ValueError(f"decay={decay!r} needs a trainer.max_steps, got {max_steps}")
 

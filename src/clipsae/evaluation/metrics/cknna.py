@@ -20,10 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipsae.evaluation.metrics.rows import SampledCodes, SparseRows
+from clipsae.evaluation.metrics.rows import Progress, SampledCodes, SparseRows
 from clipsae.evaluation.ranking import top_latents
 
 _BLOCK_BYTES = 2**27
+# Dense products do fifty times the work of sparse ones in the same time.
+_DENSE_FROM = 1 / 50
+_DENSE_ELEMENTS = 2**25  # of codes in float64, 0.27 GB
+# Codes that are not zero, times tokens to compare each with: two minutes of one core.
+_WORK = 2**35
+_ENTRIES = 2**25
 
 
 class _Edges(NamedTuple):
@@ -34,13 +40,16 @@ class _Edges(NamedTuple):
     values: Tensor
 
 
-def cknna(x: Tensor, codes: Tensor | SparseRows, k: int = 10) -> Tensor:
+def cknna(
+    x: Tensor, codes: Tensor | SparseRows, k: int = 10, progress: Progress | None = None
+) -> Tensor:
     """Alignment of one batch of tokens and their codes.
 
     Args:
         x: [N, d].
         codes: [N, M], dense or sparse.
         k: neighbours. Among equal kernel values the smaller index is the nearer one.
+        progress: called with (tokens done, N).
 
     Returns:
         float64 scalar, 1 for codes that keep all neighbourhoods; NaN where a self-alignment
@@ -59,16 +68,19 @@ def cknna(x: Tensor, codes: Tensor | SparseRows, k: int = 10) -> Tensor:
     if len(codes) != n:
         raise ValueError(f"codes of {len(codes)} tokens with {n} tokens: expected as many")
     x = x.double()
-    matrix = codes.csr()
+    dense = _fits(n, codes.width) and len(codes.values) > _DENSE_FROM * n * codes.width
+    matrix = codes.dense() if dense else codes.csr()
 
     def kernel_x(start: int, stop: int) -> Tensor:
         return x[start:stop] @ x.T
 
     def kernel_z(start: int, stop: int) -> Tensor:
+        if dense:
+            return matrix[start:stop] @ matrix.T
         return (matrix @ codes[start:stop].dense().T).T
 
     of_x = _neighbours(kernel_x, n, d=x.shape[1], k=k)
-    of_z = _neighbours(kernel_z, n, d=codes.width, k=k)
+    of_z = _neighbours(kernel_z, n, d=codes.width, k=k, progress=progress)
     own_x, own_z = _edges(*of_x), _edges(*of_z)
     shared_x, shared_z = _shared(*of_x, *of_z)
     product = _hsic(own_x, own_x, n) * _hsic(own_z, own_z, n)
@@ -82,7 +94,8 @@ class CKNNA(SampledCodes):
     A batch is worked off as soon as it is full; of a rest too small for a batch nothing counts,
     unless there is no full batch at all: then the rest is the batch. Processes add their full
     batches and put their rests together. So with a sample of at most `batch_rows` tokens in all
-    the result does not depend on how it came in.
+    the result does not depend on how it came in. Of SAEs with very many active latents it compares
+    a part of the tokens (`SampledCodes`), and logs how many: the time grows with their square.
 
     Args:
         d: width of the tokens.
@@ -91,6 +104,7 @@ class CKNNA(SampledCodes):
         batch_rows: tokens of a batch (MSAE: 10,000).
     """
 
+    what = "tokens"
     total: Tensor
     batches: Tensor
 
@@ -103,6 +117,11 @@ class CKNNA(SampledCodes):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("batches", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
+    def too_much(self, rows: int, entries: int) -> bool:
+        tokens = min(rows, self.batch_rows)  # that each is compared with
+        slow = tokens * entries > _WORK and not _fits(tokens, self.latents)
+        return tokens > 16 * self.k and (entries > _ENTRIES or slow)
+
     def update(self, x: Tensor, codes: Tensor) -> None:
         """Add tokens [n, d] and their dense codes [n, M]."""
         self._add(x, codes)
@@ -114,27 +133,37 @@ class CKNNA(SampledCodes):
 
     def compute(self) -> Tensor:
         """float64 scalar; NaN with fewer tokens than k + 1 or 4."""
-        total, batches, (x, codes) = self._full_batches()
+        total, batches, (x, codes, _) = self._full_batches()
+        self._note(codes)
         total = self.total + total
         every = self.batches + batches
         if every == 0 and len(x) > max(self.k, 3):
-            return cknna(x, codes, self.k)
+            return cknna(x, codes, self.k, self.progress)
         return total / every  # 0/0 is NaN
 
-    def _full_batches(self) -> tuple[Tensor, int, tuple[Tensor, SparseRows]]:
+    def _full_batches(self) -> tuple[Tensor, int, tuple[Tensor, SparseRows, Tensor]]:
         """Sum over the full batches that wait, their number, and the rest."""
-        x, codes = self._rows()
+        x, codes, drawn = self._rows()
         full = len(x) // self.batch_rows
         total = torch.zeros_like(self.total)
         for start in range(0, full * self.batch_rows, self.batch_rows):
             batch = slice(start, start + self.batch_rows)
-            total += cknna(x[batch], codes[batch], self.k)
+            total += cknna(x[batch], codes[batch], self.k, self.progress)
         rest = slice(full * self.batch_rows, None)
-        return total, full, (x[rest], codes[rest])
+        return total, full, (x[rest], codes[rest], drawn[rest])
+
+
+def _fits(tokens: int, latents: int) -> bool:
+    """Whether their codes can be held dense."""
+    return tokens * latents <= _DENSE_ELEMENTS
 
 
 def _neighbours(
-    kernel: Callable[[int, int], Tensor], n: int, d: int, k: int
+    kernel: Callable[[int, int], Tensor],
+    n: int,
+    d: int,
+    k: int,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Columns and values [n, k] of each row's k largest entries off the diagonal."""
     block = max(1, _BLOCK_BYTES // (8 * max(n, d)))
@@ -144,6 +173,8 @@ def _neighbours(
         part.diagonal(start).fill_(-torch.inf)
         columns.append(top_latents(part, k))
         values.append(part.gather(1, columns[-1]))
+        if progress is not None:
+            progress(min(start + block, n), n)
     return torch.cat(columns), torch.cat(values)
 
 

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 from clipsae.evaluation.metrics.auroc import LatentEntries, auroc, best_f1
-from clipsae.evaluation.metrics.rows import SampledCodes, SparseRows
+from clipsae.evaluation.metrics.rows import Progress, SampledCodes, SparseRows
 
-_BLOCK_ELEMENTS = 2**23  # of float64 arrays [entries, V] and [m, V]
+# Of float64 arrays [entries, V] and [m, V]: so few that their memory is used again and again.
+_BLOCK_ELEMENTS = 2**20
+# Codes that are not zero: 0.2 GB, and ten times that while they are sorted.
+_ENTRIES = 2**24
 
 
 def concept_recovery(
-    codes: Tensor | SparseRows, truth: Tensor, threshold: float = 0.9
+    codes: Tensor | SparseRows,
+    truth: Tensor,
+    threshold: float = 0.9,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Compare all latents with all concepts on a sample; exact, ties included.
 
@@ -29,6 +35,7 @@ def concept_recovery(
         codes: [N, M], dense or sparse.
         truth: BoolTensor [N, V].
         threshold: the AUROC from which a latent counts as good for a concept.
+        progress: called with (latents done, M).
 
     Returns:
         Per concept [V]:
@@ -74,6 +81,8 @@ def concept_recovery(
         good = score >= threshold
         latents += good.sum(dim=0)
         per_latent.append((good.sum(dim=1), *_purity(block, truth)))
+        if progress is not None:
+            progress(first + len(block), codes.width)
     concepts, purity, purest = (torch.cat(parts) for parts in zip(*per_latent, strict=True))
 
     defined = (positives > 0) & (positives < len(truth))
@@ -97,7 +106,8 @@ def concept_recovery(
 class ConceptRecovery(SampledCodes):
     """`concept_recovery` of all rows that were given, gathered from all processes.
 
-    It keeps the rows: give it a sample.
+    It keeps the rows: give it a sample. Of SAEs with very many active latents a row it keeps a
+    part (`SampledCodes`), and logs how many.
 
     Args:
         latents: M.
@@ -109,14 +119,18 @@ class ConceptRecovery(SampledCodes):
         super().__init__(latents, concepts, torch.bool)
         self.threshold = threshold
 
+    def too_much(self, rows: int, entries: int) -> bool:
+        return entries > _ENTRIES
+
     def update(self, codes: Tensor, truth: Tensor) -> None:
         """Add rows: dense codes [n, M] and truth [n, V] (bool)."""
         self._add(truth, codes)
 
     def compute(self) -> dict[str, Tensor]:
         """What `concept_recovery` describes."""
-        truth, codes = self._rows()
-        return concept_recovery(codes, truth, self.threshold)
+        truth, codes, _ = self._rows()
+        self._note(codes)
+        return concept_recovery(codes, truth, self.threshold, self.progress)
 
 
 class _Best:

@@ -3,13 +3,20 @@
 N rows (tokens, patches or images), M latents.
 """
 
+import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,13 @@ class SparseRows:
             self.counts[start:stop], self.columns[entries], self.values[entries], self.width
         )
 
+    def chosen(self, rows: Tensor) -> "SparseRows":
+        """Those of BoolTensor [N]."""
+        entries = torch.repeat_interleave(rows, self.counts)
+        return SparseRows(
+            self.counts[rows], self.columns[entries], self.values[entries], self.width
+        )
+
     def dense(self) -> Tensor:
         """float64 [N, M]."""
         out = self.values.new_zeros(len(self), self.width, dtype=torch.float64)
@@ -79,17 +93,28 @@ def csr(edges: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
 class SampledCodes(Metric):
     """Base of the metrics that keep rows of codes and something beside each of them.
 
-    Memory grows with the rows that are given, 12 bytes for each code that is not zero: give it a
-    sample of bounded size. The states are gathered from all processes, so that the result is that
-    of one process that saw all rows.
+    Memory grows with the rows that are given, 12 bytes for each code that is not zero, up to a
+    bound: where `too_much` says so, every second row is dropped, and of those that follow, too,
+    by a number that is drawn for each from its position alone. The states are gathered from all
+    processes, so that the result, unless rows were dropped, is that of one process that saw all.
 
     Args:
         latents: M.
         beside: columns of what is kept beside each row.
         dtype: its type.
+
+    Attributes:
+        progress: of `compute`, where that takes long.
+        what: what a row is, for the log.
+        compared: after `compute`, how many rows it rests on; None where that is all.
     """
 
     full_state_update = False
+    progress: Progress | None = None
+    what = "rows"
+    compared: int | None = None
+    halvings: Tensor
+    seen: Tensor
 
     def __init__(self, latents: int, beside: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -99,14 +124,22 @@ class SampledCodes(Metric):
             "counts": torch.empty(0, dtype=torch.long),
             "columns": torch.empty(0, dtype=torch.long),
             "values": torch.empty(0),
+            "drawn": torch.empty(0, dtype=torch.long),
         }
         for name in self._empty:
             self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_state("seen", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("halvings", torch.zeros((), dtype=torch.long), dist_reduce_fx="max")
         self._start()
 
     def reset(self) -> None:
         super().reset()
         self._start()
+
+    def too_much(self, rows: int, entries: int) -> bool:
+        """Whether so many rows with so many codes that are not zero are more than can be held, or
+        compared in a bearable time."""
+        return False
 
     def _start(self) -> None:
         # A process without rows still takes part in the gathering, with the right shapes.
@@ -120,23 +153,63 @@ class SampledCodes(Metric):
                 f"{len(beside)} rows with codes of shape {tuple(codes.shape)}: expected "
                 f"[{len(beside)}, {self.latents}]"
             )
+        drawn = _drawn(int(self.seen), len(codes), codes.device)
+        self.seen += len(codes)
+        if self.halvings:
+            kept = drawn < 2**31 >> int(self.halvings)
+            beside, codes, drawn = beside[kept], codes[kept], drawn[kept]
         rows = SparseRows.from_dense(codes)
         self.beside.append(beside.detach().to(self._empty["beside"].dtype))
         self.counts.append(rows.counts)
         self.columns.append(rows.columns)
         self.values.append(rows.values)
+        self.drawn.append(drawn)
+        while self._is_too_much():
+            self.halvings += 1
+            self._keep(*self._rows())
 
-    def _rows(self) -> tuple[Tensor, SparseRows]:
-        """All that is kept; after a reduction that is of all processes."""
+    def _is_too_much(self) -> bool:
+        rows = sum(map(len, self.counts))
+        return rows > 1 and self.too_much(rows, sum(map(len, self.columns)))
+
+    def _rows(self) -> tuple[Tensor, SparseRows, Tensor]:
+        """All that is kept: beside, codes and the numbers drawn; after a reduction that is of all
+        processes."""
         codes = SparseRows(
             dim_zero_cat(self.counts),
             dim_zero_cat(self.columns),
             dim_zero_cat(self.values),
             self.latents,
         )
-        return dim_zero_cat(self.beside), codes
+        beside, drawn = dim_zero_cat(self.beside), dim_zero_cat(self.drawn)
+        kept = drawn < 2**31 >> int(self.halvings)
+        if kept.all():
+            return beside, codes, drawn
+        return beside[kept], codes.chosen(kept), drawn[kept]
 
-    def _keep(self, beside: Tensor, codes: SparseRows) -> None:
+    def _keep(self, beside: Tensor, codes: SparseRows, drawn: Tensor) -> None:
         """Keep these rows and no others."""
-        self.beside, self.counts = [beside], [codes.counts]
+        self.beside, self.counts, self.drawn = [beside], [codes.counts], [drawn]
         self.columns, self.values = [codes.columns], [codes.values]
+
+    def _note(self, codes: SparseRows) -> None:
+        """Where rows were dropped: how many are left, in the log and for whoever asks."""
+        if self.halvings:
+            self.compared = len(codes)
+            log.info(
+                "%s compares %s of %s %s, drawn at random: with %s active latents each, all would "
+                "take too long",
+                type(self).__name__,
+                f"{len(codes):,}",
+                f"{int(self.seen):,}",
+                self.what,
+                f"{len(codes.values) / max(1, len(codes)):,.0f}",
+            )
+
+
+def _drawn(first: int, count: int, device: torch.device) -> Tensor:
+    """A number below 2^31 for each of the rows first, first + 1, ..., which looks random."""
+    x = torch.arange(first + 1, first + count + 1, device=device)
+    for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B)):  # an integer hash of 32 bits
+        x = ((x >> shift) ^ x) * factor & 0xFFFFFFFF
+    return ((x >> 16) ^ x) >> 1

@@ -174,4 +174,8 @@ class SingleMeasure:
                 of = self._metrics[level].compute()
                 self.recovered[level] = of
                 found |= {f"{level}_{short}": of[key] for key, short in _SUMMARIES.items()}
+        for name in ("cknna", *LEVELS):
+            compared = getattr(self._metrics.get(name), "compared", None)
+            if compared is not None:  # a part of the sample: see `SampledCodes`
+                found[f"{name}_compared"] = torch.tensor(float(compared))
         return found
