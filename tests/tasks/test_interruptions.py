@@ -57,8 +57,8 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_where_no_checkpoint_was_due(tmp_path):
-    """With the usual 500 steps between checkpoints; and where a shell has Ctrl-C ignored, as it does
-    for a command in the background."""
+    """With the usual 500 steps between checkpoints; and where a shell has Ctrl-C ignored, as it
+    does for a command in the background."""
     more = ["trainer.max_steps=400"]
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -53,7 +53,7 @@ def every_key() -> list[tuple[str, str, object]]:
 
 def wrong(value: object) -> object:
     """Of a kind that the key cannot have."""
-    if value is None or isinstance(value, str) and not value.startswith("${oc.select:model"):
+    if value is None or (isinstance(value, str) and not value.startswith("${oc.select:model")):
         return ["not", {"a": "text"}]
     return "nonsense!"
 
@@ -75,12 +75,19 @@ def composed():
         yield run
 
 
-def refusal(cfg) -> str:
-    """The one sentence that answers a config; by what a run asks before it loads the CLIP."""
+def check(cfg, *overrides: str) -> None:
+    """What a run asks of its config before it loads the CLIP."""
+    options.check(cfg, overrides)
+    sae.check_options(cfg)
+
+
+def refusal(cfg, *overrides: str) -> str:
+    """The one sentence that answers a config."""
     with pytest.raises(ConfigError) as caught:
-        options.check(cfg)
-        sae.check_options(cfg)
-    return str(caught.value)
+        check(cfg, *overrides)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
 
 
 @pytest.mark.parametrize(("choice", "key", "value"), every_key(), ids=str)
@@ -90,7 +97,6 @@ def test_a_wrong_value_is_refused_by_name(composed, choice, key, value):
         OmegaConf.update(cfg, key, wrong(value), merge=False)
     said = refusal(cfg)
     assert key.rpartition(".")[2] in said, said
-    assert "\n" not in said
 
 
 @pytest.mark.parametrize(
@@ -142,12 +148,7 @@ def test_a_wrong_value_is_refused_by_name(composed, choice, key, value):
     ],
 )
 def test_what_is_out_of_range_or_read_by_nobody(composed, override, expected):
-    cfg = compose("config", [override])
-    with pytest.raises(ConfigError) as caught:
-        options.check(cfg, [override])
-        sae.check_options(cfg)
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert expected in refusal(compose("config", [override]), override)
 
 
 def test_what_others_define_is_theirs(composed):

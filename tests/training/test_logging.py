@@ -1,4 +1,4 @@
-"""Where numbers go: nothing that a run wrote is removed by a later one, and W&B's variables hold."""
+"""Where numbers go: what a run wrote is not removed by a later one; W&B's variables hold."""
 
 import csv
 from pathlib import Path
