@@ -35,7 +35,7 @@ class UCF101(PublishedDataset):
     image_folders = ("UCF-101-midframes",)
 
     def official(self, split: str) -> Listing:
-        lists = self.place.home / "ucfTrainTestlist"
+        lists = self.annotation("ucfTrainTestlist/classInd.txt").parent
         if not lists.is_dir():
             raise FileNotFoundError(
                 f"{lists} is missing: it comes with the train/test splits of "
