@@ -17,8 +17,9 @@ import torch
 from open_clip import get_tokenizer
 from torch import Tensor, nn
 
-from clipsae.clip.build import build_model, weights_file
+from clipsae.clip.build import build_model, check_layer, weights_file
 from clipsae.clip.changes import Changes
+from clipsae.clip.published import cache_alone_if_offline
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
 
@@ -54,11 +55,7 @@ class FrozenCLIP(nn.Module):
         super().__init__()
         tower = tower_of(name, getattr(model, "visual", model))
         blocks = tower.blocks
-        if not -blocks <= layer < blocks:
-            raise ConfigError(
-                f"layer={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
-                f"(from the end) or 0..{blocks - 1}"
-            )
+        check_layer(name, layer, blocks)
         self.model: Any = model  # of a library without types
         self.tower = tower
         self.name = name
@@ -92,10 +89,14 @@ class FrozenCLIP(nn.Module):
         """Build a model by open_clip's or timm's name for it, and its weights.
 
         Args:
-            name: an open_clip model with a plain ViT image tower, "timm:MODEL" (no texts), or
-                "clipsae-tiny".
-            pretrained: a tag that open_clip (or timm) knows for this model, the path of a weights
-                file, "builtin" (clipsae-tiny), or None: random weights, with a warning.
+            name: an open_clip model with a plain ViT image tower, "timm:MODEL" (no texts),
+                "clipsae-tiny", or as for open_clip "local-dir:FOLDER" or "hf-hub:REPOSITORY" with
+                an `open_clip_config.json`.
+            pretrained: a tag that open_clip (or timm) knows for this model; the path of a file of
+                weights (see `weights.py`), or of a folder or a repository in the cache of the
+                Hugging Face Hub that holds one; a repository of the Hub; "builtin": what comes
+                with clipsae-tiny or lies in the folder of `name`; None: random weights, with a
+                warning.
             layer: the prefix ends with this block: -2 is the second to last (the paper's), -1 the
                 last, 0 the first.
             precision: "fp32", or "bf16": weights and products in bfloat16, layer norms in
@@ -104,10 +105,18 @@ class FrozenCLIP(nn.Module):
             image_size: S, if not the model's own; positions are interpolated.
 
         Raises:
-            ConfigError: an unknown name, tag or precision; a model that is no plain ViT; OpenAI's
-                weights with the wrong activation; weights that cannot be had; a layer out of range.
+            ConfigError: an unknown name, tag or precision; a model that is no plain ViT; weights
+                trained with another activation, or that cannot be had; a layer out of range.
+                Nothing of this waits for a network that is not there.
         """
-        model = build_model(name, pretrained, precision=precision, seed=seed, image_size=image_size)
+        model = build_model(
+            name,
+            pretrained,
+            layer=layer,
+            precision=precision,
+            seed=seed,
+            image_size=image_size,
+        )
         return cls(model, name=name, pretrained=pretrained, layer=layer, precision=precision)
 
     @staticmethod
@@ -149,7 +158,8 @@ class FrozenCLIP(nn.Module):
         """
         self.require_text()
         try:
-            return get_tokenizer(self.name)
+            with cache_alone_if_offline():
+                return get_tokenizer(self.name)
         except Exception as error:  # whatever a download or a missing package can raise
             detail = " ".join(str(error).split())[:200]
             raise ConfigError(
