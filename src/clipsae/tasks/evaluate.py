@@ -17,7 +17,7 @@ from clipsae.interop import Imported, read
 from clipsae.sae import SAE
 from clipsae.store import Store, write_json
 from clipsae.tasks import build
-from clipsae.tasks.experiment import benchmark
+from clipsae.tasks.experiment import benchmark, check
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ def run(cfg: DictConfig) -> None:
             "task.sae is empty: give a folder, a .pt file or a Hugging Face id, such as "
             "task.sae=owner/name"
         )
+    check(cfg)
     found = build.user_error(read, str(cfg.task.sae))
     cfg = as_if_composed(cfg, found)
     clip = build.build_clip(cfg)
