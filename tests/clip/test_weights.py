@@ -416,6 +416,12 @@ def test_absent_weights_are_refused_with_what_to_copy_and_where_to(nowhere, tmp_
     said = refused_at_once(lambda: FrozenCLIP.load("timm:vit_small_patch14_dinov2", "lvd142m"))
     assert "copy model.safetensors of" in said
     assert f"{tmp_path}/home/torch/hub/checkpoints/dinov2_vits14_pretrain.pth" in said
+    repository = "openai/clip-vit-base-patch16"
+    said = refused_at_once(lambda: FrozenCLIP.load(pretrained=repository))
+    assert f"{repository} is not in {nowhere}" in said
+    assert "copy its files into a folder" in said
+    said = refused_at_once(lambda: FrozenCLIP.load("hf-hub:me/clip", "builtin"))
+    assert "give clip.name=local-dir:/path/to/clip" in said
     said = refused_at_once(lambda: FrozenCLIP.load("ViT-B-16", "laion2b_s34b_b88k"))
     assert "laion/CLIP-ViT-B-16-laion2B-s34B-b88K" in said
     for name in ("open_clip:ViT-B-32/openai", "timm:vit_small_patch14_dinov2.lvd142m"):

@@ -90,7 +90,10 @@ def build_model(
 
         tiny.register()
     build = _timm if name.startswith(TIMM) else _open_clip
-    blocks, make = build(name, pretrained, precision, image_size)
+    try:
+        blocks, make = build(name, pretrained, precision, image_size)
+    except FileNotFoundError as error:
+        raise ConfigError(f"the weights {pretrained!r} of {name}: {error}") from error
     check_layer(name, layer, blocks)
     if pretrained is None:
         warnings.warn(
@@ -198,7 +201,9 @@ def source_of(name: str, pretrained: str) -> Source:
         return Source(pretrained, path, preprocess=preprocess)
     repository = _repository(pretrained)
     if repository is not None:
-        by_hand = f"copy it here as a folder and give clip.pretrained=/path/to/{repository}"
+        by_hand = (
+            f"copy its files into a folder and give that, clip.pretrained=/path/to/{repository}"
+        )
         path = published.fetch(repository, published.FILES, by_hand)
         if not (path.parent / "open_clip_config.json").is_file():
             for config in ("config.json", "open_clip_config.json"):

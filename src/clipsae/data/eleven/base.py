@@ -281,18 +281,16 @@ class PublishedDataset(ImageList):
 
     def _classes_that_differ(self, raw: Sequence[str], labels: Sequence[int]) -> None:
         """Note the classes without images, and those that are not the published ones."""
-        present = set(labels)
-        empty = [name for label, name in enumerate(raw) if label not in present]
-        absent = sorted(self.published - set(raw))
-        others = [name for name in raw if name not in self.published] if self.published else []
-        for names, what in (
-            (empty, f"{len(empty):,} of {len(raw):,} classes without images"),
-            (absent, f"{len(absent):,} of the {self.about.classes:,} published classes missing"),
-            (others, "classes that are not among the published"),
-        ):
-            if names:
-                self.differences.append(f"{what}: {_some(names)}")
-        if len(raw) != self.about.classes and not absent + others:
+        present = {raw[label] for label in set(labels)}
+        classes = sorted(self.published) or list(raw)
+        empty = [name for name in classes if name not in present]
+        others = [name for name in raw if name not in classes]
+        if empty:
+            said = f"{len(empty):,} of {len(classes):,} classes without images: {_some(empty)}"
+            self.differences.append(said)
+        if others:
+            self.differences.append(f"classes that are not among the published: {_some(others)}")
+        if len(classes) != self.about.classes:
             self.differences.append(
                 f"{len(raw):,} classes compete, of the published {self.about.classes:,}"
             )

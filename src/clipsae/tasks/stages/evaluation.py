@@ -54,10 +54,10 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
     """Refuse now what would be refused after the training.
 
     Raises:
-        ConfigError: a backbone without a text tower, or `heldout` where both splits are the same
-            images: nothing would be held out.
+        ConfigError: a backbone without a text tower or a tokenizer, or `heldout` where both
+            splits are the same images: nothing would be held out.
     """
-    clip.require_text()
+    _ = clip.tokenizer
     options = cfg.evaluation
     if options.protocol != "heldout":
         return
