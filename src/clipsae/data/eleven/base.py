@@ -108,6 +108,7 @@ class PublishedDataset(ImageList):
             templates=(self.about.prompt,) if templates == "dataset" else None,
             image_size=image_size,
             on_bad_image=on_bad_image,
+            as_seen=False,
         )
         log.info(
             "%s: %s %s images of %d classes (%s) in %s",

@@ -47,6 +47,12 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
             both splits are the same images: nothing would be held out.
     """
     clip.require_text()
+    if len(test_set.classnames) == 1:
+        log.warning(
+            "%s has one class, %r: every accuracy will be 100 %%, as nothing competes with it; "
+            "evaluation=none leaves them out",
+            *(cfg.dataset.name, test_set.classnames[0]),
+        )
     options = cfg.evaluation
     build.user_error(check_topn_options, options.ns, options.protocol, options.settings)
     if options.protocol != "heldout":
