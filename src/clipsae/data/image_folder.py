@@ -137,10 +137,9 @@ def _warn(root: Path, found: ClassFolders, data: ImageList) -> None:
             "as %s",
             *(root, len(new), len(here), new[0]),
         )
-    names = data.classnames
-    if len(names) > len(found.all_classes):  # ImageNet's, two of which are the same
-        names = [names[label] for label in data.labels.unique()]
-    twice = [name for name, count in Counter(name.lower() for name in names).items() if count > 1]
+    if found.all_classes[0] in wnids():  # of ImageNet's names two are the same
+        return
+    twice = [n for n, count in Counter(map(str.lower, data.classnames)).items() if count > 1]
     if twice:
         log.warning(
             "%s: %d class names belong to several folders, such as %r: CLIP cannot tell them apart",
