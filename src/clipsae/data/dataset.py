@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipsae.data.images import preprocessing, read_image
+from clipsae.data.images import read_image
 
 Template = Callable[[str], str] | str
 OnBadImage = Literal["error", "skip"]
@@ -59,6 +59,7 @@ class ImageList(Dataset):
         image_size: S.
         on_bad_image: what the loaders do with a file that cannot be read: "error" stops and names
             it; "skip" counts and reports it, and goes on.
+        as_seen: see `read_image`; False for published datasets.
 
     Raises:
         ValueError: no files, labels beyond the class names, an unknown `on_bad_image`.
@@ -74,6 +75,7 @@ class ImageList(Dataset):
         templates: Sequence[Template] | None = None,
         image_size: int = 224,
         on_bad_image: OnBadImage = "error",
+        as_seen: bool = True,
     ) -> None:
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected error or skip")
@@ -92,7 +94,7 @@ class ImageList(Dataset):
         self.templates = templates
         self.image_size = image_size
         self.on_bad_image = on_bad_image
-        self._transform = preprocessing(image_size)
+        self.as_seen = as_seen
 
     @cached_property  # every stage of a run asks for it
     def fingerprint(self) -> str:
@@ -129,41 +131,8 @@ class ImageList(Dataset):
         Raises:
             BadImageError: the file cannot be read.
         """
-        image = read_image(self.root / self.files[index], self._transform)
+        image = read_image(self.root / self.files[index], self.image_size, as_seen=self.as_seen)
         return image, int(self.labels[index])
-
-
-def list_images(folder: Path, extensions: Sequence[str]) -> list[str]:
-    """Paths of the images anywhere below a folder, relative to it, sorted.
-
-    Hidden files and folders are left out: `._a.jpg`, which a Mac leaves beside `a.jpg`, is none.
-
-    Args:
-        extensions: lower-case, with the dot.
-    """
-    found: list[str] = []
-
-    def visit(inside: str) -> None:
-        with os.scandir(folder / inside) as entries:
-            for entry in entries:
-                relative = f"{inside}/{entry.name}" if inside else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    if not _leads_up(entry):
-                        visit(relative)
-                elif Path(entry.name).suffix.lower() in extensions:
-                    found.append(relative)
-
-    visit("")
-    return sorted(found)
-
-
-def _leads_up(entry: os.DirEntry) -> bool:
-    """Whether a folder is a link to one that it lies in."""
-    return entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(
-        Path(entry.path).resolve()
-    )
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

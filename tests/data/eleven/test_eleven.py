@@ -175,6 +175,17 @@ def test_the_rule_splits_in_coops_proportions(tmp_path):
     assert numbers[-1] > 100
 
 
+def test_the_rule_takes_folders_without_images_for_no_classes(tmp_path):
+    """What a Mac's archive, a file system and a half-deleted class leave beside the classes."""
+    for name in ("cat", "dog", "__MACOSX", "@eaDir", "lost+found", "empty"):
+        (tmp_path / "2750" / name).mkdir(parents=True)
+        for number in range(10 * (name != "empty")):
+            (tmp_path / "2750" / name / f"{number}.jpg").touch()
+    data = ELEVEN["eurosat"](tmp_path)
+    assert data.classnames == ["cat", "dog"]
+    assert set(data.labels.tolist()) == {0, 1}
+
+
 def test_which_split_is_taken(build, caplog):
     built = build("dtd", "coop")
     coop, official = (ELEVEN["dtd"](built.root, split_source=s) for s in ("coop", "official"))

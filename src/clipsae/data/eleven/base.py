@@ -11,12 +11,12 @@ from clipsae.data.eleven.about import COOP, About
 from clipsae.data.eleven.files import (
     as_they_lie,
     folders_below,
-    folders_in,
     missing_files,
     unwrapped,
     unwrapped_path,
 )
 from clipsae.data.eleven.splits import Listing, read_coop_split
+from clipsae.data.listing import folders_in
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ class PublishedDataset(ImageList):
             templates=(self.about.prompt,) if templates == "dataset" else None,
             image_size=image_size,
             on_bad_image=on_bad_image,
+            as_seen=False,
         )
         self._classes_that_differ(listing.raw, labels)
         for difference in self.differences:

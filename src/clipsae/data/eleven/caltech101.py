@@ -13,8 +13,8 @@ from pathlib import Path
 
 from clipsae.data.eleven.about import About
 from clipsae.data.eleven.base import PublishedDataset
-from clipsae.data.eleven.files import folders_in
 from clipsae.data.eleven.splits import Listing, split_by_rule
+from clipsae.data.listing import folders_in
 
 LEFT_OUT = ("BACKGROUND_Google", "Faces_easy")
 SINGULAR = {

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from clipsae.data.eleven.about import About
 from clipsae.data.eleven.base import PublishedDataset
-from clipsae.data.eleven.files import folders_in, names_in
+from clipsae.data.eleven.files import names_in
 from clipsae.data.eleven.splits import Listing, split_by_rule
+from clipsae.data.listing import folders_in
 
 NAMES = {
     "AnnualCrop": "Annual Crop Land",

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clipsae.data.image_folder import EXTENSIONS
+from clipsae.data.listing import folders_in
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def read_text(path: Path) -> str:
@@ -104,12 +106,6 @@ def names_in(folder: Path) -> list[str]:
 def images_in(folder: Path) -> list[str]:
     """Names of the images directly in a folder, sorted."""
     return sorted(n for n in names_in(folder) if n[0] != "." and n.lower().endswith(EXTENSIONS))
-
-
-def folders_in(folder: Path) -> list[str]:
-    """Names of the folders directly in a folder, sorted, hidden ones left out."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
 
 
 def unwrapped(folder: Path) -> Path:

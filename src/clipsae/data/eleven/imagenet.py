@@ -20,9 +20,10 @@ from open_clip import IMAGENET_CLASSNAMES
 
 from clipsae.data.eleven.about import About
 from clipsae.data.eleven.base import PublishedDataset
-from clipsae.data.eleven.files import folders_in, images_in, read_lines, unwrapped
+from clipsae.data.eleven.files import images_in, read_lines, unwrapped
 from clipsae.data.eleven.splits import Listing
 from clipsae.data.image_folder import wnids
+from clipsae.data.listing import folders_in
 
 log = logging.getLogger(__name__)
 

@@ -58,6 +58,12 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
             splits are the same images: nothing would be held out.
     """
     _ = clip.tokenizer
+    if len(test_set.classnames) == 1:
+        log.warning(
+            "%s has one class, %r: every accuracy will be 100 %%, as nothing competes with it; "
+            "evaluation=none leaves them out",
+            *(cfg.dataset.name, test_set.classnames[0]),
+        )
     options = cfg.evaluation
     if options.protocol != "heldout":
         return
