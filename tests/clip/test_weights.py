@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from omegaconf import OmegaConf
+from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -443,22 +444,30 @@ def test_a_hub_that_never_answers_is_waited_for_two_seconds(monkeypatch):
 
 
 class TestPublished:
-    """Weights of a tag are found in every cache that may hold them."""
+    """Weights of a tag are found in every cache that may hold them; the small model stands for
+    OpenAI's ViT-B/32."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture(autouse=True)
+    def known(self, monkeypatch):
+        known = {"openai": get_pretrained_cfg("ViT-B-32", "openai")}
+        for name in NAMES.values():
+            monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, known)
+        repository = published._OPENAI_IN_TRANSFORMERS["ViT-B-32"]
+        monkeypatch.setitem(published._OPENAI_IN_TRANSFORMERS, NAMES[False], repository)
+
+    @pytest.fixture
     def state(self):
-        return open_clip.create_model("ViT-B-32-quickgelu", None).eval()
+        return open_clip.create_model(NAMES[True], None).eval()
 
-    def proj(self, **options):
-        clip = FrozenCLIP.load("ViT-B-32-quickgelu", "openai", **options)
-        return clip.model.visual.proj
+    def proj(self) -> Tensor:
+        return FrozenCLIP.load(NAMES[True], "openai").model.visual.proj
 
     def test_in_the_hubs_cache(self, state, nowhere, tmp_path):
         (tmp_path / "f").mkdir()
         save_file(state.state_dict(), tmp_path / "f" / "open_clip_model.safetensors")
         hub_cache(nowhere, "timm/vit_base_patch32_clip_224.openai", tmp_path / "f")
         assert torch.equal(self.proj(), state.visual.proj)
-        assert FrozenCLIP.weights_file("ViT-B-32-quickgelu", "openai") is None
+        assert FrozenCLIP.weights_file(NAMES[True], "openai") is None
 
     def test_in_the_hubs_cache_in_transformers_format(self, state, nowhere, tmp_path):
         folder = transformers_folder(state, True, tmp_path / "clip", "bin")
@@ -472,8 +481,8 @@ class TestPublished:
         assert torch.equal(self.proj(), state.visual.proj)
         assert f"{path} is not the published file by its checksum" in caplog.text
         # So that results of it are not taken for OpenAI's.
-        assert FrozenCLIP.weights_file("ViT-B-32-quickgelu", "openai") == path
-        encoder = image_encoder("open_clip:ViT-B-32/openai")
+        assert FrozenCLIP.weights_file(NAMES[True], "openai") == path
+        encoder = image_encoder(f"open_clip:{NAMES[False]}/openai")
         assert torch.equal(encoder.backbone.model.visual.proj, state.visual.proj)
         assert type(encoder.backbone.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == (
             "QuickGELU"

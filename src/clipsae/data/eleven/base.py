@@ -169,14 +169,14 @@ class PublishedDataset(ImageList):
         """The folder that paths are relative to, if the layout begins at `home`."""
         for name in cls.image_folders:
             folder = unwrapped(home / name)
-            if folder.is_dir() and cls.holds_images(folder):
+            if folder.is_dir() and (name != "." or cls.holds_images(folder)):
                 return folder
         return None
 
     @classmethod
     def holds_images(cls, folder: Path) -> bool:
-        """Whether a folder of the right name is the right one, as far as can be told."""
-        return True
+        """Whether a folder of any name holds the class folders."""
+        return not cls.published.isdisjoint(folders_in(folder))
 
     @classmethod
     def find(cls, root: Path) -> Place | None:

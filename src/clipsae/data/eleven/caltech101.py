@@ -9,12 +9,9 @@ The benchmark counts 100 classes, as CoOp does: neither the background's picture
 first; the paper's code paired them with names in another order.
 """
 
-from pathlib import Path
-
 from clipsae.data.eleven.about import About
 from clipsae.data.eleven.base import PublishedDataset
 from clipsae.data.eleven.splits import Listing, split_by_rule
-from clipsae.data.listing import folders_in
 
 LEFT_OUT = ("BACKGROUND_Google", "Faces_easy")
 SINGULAR = {
@@ -59,10 +56,6 @@ class Caltech101(PublishedDataset):
     image_folders = ("101_ObjectCategories", ".")
     published = frozenset(CLASSES)
     torchvision_class = "Caltech101"
-
-    @classmethod
-    def holds_images(cls, folder: Path) -> bool:
-        return not cls.published.isdisjoint(folders_in(folder))
 
     def official(self, split: str) -> Listing:
         return split_by_rule(self.place.images, split, left_out=LEFT_OUT)
