@@ -443,6 +443,18 @@ def test_a_hub_that_never_answers_is_waited_for_two_seconds(monkeypatch):
     assert not published.online()
 
 
+def test_a_tokenizer_that_comes_with_open_clip_asks_nobody(monkeypatch, nowhere):
+    asked = []
+    monkeypatch.setattr(published, "online", lambda: asked.append("asked"))
+    clip = FrozenCLIP.load("clipsae-tiny", "builtin")
+    assert clip.tokenizer(["a red star"]).shape == (1, 32)
+    assert not asked
+    siglip = FrozenCLIP(clip.model, name="ViT-B-16-SigLIP")
+    with pytest.raises(ConfigError, match="comes from the Hugging Face Hub through the package"):
+        _ = siglip.tokenizer
+    assert asked
+
+
 class TestPublished:
     """Weights of a tag are found in every cache that may hold them; the small model stands for
     OpenAI's ViT-B/32."""

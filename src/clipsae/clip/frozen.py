@@ -9,15 +9,16 @@ B images, T tokens of an image (class token first, then the patches row by row),
 e embedding size, S image side. DINOv2 through timm is cut in the same way, though it has no texts.
 """
 
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import get_tokenizer
+from open_clip import get_model_config, get_tokenizer
 from torch import Tensor, nn
 
-from clipsae.clip.build import build_model, check_layer, weights_file
+from clipsae.clip.build import HUB, build_model, check_layer, weights_file
 from clipsae.clip.changes import Changes
 from clipsae.clip.published import cache_alone_if_offline
 from clipsae.clip.towers import tower_of
@@ -158,7 +159,7 @@ class FrozenCLIP(nn.Module):
         """
         self.require_text()
         try:
-            with cache_alone_if_offline():
+            with cache_alone_if_offline() if _tokenizer_of_hub(self.name) else nullcontext():
                 return get_tokenizer(self.name)
         except Exception as error:  # whatever a download or a missing package can raise
             detail = " ".join(str(error).split())[:200]
@@ -230,6 +231,14 @@ class FrozenCLIP(nn.Module):
         self.require_text()
         embedding = _at_least_fp32(self.model.encode_text(tokenised.to(self.device)))
         return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+
+def _tokenizer_of_hub(name: str) -> bool:
+    """Whether a model's tokenizer comes from the Hugging Face Hub; CLIP's own is open_clip's."""
+    if name.startswith(HUB):
+        return True
+    config = get_model_config(name) or {}
+    return bool(config.get("text_cfg", {}).get("hf_tokenizer_name"))
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
