@@ -159,6 +159,12 @@ def test_a_torchscript_archive(model, expected, quick, tmp_path, half):
     path = torchscript(made.half() if half else made, tmp_path / "ViT.pt")
     check(path, expected, quick, exact=not half)
     assert read_weights(path).quick_gelu == quick
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    larger = open_clip.create_model(NAMES[quick], tmp_path / "w.safetensors", force_image_size=64)
+    found = FrozenCLIP.load(NAMES[quick], str(path), image_size=64).model.visual
+    theirs = larger.visual.positional_embedding
+    assert theirs.shape == (17, 32)
+    torch.testing.assert_close(found.positional_embedding, theirs, rtol=1e-2, atol=1e-3)
 
 
 class OfOpenAI(nn.Module):

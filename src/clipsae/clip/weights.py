@@ -140,7 +140,9 @@ def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: they are not this model's.
     """
-    state = convert_state_dict(model, dict(tensors))
+    # OpenAI's are in half precision, in which positions cannot be interpolated on a CPU.
+    whole = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    state = convert_state_dict(model, whole)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     own = model.state_dict()
