@@ -23,17 +23,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipsae.clip import FrozenCLIP
+    from clipsae.data import read_image
     from clipsae.interop import load, push_to_hub
     from clipsae.sae import SAE
 
 __version__ = "0.1.0"
-__all__ = ["SAE", "FrozenCLIP", "load", "push_to_hub"]
+__all__ = ["SAE", "FrozenCLIP", "load", "push_to_hub", "read_image"]
 
 _WHERE = {
     "FrozenCLIP": "clipsae.clip",
     "SAE": "clipsae.sae",
     "load": "clipsae.interop",
     "push_to_hub": "clipsae.interop",
+    "read_image": "clipsae.data",
 }
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipsae.data.dataset import ImageList, list_images
-from clipsae.data.image_folder import EXTENSIONS
+from clipsae.data.dataset import ImageList
+from clipsae.data.listing import list_images
 
 
 class Noise(Dataset):
@@ -40,7 +40,7 @@ def images(folder: Path | None, n: int, image_size: int, classes: int = 4) -> No
     labels = [i * classes // n for i in range(n)]
     if folder is None:
         return Noise(labels, image_size)
-    files = list_images(folder, EXTENSIONS)[:n]
+    files = list_images(folder)[:n]
     if len(files) < n:
         raise ValueError(f"--images {folder}: {len(files)} images, expected at least {n}")
     names = [f"class {label}" for label in range(classes)]

@@ -9,16 +9,18 @@ B images, T tokens of an image (class token first, then the patches row by row),
 e embedding size, S image side. DINOv2 through timm is cut in the same way, though it has no texts.
 """
 
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import get_tokenizer
+from open_clip import get_model_config, get_tokenizer
 from torch import Tensor, nn
 
-from clipsae.clip.build import build_model, weights_file
+from clipsae.clip.build import HUB, build_model, check_layer, weights_file
 from clipsae.clip.changes import Changes
+from clipsae.clip.published import cache_alone_if_offline
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
 
@@ -54,11 +56,7 @@ class FrozenCLIP(nn.Module):
         super().__init__()
         tower = tower_of(name, getattr(model, "visual", model))
         blocks = tower.blocks
-        if not -blocks <= layer < blocks:
-            raise ConfigError(
-                f"layer={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
-                f"(from the end) or 0..{blocks - 1}"
-            )
+        check_layer(name, layer, blocks)
         self.model: Any = model  # of a library without types
         self.tower = tower
         self.name = name
@@ -92,10 +90,14 @@ class FrozenCLIP(nn.Module):
         """Build a model by open_clip's or timm's name for it, and its weights.
 
         Args:
-            name: an open_clip model with a plain ViT image tower, "timm:MODEL" (no texts), or
-                "clipsae-tiny".
-            pretrained: a tag that open_clip (or timm) knows for this model, the path of a weights
-                file, "builtin" (clipsae-tiny), or None: random weights, with a warning.
+            name: an open_clip model with a plain ViT image tower, "timm:MODEL" (no texts),
+                "clipsae-tiny", or as for open_clip "local-dir:FOLDER" or "hf-hub:REPOSITORY" with
+                an `open_clip_config.json`.
+            pretrained: a tag that open_clip (or timm) knows for this model; the path of a file of
+                weights (see `weights.py`), or of a folder or a repository in the cache of the
+                Hugging Face Hub that holds one; a repository of the Hub; "builtin": what comes
+                with clipsae-tiny or lies in the folder of `name`; None: random weights, with a
+                warning.
             layer: the prefix ends with this block: -2 is the second to last (the paper's), -1 the
                 last, 0 the first.
             precision: "fp32", or "bf16": weights and products in bfloat16, layer norms in
@@ -104,10 +106,18 @@ class FrozenCLIP(nn.Module):
             image_size: S, if not the model's own; positions are interpolated.
 
         Raises:
-            ConfigError: an unknown name, tag or precision; a model that is no plain ViT; OpenAI's
-                weights with the wrong activation; weights that cannot be had; a layer out of range.
+            ConfigError: an unknown name, tag or precision; a model that is no plain ViT; weights
+                trained with another activation, or that cannot be had; a layer out of range.
+                Nothing of this waits for a network that is not there.
         """
-        model = build_model(name, pretrained, precision=precision, seed=seed, image_size=image_size)
+        model = build_model(
+            name,
+            pretrained,
+            layer=layer,
+            precision=precision,
+            seed=seed,
+            image_size=image_size,
+        )
         return cls(model, name=name, pretrained=pretrained, layer=layer, precision=precision)
 
     @staticmethod
@@ -149,7 +159,8 @@ class FrozenCLIP(nn.Module):
         """
         self.require_text()
         try:
-            return get_tokenizer(self.name)
+            with cache_alone_if_offline() if _tokenizer_of_hub(self.name) else nullcontext():
+                return get_tokenizer(self.name)
         except Exception as error:  # whatever a download or a missing package can raise
             detail = " ".join(str(error).split())[:200]
             raise ConfigError(
@@ -220,6 +231,14 @@ class FrozenCLIP(nn.Module):
         self.require_text()
         embedding = _at_least_fp32(self.model.encode_text(tokenised.to(self.device)))
         return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+
+def _tokenizer_of_hub(name: str) -> bool:
+    """Whether a model's tokenizer comes from the Hugging Face Hub; CLIP's own is open_clip's."""
+    if name.startswith(HUB):
+        return True
+    config = get_model_config(name) or {}
+    return bool(config.get("text_cfg", {}).get("hf_tokenizer_name"))
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

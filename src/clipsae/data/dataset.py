@@ -3,18 +3,22 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipsae.data.images import preprocessing, read_image
+from clipsae.data.images import read_image
 
 Template = Callable[[str], str] | str
 OnBadImage = Literal["error", "skip"]
+# How much is read for a fingerprint: a second or two.
+CONTENT_FILES = 10_000
+CONTENT_BYTES = 256 << 20
 
 
 class ImageDataset(Protocol):
@@ -55,6 +59,7 @@ class ImageList(Dataset):
         image_size: S.
         on_bad_image: what the loaders do with a file that cannot be read: "error" stops and names
             it; "skip" counts and reports it, and goes on.
+        as_seen: see `read_image`; False for published datasets.
 
     Raises:
         ValueError: no files, labels beyond the class names, an unknown `on_bad_image`.
@@ -70,6 +75,7 @@ class ImageList(Dataset):
         templates: Sequence[Template] | None = None,
         image_size: int = 224,
         on_bad_image: OnBadImage = "error",
+        as_seen: bool = True,
     ) -> None:
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected error or skip")
@@ -88,20 +94,33 @@ class ImageList(Dataset):
         self.templates = templates
         self.image_size = image_size
         self.on_bad_image = on_bad_image
-        self._transform = preprocessing(image_size)
+        self.as_seen = as_seen
 
-    @cached_property  # every stage of a run asks for it, and ImageNet has 1.3 million files
+    @cached_property  # every stage of a run asks for it
     def fingerprint(self) -> str:
-        """Hash of the relative paths and labels, the class names beside them, and the sizes in
-        bytes of at most 1,000 of the files: another folder's files often have the same names."""
+        """Hash of the class names, the relative paths with their labels, and what the files hold.
+
+        Of up to `CONTENT_FILES` files with `CONTENT_BYTES` together that is their contents, so
+        that a copy elsewhere has the same fingerprint. Of more it is the size and the time of the
+        last change of each: copy such images with `rsync -a` or `cp -a`, which keep them.
+        """
         hashed = hashlib.sha256()
         for name in self.classnames:
             hashed.update(f"{name}\0".encode())
         for file, label in zip(self.files, self.labels.tolist(), strict=True):
             hashed.update(f"{file}\0{label}\0".encode(errors="surrogateescape"))
-        for file in self.files[:: -(-len(self.files) // 1000)]:
-            hashed.update(f"{_size(self.root / file)}\0".encode())
+        stats = self._of_files(_size_and_time)
+        few = len(stats) <= CONTENT_FILES and sum(size for size, _ in stats) <= CONTENT_BYTES
+        for found in self._of_files(_sha256) if few else stats:
+            hashed.update(f"{found}\0".encode())
         return hashed.hexdigest()[:16]
+
+    def _of_files(self, look: Callable[[str], Any]) -> list[Any]:
+        """`look` at each file; several at a time, since a network's disk takes long to answer."""
+        parts = [self.files[i : i + 500] for i in range(0, len(self.files), 500)]
+        with ThreadPoolExecutor(16) as pool:
+            found = pool.map(lambda part: [look(f"{self.root}/{file}") for file in part], parts)
+            return [one for part in found for one in part]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -112,45 +131,21 @@ class ImageList(Dataset):
         Raises:
             BadImageError: the file cannot be read.
         """
-        image = read_image(self.root / self.files[index], self._transform)
+        image = read_image(self.root / self.files[index], self.image_size, as_seen=self.as_seen)
         return image, int(self.labels[index])
 
 
-def list_images(folder: Path, extensions: Sequence[str]) -> list[str]:
-    """Paths of the images anywhere below a folder, relative to it, sorted.
-
-    Hidden files and folders are left out: `._a.jpg`, which a Mac leaves beside `a.jpg`, is none.
-
-    Args:
-        extensions: lower-case, with the dot.
-    """
-    found: list[str] = []
-
-    def visit(inside: str) -> None:
-        with os.scandir(folder / inside) as entries:
-            for entry in entries:
-                relative = f"{inside}/{entry.name}" if inside else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    if not _leads_up(entry):
-                        visit(relative)
-                elif Path(entry.name).suffix.lower() in extensions:
-                    found.append(relative)
-
-    visit("")
-    return sorted(found)
-
-
-def _leads_up(entry: os.DirEntry) -> bool:
-    """Whether a folder is a link to one that it lies in."""
-    return entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(
-        Path(entry.path).resolve()
-    )
-
-
-def _size(path: Path) -> int:
+def _size_and_time(path: str) -> tuple[int, int]:
     try:
-        return path.stat().st_size
+        stat = os.stat(path)  # noqa: PTH116 - a Path would take three times as long
     except OSError:
-        return -1  # a reader will say what is wrong with it
+        return -1, 0  # a reader will say what is wrong with it
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _sha256(path: str) -> str:
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        return ""

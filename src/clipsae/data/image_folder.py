@@ -1,7 +1,7 @@
 """Any folder of class folders as a dataset."""
 
 import logging
-import os
+from collections import Counter
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -9,32 +9,45 @@ from typing import Literal
 
 from open_clip import IMAGENET_CLASSNAMES
 
-from clipsae.data.dataset import ImageList, OnBadImage, list_images
+from clipsae.data.class_folders import ClassFolders, find_class_folders
+from clipsae.data.dataset import ImageList, OnBadImage
+from clipsae.data.listing import LeftOut, files_in, list_images
+from clipsae.data.names import words
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+_CHOICES = {
+    "split": ("train", "test"),
+    "classnames": ("clean", "raw"),
+    "classes": ("all", "present"),
+}
 
 
 class ImageFolder(ImageList):
-    """`root/<class>/**/*.jpg`, or `root/train/<class>/...` and `root/test` (or `val`).
+    """`root/<class>/**/*.jpg`, or `root/train/<class>/...` and `root/test/<class>/...`.
 
-    A root without split folders serves both splits with the same images: the published protocol
-    counts and evaluates on the same ones. So does a root with one split folder, with a warning.
-    A folder `train` or `test` that has images in it, but no folders, is a class like others.
+    Split folders may be spelled in any case and go by their other usual names (training, Testing,
+    val, dev, test_images, ...). Folders that only wrap others are walked through. A root without
+    split folders, or with one of them, serves both splits with the same images, with a warning.
 
-    Folders named by ImageNet's wnids are ImageNet's classes: labels are its indices 0..999, and
-    names are open_clip's. Otherwise classes are the folders of all splits in sorted order, so
-    that a label means the same in each.
+    Classes are the folders that hold an image in any split, in sorted order, so that a label means
+    the same in each. Where all of them are wnids of ImageNet (`n01440764`), labels are ImageNet's
+    indices 0..999, and names are open_clip's.
+
+    Photos are seen as a person sees them (`read_image`'s `as_seen`).
 
     Args:
         root: the folder.
         split: "train" or "test".
         image_size: S.
-        classnames: "clean": underscores are spaces, wnids are names; "raw": as the folders are
-            spelled.
+        classnames: "clean": underscores and CamelCase are taken apart, wnids are names; "raw": as
+            the folders are spelled.
+        classes: which compete where the folders are wnids: "all" 1,000, or those that are
+            "present", with labels 0..C-1.
         on_bad_image: see `ImageList`.
+
+    Attributes:
+        one_split: whether both splits are the same images.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -48,45 +61,89 @@ class ImageFolder(ImageList):
         *,
         image_size: int = 224,
         classnames: Literal["clean", "raw"] = "clean",
+        classes: Literal["all", "present"] = "all",
         on_bad_image: OnBadImage = "error",
     ) -> None:
-        if classnames not in ("clean", "raw"):
-            raise ValueError(f"classnames={classnames!r}: expected clean or raw")
-        if split not in _SPLIT_FOLDERS:
-            raise ValueError(f"split={split!r}: expected train or test")
+        chosen = (split, classnames, classes)
+        for (option, choices), value in zip(_CHOICES.items(), chosen, strict=True):
+            if value not in choices:
+                raise ValueError(f"{option}={value!r}: expected {' or '.join(choices)}")
         root = Path(root).expanduser()
         if not root.exists():
             raise FileNotFoundError(f"dataset.root={root}: there is no such folder")
         if not root.is_dir():
             raise ValueError(f"dataset.root={root}: expected a folder of class folders, not a file")
-        inside, classes = _classes(root, split)
-        folder = root / inside
-        if not classes:
-            raise ValueError(
-                f"{folder} holds no class folders: expected {folder}/<class>/<image>.jpg"
-            )
-        indices, names = _labels(classes, classnames, folder)
-        files, labels, empty = [], [], []
-        for name, label in zip(classes, indices, strict=True):
-            images = list_images(folder / name, EXTENSIONS) if (folder / name).is_dir() else []
-            if not images:
-                empty.append(name)
-            files += [(Path(inside) / name / image).as_posix() for image in images]
-            labels += [label] * len(images)
-        if not files:
-            raise ValueError(
-                f"{folder}: its {len(classes)} class folders hold no images "
-                f"({', '.join(EXTENSIONS[:4])}, ...)"
-            )
-        if empty:
-            log.warning("%s: %d classes without images, such as %s", folder, len(empty), empty[0])
+        found = find_class_folders(root)
+        folders = found.all_classes
+        indices, names = _labels(folders, classnames, classes, root)
+        of_folder = dict(zip(folders, indices, strict=True))
+        inside, left_out = found.splits[split], LeftOut()
+        files: list[str] = []
+        labels: list[int] = []
+        for folder in found.classes[split]:
+            images = list_images(root / inside / folder, left_out)
+            place = f"{inside}/{folder}" if inside else folder
+            files += [f"{place}/{image}" for image in images]
+            labels += [of_folder[folder]] * len(images)
         super().__init__(
+            root, files, labels, names, image_size=image_size, on_bad_image=on_bad_image
+        )
+        self.one_split = found.one_split
+        _report(root, split, found, self, left_out)
+
+
+def _report(
+    root: Path, split: str, found: ClassFolders, data: ImageList, left_out: LeftOut
+) -> None:
+    """One line: what is taken as the split, what is left out and why; and a warning each for what
+    is likely not to be meant."""
+    taken, competing = found.classes[split], len(data.classnames)
+    beside = found.beside(root, split)
+    more = f" and {len(beside) - 4} more folders" * (len(beside) > 4)
+    for folder in {found.top, found.splits[split]}:
+        for file, reason in files_in(root / folder, deep=False):
+            left_out.add(reason or "beside the class folders", file)
+    log.info(
+        "%s split: %s images of %s%s (such as %r) in %s; %s%s",
+        split,
+        f"{len(data):,}",
+        f"{len(taken):,} of " if len(taken) < competing else "",
+        "1 class" if competing == 1 else f"{competing:,} classes",
+        data.classnames[int(data.labels[0])],
+        root / found.splits[split],
+        left_out,
+        f"; no part of it: {', '.join(f'{name}/' for name in beside[:4])}{more}" if beside else "",
+    )
+    if found.doubt:
+        log.warning("%s: %s", root, found.doubt)
+    if split == "test":
+        _warn(root, found, data)
+
+
+def _warn(root: Path, found: ClassFolders, data: ImageList) -> None:
+    """Warn of what makes accuracies on the test split other than they seem."""
+    here, train = found.classes["test"], found.classes["train"]
+    if found.one_split:
+        log.warning(
+            "%s has no folders train/ and test/: both splits are the same %s images%s, so that an "
+            "SAE trained on them is evaluated on what it has seen",
             root,
-            files,
-            labels,
-            names,
-            image_size=image_size,
-            on_bad_image=on_bad_image,
+            f"{len(data):,}",
+            f" of {found.splits['test']}/" if found.splits["test"] else "",
+        )
+    elif new := sorted({*here} - {*train}):
+        log.warning(
+            "%s: %d of the %d classes of the test split have no images in the training split, such "
+            "as %s",
+            *(root, len(new), len(here), new[0]),
+        )
+    if found.all_classes[0] in wnids():  # of ImageNet's names two are the same
+        return
+    twice = [n for n, count in Counter(map(str.lower, data.classnames)).items() if count > 1]
+    if twice:
+        log.warning(
+            "%s: %d class names belong to several folders, such as %r: CLIP cannot tell them apart",
+            *(root, len(twice), twice[0]),
         )
 
 
@@ -96,46 +153,28 @@ def wnids() -> tuple[str, ...]:
     return tuple(package_files("clipsae.data").joinpath("imagenet_wnids.txt").read_text().split())
 
 
-def _subfolders(folder: Path) -> set[str]:
-    if not folder.is_dir():
-        return set()
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."}
-
-
-def _classes(root: Path, split: str) -> tuple[str, list[str]]:
-    """The folder within root that a split lies in ("" for root itself), and the class folders of
-    all splits in sorted order."""
-    found: dict[str, tuple[str, set[str]]] = {}
-    for of, names in _SPLIT_FOLDERS.items():
-        for name in names:
-            # One with images and no folders is a class, or ImageNet's test set without labels.
-            if of not in found and (classes := _subfolders(root / name)):
-                found[of] = name, classes
-    if not found:
-        return "", sorted(_subfolders(root))
-    if split not in found:
-        (name, _), *_ = found.values()
-        log.warning("%s has no %s split: %s serves as both", root, split, name)
-        found[split] = found.pop(next(iter(found)))
-    return found[split][0], sorted(set().union(*(classes for _, classes in found.values())))
-
-
-def _labels(folders: list[str], classnames: str, root: Path) -> tuple[list[int], list[str]]:
-    """The label of each folder, and the names of all classes.
+def _labels(
+    folders: list[str], classnames: str, classes: str, root: Path
+) -> tuple[list[int], list[str]]:
+    """The label of each folder, and the names of all classes that compete.
 
     Raises:
         ValueError: some folders are classes of ImageNet, and others are not.
     """
     index = {wnid: i for i, wnid in enumerate(wnids())}
     unknown = [folder for folder in folders if folder not in index]
+    own = list(range(len(folders)))
     if not unknown:
-        names = IMAGENET_CLASSNAMES if classnames == "clean" else wnids()
-        return [index[folder] for folder in folders], list(names)
+        names = list(IMAGENET_CLASSNAMES if classnames == "clean" else wnids())
+        indices = [index[folder] for folder in folders]
+        if classes == "all":
+            return indices, names
+        return own, [names[i] for i in indices]
     if classnames == "raw":
-        return list(range(len(folders))), folders
+        return own, folders
     if len(unknown) < len(folders):
         raise ValueError(
             f"{root}: {unknown[0]} is no wnid of ImageNet-1k, while {len(folders) - len(unknown)} "
             f"of the {len(folders)} class folders are: remove it, or choose classnames=raw"
         )
-    return list(range(len(folders))), [name.replace("_", " ") for name in folders]
+    return own, [words(name) for name in folders]

@@ -1,5 +1,6 @@
 """One image file -> the pixels that CLIP sees."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,30 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import Compose
 
+from clipsae.errors import ConfigError
+
 # A strip 1 pixel wide and 5,000 long would be resized to 224 x 1,120,000.
 _LONGEST_ASPECT = 200
+# Formats whose mode "I" is 16 bits from black to white; in any other 32 bits have no known white.
+_SIXTEEN_BITS = ("PNG", "PPM")
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
+_ORIENTATION = 0x0112  # a tag of EXIF: how to turn the pixels, by its values
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-class BadImageError(ValueError):
+class BadImageError(ConfigError):
     """A file that cannot be read as an image; the message names it and says why."""
 
 
+@cache
 def preprocessing(image_size: int) -> Compose:
     """open_clip's own evaluation transform up to the PIL image: resize the short side (bicubic),
     crop the centre, convert to RGB. What is left, scaling to [0, 1] and normalising, is done on
@@ -27,31 +44,35 @@ def preprocessing(image_size: int) -> Compose:
     return Compose(whole.transforms[:-2])
 
 
-def read_image(path: Path, transform: Compose) -> Tensor:
-    """Read an image file of any format and colour space.
+def read_image(path: Path | str, image_size: int, *, as_seen: bool = True) -> Tensor:
+    """Read an image file of any format and colour space that Pillow knows; of several frames the
+    first.
+
+    Grey levels of 16 bits become 8 by their upper byte, CMYK and the like are converted by
+    Pillow's formulas; colour profiles are not applied.
 
     Args:
-        path: JPEG, PNG or whatever Pillow reads; grayscale, CMYK, palette and 16 bit are converted.
-        transform: `preprocessing(S)`.
+        path: JPEG, PNG or whatever Pillow reads.
+        image_size: S; the short side is resized to it (bicubic) and the centre cropped.
+        as_seen: as a person sees it in a viewer: turned as its EXIF tag says, transparent parts
+            on white, palettes in colour before they are resized. False: as open_clip's transform
+            leaves it, which is what published numbers rest on.
 
     Returns:
         uint8 [3, S, S].
 
     Raises:
-        BadImageError: not an image, truncated, not readable, or absurdly long.
+        BadImageError: not an image, truncated, not readable, absurdly long, or of numbers that
+            have no agreed black and white (32-bit integers, floats).
     """
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            if max(width, height) > _LONGEST_ASPECT * min(width, height):
-                raise BadImageError(f"{path}: {width} x {height} pixels is too long for a crop")
-            if image.mode.startswith("I"):  # 16 bits; older Pillows call some of them 32
-                # Pillow would clip them at 255: nearly all white.
-                deep = np.asarray(image).clip(0, 65535)
-                image = Image.fromarray((deep >> 8).astype(np.uint8))
-            pixels = np.array(transform(image))
-    except BadImageError:
-        raise
+            _check(image)
+            image.load()
+            seen = _as_seen(image) if as_seen else _in_eight_bits(image)
+            pixels = np.array(preprocessing(image_size)(seen))
+    except _Unusable as error:
+        raise BadImageError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise BadImageError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
@@ -59,3 +80,52 @@ def read_image(path: Path, transform: Compose) -> Tensor:
     except Exception as error:  # on broken data Pillow's decoders raise whatever they stumble over
         raise BadImageError(f"{path}: cannot be decoded ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class _Unusable(ValueError):
+    """Why an image that can be decoded is of no use."""
+
+
+def _check(image: Image.Image) -> None:
+    """Refuse what its header already says is of no use."""
+    width, height = image.size
+    if max(width, height) > _LONGEST_ASPECT * min(width, height):
+        raise _Unusable(f"{width} x {height} pixels is too long for a crop")
+    if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BITS):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise _Unusable(f"{kind} have no agreed black and white: save it with 8 or 16 bits")
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits by their upper byte; any other image as it is.
+
+    Pillow would clip them at 255: nearly all white.
+    """
+    if not image.mode.startswith("I"):
+        return image
+    bits = 16
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(_BITS_PER_SAMPLE, (bits,))[0]  # 12 of a microscope's
+    deep = np.asarray(image).clip(0, 2**bits - 1)
+    return Image.fromarray((deep >> (bits - 8)).astype(np.uint8))
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    """An image that has been loaded, as RGB of what a viewer shows."""
+    shown = _turned(_in_eight_bits(image), image)
+    if shown.mode == "La":  # which converts to nothing else
+        shown = shown.convert("LA")
+    if shown.has_transparency_data:
+        shown = shown.convert("RGBA")
+        shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
+    return shown if shown.mode == "RGB" else shown.convert("RGB")
+
+
+def _turned(pixels: Image.Image, of: Image.Image) -> Image.Image:
+    """Pixels as the EXIF tag of the image that they are of says; a broken tag says nothing."""
+    try:
+        orientation = of.getexif().get(_ORIENTATION)
+    except Exception:  # whatever a broken tag makes Pillow raise
+        return pixels
+    how = _TURN.get(orientation)
+    return pixels if how is None else pixels.transpose(how)

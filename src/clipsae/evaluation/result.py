@@ -22,7 +22,8 @@ class TopNResult:
     Attributes:
         rows: tidy, one dict a setting: sae, protocol, setting ("no_sae", "on", "off", "self"),
             n (None for no_sae), accuracy (macro, %), micro_accuracy (%), images, classes (those
-            with images). `no_sae` is repeated for each SAE.
+            with images), competing (those that could be predicted). `no_sae` is repeated for each
+            SAE.
         class_accuracy: per key the accuracy of each class in %, [C]; NaN without images.
         predictions: per key the predicted class of each image, LongTensor [N]; -1: not evaluated.
         labels: LongTensor [N], of the evaluated split.
@@ -99,6 +100,7 @@ def make_rows(
                     "micro_accuracy": 100 * (predicted == labels)[seen].double().mean().item(),
                     "images": int(seen.sum()),
                     "classes": int((~by_class[key].isnan()).sum()),
+                    "competing": len(by_class[key]),
                 }
             )
     return rows

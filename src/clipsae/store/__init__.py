@@ -21,8 +21,9 @@ The key is what decides the content, and nothing else:
   evaluation's batch size, loggers, callbacks, launchers, names of experiments and sweeps;
 - not in it either: the code and the versions of libraries. `meta.json` records them. A change of
   code that changes results must raise `SCHEMA`, and then no older work is found again; `task=gc`
-  lists what is left of it. Of image files the names, labels and some sizes are looked at, not the
-  pixels: a file changed in place that keeps its size is not noticed.
+  lists what is left of it. Of image files the names and
+  labels are looked at, and the contents; where there are more than 10,000 or 256 MB of them, the
+  sizes and times of change of all (`ImageList.fingerprint`).
 """
 
 from clipsae.store.files import MARK, find_damage, put_checkpoint, whole_checkpoint, write_json

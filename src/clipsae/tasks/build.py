@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
+from clipsae.data.damage import leaves_out
 from clipsae.errors import ConfigError
 from clipsae.sae import SAE
 from clipsae.store.files import sha256
@@ -21,6 +22,7 @@ from clipsae.tasks.options import unknown_key
 
 IMAGES_WITH_RANDOM_WEIGHTS = 64
 _clips: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
+_datasets: WeakValueDictionary[str, ImageDataset] = WeakValueDictionary()
 # Keys of conf/model that are the training's or the evaluation's, not the SAE's.
 TRAINING_KEYS = ("learning_rate", "betas", "warmup_steps", "decay", "initial_images", "compile")
 EVALUATION_KEYS = ("count_threshold",)
@@ -79,7 +81,8 @@ def build_clip(cfg: DictConfig) -> FrozenCLIP:
 
 
 def build_dataset(node: DictConfig, split: str, image_size: int) -> ImageDataset:
-    """One split of a dataset.
+    """One split of a dataset; the same one as long as anything in this process has it, so that a
+    million files are listed once.
 
     Args:
         node: `cfg.dataset` or `cfg.train_dataset`.
@@ -90,7 +93,12 @@ def build_dataset(node: DictConfig, split: str, image_size: int) -> ImageDataset
         ConfigError: nothing there, or not laid out as it should be.
     """
     options = {key: value for key, value in plain(node).items() if key != "name"}
-    return user_error(call_target, options, split=split, image_size=image_size)
+    options |= {"split": split, "image_size": image_size}
+    key = json.dumps(options)
+    dataset = _datasets.get(key)
+    if dataset is None:
+        dataset = _datasets[key] = user_error(call_target, options)
+    return dataset
 
 
 def train_dataset_node(cfg: DictConfig) -> DictConfig:
@@ -134,9 +142,13 @@ def _content(file: Path, modified: int) -> str:
 
 
 def dataset_key(node: DictConfig, dataset: ImageDataset) -> dict[str, Any]:
-    """What decides the images: the options, and the list of files by content where there is one."""
-    key = {k: v for k, v in plain(node).items() if k not in PLACE_KEYS}
-    return {**key, "fingerprint": dataset.fingerprint}
+    """What decides the images: the options, and the list of files by content where there is one.
+
+    That images which cannot be read are left out (`on_bad_image: skip`) decides nothing where there
+    are none.
+    """
+    key = {k: v for k, v in plain(node).items() if k not in (*PLACE_KEYS, "on_bad_image")}
+    return {**key, "fingerprint": dataset.fingerprint, "left_out": leaves_out(dataset)}
 
 
 def cell(cfg: DictConfig) -> dict[str, Any]:

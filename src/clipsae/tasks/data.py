@@ -26,16 +26,16 @@ class Survey:
         name: of `conf/dataset`.
         home: the folder it was found in, or None.
         split_source, split_name: the split taken, "" where none could be read.
-        classes: number of classes that have images, or None.
-        sizes: number of images of the splits that could be read.
-        problems: the sentences of those that could not.
+        classes, sizes: of each split that could be read the number of classes that have images,
+            and of images.
+        problems: in a sentence each what could not be read, and what is not as published.
     """
 
     name: str
     home: Path | None = None
     split_source: str = ""
     split_name: str = ""
-    classes: int | None = None
+    classes: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -78,16 +78,20 @@ def survey(name: str, folder: Path) -> Survey:
         found.problems.append(f"not there: {cls.about.where()}")
         return found
     found.home = place.home
+    differences: dict[str, list[str]] = {}
     for split in SPLITS:
         try:
-            dataset: PublishedDataset = cls(folder / name, split)
+            dataset: PublishedDataset = cls(folder / name, split, on_bad_image="skip")
         except (ValueError, OSError) as error:
             if str(error) not in found.problems:
                 found.problems.append(str(error))
             continue
         found.split_source, found.split_name = dataset.split_source, dataset.split_name
-        found.classes = max(found.classes or 0, len(dataset.labels.unique()))
+        found.classes[split] = len(dataset.labels.unique())
         found.sizes[split] = len(dataset)
+        for difference in dataset.differences:
+            differences.setdefault(difference, []).append(split)
+    found.problems += [f"{' and '.join(splits)}: {said}" for said, splits in differences.items()]
     return found
 
 
@@ -105,7 +109,7 @@ def table(surveys: list[Survey], folder: Path) -> Table:
             found.name,
             "[red]not there[/]" if found.home is None else _inside(found.home, folder),
             found.split_name,
-            _against(found.classes, about.classes),
+            _against_classes(found.classes, about.classes),
             *(
                 _against(found.sizes.get(split), size)
                 for split, size in zip(SPLITS, published, strict=True)
@@ -126,6 +130,14 @@ def _against(found: int | None, published: int) -> str:
     if found == published:
         return f"[green]{found:,} ✓[/]"
     return f"[yellow]{found:,} ≠[/] {published:,}"
+
+
+def _against_classes(found: dict[str, int], published: int) -> str:
+    """The number of classes, or where the splits differ that of each."""
+    if len(set(found.values())) < 2:
+        return _against(next(iter(found.values()), None), published)
+    each = ", ".join(f"{found[split]:,} {split}" for split in SPLITS)
+    return f"[yellow]{each} ≠[/] {published:,}"
 
 
 @contextmanager

@@ -3,7 +3,7 @@ table."""
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
+from clipsae.data.damage import refuse_damaged
 from clipsae.store import Busy, Stage, Store
 from clipsae.store.lease import owner_of
 from clipsae.tasks import build, slurm, together, watch
@@ -62,7 +63,11 @@ def run(cfg: DictConfig) -> None:
 
         make_sae(trained, make)
 
-    benchmark(cfg, store, clip, test_set, trained, train)
+    read = [train_set]
+    if not trained.finished:  # which looks at held-out images, too
+        node = build.train_dataset_node(cfg)
+        read.append(build.build_dataset(node, "test", clip.image_size))
+    benchmark(cfg, store, clip, test_set, trained, train, read)
 
 
 def check(cfg: DictConfig) -> None:
@@ -85,6 +90,7 @@ def benchmark(
     test_set: ImageDataset,
     trained: Stage,
     make_it: Callable[[Callable[[], Logger | None]], None],
+    read: Sequence[ImageDataset] = (),
 ) -> None:
     """Make an SAE, evaluate and measure it (unless `evaluation=none`, `measurement=none`), show
     the numbers.
@@ -92,9 +98,11 @@ def benchmark(
     Args:
         trained: the SAE's place in the store.
         make_it: makes it there, given what opens the job's logger.
+        read: the images that making it reads.
 
     Raises:
-        ConfigError: something in the config that cannot be; before the SAE is made.
+        ConfigError: something in the config that cannot be, or an image that cannot be read;
+            before the SAE is made.
     """
     evaluated = measured = None
     if cfg.evaluation.settings:
@@ -108,6 +116,12 @@ def benchmark(
     for stage in stages:
         if stage.finished:
             log.info("using the finished %s", stage.path)
+
+    if not trained.finished:
+        if cfg.evaluation.protocol == "heldout":
+            read = [*read, build.build_dataset(cfg.dataset, "train", clip.image_size)]
+        for images in (*read, test_set):
+            refuse_damaged(images, cfg.features.num_workers)
 
     def evaluate(folder: Path) -> None:
         classes = classifier.embeddings(cfg, store, clip, test_set)

@@ -56,10 +56,13 @@ def accuracy_table(rows: pd.DataFrame) -> Table:
     """Top-n accuracies, n across, of the tidy rows of one evaluation."""
     first = rows.iloc[0]
     ns = sorted({int(n) for n in rows.n.dropna()})
+    classes = f"{int(first.classes):,}"
+    if first.competing != first.classes:  # chance is by those that compete
+        classes += f" of {int(first.competing):,}"
     table = Table(
         title=(
             f"{first.model} on {first.dataset}: macro accuracy, % "
-            f"({int(first.images)} images, {int(first.classes)} classes, {first.protocol} protocol)"
+            f"({int(first.images)} images, {classes} classes, {first.protocol} protocol)"
         ),
         title_justify="left",
     )

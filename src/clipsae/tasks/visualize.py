@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from clipsae.data import ImageDataset
-from clipsae.data.images import preprocessing, read_image
+from clipsae.data.images import read_image
 from clipsae.errors import ConfigError
 from clipsae.evaluation.passes import evenly_spaced
 from clipsae.sae import SAE
@@ -143,7 +143,7 @@ def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> li
     found = []
     for file in cfg.task.images:
         path = Path(file).expanduser()
-        pixels = build.user_error(read_image, path, preprocessing(image_size))
+        pixels = build.user_error(read_image, path, image_size)
         # Two files may have the same name in different folders.
         mark = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:4]
         found.append(Wanted(f"{path.stem}-{mark}", path.name, pixels))

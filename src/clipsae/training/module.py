@@ -1,5 +1,6 @@
 """The LightningModule around any SAE: one step, one optimizer, honest numbers."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from clipsae.training.logging import log_histogram
 from clipsae.training.ranks import average_statistics
 from clipsae.training.schedule import Decay, warmup_then
 from clipsae.training.window import TokenSums
+
+log = logging.getLogger(__name__)
 
 
 class SAEModule(LightningModule):
@@ -77,6 +80,7 @@ class SAEModule(LightningModule):
         self.sae.share_batches(self.trainer.world_size)
         fresh = self.trainer.ckpt_path is None and self.global_step == 0
         if fresh:
+            log.info("initialising from the tokens of %d images", self.initial_images)
             tokens = self.trainer.datamodule.first_batch(self.initial_images)
             self.sae.initialize(tokens.to(self.device))
 

@@ -160,7 +160,7 @@ def test_labels_of_all_images_are_torchvisions(toys, name):
 
 
 def test_the_rule_splits_in_coops_proportions(tmp_path):
-    for count, name in ((37, "b"), (120, "a")):
+    for count, name in ((37, "River"), (120, "Forest")):
         for n in range(count):
             (tmp_path / "2750" / name).mkdir(parents=True, exist_ok=True)
             (tmp_path / "2750" / name / f"{n}.jpg").touch()
@@ -170,9 +170,20 @@ def test_the_rule_splits_in_coops_proportions(tmp_path):
     assert torch.bincount(test.labels).tolist() == [120 - 60 - 24, 37 - 18 - 7]
     assert not set(train.files) & set(test.files)
     assert test.files == cls(tmp_path, "test").files
-    numbers = sorted(int(Path(file).stem) for file in test.files if file[0] == "a")
+    numbers = sorted(int(Path(file).stem) for file in test.files if file[0] == "F")
     assert numbers[0] < 20  # mixed, not the first or the last ones
     assert numbers[-1] > 100
+
+
+def test_the_rule_takes_folders_without_images_for_no_classes(tmp_path):
+    """What a Mac's archive, a file system and a half-deleted class leave beside the classes."""
+    for name in ("cat", "dog", "__MACOSX", "@eaDir", "lost+found", "empty"):
+        (tmp_path / "2750" / name).mkdir(parents=True)
+        for number in range(10 * (name != "empty")):
+            (tmp_path / "2750" / name / f"{number}.jpg").touch()
+    data = ELEVEN["eurosat"](tmp_path)
+    assert data.classnames == ["cat", "dog"]
+    assert set(data.labels.tolist()) == {0, 1}
 
 
 def test_which_split_is_taken(build, caplog):
@@ -236,5 +247,5 @@ def test_sketch_says_that_its_splits_are_one(toys, caplog):
     built = toys["imagenet_sketch", "coop"]
     train = ELEVEN["imagenet_sketch"](built.root, "train")
     assert "one split" in caplog.text
-    assert "5 of ImageNet's 1,000 classes" in caplog.text
+    assert "995 of 1,000 classes without images: n01443537, n01484850" in caplog.text
     assert train.files == ELEVEN["imagenet_sketch"](built.root, "test").files

@@ -48,7 +48,7 @@ def test_an_image_that_is_not_there(build, caplog, name, layout):
     left = ELEVEN[name](built.root, on_bad_image="skip")
     assert left.files == data.files[:1] + data.files[2:]
     assert left.labels.tolist() == data.labels[:1].tolist() + data.labels[2:].tolist()
-    assert "they are left out" in caplog.text
+    assert "names 1 images that are not there" in caplog.text
 
 
 ANNOTATIONS = [

@@ -50,7 +50,9 @@ def test_the_table_of_toys(tmp_path, capsys, layout):
     }
     assert found["food101"] == expected[layout]
     assert found["imagenet"][2:] == ["5 ≠ 1,000", "80 ≠ 1,281,167", "10 ≠ 50,000"]
-    assert not re.search("^[a-z0-9_]+: ", shown, re.MULTILINE)  # nothing is wrong
+    wrong = re.findall("^[a-z0-9_]+: (.*)", shown, re.MULTILINE)
+    assert len(wrong) == len(ELEVEN)  # toys have few of the classes, and all the rest
+    assert all("published" in said or "without images" in said for said in wrong)
 
 
 def test_sizes_as_published_are_marked(tmp_path, capsys, monkeypatch):
@@ -71,6 +73,28 @@ def test_half_a_dataset(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert rows(shown)["imagenet"][2:] == ["5 ≠ 1,000", "- 1,281,167", "10 ≠ 50,000"]
     assert "imagenet/train is not there" in shown
+
+
+def test_what_a_partial_copy_lacks_is_shown_split_by_split(tmp_path, capsys):
+    built = BUILDERS["food101"](tmp_path, "official")
+    images = tmp_path / "food-101" / "images"
+    for file in built.files["test"]:
+        if file.startswith("bibimbap"):
+            (images / file).unlink()
+    gone = images / built.files["train"][0]
+    gone.unlink()
+    data.run(config(tmp_path, ["food101"]))
+    shown = capsys.readouterr().out
+    assert rows(shown)["food101"][2:] == [
+        "3 train, 2 test ≠ 101",
+        "17 ≠ 75,750",
+        "6 ≠ 25,250",
+    ]
+    assert "food101: train: " in shown
+    assert f"names 1 images that are not there (of 18), such as {gone}" in shown
+    assert "names 3 images that are not there (of 9)" in shown
+    assert "food101: test: 1 of 3 classes without images: bibimbap" in shown
+    assert "food101: train and test: 3 classes compete, of the published 101" in shown
 
 
 def test_an_unknown_name_is_refused(tmp_path):

@@ -1,14 +1,22 @@
 """What the eleven datasets share: finding the folder, choosing the split, naming the classes."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from clipsae.data.dataset import ImageList, OnBadImage
 from clipsae.data.eleven.about import COOP, About
-from clipsae.data.eleven.files import missing_files
+from clipsae.data.eleven.files import (
+    as_they_lie,
+    folders_below,
+    missing_files,
+    unwrapped,
+    unwrapped_path,
+)
 from clipsae.data.eleven.splits import Listing, read_coop_split
+from clipsae.data.listing import folders_in
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +43,17 @@ class Place:
     images: Path
 
     def file(self, name: str) -> Path | None:
-        """A file at home, in the images, or above home up to the root."""
-        above = [folder for folder in self.home.parents if folder.is_relative_to(self.root)]
-        found = [f / name for f in (self.home, self.images, *above) if (f / name).is_file()]
-        return found[0] if found else None
+        """A file at home, in the images, above home up to the root, or in a folder below home.
+
+        Args:
+            name: a name or a path; a folder of it may lie in one of its own name.
+        """
+        above = [folder for folder in self.images.parents if folder.is_relative_to(self.root)]
+        for folder in (self.home, self.images, *above, *folders_below(self.home)):
+            path = unwrapped_path(folder, name)
+            if path.is_file():
+                return path
+        return None
 
 
 class PublishedDataset(ImageList):
@@ -47,8 +62,8 @@ class PublishedDataset(ImageList):
     A subclass states its facts and layouts, and reads its own annotations in `official`.
 
     Args:
-        root: its folder; where that is `<data>/<name>`, the names that CoOp and torchvision give
-            to the folder are looked for in `<data>`, too.
+        root: its folder, in which the layout may begin some folders down; where that is
+            `<data>/<name>`, the names that others give to the folder are looked for in `<data>`.
         split: "train" or "test". Images that a split file calls validation are in neither.
         image_size: S.
         split_source: "coop": CoOp's split file, refused where it is not there; "official": the
@@ -63,6 +78,8 @@ class PublishedDataset(ImageList):
     Attributes:
         place: where it was found.
         split_source: "coop" or "official", what was taken.
+        differences: what is not as it was published, a sentence each: images and classes that are
+            not there.
 
     Raises:
         FileNotFoundError: not there, or a piece of it.
@@ -70,10 +87,12 @@ class PublishedDataset(ImageList):
     """
 
     about: ClassVar[About]
-    # Its folder under the data folder by other names, and where in it the layout may begin.
+    # Its folder under the data folder by other names; capitals, "-" and "_" do not matter.
     other_folders: ClassVar[tuple[str, ...]] = ()
-    homes: ClassVar[tuple[str, ...]] = (".",)
+    in_data_folder: ClassVar[bool] = False
     image_folders: ClassVar[tuple[str, ...]] = ("images",)
+    # The published classes as the dataset spells them, where its annotations do not list them.
+    published: ClassVar[frozenset[str]] = frozenset()
     # The class of torchvision.datasets that downloads it.
     torchvision_class: ClassVar[str | None] = None
 
@@ -93,6 +112,7 @@ class PublishedDataset(ImageList):
             if value not in choices:
                 raise ValueError(f"{option}={value!r}: expected {' or '.join(choices)}")
         self.place = self._locate(Path(root).expanduser(), download)
+        self.differences: list[str] = []
         listing = self._listing(split, split_source)
         files, labels = self._present(listing, on_bad_image)
         if not files:
@@ -108,7 +128,11 @@ class PublishedDataset(ImageList):
             templates=(self.about.prompt,) if templates == "dataset" else None,
             image_size=image_size,
             on_bad_image=on_bad_image,
+            as_seen=False,
         )
+        self._classes_that_differ(listing.raw, labels)
+        for difference in self.differences:
+            log.warning("%s, %s: %s", self.about.name, split, difference)
         log.info(
             "%s: %s %s images of %d classes (%s) in %s",
             self.about.name,
@@ -123,6 +147,10 @@ class PublishedDataset(ImageList):
     def split_name(self) -> str:
         """The split that was taken, in words."""
         return "CoOp's split" if self.split_source == "coop" else self.about.own_split
+
+    def annotation(self, name: str) -> Path:
+        """Where one of its own files lies, or where it is expected."""
+        return self.place.file(name) or self.place.home / name
 
     def official(self, split: str) -> Listing:
         """The dataset's own split, read from `self.place`."""
@@ -139,23 +167,38 @@ class PublishedDataset(ImageList):
     @classmethod
     def images_of(cls, home: Path) -> Path | None:
         """The folder that paths are relative to, if the layout begins at `home`."""
-        found = [home / name for name in cls.image_folders if (home / name).is_dir()]
-        return found[0] if found else None
+        for name in cls.image_folders:
+            folder = unwrapped(home / name)
+            if folder.is_dir() and (name != "." or cls.holds_images(folder)):
+                return folder
+        return None
+
+    @classmethod
+    def holds_images(cls, folder: Path) -> bool:
+        """Whether a folder of any name holds the class folders."""
+        return not cls.published.isdisjoint(folders_in(folder))
 
     @classmethod
     def find(cls, root: Path) -> Place | None:
         """Where the dataset lies; None where it is not there."""
         for folder in cls._roots(root):
-            for inside in cls.homes:
-                images = cls.images_of(folder / inside)
+            # Of the data folder itself what lies in it directly: the others are other datasets.
+            for home in folders_below(folder, depth=0 if folder == root.parent else 3):
+                images = cls.images_of(home)
                 if images is not None:
-                    return Place(folder, folder / inside, images)
+                    return Place(folder, home, images)
         return None
 
     @classmethod
     def _roots(cls, root: Path) -> list[Path]:
-        others = cls.other_folders if root.name == cls.about.name else ()
-        return [root, *(root.parent / name for name in others)]
+        """The root; where that is `<data>/<name>`, other folders of `<data>` whose name is one of
+        the dataset's in letters and digits; and `<data>` where torchvision makes it there."""
+        found = [root]
+        if root.name == cls.about.name and root.parent.is_dir():
+            names = {_letters(name) for name in (root.name, *cls.other_folders)}
+            found += [root.parent] * cls.in_data_folder
+            found += [root.parent / n for n in folders_in(root.parent) if _letters(n) in names]
+        return list(dict.fromkeys(found))
 
     def _locate(self, root: Path, download: bool) -> Place:
         found = self.find(root)
@@ -211,20 +254,53 @@ class PublishedDataset(ImageList):
 
     def _present(self, listing: Listing, on_bad_image: str) -> tuple[list[str], list[int]]:
         """Files and labels of the listing, checked to be there."""
-        images = self.place.images
-        files, labels = list(listing.files), list(listing.labels)
-        missing = missing_files(images, files) if listing.source else []
+        images, labels = self.place.images, list(listing.labels)
+        if listing.source is None:
+            return list(listing.files), labels
+        files = as_they_lie(images, listing.files)
+        missing = missing_files(images, files)
         if not missing:
             return files, labels
+        example = images / missing[0]
+        if len(missing) == len(files):
+            raise FileNotFoundError(
+                f"none of the {len(files):,} images that {listing.source} names is there, such as "
+                f"{example}: expected {self.about.layout}"
+            )
         said = (
-            f"{listing.source} names {len(missing):,} images that are not there, such as "
-            f"{images / missing[0]}"
+            f"{listing.source} names {len(missing):,} images that are not there (of "
+            f"{len(files):,}), such as {example}"
         )
         if on_bad_image != "skip":
             raise FileNotFoundError(
                 f"{said}: extract the images anew, or leave these out with on_bad_image=skip"
             )
-        log.warning("%s: they are left out", said)
+        self.differences.append(said)
         gone = set(missing)
         kept = [(f, n) for f, n in zip(files, labels, strict=True) if f not in gone]
         return [file for file, _ in kept], [label for _, label in kept]
+
+    def _classes_that_differ(self, raw: Sequence[str], labels: Sequence[int]) -> None:
+        """Note the classes without images, and those that are not the published ones."""
+        present = {raw[label] for label in set(labels)}
+        classes = sorted(self.published) or list(raw)
+        empty = [name for name in classes if name not in present]
+        others = [name for name in raw if name not in classes]
+        if empty:
+            said = f"{len(empty):,} of {len(classes):,} classes without images: {_some(empty)}"
+            self.differences.append(said)
+        if others:
+            self.differences.append(f"classes that are not among the published: {_some(others)}")
+        if len(classes) != self.about.classes:
+            self.differences.append(
+                f"{len(raw):,} classes compete, of the published {self.about.classes:,}"
+            )
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

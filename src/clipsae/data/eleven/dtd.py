@@ -28,11 +28,11 @@ class DTD(PublishedDataset):
         prompt="{} texture.",
         zero_shot=45.04,
     )
-    homes = (".", "dtd", "dtd/dtd")
+    other_folders = ("dtd-r1.0.1", "describable textures dataset dtd")
     torchvision_class = "DTD"
 
     def official(self, split: str) -> Listing:
-        path = self.place.home / "labels" / f"{split}1.txt"
+        path = self.annotation(f"labels/{split}1.txt")
         files = read_lines(path)
         folders = [file.split("/")[0] for file in files]
         classes = sorted(set(folders))

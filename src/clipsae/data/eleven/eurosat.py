@@ -5,9 +5,13 @@ Source: https://github.com/phelber/EuroSAT (MIT). Layout: the RGB archive's
 its own.
 """
 
+from pathlib import Path
+
 from clipsae.data.eleven.about import About
 from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.files import names_in
 from clipsae.data.eleven.splits import Listing, split_by_rule
+from clipsae.data.listing import folders_in
 
 NAMES = {
     "AnnualCrop": "Annual Crop Land",
@@ -40,9 +44,17 @@ class EuroSAT(PublishedDataset):
         zero_shot=50.42,
         own_split="fixed rule",
     )
-    homes = (".", "eurosat")
-    image_folders = ("2750", "EuroSAT_RGB", "EuroSAT")
+    other_folders = ("EuroSAT_RGB", "eurosat-dataset")
+    image_folders = ("2750", "EuroSAT_RGB", ".")
+    published = frozenset(NAMES)
     torchvision_class = "EuroSAT"
+
+    @classmethod
+    def holds_images(cls, folder: Path) -> bool:
+        """The archive of all 13 bands has the same folders, of .tif files."""
+        classes = cls.published.intersection(folders_in(folder))
+        names = (name.lower() for inside in classes for name in names_in(folder / inside))
+        return any(name.endswith((".jpg", ".jpeg", ".png")) for name in names)
 
     def official(self, split: str) -> Listing:
         return split_by_rule(self.place.images, split)

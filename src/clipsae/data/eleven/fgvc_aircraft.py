@@ -27,15 +27,14 @@ class FGVCAircraft(PublishedDataset):
         prompt="a photo of a {}, a type of aircraft.",
         zero_shot=23.22,
     )
-    other_folders = ("fgvc-aircraft-2013b", "fgvc-aircraft")
-    homes = (".", "data", "fgvc-aircraft-2013b/data")
+    other_folders = ("fgvc-aircraft-2013b",)
     torchvision_class = "FGVCAircraft"
 
     def official(self, split: str) -> Listing:
-        variants = self.place.home / "variants.txt"
+        variants = self.annotation("variants.txt")
         classes = read_lines(variants)
         index = {name: label for label, name in enumerate(classes)}
-        path = self.place.home / f"images_variant_{split}.txt"
+        path = self.annotation(f"images_variant_{split}.txt")
         rows = read_fields(path, "number variant")
         unknown = [name for _, name in rows if name not in index]
         if unknown:

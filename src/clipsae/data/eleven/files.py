@@ -3,11 +3,13 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clipsae.data.image_folder import EXTENSIONS
+from clipsae.data.listing import folders_in
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def read_text(path: Path) -> str:
@@ -106,10 +108,46 @@ def images_in(folder: Path) -> list[str]:
     return sorted(n for n in names_in(folder) if n[0] != "." and n.lower().endswith(EXTENSIONS))
 
 
-def folders_in(folder: Path) -> list[str]:
-    """Names of the folders directly in a folder, sorted, hidden ones left out."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+def unwrapped(folder: Path) -> Path:
+    """The folder, or the one of its own name in it: archives that hold a folder are often unpacked
+    into one of that name, `images/images`."""
+    while (folder / folder.name).is_dir():
+        folder = folder / folder.name
+    return folder
+
+
+def unwrapped_path(folder: Path, path: str) -> Path:
+    """A path below a folder, of whose folders each is `unwrapped`."""
+    *folders, name = path.split("/")
+    for inside in folders:
+        folder = unwrapped(folder / inside)
+    return folder / name
+
+
+def folders_below(root: Path, depth: int = 3) -> Iterator[Path]:
+    """The folder itself and those in it, the nearest first, but for what lies in classes: in
+    folders that are more than 20."""
+    level = [root]
+    for _ in range(depth + 1):
+        yield from level
+        inside = []
+        for folder in level:
+            names = folders_in(folder) if folder.is_dir() else []
+            inside += [folder / name for name in names[: 20 * (len(names) <= 20)]]
+        level = inside
+
+
+def as_they_lie(folder: Path, files: Iterable[str]) -> list[str]:
+    """Paths of files below a folder, each of their folders `unwrapped`."""
+    places: dict[str, str] = {}
+    found = []
+    for file in files:
+        inside, _, name = file.rpartition("/")
+        if inside not in places:
+            place = unwrapped_path(folder, f"{inside}/" if inside else "").relative_to(folder)
+            places[inside] = f"{place.as_posix()}/" if inside else ""
+        found.append(places[inside] + name)
+    return found
 
 
 def missing_files(folder: Path, files: Iterable[str]) -> list[str]:

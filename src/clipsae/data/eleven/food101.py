@@ -29,12 +29,10 @@ class Food101(PublishedDataset):
         prompt="a photo of {}, a type of food.",
         zero_shot=82.86,
     )
-    other_folders = ("food-101",)
-    homes = (".", "food-101")
     torchvision_class = "Food101"
 
     def official(self, split: str) -> Listing:
-        path = self.place.home / "meta" / f"{split}.json"
+        path = self.annotation(f"meta/{split}.json")
         content = read_json(path)
         if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
             raise ValueError(f"{path} is not a list of images for each class: get it anew")

@@ -6,6 +6,7 @@ CLIP's authors).
 ImageNet: https://image-net.org (non-commercial research, after registration). Layout:
 `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, as torchvision and everybody sorts them; CoOp has
 both in `images/`, and the archive of the challenge in `ILSVRC/Data/CLS-LOC/`. Test is `val`.
+Kaggle's copy of that archive has `val/*.JPEG` unsorted, and their wnids in `LOC_val_solution.csv`.
 
 ImageNet-Sketch: https://github.com/HaohanWang/ImageNet-Sketch (images from the web; research).
 Layout: `<wnid>/*.JPEG` in `images/` (CoOp), in `sketch/` (its archive) or at once. It has one
@@ -19,13 +20,15 @@ from open_clip import IMAGENET_CLASSNAMES
 
 from clipsae.data.eleven.about import About
 from clipsae.data.eleven.base import PublishedDataset
-from clipsae.data.eleven.files import folders_in, images_in
+from clipsae.data.eleven.files import images_in, read_lines, unwrapped
 from clipsae.data.eleven.splits import Listing
 from clipsae.data.image_folder import wnids
+from clipsae.data.listing import folders_in
 
 log = logging.getLogger(__name__)
 
 FOLDERS = {"train": "train", "test": "val"}
+SOLUTION = "LOC_val_solution.csv"
 
 
 class ImageNet(PublishedDataset):
@@ -42,21 +45,24 @@ class ImageNet(PublishedDataset):
         prompt="a photo of a {}.",
         zero_shot=68.34,
     )
-    other_folders = ("ImageNet", "imagenet-1k", "ILSVRC2012")
-    homes = (".", "images", "ILSVRC/Data/CLS-LOC")
+    other_folders = ("imagenet-1k", "ILSVRC2012", "ILSVRC")
 
     @classmethod
     def images_of(cls, home: Path) -> Path | None:
-        return home if any((home / name).is_dir() for name in FOLDERS.values()) else None
+        return home if any(_holds(unwrapped(home / name)) for name in FOLDERS.values()) else None
 
     def official(self, split: str) -> Listing:
-        folder = self.place.images / FOLDERS[split]
+        folder = unwrapped(self.place.images / FOLDERS[split])
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder} is not there: {self.about.title}'s {split} split is expected in it, "
                 f"one folder for each of the 1,000 wnids"
             )
-        return list_wnids(folder, prefix=f"{FOLDERS[split]}/")
+        prefix = f"{folder.relative_to(self.place.images).as_posix()}/"
+        solution = self.place.file(SOLUTION) if split == "test" else None
+        if solution is not None and not _wnids_in(folder):
+            return read_solution(solution, prefix)
+        return list_wnids(folder, prefix)
 
     def clean(self, raw: str) -> str:
         return IMAGENET_CLASSNAMES[wnids().index(raw)]
@@ -76,13 +82,12 @@ class ImageNetSketch(ImageNet):
         prompt="a photo of a {}.",
         zero_shot=48.24,
     )
-    other_folders = ("imagenet-sketch", "ImageNet-Sketch")
-    homes = (".",)
+    other_folders = ("sketch",)
 
     @classmethod
     def images_of(cls, home: Path) -> Path | None:
         folders = [home / "images", home / "sketch", home]
-        return next((f for f in folders if f.is_dir() and set(folders_in(f)) & set(wnids())), None)
+        return next((f for f in folders if f.is_dir() and _wnids_in(f)), None)
 
     def official(self, split: str) -> Listing:
         if split == "train":
@@ -102,15 +107,16 @@ def list_wnids(folder: Path, prefix: str = "") -> Listing:
         ValueError: no folders of wnids, or one that is not ImageNet-1k's.
     """
     index = {wnid: label for label, wnid in enumerate(wnids())}
-    found = [name for name in folders_in(folder) if name[0] == "n" and name[1:].isdigit()]
+    found = _wnids_in(folder)
     unknown = [name for name in found if name not in index]
     if unknown:
         raise ValueError(f"{folder / unknown[0]}: {unknown[0]} is no wnid of ImageNet-1k")
     if not found:
-        flat = ", only images: sort them into one folder a class first" * bool(images_in(folder))
+        flat = (
+            ", only images: sort them into one folder a class first, or put Kaggle's "
+            f"{SOLUTION} beside" * bool(images_in(folder))
+        )
         raise ValueError(f"{folder} holds no folders of wnids such as n01440764{flat}")
-    if len(found) < len(index):
-        log.warning("%s holds %d of ImageNet's 1,000 classes", folder, len(found))
     files: list[str] = []
     labels: list[int] = []
     for name in found:
@@ -118,3 +124,35 @@ def list_wnids(folder: Path, prefix: str = "") -> Listing:
         files += [f"{prefix}{name}/{image}" for image in images]
         labels += [index[name]] * len(images)
     return Listing(files, labels, wnids())
+
+
+def read_solution(path: Path, prefix: str) -> Listing:
+    """Kaggle's list of the validation images, whose lines after the first are
+    "ILSVRC2012_val_00048981,n03995372 85 1 499 272 ".
+
+    Raises:
+        ValueError: not such a list.
+    """
+    index = {wnid: label for label, wnid in enumerate(wnids())}
+    files, labels = [], []
+    for line in sorted(read_lines(path)[1:]):
+        image, _, boxes = line.partition(",")
+        wnid = boxes.split(" ")[0]
+        if wnid not in index:
+            raise ValueError(f"{path}: the line {line!r} is not '<image>,<wnid> ...': get it anew")
+        files.append(f"{prefix}{image}.JPEG")
+        labels.append(index[wnid])
+    return Listing(files, labels, wnids(), source=path)
+
+
+def _wnids_in(folder: Path) -> list[str]:
+    """The folders that are named as wnids are."""
+    return [name for name in folders_in(folder) if name[0] == "n" and name[1:].isdigit()]
+
+
+def _holds(folder: Path) -> bool:
+    """Whether a split's images are in a folder: the challenge's archive has others of its name."""
+    if not folder.is_dir():
+        return False
+    inside = (folder / name for name in _wnids_in(folder))
+    return bool(images_in(folder)) or any(images_in(wnid) for wnid in inside)

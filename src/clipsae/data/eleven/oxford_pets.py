@@ -29,12 +29,11 @@ class OxfordPets(PublishedDataset):
         prompt="a photo of a {}, a type of pet.",
         zero_shot=86.92,
     )
-    other_folders = ("oxford-iiit-pet",)
-    homes = (".", "oxford-iiit-pet")
+    other_folders = ("oxford-iiit-pet", "oxford-iiit-pets", "pets")
     torchvision_class = "OxfordIIITPet"
 
     def official(self, split: str) -> Listing:
-        path = self.place.home / "annotations" / FILES[split]
+        path = self.annotation(f"annotations/{FILES[split]}")
         rows = read_fields(path, "image class species breed")
         names: dict[int, str] = {}
         for image, number, *_ in rows:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipsae.data.eleven.files import folders_in, images_in, read_json
+from clipsae.data.eleven.files import images_in, read_json
+from clipsae.data.listing import folders_in
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,14 @@ def split_by_rule(folder: Path, split: str, left_out: Sequence[str] = ()) -> Lis
     Raises:
         ValueError: no class folders.
     """
-    classes = [name for name in folders_in(folder) if name not in left_out]
+    inside = {name: images_in(folder / name) for name in folders_in(folder) if name not in left_out}
+    classes = [name for name, images in inside.items() if images]
     if not classes:
         raise ValueError(f"{folder} holds no class folders: expected {folder}/<class>/<image>.jpg")
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        images = [f"{name}/{image}" for image in images_in(folder / name)]
+        images = [f"{name}/{image}" for image in inside[name]]
         images.sort(key=lambda file: hashlib.sha256(file.encode(errors="surrogateescape")).digest())
         train = round(len(images) * 0.5)
         val = round(len(images) * 0.2)

@@ -2,8 +2,8 @@
 
 Source: its own page is dead; CoOp's DATASETS.md lists copies (non-commercial research). Layout:
 `cars_train/00001.jpg`, `cars_test/`, `devkit/cars_meta.mat`, `devkit/cars_train_annos.mat` and,
-beside `devkit/`, `cars_test_annos_withlabels.mat`. In the annotations classes count from 1 and
-the year ends a name; CoOp puts it first.
+in `devkit/` or beside it, `cars_test_annos_withlabels.mat`. In the annotations classes count from 1
+and the year ends a name; CoOp puts it first.
 """
 
 from pathlib import Path
@@ -33,8 +33,7 @@ class StanfordCars(PublishedDataset):
         prompt="a photo of a {}.",
         zero_shot=66.11,
     )
-    other_folders = ("stanford-cars",)
-    homes = (".", "stanford_cars")
+    other_folders = ("stanford-cars-dataset", "cars")
 
     @classmethod
     def images_of(cls, home: Path) -> Path | None:
@@ -42,9 +41,9 @@ class StanfordCars(PublishedDataset):
         return home if any((home / f"cars_{split}").is_dir() for split in FILES) else None
 
     def official(self, split: str) -> Listing:
-        meta = self.place.home / "devkit" / "cars_meta.mat"
+        meta = self.annotation("devkit/cars_meta.mat")
         classes = [str(name) for name in read_mat(meta, "class_names")]
-        path = self.place.home / FILES[split]
+        path = self.annotation(FILES[split])
         annotations = read_mat(path, "annotations")
         try:
             rows = [(str(row["fname"]), int(row["class"])) for row in annotations]

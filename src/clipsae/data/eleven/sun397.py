@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clipsae.data.eleven.about import About
 from clipsae.data.eleven.base import PublishedDataset
-from clipsae.data.eleven.files import read_lines
+from clipsae.data.eleven.files import read_lines, unwrapped
 from clipsae.data.eleven.splits import Listing
 
 FILES = {"train": "Training_01.txt", "test": "Testing_01.txt"}
@@ -33,15 +33,16 @@ class SUN397(PublishedDataset):
         prompt="a photo of a {}.",
         zero_shot=65.63,
     )
-    other_folders = (".",)  # torchvision makes SUN397 in the data folder itself
+    in_data_folder = True
     torchvision_class = "SUN397"
 
     @classmethod
     def images_of(cls, home: Path) -> Path | None:
         """The folder of letters: SUN397, or `home` itself where it is that one."""
-        if (home / "SUN397").is_dir():
-            return home / "SUN397"
-        return home if (home / "ClassName.txt").is_file() and (home / "a").is_dir() else None
+        for folder in (unwrapped(home / "SUN397"), home):
+            if (folder / "a").is_dir():
+                return folder
+        return None
 
     def official(self, split: str) -> Listing:
         classes = [line.lstrip("/") for line in read_lines(self._annotation("ClassName.txt"))]

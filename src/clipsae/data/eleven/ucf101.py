@@ -11,8 +11,9 @@ from pathlib import Path
 
 from clipsae.data.eleven.about import COOP, About
 from clipsae.data.eleven.base import PublishedDataset
-from clipsae.data.eleven.files import folders_in, read_fields, read_lines
+from clipsae.data.eleven.files import read_fields, read_lines
 from clipsae.data.eleven.splits import Listing
+from clipsae.data.listing import folders_in
 
 
 class UCF101(PublishedDataset):
@@ -35,7 +36,7 @@ class UCF101(PublishedDataset):
     image_folders = ("UCF-101-midframes",)
 
     def official(self, split: str) -> Listing:
-        lists = self.place.home / "ucfTrainTestlist"
+        lists = self.annotation("ucfTrainTestlist/classInd.txt").parent
         if not lists.is_dir():
             raise FileNotFoundError(
                 f"{lists} is missing: it comes with the train/test splits of "

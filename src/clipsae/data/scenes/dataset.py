@@ -63,7 +63,10 @@ class ScenesDataset(Dataset):
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
         if image_size != IMAGE_SIZE:
-            raise ValueError(f"scenes are drawn at {IMAGE_SIZE} pixels, not {image_size}")
+            raise ValueError(
+                f"scenes are drawn at {IMAGE_SIZE} pixels, not {image_size}: choose clip=tiny, or "
+                f"read them small by +clip.image_size={IMAGE_SIZE}"
+            )
         size = _DEFAULT_SIZE if size is None else size
         length = size if isinstance(size, int) else size[split]
         if length < 0:

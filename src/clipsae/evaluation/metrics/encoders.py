@@ -14,10 +14,10 @@ from typing import Any
 import open_clip
 import timm
 import torch
-from open_clip.pretrained import get_pretrained_cfg
 from torch import Tensor, nn
 
-from clipsae.clip import FrozenCLIP
+from clipsae.clip import FrozenCLIP, published
+from clipsae.clip.build import create_open_clip, create_timm, source_of
 from clipsae.errors import ConfigError
 from clipsae.evaluation.metrics.truth import AttributeEncoder, has_truth
 
@@ -135,17 +135,10 @@ class _Embedding(nn.Module):
 
 
 def _open_clip(name: str, model: str, weights: str) -> ImageEncoder:
-    pretrained = None if weights == RANDOM else str(Path(weights).expanduser())
-    tag = get_pretrained_cfg(model, weights) or {}
-    built = open_clip.create_model(
-        model,
-        pretrained,
-        require_pretrained=pretrained is not None,
-        # The weights decide: open_clip would only warn of an activation they never saw.
-        force_quick_gelu=tag.get("quick_gelu", False),
-        pretrained_text=False,
-    )
-    built.eval()
+    if open_clip.get_model_config(model) is None:
+        raise ValueError(f"open_clip has no model {model!r}")
+    source = None if weights == RANDOM else source_of(model, weights)
+    built: Any = create_open_clip(model, source, weights_decide=True).eval()
     how = built.visual.preprocess_cfg
     size = how["size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
@@ -153,9 +146,14 @@ def _open_clip(name: str, model: str, weights: str) -> ImageEncoder:
 
 
 def _timm(name: str, model: str, weights: str) -> ImageEncoder:
-    options: dict[str, Any] = {"pretrained": weights != RANDOM, "num_classes": 0}
-    if weights not in ("", RANDOM):
-        options["pretrained_cfg_overlay"] = {"file": str(Path(weights).expanduser())}
-    built = timm.create_model(model, **options)
+    if weights == RANDOM:
+        file = None
+    elif weights:
+        file = Path(weights).expanduser()
+    elif (known := published.of_timm(model)) is not None:
+        file = known.get()
+    else:
+        raise ValueError(f"timm knows no weights of {model!r}")
+    built = create_timm(model, file)
     how = timm.data.resolve_model_data_config(built)
     return ImageEncoder(name, built, how["input_size"][1:], how["mean"], how["std"])

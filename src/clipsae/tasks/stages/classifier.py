@@ -11,6 +11,7 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.clip.text import OPENAI_IMAGENET_TEMPLATES, Template, text_classifier
 from clipsae.data import ImageDataset
+from clipsae.progress import Bar
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
 
@@ -28,9 +29,9 @@ def templates(cfg: DictConfig, dataset: ImageDataset) -> tuple[Template, ...]:
 def stage(cfg: DictConfig, store: Store, dataset: ImageDataset, name: str) -> Stage:
     """The place of the embeddings: the text tower and every prompt are in the key."""
     prompts = hashlib.sha256()
-    for name in dataset.classnames:
+    for of_class in dataset.classnames:
         for template in templates(cfg, dataset):
-            prompt = template.format(name) if isinstance(template, str) else template(name)
+            prompt = template.format(of_class) if isinstance(template, str) else template(of_class)
             prompts.update(f"{prompt}\0".encode())
     clip = {k: v for k, v in build.clip_key(cfg).items() if k != "layer"}
     key = {
@@ -44,12 +45,14 @@ def stage(cfg: DictConfig, store: Store, dataset: ImageDataset, name: str) -> St
 
 def make(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, folder: Path) -> None:
     """Embed the class names and write them into `folder`."""
-    rows = text_classifier(
-        clip.to(build.best_device()),
-        dataset.classnames,
-        templates(cfg, dataset),
-        renormalize=cfg.evaluation.renormalize_text,
-    )
+    with Bar("embedding the class names") as bar:
+        rows = text_classifier(
+            clip.to(build.best_device()),
+            dataset.classnames,
+            templates(cfg, dataset),
+            renormalize=cfg.evaluation.renormalize_text,
+            progress=bar,
+        )
     save_file({"classifier": rows.cpu().contiguous()}, folder / "classifier.safetensors")
 
 

@@ -54,10 +54,16 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
     """Refuse now what would be refused after the training.
 
     Raises:
-        ConfigError: a backbone without a text tower, or `heldout` where both splits are the same
-            images: nothing would be held out.
+        ConfigError: a backbone without a text tower or a tokenizer, or `heldout` where both
+            splits are the same images: nothing would be held out.
     """
-    clip.require_text()
+    _ = clip.tokenizer
+    if len(test_set.classnames) == 1:
+        log.warning(
+            "%s has one class, %r: every accuracy will be 100 %%, as nothing competes with it; "
+            "evaluation=none leaves them out",
+            *(cfg.dataset.name, test_set.classnames[0]),
+        )
     options = cfg.evaluation
     if options.protocol != "heldout":
         return

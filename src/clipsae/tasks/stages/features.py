@@ -25,6 +25,7 @@ from clipsae.data.cache import (
     write_shard,
 )
 from clipsae.data.cache.loader import check_reading
+from clipsae.data.damage import leaves_out
 from clipsae.errors import ConfigError
 from clipsae.store import MARK, BusySkip, Stage, Store, find_damage
 from clipsae.store.files import read_json, sha256
@@ -67,12 +68,11 @@ def layout(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> Layout
 
 def content_key(cfg: DictConfig, train_set: ImageDataset) -> dict[str, Any]:
     """What the tokens are of: all that decides them but how they are written."""
-    node = build.train_dataset_node(cfg)
     return {
         "clip": build.clip_key(cfg),
-        "dataset": node.name,
+        "dataset": build.train_dataset_node(cfg).name,
         "fingerprint": train_set.fingerprint,
-        "on_bad_image": node.get("on_bad_image", "error"),
+        "on_bad_image": "skip" if leaves_out(train_set) else "error",
         "split": SPLIT,
         "image_size": train_set.image_size,
     }

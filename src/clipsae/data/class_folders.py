@@ -1,0 +1,222 @@
+"""Where the class folders lie in a folder: its splits by their usual names, folders that only wrap
+others, and what is no class."""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipsae.data.listing import folders_in, has_images
+from clipsae.data.names import words
+
+# What split folders are called, in any case and with "set", "images" and the like beside it. The
+# first that is there is taken: `test` before `val`, and `train`, which holds no `val`, before
+# `trainval`.
+_SPLIT_WORDS = {
+    "train": ("train", "training", "trainset", "trainval"),
+    "test": (
+        *("test", "testing", "testset", "val", "valid", "validation", "valset"),
+        *("dev", "devset", "eval", "evaluation", "holdout", "heldout"),
+    ),
+}
+_FILLERS = ("set", "split", "data", "dataset", "image", "images", "img", "imgs", "folder")
+# As many folders, all with the same folders in them, are more likely splits or views than classes.
+_FEW = 12
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """What was found in a root.
+
+    Attributes:
+        splits: for "train" and "test" the folder, relative to the root, that holds the class
+            folders: "" for the root itself. The same for both where there is one split only.
+        classes: for each split the class folders that have images in it, sorted.
+        top: the folder, relative to the root, that holds the split folders or the classes.
+        doubt: what is likely to be meant otherwise, a sentence; "" where nothing is.
+    """
+
+    splits: dict[str, str]
+    classes: dict[str, list[str]]
+    top: str
+    doubt: str = ""
+
+    @property
+    def one_split(self) -> bool:
+        """Whether both splits are the same images."""
+        return self.splits["train"] == self.splits["test"]
+
+    def beside(self, root: Path, split: str) -> list[str]:
+        """Folders, relative to the root, that are neither a split nor a class of this one."""
+        found = []
+        classes = {_join(self.splits[split], name) for name in self.all_classes}
+        for at in sorted({self.top, self.splits[split]}):
+            with os.scandir(root / at) as entries:
+                names = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
+            found += [path for path in (_join(at, name) for name in names) if path not in classes]
+        used = [Path(at) for at in self.splits.values()]
+        return [path for path in found if not any(at.is_relative_to(path) for at in used)]
+
+    @property
+    def all_classes(self) -> list[str]:
+        """The class folders that have images in any split, sorted."""
+        return sorted({name for names in self.classes.values() for name in names})
+
+
+def find_class_folders(root: Path) -> ClassFolders:
+    """Find the splits of a root, and the classes of each.
+
+    Raises:
+        ValueError: no class folders, or several folders of splits to choose from.
+    """
+    top = _unwrapped(root, "")
+    names = _with_images(root / top)
+    if not names:
+        raise ValueError(_why_none(root))
+    found = _splits(root / top, names)
+    if not found:
+        _refuse_nested(root / top, names)
+        same = dict.fromkeys(_SPLIT_WORDS, top)
+        doubt = _doubt(root / top, names)
+        return ClassFolders(same, dict.fromkeys(same, names), top, doubt)
+    others = [name for name in names if not _split_word(name)]
+    if len(found) == 1 and others:
+        ((name, *_),) = found.values()
+        raise ValueError(
+            f"{root / top} holds {name}/ with class folders in it, and {others[0]}/ beside it: "
+            f"take dataset.root={root / top / name}, or call the other split test"
+        )
+    splits: dict[str, str] = {}
+    classes: dict[str, list[str]] = {}
+    for split, candidates in found.items():  # train first
+        for name in candidates:
+            at = _unwrapped(root, _join(top, name), splits=False)
+            inside = _with_images(root / at)
+            if split not in splits and not _is_unlabelled(inside, classes.get("train", [])):
+                splits[split], classes[split] = at, inside
+    (only, *_) = splits
+    splits = {split: splits.get(split, splits[only]) for split in _SPLIT_WORDS}
+    classes = {split: classes.get(split, classes[only]) for split in _SPLIT_WORDS}
+    return ClassFolders(splits, classes, top)
+
+
+def _is_unlabelled(test: list[str], train: list[str]) -> bool:
+    """Whether the one folder of a test split is none of the training split's several classes:
+    `val/images` has no labels."""
+    return len(test) == 1 and len(train) > 1 and test[0] not in train
+
+
+def _splits(folder: Path, names: list[str]) -> dict[str, list[str]]:
+    """The folders among `names` that are splits of class folders: of "train" and of "test", the
+    one to be taken first."""
+    called: dict[str, dict[str, list[tuple[int, str]]]] = {}
+    for name in names:
+        if (of := _split_word(name)) and _holds_classes(folder / name):
+            split, rank, rest = of
+            called.setdefault(rest, {}).setdefault(split, []).append((rank, name))
+    # "birds_train" is a split where "birds_test" is there, too.
+    found = called.pop("", {})
+    if not found:
+        found = next((pair for pair in called.values() if len(pair) == 2), {})
+    return {s: [name for _, name in sorted(found[s])] for s in _SPLIT_WORDS if s in found}
+
+
+def _split_word(name: str) -> tuple[str, int, str] | None:
+    """The split that a folder's name means, the rank of the word, and what else is in the name;
+    None where it means none, or several."""
+    spaced = " ".join(re.findall(r"[^\W\d_]+|\d+", words(name).lower()))
+    parts = re.sub(r"\btrain (val|valid|validation)\b", "trainval", spaced).split()
+    found = [
+        (split, ranked.index(part), part)
+        for part in parts
+        for split, ranked in _SPLIT_WORDS.items()
+        if part in ranked
+    ]
+    if len(found) != 1:
+        return None
+    split, rank, part = found[0]
+    return split, rank, " ".join(p for p in parts if p != part and p not in _FILLERS)
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether there are class folders in a split: `test/test/1.jpg` has no labels."""
+    inside = _with_images(folder / _unwrapped(folder, "", splits=False))
+    return len(inside) > 1 or any(not _split_word(name) for name in inside)
+
+
+def _unwrapped(root: Path, inside: str, splits: bool = True) -> str:
+    """The folder that holds several class folders, or with `splits` a split: `inside` itself, or
+    the one that folders with one folder each lead to, as archives unpack into `birds/birds/...`.
+    """
+    at = inside
+    while len(names := _with_images(root / at)) == 1:
+        if splits and _splits(root / at, names):
+            return at
+        if has_images(root / at / names[0], directly=True):
+            return inside  # a single class is no wrapper
+        at = _join(at, names[0])
+    return at if names else inside
+
+
+def _with_images(folder: Path) -> list[str]:
+    return [name for name in folders_in(folder) if has_images(folder / name)]
+
+
+def _refuse_nested(folder: Path, names: list[str]) -> None:
+    """Refuse several folders of splits, `cropped/train` beside `full/train`.
+
+    Raises:
+        ValueError: there are.
+    """
+    for name in names:
+        if len(_splits(folder / name, folders_in(folder / name))) == 2:
+            raise ValueError(
+                f"{folder} holds {', '.join(f'{n}/' for n in names[:3])} and {name}/ has splits in "
+                f"it: take the one that is meant, such as dataset.root={folder / name}"
+            )
+
+
+def _doubt(folder: Path, names: list[str]) -> str:
+    """Why folders may be no classes: a single one with folders in it, or several that have no
+    images of their own but the same folders in each."""
+    if len(names) == 1:
+        inner = _with_images(folder / names[0])
+        if len(inner) < 2:
+            return ""
+        return (
+            f"{names[0]} is the only class, and holds the folders {inner[0]}, {inner[1]}, ...: if "
+            f"those are the classes, take dataset.root={folder / names[0]}"
+        )
+    if any(has_images(folder / name, directly=True) for name in names):
+        return ""
+    inside = Counter(inner for name in names for inner in _with_images(folder / name))
+    shared = sorted(inner for inner, count in inside.items() if count == len(names))
+    if any(map(_split_word, shared)):
+        return (
+            f"each class holds the folders {', '.join(shared)}, whose images are taken together: "
+            f"splits are expected above the classes, {folder}/train/{names[0]}"
+        )
+    if len(shared) < 2 or len(names) > _FEW:
+        return ""
+    return (
+        f"{names[0]} and {names[-1]} count as classes, and each holds the folders {shared[0]}, "
+        f"{shared[1]}, ...: if those are the classes, call the folders train and test, or take "
+        f"dataset.root={folder / names[0]}"
+    )
+
+
+def _why_none(folder: Path) -> str:
+    expected = f"expected {folder}/<class>/<image>.jpg"
+    if has_images(folder, directly=True):
+        return (
+            f"{folder} holds images and no class folders: {expected}; if it is a class itself, "
+            f"take dataset.root={folder.parent}"
+        )
+    if folders := folders_in(folder):
+        return f"{folder} holds no images in its {len(folders)} folders: {expected}"
+    return f"{folder} holds no class folders: {expected}"
+
+
+def _join(inside: str, name: str) -> str:
+    return f"{inside}/{name}" if inside else name
