@@ -38,7 +38,8 @@ def run(cfg: DictConfig) -> None:
     """Collect, write, log, show.
 
     Raises:
-        ConfigError: no result to report, or a model or dataset that does not exist.
+        ConfigError: no result to report, a model or dataset that does not exist, or a folder that
+            cannot be written to.
     """
     found = collect(cfg.paths.output_dir)
     wanted = wanted_of(cfg, found)
@@ -47,7 +48,13 @@ def run(cfg: DictConfig) -> None:
     if not selection.folders:
         raise ConfigError(nothing_there(cfg, found, selection, commands))
     report = make_report(cfg.paths.output_dir, found, selection, commands)
-    page = write_report(report, cfg.task.folder)
+    try:
+        page = write_report(report, cfg.task.folder)
+    except OSError as error:
+        raise ConfigError(
+            f"task.folder={cfg.task.folder}: the report cannot be written there "
+            f"({error.strerror}): name a folder that can be written to"
+        ) from error
     log_report(cfg, report)
     print_report(report, page)
 
@@ -178,6 +185,10 @@ def log_report(cfg: DictConfig, report: Report) -> None:
 def print_report(report: Report, page: Path) -> None:
     """The first table, what is missing, and where the page lies."""
     console = terminal()
+    if report.differences:
+        console.print("not alike, and so in rows of their own:", highlight=False)
+        for sentence in report.differences:
+            console.print(f"- {sentence}", markup=False, highlight=False)
     console.print(_rich(report.tables[0]))
     for sentence in report.findings:
         console.print(f"- {sentence}", markup=False, highlight=False)
