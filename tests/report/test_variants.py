@@ -79,7 +79,10 @@ def test_what_is_not_alike_stands_above_everything_else_on_the_page(store):
     assert commands["topk", "a"] == (
         "python run.py model=topk model.k=8 dataset=a clip=tiny trainer.max_steps=600 seed=0"
     )
-    assert commands["relu", "a"] == "python run.py model=relu dataset=a clip=tiny seed=0"
+    # A model without any is to be like most of the others.
+    assert commands["relu", "a"] == (
+        "python run.py model=relu dataset=a clip=tiny trainer.max_steps=600 seed=0"
+    )
 
 
 def test_one_more_model_on_one_dataset_leaves_the_mean_ranks_as_they_are(store):

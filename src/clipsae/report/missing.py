@@ -57,6 +57,8 @@ class Commands:
     ) -> str:
         """The command line of one cell, or of several: seeds and datasets joined by commas."""
         k = selection.k.get(line, NO_K)
+        # A model without results is to be like most results of the others.
+        wanted = line if line.variant or len(selection.of(line)) else selection.usual(line.model)
         given = {word.partition("=")[0] for word in self.common}
         words = [
             "python",
@@ -66,7 +68,7 @@ class Commands:
             *([f"model.k={k}"] if k != NO_K else []),
             *self.datasets.get(dataset, [f"dataset={dataset}"]),
             *self.common,
-            *(word for word in line.overrides if word.partition("=")[0] not in given),
+            *(word for word in wanted.overrides if word.partition("=")[0] not in given),
             f"seed={self.seed if seed is None else seed}",
         ]
         return shlex.join(words)

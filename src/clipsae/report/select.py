@@ -97,6 +97,11 @@ class Selection:
         labels = dict.fromkeys(line.common for line in self.lines if len(self.of(line)))
         return [(label, tuple(x for x in self.lines if x.common == label)) for label in labels]
 
+    def usual(self, model: str) -> Line:
+        """A model's line with the common settings of most results."""
+        most = self.runs.groupby("common", sort=False).folder.nunique()
+        return Line(model, str(most.idxmax())) if len(most) else Line(model)
+
     def main(self, model: str) -> Line:
         """A model's line with most results; one without any where it has none."""
         of = (line for line in (*self.lines, *self.ablated) if line.model == model)

@@ -18,7 +18,7 @@ _FIRST = ("trainer.max_steps", "schema")  # in a label, before others that say a
 _OVERRIDE = re.compile(r"(?!\w+\.batches_a_step)(trainer|model|features|evaluation)\.[\w.]+=\S+")
 _HASH = re.compile(r"[0-9a-f]{16,}")
 _EXPLAINED = {
-    "schema": " (of results: an older version of the code made those of the smaller)",
+    "schema": " (of what the code computes; a smaller number is an older version)",
     "dataset.fingerprint": " (a hash of the images that were evaluated)",
     "dataset.train_fingerprint": " (a hash of the images that were trained on)",
     "train_dataset.fingerprint": " (a hash of the images that were trained on)",

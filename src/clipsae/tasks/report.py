@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 from rich import box
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from clipsae.errors import ConfigError
@@ -136,7 +137,7 @@ def nothing_there(
     )
     dataset = (wanted.datasets or (cfg.dataset.name,))[0]
     model = (wanted.models or (cfg.model.name,))[0]
-    command = commands.line(selection, model, dataset)
+    command = commands.line(selection, selection.main(model), dataset)
     if found.results.empty:
         unread = f" that can be read ({found.problems[0]})" if found.problems else ""
         return (
@@ -213,7 +214,7 @@ def _rich(table: Table) -> RichTable:
             texts = shown(row.cells[column.key], column) if column.key in row.cells else None
             difference = f" [dim]{texts['difference']}[/]" if texts and texts["difference"] else ""
             cells.append((texts["ours"] if texts else "") + difference)
-        rich.add_row(*row.labels, *cells)
+        rich.add_row(*map(escape, row.labels), *cells)
     if table.has_published:
         rich.caption, rich.caption_justify = "dim: difference to the published figure", "left"
     return rich
