@@ -21,7 +21,7 @@ from clipsae.store.lease import owner_of
 from clipsae.tasks import build, slurm, together, watch
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
-from clipsae.tasks.table import print_results
+from clipsae.tasks.table import logged_as, print_results
 from clipsae.training.logging import finish, log_failure, log_results, log_sae
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def benchmark(
                 lambda folder: measurement.make(cfg, clip, trained.path, test_set, folder),
             )
             metrics = measurement.read(measured.path)
-            cells |= {f"measure/{name}": value for name, value in metrics.items()}
+            cells |= {f"measure/{logged_as(name)}": value for name, value in metrics.items()}
         log_results(logger(), rows.to_dict("records"), cells)
         log_sae(logger(), trained.path, [cfg.model.name, f"seed-{cfg.seed}"])
     print_results(rows, metrics, [stage.path for stage in stages])
