@@ -18,8 +18,12 @@ class Work:
     def __init__(self, root):
         self.store = Store(root)
 
-    def sae(self, model, steps, seconds=None, seed=0):
-        key = {"model": model, "seed": seed, "training": {"trainer": {"max_steps": steps}}}
+    def sae(self, model, steps, seconds=None, seed=0, batch=32):
+        key = {
+            "model": model,
+            "seed": seed,
+            "training": {"trainer": {"max_steps": steps}, "features": {"batch_size": batch}},
+        }
         return self.made("sae", {"model": model}, key, seconds)
 
     def evaluation(self, trained, dataset, seconds=None, accuracy=None):
@@ -68,6 +72,9 @@ def test_how_much_is_there_and_how_long_the_rest_takes(work):
     assert said.startswith(
         "2 cells, 1 of them finished; 1 SAE, 0 to train; how long it takes is not"
     )
+    # Half the images a step.
+    smaller = work.sae("relu", 600, batch=16)
+    assert "1 to train; about 30 s, one after the other" in forecast([Cell({}, (smaller,))])
     # 3,000 steps at a tenth of a second, then 7 s.
     longer = work.sae("relu", 3000, seed=1)
     said = forecast([Cell({}, (longer, work.evaluation(longer, "a")))])

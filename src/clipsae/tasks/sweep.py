@@ -143,6 +143,8 @@ def forecast(cells: list[Cell]) -> str:
         f"{_count(len(cells), 'cell')}, {len(cells) - len(open_cells)} of them finished; "
         f"{_count(len(saes), 'SAE')}, {to_train} to train"
     )
+    if untold := [cell.why for cell in cells if cell.why]:
+        return f"{said}; not known yet for {_count(len(untold), 'cell')} ({untold[0]})"
     if not missing:
         return said
     seconds = [estimate(stage) for stage in missing]
@@ -156,7 +158,7 @@ def forecast(cells: list[Cell]) -> str:
 
 def estimate(stage: Stage) -> float | None:
     """Seconds that a stage takes by the finished ones of its kind: of the same model if there are,
-    a training by its steps; None: there are none."""
+    a training by the images it reads; None: there are none."""
     marks = [read_json(mark) for mark in stage.path.parent.glob(f"[!.]*/{MARK}")]
     alike = [m for m in marks if _same(m, stage, ("clip", "latents")) and "seconds" in m]
     if stage.path.parent.name != "sae":
@@ -164,7 +166,7 @@ def estimate(stage: Stage) -> float | None:
     alike = [m for m in alike if _same(m, stage, ("model",))] or alike
     if not alike:
         return None
-    return statistics.median(m["seconds"] / _steps(m["key"]) for m in alike) * _steps(stage.key)
+    return statistics.median(m["seconds"] / _reads(m["key"]) for m in alike) * _reads(stage.key)
 
 
 def _same(mark: Mapping[str, Any], stage: Stage, names: tuple[str, ...]) -> bool:
@@ -172,10 +174,12 @@ def _same(mark: Mapping[str, Any], stage: Stage, names: tuple[str, ...]) -> bool
     return all(about.get(name) == stage.about.get(name) for name in names)
 
 
-def _steps(key: Mapping[str, Any]) -> int:
-    """Steps of a training; 1 of what has none."""
+def _reads(key: Mapping[str, Any]) -> int:
+    """Images that a training reads, by the key of its SAE; 1 of other stages."""
     training = key.get("training", {})
-    return training.get("trainer", training).get("max_steps") or 1
+    steps = training.get("trainer", training).get("max_steps", 1)
+    batch = training.get("features", training).get("batch_size", 1)
+    return steps * batch * training.get("batches_a_step", 1)
 
 
 def summary(cells: list[Cell], failed: Sequence[bool]) -> tuple[str, Table]:
@@ -188,14 +192,16 @@ def summary(cells: list[Cell], failed: Sequence[bool]) -> tuple[str, Table]:
         row = _row(cell.about)
         column, text = accuracy(cell)
         columns |= {column} - {""}
-        rows.setdefault(row, {})[cell.about.get("dataset", "")] = (
-            "[red]failed[/]" if broken else text
-        )
+        ended = "[red]failed[/]" if broken else "" if cell.stages else "done"
+        rows.setdefault(row, {})[cell.about.get("dataset", "")] = text or ended
         for stage in cell.stages:
             seconds = read_json(stage.path / MARK).get("seconds")
             if seconds is not None:
                 work.setdefault(row, {})[stage.path] = float(seconds)
-    done = sum(bool(cell.stages) and all(s.finished for s in cell.stages) for cell in cells)
+    done = sum(
+        all(stage.finished for stage in cell.stages) and not (broken and not cell.stages)
+        for cell, broken in zip(cells, failed, strict=True)
+    )
     what = f": macro accuracy, %, {', '.join(sorted(columns))}" if columns else ""
     table = Table()
     table.add_column("")
