@@ -56,6 +56,7 @@ class FakeStore:
                     "micro_accuracy": value,
                     "images": 1000,
                     "classes": classes,
+                    **({"competing": more["competing"]} if "competing" in more else {}),
                 }
             )
         folder = self._folder("evaluation", model, dataset, seed)
@@ -96,6 +97,13 @@ class FakeStore:
         pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
         return self._finish(folder, about, finished, more)
 
+    def sae(self, name: str, key: dict[str, Any]) -> str:
+        """The record of a trained SAE."""
+        folder = self.root / "sae" / name
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text(json.dumps({"key": key}))
+        return name
+
     def _about(self, model, dataset, latents, k, seed, more) -> dict[str, Any]:
         clip = more.get("clip", "clipsae-tiny")
         return {
@@ -124,13 +132,13 @@ class FakeStore:
             "dataset": {"name": about["dataset"]},
             "evaluation": {"limit_images": more.get("limit_images")},
             "trainer": {"max_steps": more.get("max_steps", 600)},
-            "train_dataset": {"name": "scenes"},
+            "train_dataset": {"_target_": "clipsae.data.ScenesDataset", "name": "scenes"},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         meta = {
             "started": 1.0,
             "finished": float(self.made if finished is None else finished),
-            "key": {"sae": more.get("sae", "none")},
+            "key": {"sae": more.get("sae", "none"), **more.get("key", {})},
             "versions": {"torch": "2.9.0"},
             "git_commit": "0123456789abcdef",
             "host": "somewhere",

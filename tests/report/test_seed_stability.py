@@ -7,6 +7,7 @@ import torch
 from clipsae.report import Wanted, collect, select
 from clipsae.report.metric_tables import stability_table
 from clipsae.report.stability import seed_stability
+from clipsae.report.variants import Line
 from clipsae.sae import SAE
 
 
@@ -28,9 +29,9 @@ def test_seeds_are_compared_both_ways_and_what_is_missing_is_said(store):
     (stable,), problems = seed_stability(store.root, found, selection)
     pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
     values = [(rows[a] @ rows[b].T).max(axis=1).mean() for a, b in pairs]
-    assert (stable.model, stable.k, stable.pairs) == ("topk", 2, 6)
+    assert (stable.line, stable.pairs) == (Line("topk"), 6)
     assert stable.mean == pytest.approx(np.mean(values), abs=1e-6)
     assert stable.std == pytest.approx(np.std(values, ddof=1), abs=1e-6)
     assert [line.split(":")[0] for line in problems] == ["sae/gone-0", "sae/gone-1", "sae/gone-2"]
-    (row,) = stability_table([stable]).rows
+    (row,) = stability_table(selection, [stable]).rows
     assert row.labels == ("TopK (k = 2)", "scenes")

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from clipsae.report import Wanted, collect, select
+from clipsae.report.variants import Line
 
 TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
 
@@ -15,7 +16,7 @@ def choose(store, **more):
 
 
 def value(selection, model, dataset, column):
-    of = selection.of(model, dataset).set_index("column")
+    of = selection.of(selection.main(model), dataset).set_index("column")
     return of.accuracy[column]
 
 
@@ -29,7 +30,7 @@ def test_an_empty_or_missing_store_gives_nothing(store):
 def test_the_mean_over_seeds_and_its_spread(store):
     for seed, accuracy in enumerate((10.0, 20.0, 60.0)):
         store.evaluation("relu", "scenes", {"no_sae": 90.0, "on_5": accuracy}, seed=seed)
-    cell = choose(store).of("relu", "scenes").set_index("column").loc["on_5"]
+    cell = choose(store).of(Line("relu"), "scenes").set_index("column").loc["on_5"]
     assert cell.accuracy == pytest.approx(30.0)
     assert cell["std"] == pytest.approx(math.sqrt((20**2 + 10**2 + 30**2) / 2))
     assert cell.seeds == 3
@@ -41,18 +42,11 @@ def test_the_newest_result_of_a_seed_counts_whatever_its_name(store):
     store.evaluation("relu", "scenes", {"on_5": 3.0}, finished=400)
     selection = choose(store)
     assert value(selection, "relu", "scenes", "on_5") == 2.0
-    # The newest stands as a whole: figures of two results are not mixed in one line.
-    assert "on_10" not in set(selection.of("relu", "scenes").column)
-    assert selection.superseded == 2
-
-
-def test_a_result_on_a_part_of_the_images_gives_way_to_a_whole_one(store):
-    store.evaluation("relu", "scenes", {"on_5": 1.0}, finished=300)
-    store.evaluation("relu", "scenes", {"on_5": 2.0}, finished=500, limit_images=10)
-    store.evaluation("topk", "scenes", {"on_5": 4.0}, k=8, limit_images=10)
-    selection = choose(store)
-    assert value(selection, "relu", "scenes", "on_5") == 1.0
-    assert value(selection, "topk", "scenes", "on_5") == 4.0
+    # All three have the same settings: a later one with fewer n takes no figure away.
+    assert value(selection, "relu", "scenes", "on_10") == 7.0
+    assert selection.lines[0] == Line("relu")
+    assert selection.superseded == 1
+    assert selection.differences == ()
 
 
 @pytest.mark.parametrize(
@@ -77,10 +71,10 @@ def test_the_tables_k_is_that_with_most_datasets_ties_to_the_smallest(store):
     for k, datasets in ((16, "ab"), (32, "abc"), (64, "bcd")):
         for dataset in datasets:
             store.evaluation("topk", dataset, {"on_5": float(k)}, k=k)
-    assert choose(store).k["topk"] == 32
+    assert choose(store).k[Line("topk")] == 32
     assert value(choose(store), "topk", "a", "on_5") == 32.0
-    assert choose(store, k=64).k["topk"] == 64
-    assert choose(store).k["relu"] == 0
+    assert choose(store, k=64).k[Line("topk")] == 64
+    assert choose(store).k[Line("relu")] == 0
 
 
 def test_rows_are_the_six_and_others_found_but_not_the_ablation(store):

@@ -8,6 +8,7 @@ from clipsae.report import Commands, Wanted, collect, published, select
 from clipsae.report.ablation import ablated, ablation_table
 from clipsae.report.accuracy_tables import (
     average_table,
+    compared,
     dataset_table,
     fidelity_table,
     other_settings_table,
@@ -102,7 +103,10 @@ def test_mean_ranks_share_ties_and_leave_out_datasets_with_gaps(store):
             k = 32 if model == "topk" else None
             store.evaluation(model, dataset, {"on_1": accuracy}, k=k)
     selection = choose(store)
-    table = rank_table(selection, selection.eleven, "rank", "the eleven")
+    (of,) = compared(selection, selection.eleven)
+    table = rank_table(selection, of, "rank")
+    assert table.title == "Mean rank over 2 datasets"
+    assert "all of them have results on: DTD, EuroSAT." in table.caption
     rows = cells(table)
     assert list(rows) == ["relu", "topk", "sparsemax"]
     assert [rows[m]["on_1"].ours for m in rows] == [2.25, 1.75, 2.0]
@@ -134,7 +138,7 @@ def test_the_ablation_beside_the_published_one(store):
 
 def test_fidelity_is_above_chance(store):
     store.evaluation("relu", "scenes", {"no_sae": 90.0, "on_all": 50.0}, classes=10)
-    cell = cells(fidelity_table(choose(store)))["scenes"]["relu"]
+    cell = cells(fidelity_table(choose(store)))["scenes"]["ReLU"]
     assert cell.ours == pytest.approx((50 - 10) / (90 - 10))
 
 
@@ -174,6 +178,7 @@ def test_recovery_has_the_columns_that_were_measured(store):
     store.measurement("relu", "scenes", {"patch_coverage": 0.5, "image_auroc": 0.75})
     table = recovery_table(choose(store), "scenes")
     assert [c.key for c in table.columns] == ["patch_coverage", "image_auroc"]
+    assert [c.title for c in table.columns] == ["concepts found, patch", "AUROC, image"]
     assert cells(table)["relu"]["image_auroc"].ours == 0.75
     assert recovery_table(choose(store), "dtd") is None
 

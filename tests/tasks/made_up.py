@@ -44,6 +44,16 @@ class MadeUp:
         batch_topk = self.left(self.sae("batch_topk", k=16), ELSEWHERE)
         os.utime(batch_topk / LEASE, (LONG_AGO, LONG_AGO))
 
+    SAES = (("topk", 16), ("relu", None), ("jumprelu", None))
+
+    @classmethod
+    def stages(cls, root: Path) -> "MadeUp":
+        """What tells the stages of such a store; nothing is made."""
+        one = cls.__new__(cls)
+        one.store = Store(root)
+        one.topk = one.sae("topk", k=16)
+        return one
+
     def sae(self, model: str, k: int | None = None) -> Stage:
         about = {"model": model, "dataset": "scenes", "k": k, "seed": 0}
         return self.store.stage("sae", [model], {"model": model}, about)

@@ -61,6 +61,7 @@ def test_only_the_sweeps_runs_with_their_failures(content):
 def test_the_task_writes_it_for_the_sweeps_datasets(tmp_path):
     done = run_py("task=dashboard", "sweeps=demo", f"paths.output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "not saved in W&B" in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if "not saved in W&B" in line]
+    assert "name the user or team by logger.entity=, and give the same command again" in line
     found = panels(json.loads((tmp_path / "dashboard-demo.json").read_text()))
     assert len(found["Accuracy over n: label-free"]) == 5

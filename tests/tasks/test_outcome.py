@@ -1,12 +1,17 @@
 """How a multirun ends, and the launchers' presets."""
 
+import warnings
+
+import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from clipsae.errors import ConfigError
+from clipsae.tasks import warn_in_one_line
 from clipsae.tasks.outcome import Outcome, cells, conclude, outcome_of
+from clipsae.tasks.table import accuracy_table
 from run import ROOT
 
 
@@ -63,3 +68,48 @@ def test_every_launcher_composes(name):
         assert (launcher.tasks_per_node, launcher.gpus_per_node) == (4, 4)
         assert launcher.additional_parameters.requeue
         assert launcher.max_num_timeout > 0
+
+
+def test_slurm_where_there_is_none_is_one_sentence(monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    from hydra_plugins.clipsae_launchers.submitit import ManyCores, Slurm
+
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as end:
+        Slurm.__new__(Slurm)._require()
+    said = str(end.value)
+    assert said.startswith("hydra/launcher=slurm: this machine has no sbatch and no srun: ")
+    assert "hydra/launcher=many_cores" in said
+    assert "\n" not in said
+    ManyCores.__new__(ManyCores)._require()
+
+
+def test_a_warning_is_one_line_without_the_source_it_comes_from(monkeypatch, caplog):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    warn_in_one_line()
+    warnings.showwarning(UserWarning("few\n  workers"), UserWarning, "/a/loader.py", 3)
+    (record,) = caplog.records
+    assert record.getMessage() == "few workers (UserWarning, loader.py:3)"
+
+
+@pytest.mark.parametrize(
+    ("row", "title"),
+    [
+        (
+            {"k": 8, "seed": 1, "classes": 5},
+            "topk k=8 seed=1 on a: macro accuracy, % (9 images, 5 ",
+        ),
+        (
+            {"k": None, "seed": 0, "classes": 5, "competing": 1000},
+            "topk seed=0 on a: macro accuracy, % (9 images, 5 of 1,000 classes, paper",
+        ),
+        (
+            {"k": None, "seed": 0, "classes": 5, "competing": 5},
+            "topk seed=0 on a: macro accuracy, % (9 images, 5 classes, paper",
+        ),
+    ],
+)
+def test_a_tables_title_tells_the_cells_of_a_sweep_apart(row, title):
+    of = {"model": "topk", "dataset": "a", "latents": 64, "images": 9, "protocol": "paper"}
+    rows = pd.DataFrame([{**of, "setting": "on", "n": 1, "accuracy": 1.0, **row}])
+    assert str(accuracy_table(rows).title).startswith(title)

@@ -1,13 +1,15 @@
 """`task=status` on a store with a stage in every state."""
 
+import io
 import json
 
 import pytest
 from made_up import MadeUp
+from rich.console import Console
 
-from clipsae.errors import ConfigError
 from clipsae.store.survey import survey
-from clipsae.tasks.status import combine, detail, find_cell, swept
+from clipsae.tasks.status import by_path, detail, stage_table
+from clipsae.tasks.sweep import Cell
 from tests.warm import run_py
 
 
@@ -22,10 +24,6 @@ def root(tmp_path_factory):
 @pytest.fixture
 def entries(root):
     return survey(root)
-
-
-def status(root, *overrides):
-    return run_py("task=status", f"paths.output_dir={root}", *overrides)
 
 
 def test_every_state_is_seen(entries):
@@ -60,51 +58,88 @@ def test_looking_changes_nothing(root):
     assert sorted(root.rglob("*")) == before
 
 
-def test_a_cell_is_as_far_as_its_evaluation_or_else_its_sae(entries):
-    def state(model, dataset, **more):
-        return find_cell({"model": model, "dataset": dataset, **more}, entries, "evaluation").state
+def test_a_cell_is_as_far_as_the_very_stages_that_it_would_make(root, entries):
+    made_up, places = MadeUp.stages(root), by_path(entries)
 
-    assert state("topk", "a") == state("topk", "a", k=16, seed=0) == "done"
-    assert state("topk", "a", k=8) == state("topk", "a", seed=1) == "missing"
-    assert state("topk", "b") == "failed"
-    assert state("topk", "e") == "missing"
-    assert state("topk", "z") == "missing"
-    assert state("relu", "a") == "running"
-    assert state("jumprelu", "a") == "stalled"
-    assert state("gated_by_nobody", "a") == "missing"
+    def state(*stages):
+        state, entry = Cell({}, stages).state(places)
+        return state, entry and entry.kind
+
+    topk, relu, jumprelu = (made_up.sae(name, k) for name, k in MadeUp.SAES)
+    assert state(topk, made_up.evaluation("a")) == ("done", "evaluation")
+    assert state(topk, made_up.evaluation("b")) == ("failed", "evaluation")
+    assert state(topk, made_up.evaluation("c")) == ("stalled", "evaluation")
+    assert state(topk, made_up.evaluation("e")) == ("missing", "sae")  # damaged: made anew
+    assert state(topk, made_up.evaluation("z")) == ("missing", "sae")
+    assert state(topk, made_up.evaluation("a", sae="another")) == ("missing", "sae")
+    assert state(relu, made_up.evaluation("a", sae=relu.path.name)) == ("running", "sae")
+    assert state(jumprelu, made_up.evaluation("z")) == ("stalled", "sae")
+    assert state(made_up.sae("nobody")) == ("missing", None)
+    assert state() == ("missing", None)  # it cannot be told
 
 
-def test_what_a_sweep_runs_over():
-    found = swept(["model=topk,relu", "seed=range(0,3)", "model.k=8,16", "dataset=a"])
-    assert found == {"model": ["topk", "relu"], "seed": [0, 1, 2], "k": [8, 16], "dataset": ["a"]}
-    assert len(combine(found)) == 12
-    assert combine({}) == []
-    assert swept(["clip=vit_b_16"]) == {"clip": ["ViT-B-16-quickgelu"]}
-    assert swept(["trainer.max_steps=5"]) == {}
-    with pytest.raises(ConfigError, match=r"trainer\.max_steps"):
-        swept(["trainer.max_steps=5,6"])
+def test_the_store_in_80_columns_has_a_line_a_folder(entries):
+    table = stage_table([e for e in entries if e.kind == "sae" and e.state == "done"] * 2)
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    title, _, head, _, *rows = console.file.getvalue().rstrip().splitlines()
+    assert title.split(", ")[:3] == ["sae: 2", "model topk", "dataset scenes"]  # said once
+    assert head.split() == ["state", "when"]
+    assert len(rows) == 2
+
+
+SMALL = [
+    "features.batch_size=4",
+    "trainer.val_check_interval=2",
+    "trainer.limit_val_batches=1",
+    "dataset.size=24",
+    "evaluation.ns=[1,5]",
+    "measurement=none",
+    "logger=none",
+    "callbacks.progress_bar=false",
+]
 
 
 @pytest.mark.slow
-def test_json_alone_on_stdout_for_the_cells_of_a_sweep(root):
-    done = status(root, "sweeps=demo", "task.json=true")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert len(told["cells"]) == 30
-    assert told["counts"] == {"running": 10, "stalled": 10, "missing": 10}
-    (relu,) = [c for c in told["cells"] if (c["model"], c["dataset"]) == ("relu", "scenes_shape")]
-    assert relu["state"] == "running"
-    assert relu["stage"].startswith("sae/relu-")
-    assert {e["state"] for e in told["stages"]} == {
-        "done", "running", "stalled", "failed", "damaged"
-    }  # fmt: skip
+def test_a_sweep_is_looked_up_by_everything_that_decides_its_results(tmp_path):
+    given = [*SMALL, f"paths.output_dir={tmp_path}"]
+    sweep = ["model=topk", "model.k=2,0", "model.latents=64", "trainer.max_steps=2"]
+    done = run_py("-m", *given, *sweep)
+    # One of the two cells cannot be.
+    assert done.returncode == 1
+    assert (
+        "2 cells, 0 of them finished; 2 SAEs, 2 to train; how long it takes is not" in done.stdout
+    )
+    assert "1 of 2 cells are finished: macro accuracy, %, on_5" in done.stdout
+    assert "1 of 2 jobs failed" in done.stdout
+
+    before = sorted(tmp_path.glob("sweeps/*/*"))
+    cells = ["model=topk", "model.k=2", "model.latents=64,128", "seed=0,5"]
+    looked = run_py("-m", *given, *cells, "trainer.max_steps=2,3", "task=status", "task.json=true")
+    assert looked.returncode == 0, looked.stderr
+    told = json.loads(looked.stdout)
+    assert len(told["cells"]) == 8
+    assert told["counts"] == {"done": 1, "missing": 7}
+    (found,) = [cell for cell in told["cells"] if cell["state"] == "done"]
+    assert (found["latents"], found["seed"], found["max_steps"]) == ("64", "0", "2")
+    assert sorted(tmp_path.glob("sweeps/*/*")) == before  # the sweep's own record is as it was
+
+    # Of a sweep's parameters those of the command line count, as for the sweep itself.
+    fewer = ["sweeps=demo", "model=topk,sparsemax", "model.latents=64", "trainer.max_steps=2"]
+    looked = run_py(*given, *fewer, "task=status")
+    assert looked.returncode == 0, looked.stderr
+    assert "cells of the sweep: 10" in looked.stdout
+    assert looked.stdout.strip().endswith("10 missing")
 
 
 @pytest.mark.slow
-def test_the_table(root):
-    done = status(root, "task.models=[topk,relu]", "task.datasets=[a,b,z]")
+def test_the_store_without_a_sweep(root):
+    done = run_py("task=status", f"paths.output_dir={root}")
     assert done.returncode == 0, done.stderr
     assert "ZeroDivisionError: division by zero" in done.stdout
     assert "checkpoint at step 30 of 600" in done.stdout
-    assert "3 running" in done.stdout
-    assert "1 failed" in done.stdout
+    told = json.loads(run_py("task=status", f"paths.output_dir={root}", "task.json=true").stdout)
+    assert told["cells"] == []
+    assert {e["state"] for e in told["stages"]} == {
+        "done", "running", "stalled", "failed", "damaged"
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -11,6 +12,7 @@ from clipsae.report.collect import NO_K
 from clipsae.report.names import column_order, column_title, dataset_title, model_title, slug
 from clipsae.report.select import Selection
 from clipsae.report.table import Cell, Column, Row, Table
+from clipsae.report.variants import Line
 
 PAPER_COLUMNS = ("no_sae", "on_1", "on_5", "on_10", "on_50", "on_all")
 _MEANING = {
@@ -45,8 +47,8 @@ def other_settings_table(selection: Selection, dataset: str) -> Table:
     columns = sorted(
         {
             column
-            for model in selection.models
-            for column in selection.of(model, dataset).column
+            for line in selection.lines
+            for column in selection.of(line, dataset).column
             if column.startswith(("off_", "self_"))
         },
         key=column_order,
@@ -75,44 +77,44 @@ def average_table(selection: Selection, datasets: tuple[str, ...], name: str, of
         of: how the datasets are called, such as "the eleven datasets".
     """
     columns = accuracy_columns(selection, datasets)
-    rows = []
-    for model in selection.models:
-        cells = {column: average(selection, model, datasets, column) for column in columns}
-        counted = selection.of(model)
-        count = counted[counted.dataset.isin(datasets)].dataset.nunique()
-        cells["datasets"] = Cell(float(count))
-        rows.append(Row((row_title(selection, model),), cells, model))
+    rows, over = [], set()
+    for line in selection.shown(selection.cells[selection.cells.dataset.isin(datasets)]):
+        cells = {column: average(selection, line, datasets, column) for column in columns}
+        counted = selection.of(line)
+        on = frozenset(counted.dataset[counted.dataset.isin(datasets)])
+        cells["datasets"] = Cell(float(len(on)))
+        rows.append(Row((row_title(selection, line),), cells, line.model))
+        over |= {on} if on else set()
+    alike = len(over) <= 1
     return Table(
         name=name,
         title=f"Average over {of}",
         caption=(
-            "Mean macro accuracy in percent over the datasets that a model has results on. Compare "
-            f"models only where they have the same datasets.{_published_mean(datasets)}"
+            "Mean macro accuracy in percent over the datasets that a row has results on, whose "
+            "number is in the last column."
+            + ("" if alike else " Rows over different datasets cannot be compared: no best is set.")
+            + _published_mean(datasets)
         ),
         heads=("model",),
         columns=(
-            *plain_columns(selection, columns),
+            *(c if alike else replace(c, best="") for c in plain_columns(selection, columns)),
             Column("datasets", f"of {len(datasets)}", 0, ""),
         ),
         rows=tuple(rows),
     )
 
 
-def average(selection: Selection, model: str, datasets: tuple[str, ...], column: str) -> Cell:
+def average(selection: Selection, line: Line, datasets: tuple[str, ...], column: str) -> Cell:
     """Mean of a column over the datasets with results, and of the published over the same."""
-    cells = selection.of(model)
+    cells = selection.of(line)
     cells = cells[(cells.column == column) & cells.dataset.isin(datasets)]
     known = published.zero_shot()
     over = list(cells.dataset) or list(datasets)
-    figures = [float(known[d, model, column]) for d in over if (d, model, column) in known]
+    keys = [(d, line.model, column) for d in over]
+    figures = [float(known[key]) for key in keys if key in known]
     mean = statistics.fmean(figures) if figures and len(figures) == len(over) else None
-    runs = selection.runs
-    runs = runs[
-        (runs.model == model)
-        & (runs.k == selection.k[model])
-        & (runs.column == column)
-        & runs.dataset.isin(datasets)
-    ]
+    runs = selection.rows(selection.runs, line)
+    runs = runs[(runs.column == column) & runs.dataset.isin(datasets)]
     by_seed = runs.pivot(index="seed", columns="dataset", values="accuracy").dropna()
     several = len(by_seed) > 1 and column != "no_sae"
     return Cell(
@@ -124,55 +126,104 @@ def average(selection: Selection, model: str, datasets: tuple[str, ...], column:
     )
 
 
-def rank_table(selection: Selection, datasets: tuple[str, ...], name: str, of: str) -> Table:
+@dataclass(frozen=True)
+class Compared:
+    """Lines that can be compared, over the datasets that all of them have.
+
+    Attributes:
+        group: what they have in common and others have not; "": nothing sets them apart.
+        lines: at least two.
+        datasets: with results of all.
+        left_out: lines with results on fewer of these datasets, and on how many.
+    """
+
+    group: str
+    lines: tuple[Line, ...]
+    datasets: tuple[str, ...]
+    left_out: dict[Line, int]
+
+
+def compared(selection: Selection, datasets: tuple[str, ...]) -> list[Compared]:
+    """What can be compared of each group of alike results.
+
+    The lines with results on most datasets are taken, as many of them as make the largest table of
+    lines by datasets without a gap: a model with one dataset takes the others' away from nobody.
+    """
+    found = []
+    for label, lines in selection.groups:
+        has = {line: set(selection.of(line).dataset) & set(datasets) for line in lines}
+        ordered = sorted((x for x in lines if has[x]), key=lambda line: -len(has[line]))
+        tables = {n: set.intersection(*(has[x] for x in ordered[:n])) for n in _from_two(ordered)}
+        if not tables:
+            continue
+        best = max(tables, key=lambda n: (n * len(tables[n]), n))
+        over = tuple(name for name in datasets if name in tables[best])
+        chosen = tuple(line for line in lines if set(over) <= has[line] and line in ordered)
+        left_out = {x: len(has[x] & set(over)) for x in ordered if x not in chosen}
+        if over:
+            found.append(Compared(label, chosen, over, left_out))
+    return found
+
+
+def _from_two(lines: list[Line]) -> range:
+    return range(2, len(lines) + 1)
+
+
+def rank_table(selection: Selection, of: Compared, name: str) -> Table:
     """Mean rank of the models for each n, ours and published, over the same datasets."""
-    present = tuple(m for m in selection.models if selection.of(m).dataset.isin(datasets).any())
-    columns = [c for c in accuracy_columns(selection, datasets) if c != "no_sae"]
-    rows: dict[str, dict[str, Cell]] = {model: {} for model in present}
+    columns = [c for c in accuracy_columns(selection, of.datasets) if c != "no_sae"]
+    rows: dict[Line, dict[str, Cell]] = {line: {} for line in of.lines}
     counts = []
     for column in columns:
-        ours = pivot(selection, present, datasets, column)
+        ours = pivot(selection, of.lines, of.datasets, column)
         counts.append(len(ours))
-        theirs = published_pivot(present, list(ours.index), column)
+        theirs = published_pivot(of.lines, list(ours.index), column)
         mean = ours.rank(axis=1, ascending=False).mean()
         their_mean = theirs.rank(axis=1, ascending=False).mean()
-        for model in present:
-            rank = their_mean.get(model)
-            rows[model][column] = Cell(
-                ours=None if ours.empty else float(mean[model]),
+        for line in of.lines:
+            rank = their_mean.get(line)
+            rows[line][column] = Cell(
+                ours=None if ours.empty else float(mean[line]),
                 published=None if rank is None else float(rank),
                 printed="" if rank is None else f"{rank:.2f}",
             )
-    fewest, most = min(counts, default=0), max(counts, default=0)
-    over = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    listed = ", ".join(dataset_title(dataset) for dataset in of.datasets)
+    fewer = ""
+    if min(counts, default=0) < len(of.datasets):
+        fewer = f" Some columns have figures on {min(counts, default=0)} of them."
+    if of.left_out:
+        absent = (f"{row_title(selection, line)} ({n})" for line, n in of.left_out.items())
+        fewer += f" Left out, with results on fewer of these datasets: {', '.join(absent)}."
     return Table(
         name=name,
-        title=f"Mean rank over {of}",
+        title=f"Mean rank over {len(of.datasets)} datasets" + (f": {of.group}" if of.group else ""),
         caption=(
-            f"1 is the best of {len(present)} models; ties share their mean rank. Over the {over} "
-            "datasets where all of them have the figure; published ranks, where there are any, "
-            "are among the same models and datasets."
+            f"1 is the best of {len(of.lines)}; ties share their mean rank. The datasets are those "
+            f"that all of them have results on: {listed}.{fewer} Published ranks, where there are "
+            "any, are among the same models and datasets."
         ),
         heads=("model",),
         columns=tuple(
             Column(c, column_title(c, selection.wanted.latents), best="min") for c in columns
         ),
-        rows=tuple(Row((row_title(selection, m),), rows[m], m) for m in present),
+        rows=tuple(Row((row_title(selection, x),), rows[x], x.model) for x in of.lines),
     )
 
 
 def fidelity_table(selection: Selection) -> Table:
     """(on_M - chance) / (no_sae - chance) of every dataset and model."""
+    lines = selection.shown(selection.cells)
     rows = []
     for dataset in selection.datasets:
         cells = {}
-        for model in selection.models:
-            of = selection.of(model, dataset).set_index("column")
+        for line in lines:
+            of = selection.of(line, dataset).set_index("column")
             if {"no_sae", "on_all"} <= set(of.index):
-                chance = 100 / float(of.classes["on_all"])
+                chance = 100 / float(of.competing["on_all"])
                 value = fidelity(of.accuracy["on_all"], of.accuracy["no_sae"], chance)
-                cells[model] = Cell(float(value)) if value == value else Cell()
+                cells[row_title(selection, line)] = Cell(float(value)) if value == value else Cell()
         rows.append(Row((dataset_title(dataset),), cells))
+    titles = [row_title(selection, line) for line in lines]
     return Table(
         name="fidelity",
         title="Fidelity of the reconstruction",
@@ -182,7 +233,7 @@ def fidelity_table(selection: Selection) -> Table:
             "reconstruction. Ours only."
         ),
         heads=("dataset",),
-        columns=tuple(Column(m, row_title(selection, m), 3, "") for m in selection.models),
+        columns=tuple(Column(title, title, 3, "") for title in titles),
         rows=tuple(rows),
     )
 
@@ -199,10 +250,11 @@ def accuracy_columns(selection: Selection, datasets: Iterable[str]) -> list[str]
     return sorted(found, key=column_order)
 
 
-def row_title(selection: Selection, model: str) -> str:
-    """A model's title, with its k where it has one."""
-    k = selection.k[model]
-    return model_title(model) + (f" (k = {k})" if k != NO_K else "")
+def row_title(selection: Selection, line: Line) -> str:
+    """A model's title, with its k where it has one, and what sets its line apart."""
+    k = selection.k.get(line, NO_K)
+    title = model_title(line.model) + (f" (k = {k})" if k != NO_K else "")
+    return f"{title}, {line.variant}" if line.variant else title
 
 
 def plain_columns(selection: Selection, columns: Iterable[str]) -> tuple[Column, ...]:
@@ -224,20 +276,23 @@ def _off_is_low(column: str) -> str:
 
 
 def _rows(selection: Selection, dataset: str, columns: list[str]) -> tuple[Row, ...]:
-    """A row a model."""
+    """A row a line."""
+    cells = selection.cells[
+        selection.cells.dataset.eq(dataset) & selection.cells.column.isin(columns)
+    ]
     return tuple(
         Row(
-            (row_title(selection, model),),
-            {c: _cell(selection, model, dataset, c) for c in columns},
-            model,
+            (row_title(selection, line),),
+            {c: _cell(selection, line, dataset, c) for c in columns},
+            line.model,
         )
-        for model in selection.models
+        for line in selection.shown(cells)
     )
 
 
-def _cell(selection: Selection, model: str, dataset: str, column: str) -> Cell:
-    of = selection.of(model, dataset).set_index("column")
-    return joined(of, column, published.zero_shot().get((dataset, model, column)))
+def _cell(selection: Selection, line: Line, dataset: str, column: str) -> Cell:
+    of = selection.of(line, dataset).set_index("column")
+    return joined(of, column, published.zero_shot().get((dataset, line.model, column)))
 
 
 def joined(of: pd.DataFrame, column: str, printed: str | None) -> Cell:
@@ -255,30 +310,28 @@ def joined(of: pd.DataFrame, column: str, printed: str | None) -> Cell:
 
 
 def pivot(
-    selection: Selection, models: tuple[str, ...], datasets: tuple[str, ...], column: str
+    selection: Selection, lines: tuple[Line, ...], datasets: Iterable[str], column: str
 ) -> pd.DataFrame:
-    """Accuracy [dataset, model], datasets with a gap left out."""
+    """Accuracy [dataset, line], datasets with a gap left out."""
     series = {}
-    for model in models:
-        of = selection.of(model)
-        of = of[(of.column == column) & of.dataset.isin(datasets)]
-        series[model] = of.set_index("dataset").accuracy
-    return pd.DataFrame(series, columns=list(models)).dropna()
+    for line in lines:
+        of = selection.of(line)
+        of = of[(of.column == column) & of.dataset.isin(list(datasets))]
+        series[line] = of.set_index("dataset").accuracy
+    return pd.DataFrame(series, columns=list(lines)).dropna()
 
 
-def published_pivot(models: tuple[str, ...], datasets: list[str], column: str) -> pd.DataFrame:
-    """The like of the paper's figures; empty where one of them is missing."""
+def published_pivot(lines: tuple[Line, ...], datasets: list[str], column: str) -> pd.DataFrame:
+    """The like of the paper's figures; empty where one of them is missing, or a model has several
+    lines."""
     known = published.zero_shot()
     rows = {
-        d: {m: float(known[d, m, column]) for m in models}
+        d: {x: float(known[d, x.model, column]) for x in lines}
         for d in datasets
-        if all((d, m, column) in known for m in models)
+        if all((d, x.model, column) in known for x in lines)
     }
-    return (
-        pd.DataFrame.from_dict(rows, orient="index")
-        if len(rows) == len(datasets)
-        else pd.DataFrame()
-    )
+    whole = len(rows) == len(datasets) and len({x.model for x in lines}) == len(lines)
+    return pd.DataFrame.from_dict(rows, orient="index") if whole else pd.DataFrame()
 
 
 def _images(selection: Selection, dataset: str) -> str:
@@ -288,4 +341,11 @@ def _images(selection: Selection, dataset: str) -> str:
         return ""
     images = sorted({int(n) for n in of.images})
     counts = f"{images[0]:,}" if len(images) == 1 else f"{images[0]:,} to {images[-1]:,}"
-    return f" Ours: {counts} images, {int(of.classes.max()):,} classes."
+    classes = counted_classes(int(of.classes.max()), int(of.competing.max()))
+    return f" Ours: {counts} images, {classes}."
+
+
+def counted_classes(present: int, competing: int) -> str:
+    """Such as "5 classes", or "5 of 1,000 classes" where some that compete have no images."""
+    of = f" of {competing:,}" if competing > present else ""
+    return f"{present:,}{of} classes"

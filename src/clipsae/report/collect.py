@@ -13,12 +13,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from clipsae.report.settings import Settings, of_the_codes, settings_of
 from clipsae.store import MARK, Store
+from clipsae.store.files import read_json
 
 IDENTITY = ("model", "dataset", "clip", "latents", "k", "seed")
 SETTINGS = ("no_sae", "on", "off", "self")
 NO_K = 0  # of variants that have no k
 _RESULT_COLUMNS = (*IDENTITY, "protocol", "setting", "n", "accuracy", "images", "classes")
+_COMPETING = "competing"  # classes that an image could be given; results of older versions lack it
 _MEASUREMENT_COLUMNS = (*IDENTITY, "image_encoder", "pooling", "metric", "value")
 _UNREADABLE = (
     OSError,
@@ -36,12 +39,13 @@ class Collected:
     """Everything readable in a store.
 
     Every frame has the columns of `IDENTITY` (k is `NO_K` for variants without), `weights`,
-    `layer`, `folder` (its name), `finished` (seconds since 1970), `complete` (the whole split was
-    looked at).
+    `layer`, `folder` (its name), `finished` (seconds since 1970), `settings` (all that decides the
+    figures but what `IDENTITY` says).
 
     Attributes:
         results: a row a (evaluation, setting, n): also protocol, setting, column ("no_sae",
-            "on_5", "on_all" for all M), n (0 for no_sae), accuracy (macro, %), images, classes.
+            "on_5", "on_all" for all M), n (0 for no_sae), accuracy (macro, %), images, classes
+            (those with images), competing (those that an image could be given).
         diagnostics: a row a (evaluation, metric): metric, value; also protocol.
         measurements: a row a (measurement, metric): metric, value, image_encoder, pooling.
         origins: folder name -> {"meta": ..., "config": ...}.
@@ -66,20 +70,21 @@ def collect(root: Path | str) -> Collected:
             try:
                 origin = _origin(folder)
                 common = _common(origin, folder)
+                settings = _settings(store.root, origin)
                 if kind == "evaluation":
                     rows, metrics = _evaluation(folder)
-                    results.append(rows.assign(**common))
-                    diagnostics.append(metrics.assign(**common))
+                    results.append(_with(rows, common, settings))
+                    diagnostics.append(_with(metrics, common, of_the_codes(settings)))
                 else:
-                    measurements.append(_measurement(folder).assign(**common))
+                    measurements.append(_with(_measurement(folder), common, settings))
             except _UNREADABLE as error:
                 why = " ".join(str(error).split()) or type(error).__name__
                 problems.append(f"{kind}/{folder.name}: {why.replace(f'{folder}/', '')}")
             else:
                 origins[folder.name] = origin
-    columns = ["weights", "layer", "folder", "finished", "complete"]
+    columns = ["weights", "layer", "folder", "finished", "settings"]
     return Collected(
-        results=_stack(results, [*_RESULT_COLUMNS, "column", *columns]),
+        results=_stack(results, [*_RESULT_COLUMNS, "column", _COMPETING, *columns]),
         diagnostics=_stack(diagnostics, [*IDENTITY, "protocol", "metric", "value", *columns]),
         measurements=_stack(measurements, [*_MEASUREMENT_COLUMNS, *columns]),
         origins=origins,
@@ -97,14 +102,24 @@ def _origin(folder: Path) -> dict[str, Any]:
 
 def _common(origin: dict[str, Any], folder: Path) -> dict[str, Any]:
     clip = origin["config"]["clip"]
-    limit = (origin["config"].get("evaluation") or {}).get("limit_images")
     return {
         "weights": str(clip.get("pretrained")),
         "layer": int(clip["layer"]),
         "folder": folder.name,
         "finished": float(origin["meta"]["finished"]),
-        "complete": limit is None,
     }
+
+
+def _settings(root: Path, origin: dict[str, Any]) -> Settings:
+    meta = origin["meta"]
+    key = meta.get("key") or {}
+    of_sae = read_json(root / "sae" / str(key.get("sae")) / MARK).get("key") or {}
+    return settings_of(key, of_sae, origin["config"], meta.get("schema"))
+
+
+def _with(rows: pd.DataFrame, common: dict[str, Any], settings: Settings) -> pd.DataFrame:
+    same = pd.Series([settings] * len(rows), index=rows.index, dtype=object)
+    return rows.assign(**common, settings=same)
 
 
 def _evaluation(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -112,6 +127,8 @@ def _evaluation(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     unknown = set(rows.setting) - set(SETTINGS)
     if unknown:
         raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {SETTINGS}")
+    if _COMPETING not in rows:
+        rows[_COMPETING] = rows.classes
     rows["n"] = rows.n.fillna(0).astype(int)
     rows["accuracy"] = rows.accuracy.astype(float)
     rows["column"] = [

@@ -4,29 +4,55 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from clipsae.report.accuracy_tables import accuracy_columns, dataset_table, pivot, published_pivot
+import pandas as pd
+
+from clipsae.report.accuracy_tables import (
+    Compared,
+    accuracy_columns,
+    compared,
+    dataset_table,
+    pivot,
+    published_pivot,
+    row_title,
+)
 from clipsae.report.collect import NO_K
 from clipsae.report.missing import ALL, Missing
-from clipsae.report.names import WITH_K, column_title, dataset_title, model_title
+from clipsae.report.names import WITH_K, column_title, dataset_title
 from clipsae.report.plots import mean_support
-from clipsae.report.select import Selection
+from clipsae.report.select import Selection, of_line
 from clipsae.report.table import number
+from clipsae.report.variants import Line
 
 LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published figure
 GUIDED_BY = "on_10"
+# Fewer say nothing that holds beyond them, and get no sentence.
+FEWEST_DATASETS = 3
+FEWEST_K = 3
+FEWEST_PUBLISHED = 6
 
 
 def findings(selection: Selection, missing: list[Missing]) -> list[str]:
-    """Sentences, most important first; those that the data do not carry are left out."""
+    """Sentences, most important first; those that the data do not carry are left out. Compared is
+    what is alike: a sentence for each group of alike results."""
     datasets = selection.eleven or selection.others
-    present = tuple(m for m in selection.models if len(selection.of(m)))
+    groups = [of for of in compared(selection, datasets) if len(of.datasets) >= FEWEST_DATASETS]
     return [
         *_filled(selection, missing),
-        *_winners(selection, present, datasets),
+        *(f"{_with(of.group)}{said}" for of in groups for said in _winners(selection, of)),
         *_against_published(selection),
-        *_sparsity(selection, present),
+        *(f"{_with(of.group)}{said}" for of in groups for said in _sparsity(selection, of)),
         *_guidance(selection),
     ]
+
+
+def _called(selection: Selection, line: Line) -> str:
+    """A line's title where its group is told already."""
+    title = row_title(selection, line)
+    return title.replace(f", {line.common}", "", 1) if line.common else title
+
+
+def _with(group: str) -> str:
+    return f"With {group}: " if group else ""
 
 
 def _filled(selection: Selection, missing: list[Missing]) -> Iterator[str]:
@@ -44,38 +70,40 @@ def _filled(selection: Selection, missing: list[Missing]) -> Iterator[str]:
     )
 
 
-def _winners(
-    selection: Selection, present: tuple[str, ...], datasets: tuple[str, ...]
-) -> Iterator[str]:
-    """Who leads at each n, over the datasets that all present models share."""
-    if len(present) < 2:
-        return
-    by_model: dict[str, list[str]] = {}
-    counts, agree, compared = set(), 0, 0
-    for column in accuracy_columns(selection, datasets):
-        ours = pivot(selection, present, datasets, column)
-        if column == "no_sae" or ours.empty:
+def _winners(selection: Selection, of: Compared) -> Iterator[str]:
+    """Who leads at each n."""
+    leading: dict[str, list[str]] = {}
+    counts, agree, comparable = set(), 0, 0
+    for column in accuracy_columns(selection, of.datasets):
+        ours = pivot(selection, of.lines, of.datasets, column)
+        if column == "no_sae" or len(ours) < FEWEST_DATASETS:
             continue
         mean = ours.mean()
-        best = str(mean.idxmax())
+        best = mean.idxmax()
         counts.add(len(ours))
         title = column_title(column, selection.wanted.latents)
-        by_model.setdefault(best, []).append(f"{title} ({number(mean[best], 2)} %)")
-        theirs = published_pivot(present, list(ours.index), column)
+        leading.setdefault(_called(selection, best), []).append(
+            f"{title} ({number(mean[best], 2)} %)"
+        )
+        theirs = published_pivot(of.lines, list(ours.index), column)
         if len(theirs):
-            compared += 1
+            comparable += 1
             agree += theirs.mean().idxmax() == best
-    if not by_model:
-        yield "No dataset has results of all models that have any: none can be called the best yet."
+    if not leading:
         return
     low, high = min(counts), max(counts)
-    over = f"{low} to {high} datasets" if low < high else f"{high} datasets"
-    where = "on the one dataset" if high == 1 else f"over the {over}"
-    parts = [f"{model_title(m)} at {_listed(columns)}" for m, columns in by_model.items()]
-    yield f"Highest mean accuracy {where} that all models with results share: {'; '.join(parts)}."
-    if compared:
+    over = f"{low} to {high}" if low < high else f"{high}"
+    parts = [f"{title} at {_listed(columns)}" for title, columns in leading.items()]
+    runs = selection.runs[selection.runs.dataset.isin(of.datasets)]
+    seeds = max(selection.rows(runs, line).seed.nunique() for line in of.lines)
+    once = "" if seeds > 1 else " One seed each: how much of this is chance is not known."
+    yield (
+        f"Highest mean accuracy over the {over} datasets that {len(of.lines)} models share: "
+        f"{'; '.join(parts)}.{once}"
+    )
+    if comparable:
         yield (
-            f"The best model is the published one at {agree} of {compared} values of n, over the "
+            f"The best model is the published one at {agree} of {comparable} values of n, over the "
             "same datasets."
         )
 
@@ -91,7 +119,7 @@ def _against_published(selection: Selection) -> Iterator[str]:
                     alone[dataset] = cell.difference
                 else:
                     differences.append((cell.difference, row.labels[0], dataset, column))
-    if differences:
+    if len(differences) >= FEWEST_PUBLISHED:
         middle = statistics.median(abs(d) for d, *_ in differences)
         largest, model, dataset, column = max(differences, key=lambda found: abs(found[0]))
         yield (
@@ -113,39 +141,49 @@ def _against_published(selection: Selection) -> Iterator[str]:
         )
 
 
-def _sparsity(selection: Selection, present: tuple[str, ...]) -> Iterator[str]:
-    """Fewest latents and lowest FVU, over the datasets that all present models share."""
-    metrics = selection.metrics
+def _sparsity(selection: Selection, of: Compared) -> Iterator[str]:
+    """Fewest latents and lowest FVU."""
+    metrics = selection.metrics[selection.metrics.dataset.isin(of.datasets)]
     tables = {}
     for metric in ("active", "fvu"):
-        of = metrics[(metrics.metric == metric) & metrics.model.isin(present)]
-        of = of[of.k == of.model.map(selection.k)]
-        wide = of.pivot_table(index="dataset", columns="model", values="value")
-        tables[metric] = wide.reindex(columns=list(present)).dropna().mean()
-    active, fvu = tables["active"].dropna(), tables["fvu"].dropna()
-    if len(active) < 2 or len(fvu) < 2:
+        series = {
+            line: selection.rows(metrics[metrics.metric == metric], line).set_index("dataset").value
+            for line in of.lines
+        }
+        tables[metric] = pd.DataFrame(series, columns=list(of.lines)).dropna()
+    if any(len(table) < FEWEST_DATASETS for table in tables.values()):
         return
-    sparse, faithful = str(active.idxmin()), str(fvu.idxmin())
+    active, fvu = tables["active"].mean(), tables["fvu"].mean()
+    sparse, faithful = active.idxmin(), fvu.idxmin()
+    title = _called(selection, sparse)
     yield (
-        f"{model_title(sparse)} uses the fewest latents of a token ({number(active[sparse], 1)}, "
-        f"FVU {number(fvu[sparse], 3)}); {model_title(faithful)} reconstructs best (FVU "
+        f"{title} uses the fewest latents of a token ({number(active[sparse], 1)}, "
+        f"FVU {number(fvu[sparse], 3)}); {_called(selection, faithful)} reconstructs best (FVU "
         f"{number(fvu[faithful], 3)}, {number(active[faithful], 1)} latents)."
         if sparse != faithful
-        else f"{model_title(sparse)} uses the fewest latents of a token "
+        else f"{title} uses the fewest latents of a token "
         f"({number(active[sparse], 1)}) and reconstructs best (FVU {number(fvu[sparse], 3)})."
     )
 
 
 def _guidance(selection: Selection) -> Iterator[str]:
-    """How good the k is that the Sparsemax SAE's mean support suggests, over all sweeps."""
-    cells = selection.cells
+    """How good the k is that the Sparsemax SAE's mean support suggests, over all sweeps of at least
+    `FEWEST_K` values on both sides of it."""
+    cells = selection.cells[selection.cells.column == GUIDED_BY]
     supports, losses = [], []
-    for dataset in selection.datasets:
-        support = mean_support(selection, dataset)
-        for model in WITH_K:
-            of = cells[(cells.model == model) & (cells.dataset == dataset) & (cells.k > NO_K)]
-            of = of[of.column == GUIDED_BY].set_index("k").accuracy
-            if support is None or len(of) < 2:
+    for line in selection.lines:
+        guide = next(
+            (x for x in selection.lines if x.model == "sparsemax" and x.common == line.common), None
+        )
+        if line.model not in WITH_K or guide is None:
+            continue
+        for dataset in selection.datasets:
+            support = mean_support(selection, dataset, guide)
+            of = of_line(cells[(cells.dataset == dataset) & (cells.k > NO_K)], line)
+            of = of.set_index("k").accuracy
+            if support is None or len(of) < FEWEST_K:
+                continue
+            if not min(of.index) <= support <= max(of.index):
                 continue
             nearest = min(of.index, key=lambda k: abs(math.log(k / support)))
             supports.append(support)
@@ -161,40 +199,6 @@ def _guidance(selection: Selection) -> Iterator[str]:
         f"{_count(len(losses), 'sweep')} of TopK and BatchTopK, and {mean} points below the best "
         "on average."
     )
-
-
-def differing_settings(selection: Selection, origins: dict[str, dict]) -> list[str]:
-    """Options that are not the same in all results of a model: those cells are not alike."""
-    folders = selection.runs.drop_duplicates("folder")
-    lines = []
-    for model, of in folders.groupby("model", sort=False):
-        values: dict[str, set[str]] = {}
-        for folder in of.folder:
-            for name, value in _settings(origins[folder]["config"]).items():
-                values.setdefault(name, set()).add(str(value))
-        lines += [
-            f"{model_title(str(model))}: {name} is {_listed(sorted(found), 'and')}"
-            for name, found in values.items()
-            if len(found) > 1
-        ]
-    return lines
-
-
-def _settings(config: dict) -> dict[str, object]:
-    """What should be alike in the results of one model."""
-    model = {k: v for k, v in (config.get("model") or {}).items() if k not in ("k", "compile")}
-    of_evaluation = ("split", "limit_images", "renormalize_text")
-    of_trainer = ("max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
-    evaluation, trainer = config.get("evaluation") or {}, config.get("trainer") or {}
-    dataset = config.get("dataset") or {}
-    of_dataset = ("split_source", "classnames", "templates")
-    return {
-        **{f"model.{k}": v for k, v in model.items()},
-        **{f"evaluation.{k}": evaluation[k] for k in of_evaluation if k in evaluation},
-        **{f"trainer.{k}": trainer[k] for k in of_trainer if k in trainer},
-        **{f"dataset.{k}": dataset[k] for k in of_dataset if k in dataset},
-        "train_dataset.name": (config.get("train_dataset") or {}).get("name", "the dataset itself"),
-    }
 
 
 def _count(n: int, what: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables 5 and 6, and what the paper does not measure: concept recovery, seed stability."""
+"""Tables 5 and 6, and what the paper does not measure: concepts found, seed stability."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import pandas as pd
 
 from clipsae.report import published
 from clipsae.report.accuracy_tables import row_title
-from clipsae.report.names import dataset_title, model_title, slug
+from clipsae.report.names import dataset_title, slug
 from clipsae.report.select import Selection
 from clipsae.report.stability import Stability
 from clipsae.report.table import Cell, Column, Row, Table
@@ -43,7 +43,15 @@ _WHICH_CODE = (
     "(0.9993): presumably the paper counted this code for them. Both tables show the published "
     "values. "
 )
-_RECOVERY = ("coverage", "auroc", "f1", "purity", "splitting", "absorption")
+_RECOVERY = {
+    "coverage": "concepts found",
+    "auroc": "AUROC",
+    "f1": "F1",
+    "purity": "purity",
+    "splitting": "splitting",
+    "absorption": "absorption",
+}
+_NEITHER = ("splitting", "absorption")  # higher is neither better nor worse
 
 
 def sparsity_tables(selection: Selection, dataset: str) -> list[Table]:
@@ -119,23 +127,23 @@ def recovery_table(selection: Selection, dataset: str) -> Table | None:
     """How well single latents are the concepts of a dataset with ground truth; None: unmeasured."""
     of = _by_metric(selection, dataset)
     columns = [
-        Column(f"{level}_{name}", f"{level} {name}", 3, "" if name in _RECOVERY[4:] else "max")
+        Column(f"{level}_{name}", f"{title}, {level}", 3, "" if name in _NEITHER else "max")
         for level in ("patch", "image")
-        for name in _RECOVERY
+        for name, title in _RECOVERY.items()
         if f"{level}_{name}" in set(of.metric)
     ]
     if not columns:
         return None
     return Table(
         name=f"recovery_{slug(dataset)}",
-        title=f"Concept recovery on {dataset_title(dataset)}",
+        title=f"Concepts found on {dataset_title(dataset)}",
         caption=(
-            "Against the ground truth, per patch and per image. Coverage: share of concepts with a "
-            "latent good for it (by AUROC); auroc, f1: of a concept's best latent, mean over "
-            "concepts; purity: largest share of a latent's activation on one concept, mean over "
-            "latents; splitting: good latents of a covered concept; absorption: share of good "
-            "latents that are good for several concepts. "
-            "Ours only."
+            "Against the ground truth, per patch and per image. Concepts found: share of the known "
+            "concepts that a latent tells apart (by an AUROC of measurement.threshold, 0.9 unless "
+            "set); AUROC, F1: of a concept's best latent, mean over concepts; purity: largest "
+            "share of a latent's activation on one concept, mean over latents; splitting: good "
+            "latents of a concept that is found; absorption: share of good latents that are good "
+            "for several concepts. Ours only."
         ),
         heads=("model",),
         columns=tuple(columns),
@@ -143,7 +151,7 @@ def recovery_table(selection: Selection, dataset: str) -> Table | None:
     )
 
 
-def stability_table(found: list[Stability]) -> Table:
+def stability_table(selection: Selection, found: list[Stability]) -> Table:
     """Mean max cosine between the decoders of different seeds."""
     columns = (Column("cosine", "mean max cosine", 3), Column("pairs", "pairs of seeds", 0, ""))
     return Table(
@@ -157,9 +165,9 @@ def stability_table(found: list[Stability]) -> Table:
         columns=columns,
         rows=tuple(
             Row(
-                (model_title(s.model) + (f" (k = {s.k})" if s.k else ""), s.trained_on),
+                (row_title(selection, s.line), s.trained_on),
                 {"cosine": Cell(s.mean, s.std, s.pairs), "pairs": Cell(float(s.pairs))},
-                s.model,
+                s.line.model,
             )
             for s in found
         ),
@@ -184,11 +192,11 @@ def _rows(
 ) -> tuple[Row, ...]:
     known = published.metrics() if paper else {}
     rows = []
-    for model in selection.models:
-        mine = of[(of.model == model) & (of.k == selection.k[model])].set_index("metric")
+    for line in selection.shown(of[of.metric.isin([column.key for column in columns])]):
+        mine = selection.rows(of, line).set_index("metric")
         cells = {}
         for column in columns:
-            printed = known.get((model, column.key.removesuffix("_dense")))
+            printed = known.get((line.model, column.key.removesuffix("_dense")))
             theirs = {} if printed is None else {"published": float(printed), "printed": printed}
             value = mine.value.get(column.key)
             if value is None or value != value:
@@ -197,5 +205,5 @@ def _rows(
             at = mine.loc[column.key]
             std = float(at["std"]) if at.seeds > 1 else None
             cells[column.key] = Cell(float(value), std, int(at.seeds), **theirs)
-        rows.append(Row((row_title(selection, model),), cells, model))
+        rows.append(Row((row_title(selection, line),), cells, line.model))
     return tuple(rows)

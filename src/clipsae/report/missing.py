@@ -10,6 +10,7 @@ from clipsae.report.metric_tables import MEASURED_ON
 from clipsae.report.names import column_title
 from clipsae.report.published import ABLATED_ON, ablation, ablation_parts, metrics
 from clipsae.report.select import Selection
+from clipsae.report.variants import Line
 
 ALL = "all"
 
@@ -48,22 +49,26 @@ class Commands:
     def line(
         self,
         selection: Selection,
-        model: str,
+        line: Line,
         dataset: str,
         seed: str | None = None,
         *,
         multirun: bool = False,
     ) -> str:
         """The command line of one cell, or of several: seeds and datasets joined by commas."""
-        k = selection.k.get(model, NO_K)
+        k = selection.k.get(line, NO_K)
+        # A model without results is to be like most results of the others.
+        wanted = line if line.variant or len(selection.of(line)) else selection.usual(line.model)
+        given = {word.partition("=")[0] for word in self.common}
         words = [
             "python",
             "run.py",
             *(["-m"] if multirun else []),
-            f"model={model}",
+            f"model={line.model}",
             *([f"model.k={k}"] if k != NO_K else []),
             *self.datasets.get(dataset, [f"dataset={dataset}"]),
             *self.common,
+            *(word for word in wanted.overrides if word.partition("=")[0] not in given),
             f"seed={self.seed if seed is None else seed}",
         ]
         return shlex.join(words)
@@ -73,7 +78,8 @@ def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
     """Expected cells of the accuracy tables, the ablation and Tables 5 and 6 without a figure.
 
     Expected are `selection.expected` on `selection.datasets`; with ImageNet, the ablation's two
-    mixed models and the measurements of the models in Tables 5 and 6 on it.
+    mixed models and the measurements of the models in Tables 5 and 6 on it. Of a model with several
+    lines the first is to be filled.
     """
     gaps: dict[tuple[str, str], list[str]] = {}
     for dataset in selection.datasets:
@@ -89,7 +95,7 @@ def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
         of = selection.metrics[selection.metrics.dataset == MEASURED_ON]
         for model in selection.expected:
             wanted = [metric for m, metric in metrics() if m == model]
-            has = set(of.metric[(of.model == model) & (of.k == selection.k[model])])
+            has = set(selection.rows(of, selection.main(model)).metric)
             lacking = [metric for metric in wanted if metric not in has]
             if lacking and gaps.get((model, MEASURED_ON)) != [ALL]:
                 gaps.setdefault((model, MEASURED_ON), []).extend(lacking)
@@ -98,7 +104,7 @@ def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
             model,
             dataset,
             ", ".join(column_title(c, selection.wanted.latents) for c in what),
-            commands.line(selection, model, dataset),
+            commands.line(selection, selection.main(model), dataset),
         )
         for (model, dataset), what in gaps.items()
     ]
@@ -110,7 +116,8 @@ def fewer_seeds(selection: Selection, commands: Commands) -> list[Missing]:
     runs = selection.runs
     found = []
     for model in selection.models:
-        of = runs[(runs.model == model) & (runs.k == selection.k[model])]
+        line = selection.main(model)
+        of = selection.rows(runs, line)
         lacking: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         for dataset in selection.datasets:
             has = set(of.seed[of.dataset == dataset])
@@ -125,7 +132,7 @@ def fewer_seeds(selection: Selection, commands: Commands) -> list[Missing]:
                     model,
                     ", ".join(datasets),
                     f"seed {listed}",
-                    commands.line(selection, model, ",".join(datasets), listed, multirun=True),
+                    commands.line(selection, line, ",".join(datasets), listed, multirun=True),
                 )
             )
     return found
@@ -138,7 +145,7 @@ def _note(
     dataset: str,
     columns: Sequence[str],
 ) -> None:
-    of = selection.of(model, dataset)
+    of = selection.of(selection.main(model), dataset)
     has = set(of.column[of.accuracy.notna()])
     lacking = [column for column in columns if column not in has]
     if not has:

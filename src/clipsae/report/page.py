@@ -34,7 +34,8 @@ def page(report: Report) -> str:
             script=Markup((_FOLDER / "sort.js").read_text()),
             made=_time(datetime.now(UTC).timestamp()),
             colours={
-                m: model_style(m, selection.models)[0] for m in (*selection.models, *selection.k)
+                m: model_style(m, selection.models)[0]
+                for m in (*selection.models, *(line.model for line in selection.ablated))
             },
             ALL=ALL,
             versions=_versions(report),

@@ -24,7 +24,8 @@ from clipsae.report.names import (
     model_title,
     slug,
 )
-from clipsae.report.select import Selection
+from clipsae.report.select import Selection, of_line
+from clipsae.report.variants import Line
 
 WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels high
 INK = "#1b1f24"  # of text and axes: the page replaces it by the reader's own
@@ -84,12 +85,14 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
         columns = sorted({c for c in cells.column if c.startswith("on_")}, key=column_order)
         known = published.zero_shot()
         position = {column: x for x, column in enumerate(columns)}
-        for model in selection.models:
-            colour, marker = model_style(model, selection.models)
-            of = cells[(cells.model == model) & cells.column.isin(columns)]
+        for line in selection.lines:
+            colour, marker = model_style(line.model, selection.models)
+            of = of_line(cells[cells.column.isin(columns)], line)
             of = of.assign(x=of.column.map(position))
-            _line(axes, of, colour, marker, row_title(selection, model))
-            theirs = [(position[c], known.get((dataset, model, c))) for c in columns]
+            _line(axes, of, colour, marker, row_title(selection, line), _rank(selection, line))
+            if _rank(selection, line):
+                continue
+            theirs = [(position[c], known.get((dataset, line.model, c))) for c in columns]
             theirs = [(x, float(y)) for x, y in theirs if y is not None]
             if theirs:
                 axes.plot(
@@ -117,31 +120,29 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
 def k_plot(selection: Selection, dataset: str) -> Plot | None:
     """Accuracy over k, a panel an n, the Sparsemax SAE at its mean support; None: no sweep."""
     cells = selection.cells[selection.cells.dataset == dataset]
-    swept = [
-        m for m in selection.models if cells[cells.model == m].k[lambda k: k > NO_K].nunique() > 1
-    ]
+    swept = [line for line in selection.lines if len(swept_k(cells, line)) > 1]
     if not swept:
         return None
     cells = cells[cells.column.str.startswith("on_")]
-    guide = cells[cells.model == "sparsemax"]
-    support = mean_support(selection, dataset)
-    columns = sorted(set(cells.column[cells.model.isin(swept)]), key=column_order)
+    guides = [line for line in selection.lines if line.model == "sparsemax"]
+    of_swept = pd.concat([of_line(cells, line) for line in swept])
+    columns = sorted(set(of_swept.column), key=column_order)
     rows = -(-len(columns) // 2)
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(1.0 + 1.75 * rows, rows, 2 if len(columns) > 1 else 1)
         for axes, column in zip(panels, columns, strict=False):
             here = cells[cells.column == column]
-            ks = sorted(set(here.k[here.model.isin(swept)]))
-            for model in swept:
-                of = here[(here.model == model) & (here.k > NO_K)]
-                _line(
-                    axes,
-                    of.assign(x=of.k),
-                    *model_style(model, selection.models),
-                    model_title(model),
-                )
-            point = guide[guide.column == column]
-            if support is not None:
+            ks = sorted(set(of_swept.k[(of_swept.column == column) & (of_swept.k > NO_K)]))
+            for line in swept:
+                of = of_line(here, line)
+                of = of[of.k > NO_K]
+                style = model_style(line.model, selection.models)
+                _line(axes, of.assign(x=of.k), *style, _called(line), _rank(selection, line))
+            for guide in guides:
+                support = mean_support(selection, dataset, guide)
+                point = of_line(here, guide)
+                if support is None:
+                    continue
                 colour, marker = model_style("sparsemax", selection.models)
                 axes.axvline(support, color=colour, linewidth=1, linestyle=":")
                 if len(point):
@@ -152,8 +153,9 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
                         color=colour,
                         marker=marker,
                         markersize=9,
+                        markerfacecolor="none" if _rank(selection, guide) else colour,
                         linestyle="none",
-                        label=f"Sparsemax (mean support {support:.1f})",
+                        label=f"{_called(guide)} (mean support {support:.1f})",
                     )
             _log_x(axes, ks)
             axes.set_title(column_title(column, selection.wanted.latents), fontsize=10, loc="left")
@@ -181,21 +183,23 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     of = selection.metrics[
         (selection.metrics.dataset == dataset) & selection.metrics.metric.isin(["active", "fvu"])
     ]
-    value = of.pivot_table(index=["model", "k"], columns="metric", values="value")
+    value = of.pivot_table(index=["model", "common", "own", "k"], columns="metric", values="value")
     if not {"active", "fvu"} <= set(value.columns):
         return None
     value = value.dropna()
-    std = of.pivot_table(index=["model", "k"], columns="metric", values="std")
+    std = of.pivot_table(index=["model", "common", "own", "k"], columns="metric", values="std")
     std = std.reindex(value.index).reindex(columns=["active", "fvu"]).fillna(0)
-    shown = [m for m in selection.models if m in value.index.get_level_values("model")]
+    there = set(value.index.droplevel("k"))
+    shown = [x for x in selection.lines if (x.model, x.common, x.own) in there]
     if not shown:
         return None
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.2)
         above = True  # curves of k lie near each other: their labels take different sides
-        for model in shown:
-            colour, marker = model_style(model, selection.models)
-            points, error = value.loc[model].sort_index(), std.loc[model].sort_index()
+        for line in shown:
+            colour, marker = model_style(line.model, selection.models)
+            at = (line.model, line.common, line.own)
+            points, error = value.loc[at].sort_index(), std.loc[at].sort_index()
             axes.errorbar(
                 points.active,
                 points.fvu,
@@ -204,9 +208,10 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
                 color=colour,
                 marker=marker,
                 markersize=9 if marker == "*" else 6,
+                markerfacecolor="none" if _rank(selection, line) else colour,
                 linewidth=1,
                 elinewidth=1,
-                label=model_title(model),
+                label=_called(line),
             )
             for k, point in points.iterrows():
                 if k != NO_K:
@@ -235,16 +240,31 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     )
 
 
-def mean_support(selection: Selection, dataset: str) -> float | None:
-    """Mean number of active latents of a token of the Sparsemax SAE, over seeds."""
-    of = selection.metrics
-    of = of[(of.model == "sparsemax") & (of.dataset == dataset) & (of.metric == "active")]
+def mean_support(selection: Selection, dataset: str, line: Line) -> float | None:
+    """Mean number of active latents of a token of a Sparsemax SAE, over seeds."""
+    of = of_line(selection.metrics, line)
+    of = of[(of.dataset == dataset) & (of.metric == "active")]
     return float(of.value.mean()) if len(of) else None
 
 
+def swept_k(rows: pd.DataFrame, line: Line) -> set[int]:
+    """The values of k that a line has results of."""
+    return {int(k) for k in of_line(rows, line).k if k != NO_K}
+
+
+def _called(line: Line) -> str:
+    """A line's name where its k is told otherwise."""
+    return model_title(line.model) + (f", {line.variant}" if line.variant else "")
+
+
+def _rank(selection: Selection, line: Line) -> int:
+    """0 for a model's first line, 1 for its second, ..."""
+    return [x for x in selection.lines if x.model == line.model].index(line)
+
+
 def _accuracies(selection: Selection, dataset: str) -> pd.DataFrame:
-    """The tables' cells of one dataset: one k a model."""
-    frames = [selection.of(model, dataset) for model in selection.models]
+    """The tables' cells of one dataset: one k a line."""
+    frames = [selection.of(line, dataset) for line in selection.lines]
     cells = pd.concat(frames) if frames else selection.cells[:0]
     return cells[cells.column.isin(["no_sae"]) | cells.column.str.startswith("on_")]
 
@@ -254,13 +274,27 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, lis
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _line(axes: Axes, cells: pd.DataFrame, colour: str, marker: str, label: str) -> None:
-    """A line through `accuracy` over `x`, with a band of one standard deviation over seeds."""
+def _line(
+    axes: Axes, cells: pd.DataFrame, colour: str, marker: str, label: str, rank: int = 0
+) -> None:
+    """A line through `accuracy` over `x`, with a band of one standard deviation over seeds.
+
+    Args:
+        rank: 0 for a model's first line; others are dash-dotted with hollow markers.
+    """
     if cells.empty:
         return
     cells = cells.sort_values("x")
-    size = 8 if marker == "*" else None
-    axes.plot(cells.x, cells.accuracy, color=colour, marker=marker, markersize=size, label=label)
+    axes.plot(
+        cells.x,
+        cells.accuracy,
+        color=colour,
+        marker=marker,
+        markersize=8 if marker == "*" else None,
+        markerfacecolor="none" if rank else colour,
+        linestyle="-." if rank else "-",
+        label=label,
+    )
     several = cells[cells.seeds > 1]
     if len(several):
         low, high = several.accuracy - several["std"], several.accuracy + several["std"]
@@ -292,7 +326,9 @@ def _plain_log_ticks(axes: Axes, values: Iterable[float]) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """The legend below; then the layout stays, or it would be found again for every file."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 1 if max(map(len, labels), default=0) > 30 else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 

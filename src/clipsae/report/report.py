@@ -6,10 +6,10 @@ from typing import Any
 
 from clipsae.report import ablation, accuracy_tables, metric_tables, plots
 from clipsae.report.collect import Collected
-from clipsae.report.findings import differing_settings, findings
+from clipsae.report.findings import findings
 from clipsae.report.metric_tables import MEASURED_ON
 from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
-from clipsae.report.names import dataset_title, slug
+from clipsae.report.names import dataset_title, model_title, slug
 from clipsae.report.plots import Plot
 from clipsae.report.published import table_numbers
 from clipsae.report.select import Selection
@@ -42,15 +42,17 @@ class Report:
     Attributes:
         selection: what it rests on.
         sections: in order; the first holds the averages.
+        differences: sentences on what is not alike in the results, and so shown apart.
         findings: sentences.
         missing, fewer: gaps, with commands.
-        notes: lines on what was left out or is not alike.
+        notes: lines on what was left out.
         origins: a dict a result that is used: kind, name, model, dataset, k, seed, finished
             (seconds since 1970), commit, versions, host.
     """
 
     selection: Selection
     sections: list[Section]
+    differences: list[str]
     findings: list[str]
     missing: list[Missing]
     fewer: list[Missing]
@@ -86,13 +88,13 @@ def make_report(
     return Report(
         selection=selection,
         sections=[s for s in sections if s.tables or s.plots],
+        differences=[*selection.differences, *_several_k(selection)],
         findings=findings(selection, missing),
         missing=missing,
         fewer=fewer_seeds(selection, commands),
         notes=[
             *(f"Left out, it cannot be read: {line}" for line in [*found.problems, *unread]),
             *_counts(selection),
-            *(f"Not alike: {line}." for line in differing_settings(selection, found.origins)),
         ],
         origins=_origins(found, selection),
     )
@@ -108,12 +110,14 @@ def _overview(selection: Selection) -> Section:
             continue
         if name != "average" and not selection.eleven:
             name, of = "average", f"{len(datasets)} datasets"
+        if len(datasets) < 2:
+            continue
         suffix = "_others" if name == "average_others" else ""
-        if len(datasets) > 1:
-            section.tables.append(accuracy_tables.average_table(selection, datasets, name, of))
-            section.tables.append(
-                accuracy_tables.rank_table(selection, datasets, f"rank{suffix}", of)
-            )
+        section.tables.append(accuracy_tables.average_table(selection, datasets, name, of))
+        groups = [x for x in accuracy_tables.compared(selection, datasets) if len(x.datasets) > 1]
+        for at, group in enumerate(groups, start=1):
+            rank = f"rank{suffix}" + (f"_{at}" if len(groups) > 1 else "")
+            section.tables.append(accuracy_tables.rank_table(selection, group, rank))
     return section
 
 
@@ -162,16 +166,30 @@ def _beyond(selection: Selection, stable: list) -> Section:
     if not fidelity.empty:
         tables.append(fidelity)
     if stable:
-        tables.append(metric_tables.stability_table(stable))
+        tables.append(metric_tables.stability_table(selection, stable))
     return Section("beyond", "Beyond the paper", tables)
+
+
+def _several_k(selection: Selection) -> list[str]:
+    """Which k the tables show of lines that have several."""
+    lines = []
+    for line in selection.lines:
+        ks = sorted(plots.swept_k(selection.cells, line))
+        if len(ks) > 1:
+            variant = f", {line.variant}" if line.variant else ""
+            lines.append(
+                f"{model_title(line.model)}{variant} has results with k = "
+                f"{', '.join(str(k) for k in ks)}. The tables show k = {selection.k[line]} "
+                "(task.k chooses another), the plots over k all of them."
+            )
+    return lines
 
 
 def _counts(selection: Selection) -> list[str]:
     wanted, lines = selection.wanted, []
     if selection.superseded:
         lines.append(
-            f"{_results(selection.superseded)} superseded by a newer one of the same cell (or by "
-            "one of the whole split, where it looked at a part of the images)."
+            f"{_results(selection.superseded)} superseded by a newer one with the same settings."
         )
     if selection.unfitting:
         lines.append(
@@ -179,10 +197,14 @@ def _counts(selection: Selection) -> list[str]:
             f"(weights {wanted.weights_title}, layer {wanted.layer}), another protocol than "
             f"{wanted.protocol} or another M than {wanted.latents}."
         )
-    limited = selection.runs[~selection.runs.complete.astype(bool)]
-    if len(limited):
+    limited = {
+        row.folder
+        for row in selection.runs.drop_duplicates("folder").itertuples()
+        if dict(row.settings).get("evaluation.limit_images", "null") != "null"
+    }
+    if limited:
         lines.append(
-            f"{_results(limited.folder.nunique())} used that looked at a part of the images only "
+            f"{_results(len(limited))} used that looked at a part of the images only "
             "(evaluation.limit_images)."
         )
     return lines

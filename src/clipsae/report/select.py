@@ -1,6 +1,8 @@
-"""Which finished result fills a cell, and the mean over seeds in it."""
+"""Which finished results fill a cell, and the mean over seeds in it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,9 @@ import pandas as pd
 from clipsae.report.collect import NO_K, Collected
 from clipsae.report.names import ELEVEN_NAMES, SIX, WITH_K
 from clipsae.report.published import ablation_parts
+from clipsae.report.variants import Line, set_apart
+
+LINE = ["model", "common", "own"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,18 @@ class Selection:
 
     Attributes:
         wanted: what it is about.
-        cells: the chosen results, a row a (model, dataset, k, column): accuracy (mean over
-            seeds), std (over seeds, with n - 1; NaN for one), seeds (how many), images, classes.
+        cells: the results, a row a (model, common, own, dataset, k, column): accuracy (mean over
+            seeds), std (over seeds, with n - 1; NaN for one), seeds (how many), images, classes,
+            competing. For `common` and `own` see `Line`.
         runs: the same before the mean over seeds, with `seed` and `folder`.
-        metrics: a row a (model, dataset, k, metric, image_encoder, pooling): value, std, seeds;
-            metrics that no measurement has come from the evaluations.
-        models: rows of the tables, in order.
-        expected: those that should have results.
+        metrics: a row a (model, common, own, dataset, k, metric, image_encoder, pooling): value,
+            std, seeds; metrics that no measurement has come from the evaluations.
+        lines: rows of the tables, in order: models, and of each first the line with most results.
+        ablated: rows of the ablation's tables.
+        expected: models that should have results.
         eleven, others: datasets of the tables, in order.
-        k: model -> its k in the tables, `NO_K` for variants without.
+        k: line -> its k in the tables, `NO_K` for those without.
+        differences: a sentence for each setting that is not alike in all results.
         folders: names of the results that are used.
         superseded: how many fitting results a newer one replaces.
         unfitting: how many results are of another CLIP, protocol or M.
@@ -63,11 +71,13 @@ class Selection:
     cells: pd.DataFrame
     runs: pd.DataFrame
     metrics: pd.DataFrame
-    models: tuple[str, ...]
+    lines: tuple[Line, ...]
+    ablated: tuple[Line, ...]
     expected: tuple[str, ...]
     eleven: tuple[str, ...]
     others: tuple[str, ...]
-    k: dict[str, int]
+    k: dict[Line, int]
+    differences: tuple[str, ...]
     folders: tuple[str, ...]
     superseded: int
     unfitting: int
@@ -76,49 +86,101 @@ class Selection:
     def datasets(self) -> tuple[str, ...]:
         return self.eleven + self.others
 
-    def of(self, model: str, dataset: str | None = None) -> pd.DataFrame:
-        """The cells of a model with the tables' k, and of one dataset."""
-        cells = self.cells[(self.cells.model == model) & (self.cells.k == self.k[model])]
-        return cells if dataset is None else cells[cells.dataset == dataset]
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Of the lines."""
+        return tuple(dict.fromkeys(line.model for line in self.lines))
+
+    @property
+    def groups(self) -> list[tuple[str, tuple[Line, ...]]]:
+        """Lines with results that may be compared with each other, by what they have in common."""
+        labels = dict.fromkeys(line.common for line in self.lines if len(self.of(line)))
+        return [(label, tuple(x for x in self.lines if x.common == label)) for label in labels]
+
+    def usual(self, model: str) -> Line:
+        """A model's line with the common settings of most results."""
+        most = self.runs.groupby("common", sort=False).folder.nunique()
+        return Line(model, str(most.idxmax())) if len(most) else Line(model)
+
+    def main(self, model: str) -> Line:
+        """A model's line with most results; one without any where it has none."""
+        of = (line for line in (*self.lines, *self.ablated) if line.model == model)
+        return next(of, Line(model))
+
+    def of(self, line: Line, dataset: str | None = None) -> pd.DataFrame:
+        """The cells of a line with the tables' k, and of one dataset."""
+        return self._by_line.get((line, dataset), self.cells[:0])
+
+    @cached_property
+    def _by_line(self) -> dict[tuple[Line, str | None], pd.DataFrame]:
+        found: dict[tuple[Line, str | None], pd.DataFrame] = {}
+        for line in {*self.lines, *self.ablated}:
+            cells = found[line, None] = self.rows(self.cells, line)
+            found |= {(line, str(d)): of for d, of in cells.groupby("dataset", sort=False)}
+        return found
+
+    def rows(self, frame: pd.DataFrame, line: Line) -> pd.DataFrame:
+        """Those of a frame that are a line's, with the tables' k."""
+        frame = of_line(frame, line)
+        return frame[frame.k == self.k.get(line, NO_K)]
+
+    def shown(self, frame: pd.DataFrame) -> tuple[Line, ...]:
+        """The lines of a table on rows of `cells` or `metrics`: those with a figure in it; of a
+        model without any its first."""
+        filled = {line for line in self.lines if len(self.rows(frame, line))}
+        empty = {line.model for line in self.lines} - {line.model for line in filled}
+        return tuple(
+            line
+            for line in self.lines
+            if line in filled or (line.model in empty and line == self.main(line.model))
+        )
+
+
+def of_line(frame: pd.DataFrame, line: Line) -> pd.DataFrame:
+    return frame[frame.model.eq(line.model) & frame.common.eq(line.common) & frame.own.eq(line.own)]
 
 
 def select(found: Collected, wanted: Wanted) -> Selection:
     """Choose among what was collected.
 
-    Of several results of one (model, dataset, k, seed) the newest counts; one that looked at a
-    part of the images only (`evaluation.limit_images`) gives way to one of the whole split.
+    Results that differ in a setting are lines of their own (`variants.py`). Of several results with
+    the same settings (one has more values of n, say) the newest counts, figure by figure.
     """
-    results = _fitting(found.results, wanted)
-    diagnostics = _fitting(found.diagnostics, wanted)
-    measured = _without_idle_options(_fitting(found.measurements, wanted))
-    cell = ["model", "dataset", "k", "seed"]
-    runs = _newest(results, cell, whole=True)
-    diagnostics = diagnostics[diagnostics.folder.isin(runs.folder)]
-    measured_folders = set(measured.folder)
-    # Metric by metric: a later measurement of one metric leaves the others standing.
-    measured = _newest(measured, [*cell, "metric", "image_encoder", "pooling"], whole=False)
+    frames = [found.results, found.diagnostics, _idle_options_apart(found.measurements)]
+    fitting = [_of_models(_fitting(frame, wanted), wanted) for frame in frames]
+    (results, diagnostics, measured), differences = set_apart(fitting)
+    cell = [*LINE, "dataset", "k"]
+    runs = _newest(results, [*cell, "seed", "column"])
+    measured = _newest(measured, [*cell, "seed", "metric", "image_encoder", "pooling"])
+    diagnostics = _newest(diagnostics, [*cell, "seed", "metric"])
     metrics = pd.concat([measured, _unmeasured(diagnostics, measured)], ignore_index=True)
 
-    used = sorted({*runs.folder, *measured.folder})
-    fitting = {*results.folder, *measured_folders}
-    all_folders = {*found.results.folder, *found.measurements.folder}
+    used = {*runs.folder, *measured.folder}
+    all_fitting = {*results.folder, *fitting[2].folder}
+    unfitting = {
+        folder
+        for frame in (found.results, found.measurements)
+        for folder in set(frame.folder) - set(_fitting(frame, wanted).folder)
+    }
     models, expected = _models(wanted, runs, metrics)
+    lines = _lines(models, runs, metrics)
+    ablated = _lines(ablation_parts(), runs, metrics)
     eleven, others = _datasets(wanted, runs, metrics)
     return Selection(
         wanted=wanted,
-        cells=_over_seeds(runs, ["model", "dataset", "k", "column"], "accuracy"),
+        cells=_over_seeds(runs, [*cell, "column"], "accuracy"),
         runs=runs,
-        metrics=_over_seeds(
-            metrics, ["model", "dataset", "k", "metric", "image_encoder", "pooling"], "value"
-        ),
-        models=models,
+        metrics=_over_seeds(metrics, [*cell, "metric", "image_encoder", "pooling"], "value"),
+        lines=lines,
+        ablated=ablated,
         expected=expected,
         eleven=eleven,
         others=others,
-        k={name: _table_k(name, wanted, runs, metrics) for name in {*models, *ablation_parts()}},
-        folders=tuple(used),
-        superseded=len(fitting - set(used)),
-        unfitting=len(all_folders - fitting),
+        k={line: _table_k(line, wanted, runs, metrics) for line in {*lines, *ablated}},
+        differences=tuple(differences),
+        folders=tuple(sorted(used)),
+        superseded=len(all_fitting - used),
+        unfitting=len(unfitting),
     )
 
 
@@ -134,23 +196,22 @@ def _fitting(rows: pd.DataFrame, wanted: Wanted) -> pd.DataFrame:
     return rows[keep]
 
 
-def _newest(rows: pd.DataFrame, by: list[str], *, whole: bool) -> pd.DataFrame:
-    """Rows of the best folder of each group: a complete one before others, then the newest.
-
-    Args:
-        whole: a folder's rows stay together, `by` names a whole folder.
-    """
-    if rows.empty:
-        return rows
-    ordered = rows.sort_values(["complete", "finished", "folder"], kind="stable")
-    best = ordered.groupby(by, sort=False).folder.transform("last")
-    chosen = ordered[ordered.folder == best]
-    unique = [*by, "column"] if whole else by
-    return chosen.drop_duplicates(unique, keep="last").sort_index()
+def _of_models(rows: pd.DataFrame, wanted: Wanted) -> pd.DataFrame:
+    """Of the wanted models and datasets: others set nothing apart."""
+    if wanted.models is not None:
+        rows = rows[rows.model.isin(wanted.models)]
+    return rows if wanted.datasets is None else rows[rows.dataset.isin(wanted.datasets)]
 
 
-def _without_idle_options(measured: pd.DataFrame) -> pd.DataFrame:
-    """Image encoder and pooling where they matter: at MonoSemanticity, empty elsewhere."""
+def _newest(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Of each group the newest row."""
+    ordered = rows.sort_values(["finished", "folder"], kind="stable")
+    return ordered.drop_duplicates(by, keep="last").sort_index()
+
+
+def _idle_options_apart(measured: pd.DataFrame) -> pd.DataFrame:
+    """Image encoder and pooling where they have tables of their own, at MonoSemanticity; empty
+    elsewhere."""
     idle = ~measured.metric.astype(str).str.startswith("monosemanticity_")
     options = ["image_encoder", "pooling"]
     return measured.assign(**{name: measured[name].mask(idle, "") for name in options})
@@ -158,16 +219,15 @@ def _without_idle_options(measured: pd.DataFrame) -> pd.DataFrame:
 
 def _unmeasured(diagnostics: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     """The evaluations' metrics that no measurement of the same cell has."""
-    key = ["model", "dataset", "k", "seed", "metric"]
+    key = [*LINE, "dataset", "k", "seed", "metric"]
     known = set(map(tuple, measured[key].to_numpy().tolist()))
     unknown = [tuple(row) not in known for row in diagnostics[key].to_numpy().tolist()]
-    rows = diagnostics[np.array(unknown, dtype=bool)].assign(image_encoder="", pooling="")
-    return rows.drop_duplicates(key)
+    return diagnostics[np.array(unknown, dtype=bool)].assign(image_encoder="", pooling="")
 
 
 def _over_seeds(rows: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     """Mean, standard deviation and number over the seeds of each group."""
-    kept = [name for name in ("images", "classes") if name in rows]
+    kept = [name for name in ("images", "classes", "competing") if name in rows]
     if rows.empty:
         return pd.DataFrame(columns=[*by, value, "std", "seeds", *kept])
     grouped = rows.groupby(by, sort=False)
@@ -179,11 +239,27 @@ def _over_seeds(rows: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
 def _models(
     wanted: Wanted, runs: pd.DataFrame, metrics: pd.DataFrame
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those of the tables, and those that should have results."""
     if wanted.models is not None:
         return wanted.models, wanted.models
     ablations = set(ablation_parts()) - set(SIX)
     found = {*runs.model, *metrics.model} - set(SIX) - ablations
     return (*SIX, *sorted(found)), SIX
+
+
+def _lines(models: Iterable[str], *frames: pd.DataFrame) -> tuple[Line, ...]:
+    return tuple(line for m in models for line in _of_model(m, *frames) or [Line(m)])
+
+
+def _of_model(model: str, *frames: pd.DataFrame) -> list[Line]:
+    """A model's lines, those with results on most datasets and of most seeds first."""
+    counts: dict[Line, tuple[int, ...]] = {}
+    for rank, frame in enumerate(frames):  # accuracies before metrics
+        of = frame[frame.model == model]
+        for (common, own), rows in of.groupby(["common", "own"], sort=False):
+            count = (-rank, rows.dataset.nunique(), rows.folder.nunique())
+            counts.setdefault(Line(model, str(common), str(own)), count)
+    return sorted(counts, key=lambda line: (*(-n for n in counts[line]), line))
 
 
 def _datasets(
@@ -197,18 +273,19 @@ def _datasets(
     return eleven, tuple(sorted(found - set(ELEVEN_NAMES)))
 
 
-def _table_k(model: str, wanted: Wanted, *frames: pd.DataFrame) -> int:
-    """The k of a model's rows: the wanted one, or that with results on most datasets.
+def _table_k(line: Line, wanted: Wanted, *frames: pd.DataFrame) -> int:
+    """The k of a line's rows: the wanted one, or that with results on most datasets.
 
     Args:
         frames: where to look for results, one after the other.
     """
     for rows in frames:
-        of = rows[(rows.model == model) & (rows.k != NO_K)]
+        of = of_line(rows, line)
+        of = of[of.k != NO_K]
         if not of.empty:
             break
     if of.empty:
-        return wanted.k if wanted.k is not None and model in WITH_K else NO_K
+        return wanted.k if wanted.k is not None and line.model in WITH_K else NO_K
     if wanted.k is not None:
         return wanted.k
     filled = of.groupby("k").dataset.nunique()

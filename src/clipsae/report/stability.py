@@ -8,8 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from clipsae.evaluation.metrics import mean_max_cosine
-from clipsae.report.collect import NO_K, Collected
+from clipsae.report.collect import Collected
 from clipsae.report.select import Selection
+from clipsae.report.variants import Line
 from clipsae.sae import SAE
 
 LARGEST = 8192  # latents; from there a pair takes minutes without a GPU
@@ -20,13 +21,12 @@ class Stability:
     """How alike the decoders of several seeds are.
 
     Attributes:
-        model, k, trained_on: of the SAEs.
+        line, trained_on: of the SAEs.
         mean, std: of the mean max cosine over ordered pairs of seeds (std: None for one pair).
         pairs: how many ordered pairs.
     """
 
-    model: str
-    k: int
+    line: Line
     trained_on: str
     mean: float
     std: float | None
@@ -44,18 +44,19 @@ def seed_stability(
     """
     if selection.wanted.latents > LARGEST:
         return [], []
-    groups: dict[tuple[str, int, str], dict[int, str]] = {}
+    groups: dict[tuple[Line, str], dict[int, str]] = {}
     for run in selection.runs.drop_duplicates("folder").itertuples():
-        if run.model not in selection.k or run.k != selection.k[run.model]:
+        line = Line(run.model, run.common, run.own)
+        if selection.k.get(line) != run.k:
             continue
         origin = found.origins[run.folder]
         name = (origin["meta"].get("key") or {}).get("sae")
         config = origin["config"]
         trained = (config.get("train_dataset") or {}).get("name") or run.dataset
         if name:
-            groups.setdefault((run.model, run.k, trained), {})[run.seed] = name
+            groups.setdefault((line, trained), {})[run.seed] = name
     stable, problems = [], []
-    for (model, k, trained), by_seed in groups.items():
+    for (line, trained), by_seed in groups.items():
         rows = []
         for name in by_seed.values() if len(by_seed) > 1 else ():
             folder = Path(root) / "sae" / name
@@ -67,15 +68,6 @@ def seed_stability(
         values = [float(mean_max_cosine(a, b)) for a, b in itertools.permutations(rows, 2)]
         if values:
             std = statistics.stdev(values) if len(values) > 2 else None
-            stable.append(
-                Stability(
-                    model,
-                    k if k != NO_K else 0,
-                    trained,
-                    statistics.fmean(values),
-                    std,
-                    len(values),
-                )
-            )
-    order = {model: at for at, model in enumerate(selection.models)}
-    return sorted(stable, key=lambda s: order.get(s.model, len(order))), problems
+            stable.append(Stability(line, trained, statistics.fmean(values), std, len(values)))
+    order = {line: at for at, line in enumerate(selection.lines)}
+    return sorted(stable, key=lambda s: order.get(s.line, len(order))), problems

@@ -4,6 +4,8 @@ import logging
 import signal
 import sys
 import warnings
+from pathlib import Path
+from typing import TextIO
 
 from omegaconf import DictConfig
 
@@ -31,6 +33,7 @@ def run_task(cfg: DictConfig) -> None:
     from clipsae.tasks import options, plugins
 
     single = HydraConfig.get().mode == RunMode.RUN
+    warn_in_one_line()
     try:
         options.check(cfg, HydraConfig.get().overrides.task)
         plugins.load(cfg)
@@ -59,6 +62,23 @@ def run_task(cfg: DictConfig) -> None:
 def _say_interrupted() -> None:
     log.warning("interrupted: the same command goes on; what is finished is kept")
     sys.exit(SIGINT_STATUS)
+
+
+def warn_in_one_line() -> None:
+    """Show Python's warnings as lines of the log, without the source that they come from."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        said = " ".join(str(message).split())
+        log.warning("%s (%s, %s:%d)", said, category.__name__, Path(filename).name, lineno)
+
+    warnings.showwarning = show
 
 
 def quiet_lightning() -> None:

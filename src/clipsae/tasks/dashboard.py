@@ -2,16 +2,18 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from clipsae.errors import ConfigError
-from clipsae.tasks.status import swept
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -46,23 +48,40 @@ def run(cfg: DictConfig) -> None:
     file = Path(task.file)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(as_json(made) + "\n")
-    log.info("the workspace is written to %s", file)
+    log.info("the workspace, as it is sent to W&B, is written to %s", file)
     save(made, task.entity)
 
 
 def swept_datasets() -> list[str]:
     """The datasets that the chosen sweep runs over; none without a sweep."""
-    params = HydraConfig.get().sweeper.get("params") or {}
-    given = [f"{key}={value}" for key, value in params.items() if key == "dataset"]
-    return swept(given).get("dataset", [])
+    given = (HydraConfig.get().sweeper.get("params") or {}).get("dataset")
+    if given is None:
+        return []
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)
+    (override,) = parser.parse_overrides([f"dataset={given}"])
+    choices = list(override.sweep_iterator()) if override.is_sweep_override() else [given]
+    return [name_of("dataset", choice) for choice in choices]
+
+
+def name_of(group: str, choice: Any) -> str:
+    """What a choice of a config group calls itself."""
+    file = Path(os.environ["CLIPSAE_ROOT"], "conf", group, f"{choice}.yaml")
+    return str(OmegaConf.load(file).get("name", choice) if file.is_file() else choice)
 
 
 def save(made: "Workspace", entity: str | None) -> None:
     """Save a workspace in W&B; where that cannot be, say why."""
     from clipsae.training.logging import logged_in
 
-    if entity is None or not logged_in():
-        log.info("not saved in W&B: log in (`wandb login`) and name logger.entity")
+    lacking = [] if logged_in() else ["log in by `wandb login`"]
+    lacking += ["name the user or team by logger.entity="] if entity is None else []
+    if lacking:
+        log.info(
+            "not saved in W&B, which does not read the file: %s, and give the same command again "
+            "(on any machine, since it needs none of the results)",
+            " and ".join(lacking),
+        )
         return
     try:
         made.save()

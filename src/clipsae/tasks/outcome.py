@@ -1,18 +1,25 @@
-"""How the jobs of a multirun ended: one table at the end, and the exit status."""
+"""What a multirun says: what it will do, and how its jobs ended."""
 
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
 from rich.markup import escape
 from rich.table import Table
 
 from clipsae.errors import ConfigError
 from clipsae.tasks.table import terminal
 
+if TYPE_CHECKING:
+    from clipsae.tasks.sweep import Cell
+
+EXPERIMENT = "clipsae.tasks.experiment.run"
 log = logging.getLogger(__name__)
 
 
@@ -52,6 +59,49 @@ def outcome_of(done: JobReturn, cell: str) -> Outcome:
     return Outcome(
         cell, f"{name}{said[-1]}", str(Path(job.runtime.output_dir, f"{job.job.name}.log"))
     )
+
+
+class Sweep:
+    """What a multirun says before it begins and when it has ended.
+
+    Attributes:
+        names: of the jobs.
+    """
+
+    def __init__(self, launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> None:
+        self.names = cells(job_overrides)
+        self._jobs = launcher, job_overrides
+        self._begun = time.monotonic()
+        self._cells: list[Cell] = []
+        # Other tasks make other things. A single job says itself what it does.
+        if launcher.config.task.get("_target_") == EXPERIMENT and len(job_overrides) > 1:
+            from clipsae.tasks.sweep import cells_of, forecast
+
+            self._cells = cells_of(*self._jobs)
+            print(forecast(self._cells), flush=True)
+
+    def conclude(
+        self, outcomes: list[Outcome], groups: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Print how all cells ended, what failed and why.
+
+        Args:
+            groups: the jobs of each outcome by number; None: one each.
+
+        Raises:
+            SystemExit: with status 1, if anything failed.
+        """
+        if self._cells:
+            from clipsae.tasks.sweep import cells_of, duration, print_summary
+
+            if any(cell.why for cell in self._cells):  # k=auto can be told now
+                self._cells = cells_of(*self._jobs)
+            groups = groups or [[i] for i in range(len(outcomes))]
+            of = zip(outcomes, groups, strict=True)
+            failed = {i for outcome, group in of if outcome.why is not None for i in group}
+            print_summary(self._cells, [i in failed for i in range(len(self._cells))])
+            print(f"in {duration(time.monotonic() - self._begun)}", flush=True)
+        conclude(outcomes)
 
 
 def conclude(outcomes: list[Outcome]) -> None:

@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 from rich import box
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from clipsae.errors import ConfigError
@@ -38,7 +39,8 @@ def run(cfg: DictConfig) -> None:
     """Collect, write, log, show.
 
     Raises:
-        ConfigError: no result to report, or a model or dataset that does not exist.
+        ConfigError: no result to report, a model or dataset that does not exist, or a folder that
+            cannot be written to.
     """
     found = collect(cfg.paths.output_dir)
     wanted = wanted_of(cfg, found)
@@ -47,7 +49,13 @@ def run(cfg: DictConfig) -> None:
     if not selection.folders:
         raise ConfigError(nothing_there(cfg, found, selection, commands))
     report = make_report(cfg.paths.output_dir, found, selection, commands)
-    page = write_report(report, cfg.task.folder)
+    try:
+        page = write_report(report, cfg.task.folder)
+    except OSError as error:
+        raise ConfigError(
+            f"task.folder={cfg.task.folder}: the report cannot be written there "
+            f"({error.strerror}): name a folder that can be written to"
+        ) from error
     log_report(cfg, report)
     print_report(report, page)
 
@@ -129,7 +137,7 @@ def nothing_there(
     )
     dataset = (wanted.datasets or (cfg.dataset.name,))[0]
     model = (wanted.models or (cfg.model.name,))[0]
-    command = commands.line(selection, model, dataset)
+    command = commands.line(selection, selection.main(model), dataset)
     if found.results.empty:
         unread = f" that can be read ({found.problems[0]})" if found.problems else ""
         return (
@@ -178,6 +186,10 @@ def log_report(cfg: DictConfig, report: Report) -> None:
 def print_report(report: Report, page: Path) -> None:
     """The first table, what is missing, and where the page lies."""
     console = terminal()
+    if report.differences:
+        console.print("not alike, and so in rows of their own:", highlight=False)
+        for sentence in report.differences:
+            console.print(f"- {sentence}", markup=False, highlight=False)
     console.print(_rich(report.tables[0]))
     for sentence in report.findings:
         console.print(f"- {sentence}", markup=False, highlight=False)
@@ -202,7 +214,7 @@ def _rich(table: Table) -> RichTable:
             texts = shown(row.cells[column.key], column) if column.key in row.cells else None
             difference = f" [dim]{texts['difference']}[/]" if texts and texts["difference"] else ""
             cells.append((texts["ours"] if texts else "") + difference)
-        rich.add_row(*row.labels, *cells)
+        rich.add_row(*map(escape, row.labels), *cells)
     if table.has_published:
         rich.caption, rich.caption_justify = "dim: difference to the published figure", "left"
     return rich

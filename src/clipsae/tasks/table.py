@@ -29,6 +29,11 @@ MEASURED = (
 )
 
 
+def logged_as(metric: str) -> str:
+    """What a measured number is called in W&B: the share of concepts found as it is everywhere."""
+    return metric.replace("_coverage", "_concepts_found")
+
+
 def terminal(width: int = 110) -> Console:
     """As wide as the terminal; `width` characters where there is none."""
     return Console(width=None if Console().is_terminal else width)
@@ -56,13 +61,15 @@ def accuracy_table(rows: pd.DataFrame) -> Table:
     """Top-n accuracies, n across, of the tidy rows of one evaluation."""
     first = rows.iloc[0]
     ns = sorted({int(n) for n in rows.n.dropna()})
+    k = "" if pd.isna(first.get("k")) else f" k={int(first.k)}"
+    seed = f" seed={int(first.seed)}" if "seed" in first else ""
     classes = f"{int(first.classes):,}"
-    if first.competing != first.classes:  # chance is by those that compete
-        classes += f" of {int(first.competing):,}"
+    if first.get("competing", first.classes) != first.classes:  # older results do not have it
+        classes += f" of {int(first.competing):,}"  # chance is by those that compete
     table = Table(
         title=(
-            f"{first.model} on {first.dataset}: macro accuracy, % "
-            f"({int(first.images)} images, {classes} classes, {first.protocol} protocol)"
+            f"{first.model}{k}{seed} on {first.dataset}: macro accuracy, % "
+            f"({int(first.images):,} images, {classes} classes, {first.protocol} protocol)"
         ),
         title_justify="left",
     )

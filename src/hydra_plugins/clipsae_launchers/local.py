@@ -9,7 +9,7 @@ from hydra.plugins.launcher import Launcher
 
 
 class Local(BasicLauncher):
-    """Hydra's own launcher, with the table of failures in place of the first traceback.
+    """Hydra's own launcher, with a table of how all ended in place of the first traceback.
 
     With `together=true` the jobs that train on the same tokens take turns.
     """
@@ -17,13 +17,16 @@ class Local(BasicLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from clipsae.tasks.outcome import cells, conclude, outcome_of
+        from clipsae.tasks.outcome import Sweep, outcome_of
 
+        if looked_at(self, job_overrides):
+            return []
+        sweep = Sweep(self, job_overrides)
         if self.config.together:
             returns = self._take_turns(job_overrides, initial_job_idx)
         else:
             returns = super().launch(job_overrides, initial_job_idx)
-        conclude([outcome_of(*job) for job in zip(returns, cells(job_overrides), strict=True)])
+        sweep.conclude([outcome_of(*job) for job in zip(returns, sweep.names, strict=True)])
         return returns
 
     def _take_turns(
@@ -37,6 +40,17 @@ class Local(BasicLauncher):
             jobs = [partial(launch, [job_overrides[i]], initial_job_idx + i) for i in group]
             returns |= {i: of for i, (of,) in zip(group, Turns().run(jobs), strict=True)}
         return [returns[i] for i in range(len(job_overrides))]
+
+
+def looked_at(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> bool:
+    """Whether the sweep is only to be looked at, by `task=status`: then it is shown here, and
+    nothing is started."""
+    from clipsae.tasks import status
+
+    if launcher.config.task.get("_target_") != status.TARGET:
+        return False
+    status.show_sweep(launcher, job_overrides)
+    return True
 
 
 def groups_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list[list[int]]:

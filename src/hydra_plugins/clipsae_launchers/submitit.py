@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from hydra_plugins.clipsae_launchers.local import groups_of
+from hydra_plugins.clipsae_launchers.local import groups_of, looked_at
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -112,11 +113,15 @@ class _Awaited(BaseSubmititLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from clipsae.tasks.outcome import cells, conclude
+        from clipsae.tasks.outcome import Sweep
 
+        if looked_at(self, job_overrides):
+            return []
+        self._require()
+        sweep = Sweep(self, job_overrides)
         groups = groups_of(self, job_overrides)
         contents = [[list(job_overrides[i]) for i in group] for group in groups]
-        every = cells(job_overrides)
+        every = sweep.names
         names = [", ".join(every[i] for i in group) for group in groups]
         jobs: dict[int, submitit.Job] = self._submitted(contents)
         waiting = [i for i in range(len(names)) if i not in jobs]
@@ -144,7 +149,7 @@ class _Awaited(BaseSubmititLauncher):
                 "stopped waiting; the jobs go on: %s ends them, task=status shows them", self._end
             )
             raise
-        conclude([outcomes[i] for i in range(len(names))])
+        sweep.conclude([outcomes[i] for i in range(len(names))], groups)
         returns = {}
         for i, group in enumerate(groups):
             returns |= zip(group, jobs[i].results()[0], strict=True)
@@ -173,6 +178,13 @@ class _Awaited(BaseSubmititLauncher):
     def _submitted(self, groups: list[list[list[str]]]) -> dict[int, "submitit.Job"]:
         """The jobs that are there already, by the number of their group."""
         return {}
+
+    def _require(self) -> None:
+        """Refuse to begin where the jobs cannot be submitted.
+
+        Raises:
+            SystemExit: with the reason.
+        """
 
     _end = "scancel"
 
@@ -212,6 +224,14 @@ class Slurm(_Awaited):
     while its jobs go on finds them again when it is given again."""
 
     _EXECUTOR = "slurm"
+
+    def _require(self) -> None:
+        if absent := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
+            sys.exit(
+                f"hydra/launcher=slurm: this machine has no {' and no '.join(absent)}: start the "
+                "sweep where jobs are submitted to SLURM, or use hydra/launcher=many_cores for "
+                "several jobs at a time on this machine"
+            )
 
     def _submit(
         self, executor: "submitit.Executor", groups: list[list[list[str]]], numbers: list[list[int]]
