@@ -5,7 +5,7 @@ B images, T tokens of an image, d width, M latents, C classes, n latents.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,36 @@ from clipsae.visualization.references import References
 
 _STREAMS = 64  # token streams that go through the tail together
 PREDICTIONS = 5
+RIVALS = 100  # likeliest classes that the prediction can be compared with
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """What CLIP's prediction for an image rests on: its logits with and without single latents.
+
+    Of n latents and the k classes that can be compared.
+
+    Attributes:
+        classes: the likeliest first, so that the first is what CLIP predicts and the second the
+            runner-up; the true class is among them.
+        logits: [k], CLIP's own.
+        normaliser: log-sum-exp of CLIP's own logits of all C classes.
+        latents: those that change the logit of the prediction, its margin over one of the
+            `PREDICTIONS` likeliest other classes, or its probability most.
+        means: [n], their mean codes.
+        without: [n, k], the logits when the latent's part alone is taken out of the stream.
+        normalisers: [n], of those.
+        instead: [n], the class that is predicted then.
+    """
+
+    classes: list[int]
+    logits: list[float]
+    normaliser: float
+    latents: list[int]
+    means: list[float]
+    without: list[list[float]]
+    normalisers: list[float]
+    instead: list[int]
 
 
 @dataclass(frozen=True)
@@ -33,10 +63,7 @@ class Look:
         latents, means: the image's largest token means, descending.
         clip, sae: (class, probability) of the most likely classes, as CLIP says, and with the
             stream replaced by the SAE's reconstruction; none without a classifier.
-        why: (latent, mean code, loss, class) of those that the prediction rests on most, for or
-            against, by descending size of the loss: what CLIP's logit of its predicted class,
-            relative to the mean over all classes, loses when the latent's part is taken out of
-            the stream; and the class that is predicted then.
+        why: what the prediction rests on; None without a classifier.
     """
 
     index: int
@@ -46,7 +73,7 @@ class Look:
     means: list[float]
     clip: list[tuple[int, float]]
     sae: list[tuple[int, float]]
-    why: list[tuple[int, float, float, int]]
+    why: Reasons | None
 
 
 @dataclass(frozen=True)
@@ -55,10 +82,11 @@ class Effects:
 
     Attributes:
         latent, label: int64 [E], ascending by latent, then by class.
-        change: float32 [E], what CLIP's logit of the true class, relative to the mean over all
-            classes, loses when the latent alone is taken out of the stream: the mean over the
-            images of the class that were looked at and that the latent is active on. Above zero
-            the latent helps the class, below it hurts it.
+        change: float32 [E], by how much the margin of the true class, its logit less that of the
+            strongest other class, is larger with the latent than without it alone: the mean over
+            the images of the class that were looked at and that the latent is active on. Above
+            zero the latent helps the class, below it hurts it. (The other class is that of the
+            whole image.)
         images: int64 [E], how many those are.
     """
 
@@ -102,7 +130,7 @@ def logits_without(
         [n, C].
     """
     scale = sae.input_scale(tokens)
-    found = []
+    found = [classifier.new_zeros(0, len(classifier))]
     for part in latents.split(_STREAMS):
         version, token = codes[:, part].T.nonzero(as_tuple=True)
         share = codes[token, part[version], None] * sae.decoder_rows(part)[version] * scale[token]
@@ -127,6 +155,7 @@ def collect_looks(
     why: int = 16,
     batch_size: int = 32,
     num_workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Looks:
     """One pass over the images that the page shows.
 
@@ -140,8 +169,10 @@ def collect_looks(
             page or is a reference image; None: only what is computed on is read.
         per_token: codes of a token that are kept.
         per_image: latents of an image that are kept.
-        why: latents of an image that are switched off: those whose effect is largest to first
-            order.
+        why: latents of an image that are kept for each question of `Reasons`. They are chosen
+            among all that are active on the image, or with `effect_images=0`, where not all of them
+            are switched off, among those whose effects are largest to first order.
+        progress: called with (images done, images in all).
     """
     if classifier is None:
         effect_images = 0
@@ -153,17 +184,19 @@ def collect_looks(
             if index >= 0:
                 wanted.setdefault(index, []).append(latent)
     with_page = set(pages)
-    needed = with_page | set(wanted)
+    computed_on = with_page | set(wanted)
+    needed = set(computed_on)
     if on_image is not None:
         needed |= set(references.index[references.index >= 0].tolist())
     measured: list[tuple[Tensor, int, Tensor]] = []
-    found = []
+    found: list[Look] = []
+    done = 0
     with in_eval_mode([sae]):
         for pixels, labels, at in image_batches(dataset, batch_size, num_workers, sorted(needed)):
             if on_image is not None:
                 for image, index in zip(pixels, at.tolist(), strict=True):
                     on_image(index, image)
-            seen = [i for i, index in enumerate(at.tolist()) if index in with_page | wanted.keys()]
+            seen = [i for i, index in enumerate(at.tolist()) if index in computed_on]
             if not seen:
                 continue
             streams = clip.prefix(clip.normalize(pixels[seen]))
@@ -172,17 +205,25 @@ def collect_looks(
                 streams, logits, at[seen].tolist(), labels[seen].tolist(), strict=True
             ):
                 codes = sae.encode(stream[None])[0]
-                if index in with_page:
-                    sizes = (per_token, per_image, why)
-                    found.append(
-                        _look(clip, sae, stream, codes, own, index, label, classifier, sizes)
-                    )
-                if effect_images:
-                    latents = torch.tensor(wanted.get(index, []), device=codes.device)
-                    if index in with_page:  # the wanted ones are among them
+                shown, reasons = index in with_page, None
+                if classifier is not None:
+                    latents = torch.tensor(wanted.get(index, []), dtype=torch.long)
+                    if shown and effect_images:  # the wanted ones are among them
                         latents = (pool_codes(codes[None])[0] > 0).nonzero().squeeze(1)
+                    elif shown:
+                        latents = _likely_reasons(clip, sae, stream, codes, classifier, own, why)
+                    latents = latents.to(codes.device)
                     without = logits_without(clip, sae, stream, codes, latents, classifier)
-                    measured.append((latents, label, _centred(own - without)[:, label]))
+                    rival = _strongest_other(own, label)
+                    measured.append((latents, label, _margins(own, without, label, rival)))
+                    if shown:
+                        reasons = _reasons(own, codes, latents, without, label, why)
+                if shown:
+                    look = _look(clip, sae, stream, codes, own, classifier, per_token, per_image)
+                    found.append(replace(look, index=index, label=label, why=reasons))
+            done += len(seen)
+            if progress is not None:
+                progress(done, len(computed_on))
     return Looks(found, _averaged(measured) if effect_images else None)
 
 
@@ -201,22 +242,17 @@ def _averaged(measured: list[tuple[Tensor, int, Tensor]]) -> Effects:
     return Effects(pairs[0], pairs[1], (total / images).float(), images)
 
 
-def _centred(logits: Tensor) -> Tensor:
-    return logits - logits.mean(dim=-1, keepdim=True)
-
-
 def _look(
     clip: FrozenCLIP,
     sae: nn.Module,
     stream: Tensor,
     codes: Tensor,
     own: Tensor | None,
-    index: int,
-    label: int,
     classifier: Tensor | None,
-    sizes: tuple[int, int, int],
+    per_token: int,
+    per_image: int,
 ) -> Look:
-    per_token, per_image, why = sizes
+    """Without the index, the label and the reasons."""
     means = pool_codes(codes[None])[0]
     best = top_latents(means[None], min(per_image, len(means)))[0]
     best = best[means[best] > 0]
@@ -226,46 +262,86 @@ def _look(
         kept = values > 0
         tokens.append((latents[kept].tolist(), values[kept].tolist()))
     said: list[tuple[int, float]] = []
-    through, reasons = said, []
+    through = said
     if own is not None:
         said = likely(own)
         rebuilt = sae.decode(codes, sae.input_scale(stream))
         through = likely(clip.logits(rebuilt[None], classifier)[0])
-        reasons = _why(clip, sae, stream, codes, own, classifier, why)
     return Look(
-        index=index,
-        label=label,
+        index=-1,
+        label=-1,
         tokens=tokens,
         latents=best.tolist(),
         means=means[best].tolist(),
         clip=said,
         sae=through,
-        why=reasons,
+        why=None,
     )
 
 
-def _why(
+def _strongest_other(own: Tensor, label: int) -> int:
+    """The likeliest class but one, from logits [C]; that one where there is no other."""
+    order = own.argsort(descending=True, stable=True)[:2].tolist()
+    return next((k for k in order if k != label), label)
+
+
+def _margins(own: Tensor, without: Tensor, of: int | Tensor, rival: int | Tensor) -> Tensor:
+    """How much larger the margin of a class over another is with each latent than without, [n].
+
+    Args:
+        own: logits [C]; `without`: [n, C].
+    """
+    return (own[of] - own[rival]) - (without[:, of] - without[:, rival])
+
+
+def _reasons(
+    own: Tensor, codes: Tensor, latents: Tensor, without: Tensor, label: int, n: int
+) -> Reasons:
+    """The n latents with the largest effect by each measure, from the logits without any [n, C]."""
+    order = own.argsort(descending=True, stable=True)
+    predicted, others = order[0], order[1 : 1 + PREDICTIONS]
+    effects = [own[predicted] - without[:, predicted]]
+    effects += [_margins(own, without, predicted, rival) for rival in others]
+    effects += [own.softmax(dim=-1)[predicted] - without.softmax(dim=-1)[:, predicted]]
+    kept = _largest(torch.stack(effects), n)
+    latents, without = latents[kept], without[kept]
+    classes = order[:RIVALS]
+    if label not in classes.tolist():
+        classes = torch.cat((classes, classes.new_tensor([label])))
+    return Reasons(
+        classes=classes.tolist(),
+        logits=own[classes].tolist(),
+        normaliser=own.logsumexp(dim=-1).item(),
+        latents=latents.tolist(),
+        means=codes[:, latents].mean(dim=0).tolist(),
+        without=without[:, classes].tolist(),
+        normalisers=without.logsumexp(dim=-1).tolist(),
+        instead=without.argmax(dim=-1).tolist(),
+    )
+
+
+def _largest(effects: Tensor, n: int) -> Tensor:
+    """The places of the n largest of each row [measures, m], by size, without those that are 0;
+    ascending."""
+    best = top_latents(effects.abs(), min(n, effects.shape[1]))
+    return best[effects.gather(1, best) != 0].unique()
+
+
+def _likely_reasons(
     clip: FrozenCLIP,
     sae: nn.Module,
     stream: Tensor,
     codes: Tensor,
-    own: Tensor,
     classifier: Tensor,
+    own: Tensor,
     n: int,
-) -> list[tuple[int, float, float, int]]:
-    predicted = own.argmax()
-    estimate = first_order_effects(clip, sae, stream, codes, classifier, predicted).abs()
-    chosen = top_latents(estimate[None], min(n, len(estimate)))[0]
-    chosen = chosen[estimate[chosen] > 0]
-    if not len(chosen):
-        return []
-    without = logits_without(clip, sae, stream, codes, chosen, classifier)
-    lost = _centred(own - without)[:, predicted]
-    order = lost.abs().sort(descending=True, stable=True).indices
-    instead, means = without.argmax(dim=-1), codes[:, chosen].mean(dim=0)
-    found = zip(chosen, means, lost, instead, strict=True)
-    listed = [(int(m), float(mean), float(loss), int(other)) for m, mean, loss, other in found]
-    return [listed[i] for i in order]
+) -> Tensor:
+    """The latents whose effect on the prediction is largest to first order, by its logit and by its
+    margin over the runner-up."""
+    order = own.argsort(descending=True, stable=True)[:2]
+    effects = first_order_effects(clip, sae, stream, codes, classifier, order)
+    effects = torch.cat((effects, effects[:1] - effects[-1:]))
+    return _largest(effects, n)
 
 
 def first_order_effects(
@@ -274,21 +350,22 @@ def first_order_effects(
     stream: Tensor,
     codes: Tensor,
     classifier: Tensor,
-    predicted: Tensor,
+    classes: Tensor,
 ) -> Tensor:
-    """What each latent adds to a class's logit, relative to the mean over all classes, to first
-    order: gradient times contribution, [M]. One backward pass for all latents.
+    """What each latent adds to the logits of classes to first order: gradient times contribution,
+    [classes, M]. One backward pass a class.
 
     Args:
         stream: [T, d].  codes: [T, M].
-        predicted: the class.
     """
+    scale, rows, found = sae.input_scale(stream), sae.decoder_rows(), []
     with torch.enable_grad():
         tokens = stream.detach().requires_grad_(True)
         logits = clip.logits(tokens[None], classifier)[0]
-        (gradient,) = torch.autograd.grad(_centred(logits)[predicted], tokens)
-    along = (gradient * sae.input_scale(stream)).to(codes.dtype) @ sae.decoder_rows().T
-    return (along * codes).sum(dim=0)
+        for k in classes.tolist():
+            (gradient,) = torch.autograd.grad(logits[k], tokens, retain_graph=True)
+            found.append((((gradient * scale).to(codes.dtype) @ rows.T) * codes).sum(dim=0))
+    return torch.stack(found)
 
 
 def likely(logits: Tensor) -> list[tuple[int, float]]:
