@@ -12,11 +12,8 @@ from clipsae.data.scenes import ScenesDataset
 from clipsae.sae import SAE
 from clipsae.visualization import collect_references
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
-from clipsae.visualization.page.looks import (
-    collect_looks,
-    first_order_effects,
-    logits_without,
-)
+from clipsae.visualization.page.looks import collect_looks
+from clipsae.visualization.page.reasons import first_order_effects, logits_without
 from clipsae.visualization.page.write import ALPHABET, MAP_LEVELS, heat_text
 
 

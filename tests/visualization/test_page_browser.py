@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from clipsae.visualization.page import Words, write_page
-from clipsae.visualization.page.looks import Effects, Look, Reasons
+from clipsae.visualization.page.looks import Effects, Look
+from clipsae.visualization.page.reasons import Reasons
 from clipsae.visualization.page.serve import PageServer
 from clipsae.visualization.page.write import write_picture, write_thumbnail
 from clipsae.visualization.references import BINS, References, Shown

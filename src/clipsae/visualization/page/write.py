@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipsae.visualization.collector import NAMED
-from clipsae.visualization.page.looks import Effects, Look, Reasons
+from clipsae.visualization.page.looks import Effects, Look
+from clipsae.visualization.page.reasons import Reasons
 from clipsae.visualization.references import BIN_EDGES, References
 
 CHUNK = 64  # latents of a script
