@@ -7,10 +7,17 @@ there; a checkout has both in itself.
 
 import hashlib
 import os
+import signal
+import sys
 from pathlib import Path
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clipsae.errors import ConfigError
+from clipsae.overrides import explain
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = (_PACKAGE / "conf").is_dir()
@@ -29,8 +36,35 @@ OmegaConf.register_new_resolver(
 )
 
 
+# Hydra shows what cannot be composed by itself, in several lines; with this it raises.
+_RAISES = "HYDRA_FULL_ERROR"
+
+
+def main() -> None:
+    """Compose a config and run its task; what cannot be composed is answered in one sentence.
+
+    Raises:
+        SystemExit: with the status of the job.
+    """
+    # A shell that starts a command in the background (`&`) has it ignore Ctrl-C: a run is to save
+    # a checkpoint then.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _RAISES in os.environ:
+        _compose()
+        return
+    os.environ[_RAISES] = "1"
+    try:
+        _compose()
+    except (HydraException, OmegaConfBaseException, ConfigError) as error:
+        print(error if isinstance(error, ConfigError) else explain(error), file=sys.stderr)
+        sys.exit(1)
+    finally:
+        os.environ.pop(_RAISES, None)
+
+
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
-def main(cfg: DictConfig) -> None:
+def _compose(cfg: DictConfig) -> None:
+    os.environ.pop(_RAISES, None)  # errors of the job itself Hydra shows well
     # torch and lightning take seconds to import: they wait until the config is known to compose.
     from clipsae.tasks import run_task
 

@@ -38,8 +38,8 @@ def of_type(found: list[dict], name: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
-    """A job that ends well and uploads its SAE, and one whose loss becomes infinite: the folder,
-    and the records of its one run."""
+    """A job that ends well and uploads its SAE: its training's run and that of its results; and one
+    whose loss becomes infinite: the folder, and the records of each run."""
     ended = {}
     env = {**os.environ, "WANDB_API_KEY": "5ec7e7" * 7}
     for name, more in {
@@ -49,37 +49,42 @@ def jobs(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
         folder = tmp_path_factory.mktemp(name)
         done = run_py(f"paths.output_dir={folder}", *JOB, *more, env=env)
         assert done.returncode == (name == "badly"), done.stdout + done.stderr
-        (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-        ended[name] = folder, records(folder, file.stem.removeprefix("run-"))
+        for file in folder.glob("wandb/offline-run-*/*.wandb"):
+            found = records(folder, file.stem.removeprefix("run-"))
+            (run,) = of_type(found, "run")
+            ended[f"{name}: {run['job_type']}"] = folder, found
     return ended
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["well", "badly"])
-def test_a_job_is_one_run_that_reads(jobs, name):
+@pytest.mark.parametrize("name", ["well: train", "well: evaluate", "badly: train"])
+def test_a_training_is_a_run_and_so_are_its_results(jobs, name):
+    assert len(jobs) == 3
     folder, found = jobs[name]
     (run,) = of_type(found, "run")
     assert run["project"] == "clipsae"
     assert run["run_group"] == "night"
-    assert run["job_type"] == "experiment"
-    assert run["display_name"] == "relu-scenes_shape-s0"
-    assert set(run["tags"]) == {"mine", "relu", "scenes_shape", "clipsae-tiny"}
+    dataset = "scenes" if name.endswith("train") else "scenes_shape"
+    assert run["display_name"] == f"relu-{dataset}-s0"
+    assert set(run["tags"]) == {"mine", "relu", dataset, "clipsae-tiny"}
     assert run["config"]["update"]["model"]["latents"] == 64
     config = json.dumps(run["config"])
     for secret in (str(folder), str(ROOT), "5ec7e7"):
         assert secret not in config
     (ending,) = of_type(found, "exit")
-    assert ending.get("exit_code", 0) == (name == "badly")
-    if name == "well":  # the same for the same work
-        (evaluation,) = folder.glob("evaluation/*")
-        assert run["run_id"] == evaluation.name[-10:]
+    assert ending.get("exit_code", 0) == name.startswith("badly")
+    if name.startswith("well"):  # the same for the same work
+        (made,) = folder.glob("sae/*" if dataset == "scenes" else "evaluation/*")
+        assert run["run_id"] == made.name[-10:]
+        curves = "val/accuracy" in json.dumps(of_type(found, "history"))
+        assert curves == (dataset == "scenes")
     else:
         assert "NaN or infinite" in json.dumps(of_type(found, "summary"))
 
 
 @pytest.mark.slow
 def test_the_sae_is_an_artifact_on_request(jobs):
-    folder, found = jobs["well"]
+    folder, found = jobs["well: evaluate"]
     (artifact,) = [one for one in of_type(found, "artifact") if one["type"] == "sae"]
     (sae,) = folder.glob("sae/*")
     assert artifact["name"] == sae.name
@@ -90,7 +95,7 @@ def test_the_sae_is_an_artifact_on_request(jobs):
         assert int(one["size"]) == (sae / name).stat().st_size
         assert Path(one["local_path"]).read_bytes() == (sae / name).read_bytes()
     assert json.loads(artifact["metadata"]) == json.loads((sae / "sae.json").read_text())["config"]
-    assert not [one for one in of_type(jobs["badly"][1], "artifact") if one["type"] == "sae"]
+    assert not [one for one in of_type(jobs["badly: train"][1], "artifact") if one["type"] == "sae"]
 
 
 @pytest.mark.slow

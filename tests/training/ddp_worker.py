@@ -20,10 +20,13 @@ def train(cfg: DictConfig, folder: Path) -> None:
     from clipsae.tasks.stages import sae
 
     clip = build.build_clip(cfg)
-    images = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
+    images, held_out = (
+        build.build_dataset(cfg.train_dataset, split, clip.image_size)
+        for split in ("train", "test")
+    )
     folder.mkdir(parents=True, exist_ok=True)
     stage = Store(folder / "store").stage("sae", [cfg.model.name], {})
-    sae.make(cfg, clip, images, None, stage, folder)
+    sae.make(cfg, clip, images, held_out, None, stage, folder)
 
 
 def configs(models: list[str], overrides: list[str]) -> list[DictConfig]:

@@ -28,10 +28,11 @@ def run_task(cfg: DictConfig) -> None:
     from hydra.types import RunMode
     from hydra.utils import get_method
 
-    from clipsae.tasks import plugins
+    from clipsae.tasks import options, plugins
 
     single = HydraConfig.get().mode == RunMode.RUN
     try:
+        options.check(cfg, HydraConfig.get().overrides.task)
         plugins.load(cfg)
         task = get_method(cfg.task._target_)
         if "lightning" in sys.modules:  # status and gc answer seconds sooner without
@@ -56,7 +57,7 @@ def run_task(cfg: DictConfig) -> None:
 
 
 def _say_interrupted() -> None:
-    log.warning("interrupted: the same command goes on from the last checkpoint")
+    log.warning("interrupted: the same command goes on; what is finished is kept")
     sys.exit(SIGINT_STATUS)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,6 +17,7 @@ from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.sae import SAE
 from clipsae.store.files import sha256
+from clipsae.tasks.options import unknown_key
 
 IMAGES_WITH_RANDOM_WEIGHTS = 64
 _clips: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
@@ -38,6 +40,28 @@ def call_target(node: DictConfig | dict[str, Any], **more: Any) -> Any:
     """
     options = plain(node) if isinstance(node, DictConfig) else dict(node)
     return get_object(options.pop("_target_"))(**options, **more)
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Refuse keys of the datasets that their classes do not have.
+
+    Raises:
+        ConfigError: the first of them, or a class that cannot be imported.
+    """
+    for group in ("dataset", "train_dataset"):
+        node = plain(cfg[group])
+        if "_target_" not in node:  # train_dataset=same
+            continue
+        try:
+            known = signature(get_object(node["_target_"])).parameters
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{group}._target_={node['_target_']}: {error}") from error
+        if any(one.kind is one.VAR_KEYWORD for one in known.values()):
+            continue
+        ours = {"split", "image_size"}
+        for key, value in node.items():
+            if key not in ("_target_", "name") and (key not in known or key in ours):
+                raise unknown_key(group, key, known.keys() - ours, value)
 
 
 def build_clip(cfg: DictConfig) -> FrozenCLIP:
@@ -125,6 +149,13 @@ def cell(cfg: DictConfig) -> dict[str, Any]:
         "k": cfg.model.get("k"),
         "seed": cfg.seed,
     }
+
+
+def title(cfg: DictConfig, saes: int = 1) -> str:
+    """What is worked on, for a bar: "topk k=16 on dtd"."""
+    k = cfg.model.get("k")
+    what = f"{saes} SAEs" if saes > 1 else cfg.model.name + ("" if k is None else f" k={k}")
+    return f"{what} on {cfg.dataset.name}"
 
 
 def limit_images(cfg: DictConfig) -> int | None:

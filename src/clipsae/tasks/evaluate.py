@@ -19,7 +19,7 @@ from clipsae.interop import Imported, read
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
 from clipsae.tasks import build
-from clipsae.tasks.experiment import benchmark
+from clipsae.tasks.experiment import benchmark, check
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def run(cfg: DictConfig) -> None:
             "task.sae is empty: give a folder, a .pt file or a Hugging Face id, such as "
             "task.sae=owner/name"
         )
+    check(cfg)
     store = Store(cfg.paths.output_dir)
     cfg, clip, imported, make = bring_in(cfg, store)
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)

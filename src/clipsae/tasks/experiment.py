@@ -2,6 +2,7 @@
 table."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,7 +13,7 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
@@ -22,7 +23,14 @@ from clipsae.tasks import build, slurm, together, watch
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
 from clipsae.tasks.table import print_results
-from clipsae.training.logging import finish, log_failure, log_results, log_sae
+from clipsae.training.logging import (
+    finish,
+    has_rows,
+    has_run,
+    log_failure,
+    log_results,
+    log_sae,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,25 +42,40 @@ def run(cfg: DictConfig) -> None:
         ConfigError: something in the config that cannot be; before anything slow has begun.
     """
     store = Store(cfg.paths.output_dir)
+    check(cfg)
+    sae.check_options(cfg)
     resolve_k(cfg, store)
     clip = build.build_clip(cfg)
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
     sae.check(cfg, clip, train_set)
-    watch.check(cfg)
     trained = sae.stage(cfg, store, train_set)
 
     def train(logger: Callable[[], Logger | None]) -> None:
-        first = rank_zero_only.rank == 0
-
         def make(folder: Path) -> None:
-            own = logger() if first else None
-            looks = watch.callbacks(cfg, store, clip, test_set) if first else []
-            sae.make(cfg, clip, train_set, own, trained, folder, looks)
+            node = build.train_dataset_node(cfg)
+            held_out = build.build_dataset(node, "test", clip.image_size)
+            own, looks = None, []
+            if rank_zero_only.rank == 0:
+                own, looks = logger(), watch.callbacks(cfg, store, clip, held_out)
+            sae.make(cfg, clip, train_set, held_out, own, trained, folder, looks)
 
         make_sae(trained, make)
 
     benchmark(cfg, store, clip, test_set, trained, train)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what the config alone shows cannot be evaluated or measured.
+
+    Raises:
+        ConfigError: see `evaluation.check_options`, `measurement.check_options`.
+    """
+    build.check_keys(cfg)
+    if cfg.evaluation.settings:
+        evaluation.check_options(cfg)
+    if cfg.measurement.metrics != []:
+        measurement.check_options(cfg)
 
 
 def benchmark(
@@ -88,12 +111,11 @@ def benchmark(
 
     def evaluate(folder: Path) -> None:
         classes = classifier.embeddings(cfg, store, clip, test_set)
-        evaluation.make(cfg, clip, trained.path, classes, test_set, folder)
+        evaluation.make(cfg, clip, trained, classes, test_set, evaluated, folder)
 
-    with tracked(cfg, evaluated or measured or trained) as logger:
-        make_it(logger)
-        if rank_zero_only.rank > 0:  # the rest is the first rank's
-            return
+    def look() -> tuple[pd.DataFrame, dict[str, float], dict[str, float]]:
+        """Make what is missing: the rows of the evaluation, the numbers of the measurement, and
+        both as the logger takes them."""
         rows, cells = pd.DataFrame(), {}
         if evaluated is not None:
             together.make(evaluated, evaluate)
@@ -104,12 +126,34 @@ def benchmark(
         if measured is not None:
             together.make(
                 measured,
-                lambda folder: measurement.make(cfg, clip, trained.path, test_set, folder),
+                lambda folder: measurement.make(cfg, clip, trained, test_set, measured, folder),
             )
             metrics = measurement.read(measured.path)
             cells |= {f"measure/{name}": value for name, value in metrics.items()}
-        log_results(logger(), rows.to_dict("records"), cells)
-        log_sae(logger(), trained.path, [cfg.model.name, f"seed-{cfg.seed}"])
+        return rows, metrics, cells
+
+    finished = all(stage.finished for stage in stages)
+    results = evaluated or measured or trained
+
+    def tell(logger: Callable[[], Logger | None]) -> tuple[pd.DataFrame, dict[str, float]]:
+        rows, metrics, cells = look()
+        if not (finished and was_told(cfg, results)):
+            log_results(logger(), rows.to_dict("records"), cells)
+            log_sae(logger(), trained.path, [cfg.model.name, f"seed-{cfg.seed}"])
+        return rows, metrics
+
+    # The training's run is the SAE's, whichever dataset's job trains it. (An agent of W&B gives a
+    # job one run.)
+    one_run = results is trained or "WANDB_SWEEP_ID" in os.environ
+    with tracked(cfg, trained, "train") as logger:
+        make_it(logger)
+        if rank_zero_only.rank > 0:  # the rest is the first rank's
+            return
+        if one_run:
+            rows, metrics = tell(logger)
+    if not one_run:
+        with tracked(cfg, results, "evaluate") as logger:
+            rows, metrics = tell(logger)
     print_results(rows, metrics, [stage.path for stage in stages])
 
 
@@ -136,11 +180,17 @@ def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def tracked(
-    cfg: DictConfig, stage: Stage, job_type: str = "experiment"
-) -> Iterator[Callable[[], Logger | None]]:
-    """The job's one run in W&B or a CSV file, opened when it is first asked for, closed with the
-    right exit code. A job that gives its place back opens none."""
+def tracked(cfg: DictConfig, stage: Stage, job_type: str) -> Iterator[Callable[[], Logger | None]]:
+    """A stage's run in W&B or a CSV file, opened when it is first asked for, closed with the right
+    exit code. A job that gives its place back opens none.
+
+    Args:
+        job_type: "train" for an SAE's own run, which names the dataset that it is trained on;
+            "evaluate" or "explore" for what comes of `cfg.dataset`.
+    """
+    if job_type == "train":
+        cfg = OmegaConf.merge(cfg)  # a copy
+        OmegaConf.update(cfg, "dataset", build.train_dataset_node(cfg), merge=False)
 
     @cache
     def logger() -> Logger | None:
@@ -168,6 +218,16 @@ def tracked(
     finally:
         if logger.cache_info().currsize:
             finish(logger(), failed, coming_back)
+
+
+def was_told(cfg: DictConfig, stage: Stage) -> bool:
+    """Whether the logger has had a stage's results from an earlier job, and is not asked for
+    more."""
+    if cfg.logger.get("upload_sae"):
+        return False
+    return has_run(Path(cfg.paths.output_dir), stage.path.name[-10:]) or has_rows(
+        Path(HydraConfig.get().runtime.output_dir)
+    )
 
 
 def logger_options(cfg: DictConfig) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from clipsae.errors import ConfigError
 from clipsae.evaluation.metrics.truth import has_truth
 from clipsae.evaluation.passes import evenly_spaced
 from clipsae.evaluation.ranking import top_latents
+from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
-from clipsae.tasks.bar import bar
 from clipsae.tasks.evaluate import bring_in
 from clipsae.tasks.experiment import tracked
 from clipsae.tasks.guidance import resolve_k
@@ -224,7 +224,7 @@ def write(
             write_picture(folder, index, pixels)
 
     shown = set(pages)
-    with bar("images and effects of latents") as progress:
+    with Bar("images and effects of latents") as progress:
         looks = build.user_error(
             collect_looks,
             clip,
@@ -239,11 +239,11 @@ def write(
             num_workers=cfg.features.num_workers,
             progress=progress,
         )
-    with bar("nearest latents") as progress:
+    with Bar("nearest latents") as progress:
         near = nearest(rows, alive, cfg.task.neighbours, progress=progress)
     files = pictures.names(dataset)
     indices = {*pages, *references.index[references.index >= 0].tolist()}
-    with bar("writing the page") as progress:
+    with Bar("writing the page") as progress:
         write_page(
             folder,
             title=f"{cfg.model.name} on {cfg.dataset.name}",

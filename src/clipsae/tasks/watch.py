@@ -7,7 +7,6 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.data.loader import image_batches
-from clipsae.errors import ConfigError
 from clipsae.evaluation.passes import evenly_spaced
 from clipsae.store import Store
 from clipsae.tasks import build
@@ -16,41 +15,29 @@ from clipsae.training.predictions import Predictions
 from clipsae.visualization.watch import ReferenceSheets
 
 
-def check(cfg: DictConfig) -> None:
-    """Refuse options that cannot be.
-
-    Raises:
-        ConfigError: see there.
-    """
-    for name, least in (
-        ("prediction_images", 0),
-        ("reference_sheet_every_n_steps", 0),
-        ("reference_sheet_images", 1),
-    ):
-        value = cfg.callbacks[name]
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(
-                f"callbacks.{name}={value!r}: expected a whole number, {least} or more"
-            )
-
-
 def callbacks(
-    cfg: DictConfig, store: Store, clip: FrozenCLIP, test_set: ImageDataset
+    cfg: DictConfig, store: Store, clip: FrozenCLIP, held_out: ImageDataset
 ) -> list[Callback]:
-    """Those that are wanted and can be, on the images of `cfg.dataset`'s evaluated split."""
+    """Those that are wanted and can be. They look at held-out images of what the SAE is trained
+    on: datasets that share an SAE find the same curves, whoever trains it.
+
+    Args:
+        held_out: the test split of the training dataset.
+    """
+    name = build.train_dataset_node(cfg).name
     options, found = cfg.callbacks, []
     if options.prediction_images and clip.has_text:
-        indices = evenly_spaced(test_set.labels, options.prediction_images)
-        images, labels = build.user_error(read, test_set, indices)
-        classes = classifier.embeddings(cfg, store, clip, test_set)
+        indices = evenly_spaced(held_out.labels, options.prediction_images)
+        images, labels = build.user_error(read, held_out, indices)
+        classes = classifier.embeddings(cfg, store, clip, held_out, name)
         found.append(Predictions(clip, images, labels, classes))
     if options.reference_sheet_every_n_steps:
         found.append(
             ReferenceSheets(
                 clip,
-                test_set,
-                name=cfg.dataset.name,
-                split=cfg.evaluation.split,
+                held_out,
+                name=name,
+                split="test",
                 images=options.reference_sheet_images,
                 every_n_steps=options.reference_sheet_every_n_steps,
                 batch_size=cfg.evaluation.batch_size,

@@ -5,22 +5,16 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
+from clipsae.progress import Bar
 from clipsae.store import put_checkpoint
+from clipsae.store.files import checkpoint_step
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +103,28 @@ class ResumeCheckpoint(BetweenSteps, Checkpoint):
         # Lightning raises this one between steps, where the state is whole. Any other exception
         # may come from the middle of a step.
         if isinstance(exception, SIGTERMException):
+            self.save_and_say(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step < trainer.max_steps:  # such as at trainer.max_time
             self.save_between(trainer)
+
+    def save_and_say(self, trainer: Trainer) -> None:
+        """Write a checkpoint as `save_between`, where the ranks agree on the step, and say what
+        the same command goes on from."""
+        self.save_between(trainer)
+        if not trainer.is_global_zero:
+            return
+        kept = checkpoint_step(self.path.parent)
+        log.warning(
+            "stopped at step %s of %s: %s",
+            f"{trainer.global_step:,}",
+            f"{trainer.max_steps:,}",
+            "there is no checkpoint yet"
+            if kept is None
+            else f"the checkpoint of step {kept:,} is in {self.path.parent}; the same command goes "
+            "on from there",
+        )
 
     def save_between(self, trainer: Trainer) -> None:
         """Write a checkpoint, unless the newest is as new, or gradients are being accumulated."""
@@ -177,9 +192,7 @@ class TokenRate(Callback):
 
 
 class StepProgress(Callback):
-    """One bar over all steps of the training with the few numbers that one watches; where there
-    is no terminal, a line every now and then instead. Trainings that take turns have a bar each,
-    one below the other.
+    """One bar over all steps of the training with the few numbers that one watches.
 
     (Lightning's own bars run over epochs: of two epochs of 40,000 steps each, the end is never
     in sight.)
@@ -189,58 +202,29 @@ class StepProgress(Callback):
     """
 
     SHOWN = ("fvu", "active", "dead_fraction", "tokens_per_second")
-    SECONDS_BETWEEN_LINES = 30.0
-    display: ClassVar[Progress | None] = None  # a terminal has place for one
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
-        self.last_line = 0.0
+        self.bar = Bar(f"training {name}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        self.bar = StepProgress.display or Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            refresh_per_second=4,
-        )
-        StepProgress.display = self.bar
-        self.task = self.bar.add_task(
-            self.name, total=trainer.max_steps, completed=trainer.global_step, numbers=""
-        )
-        self.last_line = time.monotonic()
-        if self.bar.console.is_terminal:
-            self.bar.start()
+        if trainer.is_global_zero:
+            self.bar(trainer.global_step, trainer.max_steps)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self.bar is None:
+        if not trainer.is_global_zero:
             return
-        step = trainer.global_step
-        if step % trainer.log_every_n_steps:
-            self.bar.update(self.task, completed=step)
-            return
-        values = trainer.callback_metrics
-        numbers = "  ".join(
-            f"{name.replace('_', ' ')} {float(values[f'train/{name}']):.3g}"
-            for name in self.SHOWN
-            if f"train/{name}" in values
-        )
-        self.bar.update(self.task, completed=step, numbers=numbers)
-        late = time.monotonic() - self.last_line > self.SECONDS_BETWEEN_LINES
-        if not self.bar.console.is_terminal and (late or step == trainer.max_steps):
-            self.last_line = time.monotonic()
-            log.info("%s: step %d of %d  %s", self.name, step, trainer.max_steps, numbers)
+        numbers = None
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            values = trainer.callback_metrics
+            numbers = "  ".join(
+                f"{name.replace('_', ' ')} {float(values[f'train/{name}']):.3g}"
+                for name in self.SHOWN
+                if f"train/{name}" in values
+            )
+        self.bar(trainer.global_step, trainer.max_steps, numbers)
+
+    def on_exception(self, *args: Any) -> None:
+        self.bar.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.bar is None:
-            return
-        self.bar.stop_task(self.task)
-        if all(task.stop_time is not None for task in self.bar.tasks):
-            self.bar.stop()
-            StepProgress.display = None
-        self.bar = None
+        self.bar.close()

@@ -1,5 +1,6 @@
 """Where numbers go: W&B, a CSV file, or nowhere. One run a job, whatever the job does."""
 
+import csv
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from PIL import Image
 
 log = logging.getLogger(__name__)
@@ -58,13 +60,14 @@ def wandb_logger(
     run_folder: Path,
     finish_timeout: float = 300.0,
     upload_sae: bool = False,
-) -> PatientWandbLogger:
+) -> PatientWandbLogger | None:
     """A W&B run that never stops the work: without login or network it is written offline. A
     server that is lost later is tried again and again; what it has not got in the end is on disk.
 
     Args:
         project, entity, group, tags, name, job_type: as W&B shows them.
-        mode: "online", "offline", or None for online where a login is found.
+        mode: "online", "offline", "disabled" (no run at all), or None: what the variables
+            WANDB_MODE and WANDB_DISABLED say, else online where a login is found.
         run_id: the same for the same work, so that a continued job continues its run.
         run_config: plain values, without paths and secrets.
         folder: offline runs lie under `folder/wandb`.
@@ -77,8 +80,11 @@ def wandb_logger(
     """
     import wandb
 
+    mode = mode or _mode_of_environment()
     if mode not in (None, "online", "offline", "disabled"):
         raise ValueError(f"logger.mode={mode!r}: expected online, offline, disabled or null")
+    if mode == "disabled":
+        return None
     folder.mkdir(parents=True, exist_ok=True)
     options = {
         "project": project,
@@ -110,13 +116,29 @@ def wandb_logger(
             log.warning("W&B: OFFLINE, since the server did not take the run: %s", error)
             mode = "offline"
     if mode != "online":
-        run = wandb.init(mode=mode, **options)
-        if mode == "offline":
-            log.warning("W&B: offline run in %s; `wandb sync` sends it later", Path(run.dir).parent)
+        run = wandb.init(mode="offline", **options)
+        log.warning("W&B: offline run in %s; `wandb sync` sends it later", Path(run.dir).parent)
     _open.append(run)
     logger = PatientWandbLogger(experiment=run)
     logger.upload_sae = upload_sae
     return logger
+
+
+def _mode_of_environment() -> str | None:
+    """What W&B's own variables ask for; None: nothing."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+        return "disabled"
+    found = os.environ.get("WANDB_MODE") or None
+    return {"dryrun": "offline", "run": "online"}.get(found, found)  # as they were once called
+
+
+def has_run(folder: Path, run_id: str) -> bool:
+    """Whether a W&B run of this id was begun from here before: its folder is there.
+
+    Args:
+        folder, run_id: as `wandb_logger` takes them.
+    """
+    return any((folder / "wandb").glob(f"*run-*-{run_id}"))
 
 
 def logged_in() -> bool:
@@ -130,8 +152,38 @@ def logged_in() -> bool:
 
 
 def csv_logger(*, run_folder: Path, **_: Any) -> CSVLogger:
-    """`metrics.csv` in the job's own folder."""
-    return CSVLogger(save_dir=run_folder, name="", version="")
+    """`metrics.csv` in the job's own folder. What is there stays: a run that goes on, or the same
+    command again, adds its rows."""
+    logger = CSVLogger(save_dir=run_folder, name="", version="")
+    logger._experiment = _AddingWriter(logger.log_dir)
+    return logger
+
+
+def has_rows(run_folder: Path) -> bool:
+    """Whether a CSV logger has written in a job's folder before."""
+    return (run_folder / ExperimentWriter.NAME_METRICS_FILE).is_file()
+
+
+class _AddingWriter(ExperimentWriter):
+    """Lightning's writer of a CSV file, which removes what an earlier run wrote."""
+
+    def _check_log_dir_exists(self) -> None:
+        file = Path(self.metrics_file_path)
+        if file.is_file():
+            with file.open(newline="") as lines:
+                self.metrics_keys = next(csv.reader(lines), [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Write the file anew with more columns: aside, so that a kill leaves the old one."""
+        file = Path(self.metrics_file_path)
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        aside = file.with_name(f".{file.name}.tmp")
+        with aside.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+        aside.replace(file)
 
 
 def no_logger(**_: Any) -> None:

@@ -1,17 +1,23 @@
-"""What SLURM's signals mean to a training: first a checkpoint, between two steps."""
+"""What signals mean to a training: first a checkpoint, between two steps."""
 
+import logging
 import signal
-from collections.abc import Callable
 from typing import Any
 
 from lightning import LightningModule, Trainer
 
-from clipsae.training.callbacks import BetweenSteps
+from clipsae.training.callbacks import BetweenSteps, ResumeCheckpoint
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointOnSignal(BetweenSteps):
-    """Where someone listens to SIGUSR2 (submitit, which then queues the job again), SIGTERM and
-    SIGUSR2 are answered at the end of the step, with a checkpoint.
+    """Answers signals at the end of the step.
+
+    - Ctrl-C (SIGINT): checkpoint, then the training ends. A second one ends it at once.
+    - SIGTERM: Lightning ends the training between two steps, and `ResumeCheckpoint` saves.
+
+    Where someone listens to SIGUSR2 (submitit, which then queues the job again):
 
     - SIGUSR2, the job's time is nearly over or its place is wanted: checkpoint, then submitit.
     - SIGTERM comes with a requeue, a preemption or scancel: checkpoint, and on until SIGKILL. A
@@ -21,30 +27,39 @@ class CheckpointOnSignal(BetweenSteps):
     regular checkpoint counts.
 
     Args:
-        save: writes a checkpoint.
+        checkpoint: writes it.
     """
 
-    def __init__(self, save: Callable[[Trainer], None]) -> None:
-        self.save = save
+    def __init__(self, checkpoint: ResumeCheckpoint) -> None:
+        self.checkpoint = checkpoint
         self.asked: set[int] = set()
         self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not callable(signal.getsignal(signal.SIGUSR2)):
-            return
-        self.before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._note)}
-        if trainer.world_size == 1:
-            self.before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._note)
+        answered = [signal.SIGINT]
+        if callable(signal.getsignal(signal.SIGUSR2)):
+            answered.append(signal.SIGTERM)
+            if trainer.world_size == 1:
+                answered.append(signal.SIGUSR2)
+        self.before = {number: signal.signal(number, self._note) for number in answered}
 
     def _note(self, number: int, frame: Any) -> None:
         self.asked.add(number)
+        if number == signal.SIGINT:
+            log.warning("Ctrl-C: saving after this step; once more ends it at once")
+            signal.signal(number, self.before[number])
 
     def between_steps(self, trainer: Trainer) -> None:
-        if self.asked:
+        if not self.asked:
+            return
+        if signal.SIGINT in self.asked:
             if trainer.world_size == 1:
-                self.save(trainer)
-            self._pass_on()
+                self.checkpoint.save_and_say(trainer)
+            raise KeyboardInterrupt
+        if trainer.world_size == 1:
+            self.checkpoint.save(trainer)
+        self._pass_on()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pass_on()

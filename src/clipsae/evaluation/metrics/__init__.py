@@ -11,6 +11,7 @@ from clipsae.evaluation.metrics.fidelity import fidelity
 from clipsae.evaluation.metrics.measure import (
     MeasureResult,
     check_measure_options,
+    check_metrics,
     measure,
 )
 from clipsae.evaluation.metrics.monosemanticity import MonoSemanticity, monosemanticity, pool_codes
@@ -26,6 +27,7 @@ __all__ = [
     "MeasureResult",
     "MonoSemanticity",
     "check_measure_options",
+    "check_metrics",
     "cknna",
     "concept_recovery",
     "decoder_orthogonality",

@@ -192,15 +192,23 @@ def check_measure_options(
         missing["monosemanticity"] = "an image_encoder, such as 'open_clip:ViT-B-32/openai'"
     if not has_truth(dataset):
         missing["recovery"] = "a dataset with ground truth, such as the built-in scenes"
+    check_metrics(metrics)
     if metrics is None:
         return tuple(metric for metric in METRICS if metric not in missing)
-    unknown = [metric for metric in metrics if metric not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"metrics={list(metrics)}: expected some of {', '.join(METRICS)}")
     for metric in metrics:
         if metric in missing:
             raise ValueError(f"metrics: {metric!r} needs {missing[metric]}")
     return tuple(metrics)
+
+
+def check_metrics(metrics: Sequence[str] | None) -> None:
+    """Refuse names that are no metrics of `measure`.
+
+    Raises:
+        ValueError: an unknown name, or none at all.
+    """
+    if metrics is not None and (not metrics or set(metrics) - set(METRICS)):
+        raise ValueError(f"metrics={list(metrics)}: expected some of {', '.join(METRICS)}")
 
 
 def _drawn(total: int, size: int, seed: int) -> list[int]:

@@ -25,7 +25,7 @@ def templates(cfg: DictConfig, dataset: ImageDataset) -> tuple[Template, ...]:
     return chosen[:1] if cfg.clip.pretrained is None else chosen
 
 
-def stage(cfg: DictConfig, store: Store, dataset: ImageDataset) -> Stage:
+def stage(cfg: DictConfig, store: Store, dataset: ImageDataset, name: str) -> Stage:
     """The place of the embeddings: the text tower and every prompt are in the key."""
     prompts = hashlib.sha256()
     for name in dataset.classnames:
@@ -39,7 +39,7 @@ def stage(cfg: DictConfig, store: Store, dataset: ImageDataset) -> Stage:
         "classes": len(dataset.classnames),
         "renormalize": cfg.evaluation.renormalize_text,
     }
-    return store.stage("classifier", [cfg.clip.name, cfg.dataset.name], key)
+    return store.stage("classifier", [cfg.clip.name, name], key)
 
 
 def make(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, folder: Path) -> None:
@@ -53,7 +53,18 @@ def make(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, folder: Path)
     save_file({"classifier": rows.cpu().contiguous()}, folder / "classifier.safetensors")
 
 
-def embeddings(cfg: DictConfig, store: Store, clip: FrozenCLIP, dataset: ImageDataset) -> Tensor:
-    """The classes' text embeddings [C, e] on the CPU, from the store, made first if missing."""
-    folder = stage(cfg, store, dataset).make(lambda place: make(cfg, clip, dataset, place))
+def embeddings(
+    cfg: DictConfig,
+    store: Store,
+    clip: FrozenCLIP,
+    dataset: ImageDataset,
+    name: str | None = None,
+) -> Tensor:
+    """The classes' text embeddings [C, e] on the CPU, from the store, made first if missing.
+
+    Args:
+        name: of the dataset, for the folder; None: `cfg.dataset`'s.
+    """
+    place = stage(cfg, store, dataset, name or cfg.dataset.name)
+    folder = place.make(lambda folder: make(cfg, clip, dataset, folder))
     return load_file(folder / "classifier.safetensors")["classifier"]

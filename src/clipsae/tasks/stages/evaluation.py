@@ -15,6 +15,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.evaluation import TopNResult, check_topn_options, evaluate_topn
+from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
 from clipsae.tasks import build, together
@@ -39,16 +40,25 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
     return store.stage("evaluation", [*name, f"s{cfg.seed}"], key, build.cell(cfg))
 
 
+def check_options(cfg: DictConfig) -> None:
+    """Refuse options that cannot be.
+
+    Raises:
+        ConfigError: see `check_topn_options`.
+    """
+    options = cfg.evaluation
+    build.user_error(check_topn_options, options.ns, options.protocol, options.settings)
+
+
 def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
     """Refuse now what would be refused after the training.
 
     Raises:
-        ConfigError: a backbone without a text tower; options that cannot be, or `heldout` where
-            both splits are the same images: nothing would be held out.
+        ConfigError: a backbone without a text tower, or `heldout` where both splits are the same
+            images: nothing would be held out.
     """
     clip.require_text()
     options = cfg.evaluation
-    build.user_error(check_topn_options, options.ns, options.protocol, options.settings)
     if options.protocol != "heldout":
         return
     counted = build.build_dataset(cfg.dataset, "train", clip.image_size)
@@ -62,9 +72,10 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
 def make(
     cfg: DictConfig,
     clip: FrozenCLIP,
-    sae_folder: Path,
+    trained: Stage,
     classifier: Tensor,
     test_set: ImageDataset,
+    stage: Stage,
     folder: Path,
 ) -> None:
     """Evaluate a trained SAE with the classes' text embeddings [C, e]; write into `folder`."""
@@ -73,28 +84,37 @@ def make(
     count_set = None
     if options.protocol == "heldout":
         count_set = build.build_dataset(cfg.dataset, "train", clip.image_size)
-    if build.limit_images(cfg) is not None:
-        log.info("evaluating %d images only", build.limit_images(cfg))
-
-    def evaluate(cells: dict[str, tuple[Path, float]]) -> TopNResult:
-        return evaluate_topn(
-            clip.to(device),
-            {name: SAE.load(trained).to(device) for name, (trained, _) in cells.items()},
-            test_set,
-            classifier,
-            ns=tuple(options.ns),
-            settings=tuple(options.settings),
-            protocol=options.protocol,
-            count_dataset=count_set,
-            count_threshold={name: threshold for name, (_, threshold) in cells.items()},
-            batch_size=options.batch_size,
-            limit_images=build.limit_images(cfg),
-            num_workers=cfg.features.num_workers,
-            device=device,
-            sparsity=True,
+    if (limit := build.limit_images(cfg)) is not None:
+        log.info(
+            "evaluating %d of %d images only: %s",
+            min(limit, len(test_set)),
+            len(test_set),
+            "evaluation.limit_images"
+            if cfg.evaluation.limit_images is not None
+            else "with random CLIP weights the numbers mean nothing",
         )
 
-    own = sae_folder, cfg.model.count_threshold
+    def evaluate(cells: dict[str, tuple[Path, float]]) -> TopNResult:
+        with Bar(f"evaluating {build.title(cfg, len(cells))}", stage.progress) as bar:
+            return evaluate_topn(
+                clip.to(device),
+                {name: SAE.load(path).to(device) for name, (path, _) in cells.items()},
+                test_set,
+                classifier,
+                ns=tuple(options.ns),
+                settings=tuple(options.settings),
+                protocol=options.protocol,
+                count_dataset=count_set,
+                count_threshold={name: threshold for name, (_, threshold) in cells.items()},
+                batch_size=options.batch_size,
+                limit_images=limit,
+                num_workers=cfg.features.num_workers,
+                device=device,
+                sparsity=True,
+                progress=bar,
+            )
+
+    own = trained.path, cfg.model.count_threshold
     name, result = together.in_one_pass("evaluation", cfg, own, evaluate)
     rows = [
         {**build.cell(cfg), **{k: v for k, v in row.items() if k != "sae"}}

@@ -40,19 +40,17 @@ def cached(cfg: DictConfig) -> bool:
     return cfg.features.get("cache") is not None
 
 
+# Where the cache lies, and how fast it and the images are read, changes no token.
+UNDECISIVE = ("num_workers", "pin_memory", "folder", "shard_gb")
+
+
 def training_key(cfg: DictConfig) -> dict[str, Any]:
-    """What of `cfg.features` decides an SAE's weights, beside batch_size and shuffle_tokens."""
-    if not cached(cfg):
-        return {}
-    options = cfg.features
-    return {
-        "cache": {
-            "dtype": options.cache.dtype,
-            "order_seed": options.cache.order_seed,
-            "block_images": options.block_images,
-            "buffer_images": options.buffer_images,
-        }
-    }
+    """What of `cfg.features` decides an SAE's weights: all but what is listed."""
+    options = build.plain(cfg.features)
+    if cached(cfg):
+        cache = options["cache"]
+        options["cache"] = {k: v for k, v in cache.items() if k not in UNDECISIVE}
+    return {k: v for k, v in options.items() if k not in UNDECISIVE}
 
 
 def layout(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> Layout:

@@ -14,10 +14,12 @@ from clipsae.data import ImageDataset
 from clipsae.evaluation.metrics import (
     MeasureResult,
     check_measure_options,
+    check_metrics,
     image_encoder,
     measure,
 )
 from clipsae.evaluation.metrics.truth import has_truth
+from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.tasks import build, together
@@ -57,6 +59,15 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
     return store.stage("measurement", [*name, f"s{cfg.seed}"], key, build.cell(cfg))
 
 
+def check_options(cfg: DictConfig) -> None:
+    """Refuse metrics that do not exist, whatever is measured.
+
+    Raises:
+        ConfigError: such a metric.
+    """
+    build.user_error(check_metrics, cfg.measurement.metrics)
+
+
 def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
     """Refuse now what would be refused after the training.
 
@@ -81,24 +92,31 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
 
 
 def make(
-    cfg: DictConfig, clip: FrozenCLIP, sae_folder: Path, test_set: ImageDataset, folder: Path
+    cfg: DictConfig,
+    clip: FrozenCLIP,
+    trained: Stage,
+    test_set: ImageDataset,
+    stage: Stage,
+    folder: Path,
 ) -> None:
     """Measure a trained SAE and write the numbers into `folder`."""
     device = build.best_device()
 
     def measure_all(cells: dict[str, Path]) -> MeasureResult:
-        return measure(
-            clip.to(device),
-            {name: SAE.load(trained).to(device) for name, trained in cells.items()},
-            test_set,
-            **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
-            batch_size=cfg.evaluation.batch_size,
-            num_workers=cfg.features.num_workers,
-            device=device,
-            limit_images=build.limit_images(cfg),
-        )
+        with Bar(f"measuring {build.title(cfg, len(cells))}", stage.progress) as bar:
+            return measure(
+                clip.to(device),
+                {name: SAE.load(path).to(device) for name, path in cells.items()},
+                test_set,
+                **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
+                batch_size=cfg.evaluation.batch_size,
+                num_workers=cfg.features.num_workers,
+                device=device,
+                limit_images=build.limit_images(cfg),
+                progress=bar,
+            )
 
-    name, result = together.in_one_pass("measurement", cfg, sae_folder, measure_all)
+    name, result = together.in_one_pass("measurement", cfg, trained.path, measure_all)
     about = {
         **build.cell(cfg),
         "images": result.images,

@@ -11,10 +11,10 @@ from omegaconf import DictConfig
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
+from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
-from clipsae.tasks.bar import bar
 from clipsae.tasks.stages import measurement, sae
 from clipsae.visualization.collect import collect_references
 from clipsae.visualization.collector import TOP
@@ -137,7 +137,7 @@ def _collect(
         name: SAE.load(trained.path).to(device)
         for name, (_, _, trained) in zip(stages, work, strict=True)
     }
-    with bar("reference images") as progress:
+    with Bar("reference images") as progress:
         found = build.user_error(
             collect_references,
             clip.to(device),

@@ -9,10 +9,12 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from omegaconf import DictConfig
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
@@ -20,6 +22,7 @@ from clipsae.errors import ConfigError
 from clipsae.store import Stage, Store, whole_checkpoint, write_json
 from clipsae.store.files import checkpoint_step
 from clipsae.tasks import build, plugins, together
+from clipsae.tasks.options import check_trainer_keys
 from clipsae.tasks.stages import features
 from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint, StepProgress, TokenRate
 from clipsae.training.module import SAEModule
@@ -28,26 +31,44 @@ from clipsae.training.signals import CheckpointOnSignal
 
 log = logging.getLogger(__name__)
 
+TRAINER_OPTIONS = {
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "check_val_every_n_epoch": None,
+}
+
+
+# Keys of Lightning's Trainer that do not change the weights: where it runs, what is looked at
+# meanwhile, and when it pauses. All others are in the key, those of tomorrow, too.
+UNDECISIVE = (
+    *("accelerator", "strategy", "log_every_n_steps", "profiler", "max_time"),
+    *("val_check_interval", "limit_val_batches", "num_sanity_val_steps", "inference_mode"),
+    *("limit_test_batches", "limit_predict_batches", "detect_anomaly"),
+)
+# Of them and of the others, those that can end a training before its last step.
+ENDING = ("max_time", "limit_train_batches", "overfit_batches")
+# In the key as their product: the batches that make a step.
+BATCHES = ("devices", "num_nodes", "accumulate_grad_batches")
+
 
 def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
     """The place of the trained SAE: everything that decides its weights is in the key."""
-    trainer = cfg.trainer
+    trainer = build.plain(cfg.trainer)
+    devices = trainer["devices"] if isinstance(trainer["devices"], int) else len(trainer["devices"])
     key = {
         "clip": build.clip_key(cfg),
         "train_dataset": build.dataset_key(build.train_dataset_node(cfg), train_set),
         "sae": build.sae_options(cfg),
         "training": {
             **build.training_options(cfg),
-            "max_steps": trainer.max_steps,
-            "precision": str(trainer.precision),
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "batch_size": cfg.features.batch_size,
-            "shuffle_tokens": cfg.features.shuffle_tokens,
-            "batches_a_step": trainer.accumulate_grad_batches
-            * int(trainer.num_nodes)
-            * (trainer.devices if isinstance(trainer.devices, int) else len(trainer.devices)),
+            "trainer": {
+                name: value
+                for name, value in trainer.items()
+                if name not in (*UNDECISIVE, *BATCHES)
+            },
+            "batches_a_step": trainer["accumulate_grad_batches"] * trainer["num_nodes"] * devices,
+            "features": features.training_key(cfg),
             "seed": cfg.seed,
-            **features.training_key(cfg),
         },
     }
     if plugged := plugins.digests(cfg):
@@ -57,18 +78,42 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
     return store.stage("sae", [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"], key, about)
 
 
+def check_options(cfg: DictConfig) -> None:
+    """Refuse what the config alone shows cannot be trained.
+
+    Raises:
+        ConfigError: an option of the SAE, its training or Lightning's Trainer that cannot be.
+    """
+    check_trainer_keys(cfg.trainer)
+    check_devices(cfg)
+    options = build.training_options(cfg)
+    if cfg.model.get("k") == "auto":  # a number by then
+        cfg = OmegaConf.merge(cfg, {"model": {"k": 1}})
+    with torch.device("meta"):
+        sae = build.build_sae(cfg, d=64)  # any width
+        build.user_error(SAEModule, sae, **options)
+    build.user_error(warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps)
+    try:
+        build.call_target(cfg.trainer, logger=False, **TRAINER_OPTIONS, plugins=_plugins())
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        names = ("accelerator", "devices", "strategy", "precision")
+        given = ", ".join(f"trainer.{name}={cfg.trainer[name]}" for name in names)
+        said = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"Lightning's Trainer cannot be had with {given}: {said} (trainer.accelerator=auto "
+            "takes what is there)"
+        ) from error
+
+
 def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
     """Refuse now, at no cost, what would be refused in the midst of the training.
 
     Raises:
-        ConfigError: an option of the SAE or its training that cannot be.
+        ConfigError: an option of the SAE or its features that cannot be with this CLIP and these
+            images.
     """
-    check_devices(cfg)
     with torch.device("meta"):
-        sae = build.build_sae(cfg, clip.width)
-    options = build.training_options(cfg)
-    build.user_error(SAEModule, sae, **options)
-    build.user_error(warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps)
+        build.build_sae(cfg, clip.width)
     features.data_module(cfg, clip, train_set)
     if features.cached(cfg) and not stage(cfg, Store(cfg.paths.output_dir), train_set).finished:
         features.check(cfg, clip, train_set)
@@ -103,6 +148,7 @@ def make(
     cfg: DictConfig,
     clip: FrozenCLIP,
     train_set: ImageDataset,
+    held_out: ImageDataset,
     logger: Logger | None,
     stage: Stage,
     folder: Path,
@@ -111,11 +157,11 @@ def make(
     """Train an SAE and write it into `folder`, continuing from the stage's checkpoint if any.
 
     Args:
+        held_out: images for validation.
         watch: callbacks that look at the training and leave it as it is.
     """
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     module = SAEModule(build.build_sae(cfg, clip.width), **build.training_options(cfg))
-    held_out = build.build_dataset(build.train_dataset_node(cfg), "test", clip.image_size)
     cache = features.open_cache(cfg, clip, train_set)
     data = features.data_module(cfg, clip, train_set, held_out, cache=cache)
     checkpoint = stage.scratch / "last.ckpt"
@@ -131,7 +177,7 @@ def make(
             save=lambda: resume.save_between(trainer),
         )
     else:
-        callbacks.append(CheckpointOnSignal(resume.save))
+        callbacks.append(CheckpointOnSignal(resume))
     if cfg.callbacks.progress_bar:
         k = cfg.model.get("k")
         callbacks.append(StepProgress(cfg.model.name + (f" k={k}" if k else "")))
@@ -139,13 +185,12 @@ def make(
         cfg.trainer,
         logger=logger if logger is not None else False,
         callbacks=callbacks,
-        # Lightning's own requeuing and submitit's would meet.
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        plugins=_plugins(),
         default_root_dir=folder,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        check_val_every_n_epoch=None,
+        **TRAINER_OPTIONS,
     )
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        _warn_of_busy_cores()
     begun = whole_checkpoint(checkpoint)
     if begun:
         at = checkpoint_step(stage.scratch)
@@ -161,6 +206,13 @@ def make(
             + ("is none" if kept is None else f"is that of step {kept:,}, kept in {stage.home}")
             + "; lower model.learning_rate, or set trainer.gradient_clip_val=1"
         ) from error
+    if trainer.global_step < trainer.max_steps:
+        kept = checkpoint_step(stage.scratch)
+        raise ConfigError(
+            f"{stage.path.name} is not finished: Lightning ended its training after "
+            f"{trainer.global_step:,} of {trainer.max_steps:,} steps{_why_ended(cfg)}"
+            + ("" if kept is None else f"; the same command without it goes on from step {kept:,}")
+        )
     if torch.distributed.is_initialized():  # or the evaluation's metrics wait for other ranks
         torch.distributed.destroy_process_group()
     if not trainer.is_global_zero:
@@ -168,3 +220,26 @@ def make(
     module.sae.save(folder)
     build.save_config(cfg, folder)
     write_json(folder / "training.json", {"steps": trainer.global_step, **module.numbers()})
+
+
+def _plugins() -> list[SLURMEnvironment] | None:
+    """Lightning's own requeuing and submitit's would meet."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
+
+
+def _warn_of_busy_cores() -> None:
+    """Threads that wait for each other's cores take many times as long as one thread alone. How
+    many there are is the user's to choose: another number adds in another order."""
+    threads, cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
+    if threads > 1 and load > cores / 2:
+        log.warning(
+            "this machine is busy (load %.1f on %d cores) and torch uses %d threads: with "
+            "OMP_NUM_THREADS=1 a step may take a tenth of the time",
+            *(load, cores, threads),
+        )
+
+
+def _why_ended(cfg: DictConfig) -> str:
+    """The keys that may have ended a training early."""
+    found = [f"trainer.{name}={v}" for name, v in cfg.trainer.items() if name in ENDING]
+    return f" ({', '.join(found)})" if found else ""

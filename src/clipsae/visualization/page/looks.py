@@ -166,9 +166,9 @@ def collect_looks(
                 if shown:
                     look = _look(clip, sae, stream, codes, own, classifier, per_token, per_image)
                     found.append(replace(look, index=index, label=label, why=reasons))
-            done += len(seen)
-            if progress is not None:
-                progress(done, len(computed_on))
+                done += 1
+                if progress is not None:
+                    progress(done, len(computed_on))
     return Looks(found, _averaged(measured) if effect_images else None)
 
 

@@ -1,0 +1,82 @@
+"""Why a command line does not compose, in one sentence with the names that are near."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+
+def explain(error: Exception) -> str:
+    """What is wrong with the overrides of this process's command, and what to write instead.
+
+    Args:
+        error: that Hydra or OmegaConf raised while it composed.
+    """
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: there is no such choice; {near(choice, error.options)}"
+    said = [str(one).strip() for one in (error, error.__cause__) if one is not None]
+    if match := re.match(r"Could not override '([^']+)'", said[0]):
+        return _unknown(match[1].partition("@")[0])
+    if match := re.match(r"Ambiguous value for argument '([^']+)'", said[0]):
+        return f"{match[1]}: several values are a sweep: add -m; a list is written key=[a,b]"
+    if match := re.match(r"Error parsing override '([^']*)'\s*(.*)", said[0]):
+        return f"{match[1]!r} is not key=value: {match[2]}"
+    # The first lines say it; the rest is where in Hydra's own terms.
+    return ": ".join(text.splitlines()[0] for text in said)
+
+
+def near(name: str, known: Iterable[str], group: str = "") -> str:
+    """The names that are meant, or all there are.
+
+    Args:
+        group: that the names belong to, for the answer.
+    """
+    known = sorted(one for one in known if not one.startswith("_"))
+    prefix = f"{group}." if group else ""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(prefix + one for one in close)}?"
+    if not known:
+        return "see --help"
+    return f"{group} has {', '.join(known)}" if group else f"there are {', '.join(known)}"
+
+
+def _unknown(key: str) -> str:
+    """That a key does not exist, from the first part of it that does not."""
+    node, parts = _composed(), key.split(".")
+    for i, part in enumerate(parts):
+        known = [str(one) for one in node] if isinstance(node, DictConfig) else []
+        if part not in known:
+            hint = near(part, known, ".".join(parts[:i]))
+            return f"{_given(key)}: there is no such option; {hint}"
+        node = node._get_node(part)
+    return f"{_given(key)}: there is no such option"
+
+
+def _given(key: str) -> str:
+    """The override as it was written."""
+    found = [a for a in sys.argv[1:] if a.lstrip("+~").partition("=")[0] == key]
+    return found[0] if found else key
+
+
+def _composed() -> DictConfig:
+    """The config with the groups alone that the command chooses."""
+    choices = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w-]+", a)]
+    GlobalHydra.instance().clear()
+    from hydra import initialize_config_dir
+
+    from clipsae.cli import ROOT
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for some in (choices, []):
+            try:
+                return compose("config", some)
+            except HydraException:
+                continue
+    return OmegaConf.create()

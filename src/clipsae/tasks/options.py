@@ -1,0 +1,433 @@
+"""What each key of `conf/` may be. Looked at before torch is imported: a slip of the hand is
+answered within a second.
+
+What needs more than the value itself (files, the model, the dataset) is checked by those who use
+it. Groups that plugins extend, `model` and the datasets, have rules for the keys that are there;
+what else they may hold, their classes know.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from clipsae.errors import ConfigError
+from clipsae.overrides import near
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value may be, as a test and in words."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def whole(least: int | None = None) -> Rule:
+    more = "" if least is None else f", {least} or more"
+    return Rule(f"a whole number{more}", lambda v: _is_whole(v) and (least is None or v >= least))
+
+
+def number(least: float | None = None, above: float | None = None) -> Rule:
+    more = f", {least:g} or more" if least is not None else ""
+    more += f" above {above:g}" if above is not None else ""
+    return Rule(
+        f"a number{more}",
+        lambda v: _is_number(v) and (least is None or v >= least) and (above is None or v > above),
+    )
+
+
+def one_of(*choices: Any) -> Rule:
+    words = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
+    # By type, too: 1 is not true.
+    return Rule(
+        f"{', '.join(words[:-1])} or {words[-1]}",
+        lambda v: any(v == choice and type(v) is type(choice) for choice in choices),
+    )
+
+
+def or_null(rule: Rule) -> Rule:
+    return Rule(f"{rule.expected}, or null", lambda v: v is None or rule.holds(v))
+
+
+def either(one: Rule, other: Rule) -> Rule:
+    return Rule(f"{one.expected}, or {other.expected}", lambda v: one.holds(v) or other.holds(v))
+
+
+def list_of(rule: Rule, least: int = 0) -> Rule:
+    more = f" of at least {least}" if least else ""
+    return Rule(
+        f"a list{more}, each {rule.expected}",
+        lambda v: isinstance(v, list) and len(v) >= least and all(map(rule.holds, v)),
+    )
+
+
+FLAG = one_of(True, False)
+TEXT = Rule("text", lambda v: isinstance(v, str) and v != "")
+NAME = Rule("a name", lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "")
+SPLIT = one_of("train", "test")
+
+TRAINER = {
+    "_target_": TEXT,
+    "accelerator": TEXT,
+    "devices": either(whole(1), list_of(whole(0), least=1)),
+    "num_nodes": whole(1),
+    "strategy": TEXT,
+    "precision": one_of(
+        *("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"),
+        *("transformer-engine", "transformer-engine-float16", "bf16", "16", "32", "64", 16, 32, 64),
+    ),
+    "max_steps": whole(1),
+    "accumulate_grad_batches": whole(1),
+    "gradient_clip_val": or_null(number(above=0)),
+    "log_every_n_steps": whole(1),
+    "val_check_interval": whole(1),
+    "limit_val_batches": either(whole(0), Rule("a share of them, 0.0 to 1.0", lambda v: _share(v))),
+    "num_sanity_val_steps": whole(0),
+    "deterministic": one_of(True, False, "warn"),
+}
+
+# Keys of Lightning's Trainer that a run sets itself, or that leave nothing to go on from.
+REFUSED_BY_TRAINER = {
+    **dict.fromkeys(
+        ("fast_dev_run", "max_epochs", "min_epochs", "min_steps", "barebones"),
+        "how long a training is, is trainer.max_steps",
+    ),
+    **dict.fromkeys(("logger", "enable_autolog_hparams"), "choose logger=wandb, csv or none"),
+    **dict.fromkeys(
+        ("callbacks", "enable_checkpointing", "check_val_every_n_epoch"),
+        "see callbacks. and trainer.val_check_interval",
+    ),
+    "enable_progress_bar": "it is callbacks.progress_bar",
+    "enable_model_summary": "there is none",
+    "default_root_dir": "it is paths.output_dir",
+    "plugins": "the run chooses them",
+    "model_registry": "SAEs are uploaded by logger.upload_sae or task=export",
+}
+
+CLOSED: dict[str, Mapping[str, Any]] = {
+    "paths": {"output_dir": TEXT, "data_dir": TEXT},
+    "clip": {
+        "name": TEXT,
+        "pretrained": or_null(TEXT),
+        "layer": whole(),
+        "precision": one_of("fp32", "bf16"),
+        "seed": whole(0),
+        "image_size": or_null(whole(1)),
+    },
+    "features": {
+        "batch_size": whole(1),
+        "shuffle_tokens": whole(0),
+        "num_workers": whole(0),
+        "block_images": whole(1),
+        "buffer_images": whole(0),
+        "cache": {
+            "folder": TEXT,
+            "dtype": one_of("bf16", "fp16", "fp32"),
+            "order_seed": whole(0),
+            "shard_gb": number(above=0),
+        },
+    },
+    "callbacks": {
+        "checkpoint_every_n_steps": whole(1),
+        "checkpoint_every_n_seconds": number(above=0),
+        "progress_bar": FLAG,
+        "prediction_images": whole(0),
+        "reference_sheet_every_n_steps": whole(0),
+        "reference_sheet_images": whole(1),
+    },
+    "evaluation": {
+        "protocol": one_of("paper", "heldout"),
+        "ns": list_of(whole(1), least=1),
+        "settings": list_of(one_of("no_sae", "on", "off", "self")),
+        "split": SPLIT,
+        "batch_size": whole(1),
+        "limit_images": or_null(whole(1)),
+        "renormalize_text": FLAG,
+    },
+    "measurement": {
+        "metrics": or_null(list_of(TEXT)),
+        "image_encoder": or_null(TEXT),
+        "pooling": one_of("mean", "max", "cls"),
+        "sample_tokens": whole(1),
+        "sample_images": whole(1),
+        "k": whole(1),
+        "threshold": Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+        "seed": whole(0),
+    },
+    "logger": {
+        "_target_": TEXT,
+        "project": NAME,
+        "entity": or_null(NAME),
+        "mode": or_null(one_of("online", "offline", "disabled")),
+        "group": or_null(NAME),
+        "tags": list_of(NAME),
+        "upload_sae": FLAG,
+        "finish_timeout": number(least=0),
+    },
+    "resources": {
+        "gpus": or_null(whole(0)),
+        "cpus": whole(1),
+        "mem_gb": or_null(number(above=0)),
+        "minutes": whole(1),
+    },
+}
+
+RUN = {"_target_": TEXT, "hydra_mode": one_of("RUN", "MULTIRUN")}
+NAMES = or_null(list_of(NAME))
+TASKS: dict[str, Mapping[str, Any]] = {
+    "cache": {"verify": FLAG},
+    "dashboard": {
+        "project": NAME,
+        "entity": or_null(NAME),
+        "sweep": NAME,
+        "datasets": NAMES,
+        "ns": list_of(whole(1), least=1),
+        "file": TEXT,
+    },
+    "data": {"datasets": NAMES},
+    "evaluate": {"sae": or_null(TEXT), "name": or_null(NAME), "count_threshold": number(least=0)},
+    "experiment": {},
+    "explore": {
+        "sae": or_null(TEXT),
+        "split": SPLIT,
+        "pages": whole(1),
+        "thumbnails": FLAG,
+        "effect_images": whole(0),
+        "neighbours": whole(0),
+        "words": or_null(TEXT),
+        "upload": FLAG,
+        "serve": FLAG,
+        "port": Rule("a port, 0 to 65535", lambda v: _is_whole(v) and 0 <= v <= 65535),
+    },
+    "export": {
+        "sae": or_null(TEXT),
+        "to": one_of("clipsae", "saelens", "visaebench"),
+        "folder": or_null(TEXT),
+        "push": or_null(TEXT),
+        "private": FLAG,
+    },
+    "gc": {"delete": FLAG, "unused": FLAG},
+    "pretrain": {
+        "steps": whole(1),
+        "batch_size": whole(1),
+        "curriculum_steps": whole(0),
+        "patch_steps": whole(0),
+        "patch_weight": number(least=0),
+        "counts": list_of(number(least=0), least=3),
+        "weights": dict.fromkeys(
+            (
+                *("caption", "shape", "colour", "pattern", "size", "shape_colour"),
+                *("position", "background", "count"),
+            ),
+            number(least=0),
+        ),
+        "muon_lr": number(above=0),
+        "adamw_lr": number(above=0),
+        "weight_decay": number(least=0),
+        "warmup_steps": whole(0),
+        "cooldown": Rule("a share, 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+        "max_logit_scale": number(above=0),
+        "precision": one_of("bf16", "fp32"),
+        "threads": or_null(whole(1)),
+        "log_every": whole(1),
+        "checkpoint_every": whole(1),
+        "evaluate_every": whole(1),
+        "evaluate_images": whole(1),
+    },
+    "report": {
+        "clip": TEXT,
+        "weights": or_null(TEXT),
+        "layer": whole(),
+        "protocol": one_of("paper", "heldout"),
+        "latents": or_null(whole(1)),
+        "models": NAMES,
+        "datasets": NAMES,
+        "k": or_null(whole(1)),
+        "folder": TEXT,
+    },
+    "status": {"models": NAMES, "datasets": NAMES, "kind": TEXT, "json": FLAG},
+    "visualize": {
+        "sae": or_null(TEXT),
+        "images": list_of(TEXT),
+        "indices": or_null(list_of(whole(0))),
+        "models": NAMES,
+        "split": SPLIT,
+        "top": whole(1),
+        "references": whole(0),
+        "mask_references": FLAG,
+        "filter": one_of("frequency", "strength", "none"),
+        "max_frequency": Rule("a share, 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+        "max_strength": number(least=0),
+    },
+}
+# These look at what is there, and need no dataset.
+WITHOUT_DATASET = ("dashboard", "data", "gc", "report", "status", "pretrain")
+
+# Groups whose classes may have more keys.
+MODEL = {
+    "name": NAME,
+    "architecture": TEXT,
+    "activation": TEXT,
+    "latents": whole(1),
+    "learning_rate": number(above=0),
+    "betas": Rule(
+        "two numbers from 0 to below 1",
+        lambda v: (
+            isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v)
+        ),
+    ),
+    "warmup_steps": whole(0),
+    "decay": one_of("constant", "cosine", "linear"),
+    "initial_images": whole(1),
+    "compile": FLAG,
+    "count_threshold": number(least=0),
+    "k": Rule("a whole number, 1 or more, or auto", lambda v: v == "auto" or whole(1).holds(v)),
+}
+DATASET = {
+    "_target_": TEXT,
+    "name": NAME,
+    "root": TEXT,
+    "split_source": one_of("auto", "coop", "official"),
+    "classnames": one_of("clean", "raw"),
+    "templates": one_of("imagenet", "dataset"),
+    "on_bad_image": one_of("error", "skip"),
+    "download": FLAG,
+    "kind": TEXT,
+    "seed": whole(0),
+    "size": either(
+        whole(1),
+        Rule(
+            "such a number for train and test",
+            lambda v: (
+                isinstance(v, dict)
+                and set(v) == {"train", "test"}
+                and all(_is_whole(n) and n >= 1 for n in v.values())
+            ),
+        ),
+    ),
+}
+TOP = {
+    "seed": Rule("a whole number, 0 to 4294967295", lambda v: _is_whole(v) and 0 <= v < 2**32),
+    "plugins": list_of(TEXT),
+    "together": FLAG,
+    "sweep_name": NAME,
+}
+
+
+def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Refuse values that no run can use, and keys that nobody reads.
+
+    Args:
+        cfg: composed, as `run.py` has it.
+        overrides: of the command line; a new key at the config's top (`+name=...`) is refused.
+
+    Raises:
+        ConfigError: the first, by its name: the value, what was expected.
+    """
+    # What is missing first: an interpolation of it could not be resolved.
+    task = _own(OmegaConf.to_container(cfg.task, resolve=False), "run")
+    if task not in WITHOUT_DATASET:
+        for key in sorted(OmegaConf.missing_keys(cfg)):
+            if not key.startswith("hydra"):
+                raise ConfigError(f"{key} is not given: add {key}=... to the command")
+    node = OmegaConf.to_container(cfg, resolve=True)
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if override.startswith("+") and "." not in key and not isinstance(node.get(key), dict):
+            raise unknown_key("", key, [one for one in node if one != key], value)
+    for name, rule in TOP.items():
+        _check_value(name, node[name], rule)
+    for group, rules in CLOSED.items():
+        if "_target_" not in node[group] or _own(node[group]):
+            _check_group(group, node[group], rules, closed=True)
+    if task in TASKS:
+        _check_group("task", node["task"], {**RUN, **TASKS[task]}, closed=True)
+    _check_group("trainer", node["trainer"], TRAINER)
+    _check_group("model", node["model"], MODEL)
+    for group in ("dataset", "train_dataset"):
+        if _own(node[group]):
+            _check_group(group, node[group], DATASET)
+
+
+def _own(node: Mapping[str, Any], function: str | None = None) -> str | None:
+    """The name of what a node's `_target_` is in this package, without `function`; None: it is
+    somebody else's."""
+    package, *path = str(node.get("_target_")).split(".")
+    if function is not None and path[-1:] == [function]:
+        path.pop()
+    return path[-1] if package == "clipsae" and path else None
+
+
+def check_trainer_keys(keys: Mapping[str, Any]) -> None:
+    """Refuse keys that Lightning's Trainer does not have, or that a run sets itself. (Lightning is
+    imported for it.)
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    from lightning import Trainer
+
+    known = [*inspect.signature(Trainer).parameters]
+    for key, value in keys.items():
+        if key in REFUSED_BY_TRAINER and value is not None:
+            raise ConfigError(
+                f"trainer.{key}={_shown(value)}: not to be set: {REFUSED_BY_TRAINER[key]}"
+            )
+        if key not in known and key != "_target_":
+            raise unknown_key("trainer", key, known)
+
+
+def unknown_key(group: str, key: str, known: Iterable[str], value: Any = None) -> ConfigError:
+    """The error for a key that nobody reads, with names that are near."""
+    name = f"{group}.{key}" if group else key
+    given = name if value is None else f"{name}={_shown(value)}"
+    return ConfigError(f"{given}: there is no such option; {near(key, known, group)}")
+
+
+def _check_group(
+    group: str, node: Mapping[str, Any], rules: Mapping[str, Any], closed: bool = False
+) -> None:
+    for key, value in node.items():
+        rule = rules.get(key)
+        if rule is None:
+            if closed:
+                raise unknown_key(group, key, rules, value)
+        elif isinstance(rule, Mapping):
+            if value is None and key == "cache":  # features=online
+                continue
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{group}.{key}={_shown(value)}: expected {', '.join(rule)} in it"
+                )
+            _check_group(f"{group}.{key}", value, rule, closed)
+        else:
+            _check_value(f"{group}.{key}", value, rule)
+
+
+def _check_value(name: str, value: Any, rule: Rule) -> None:
+    if not rule.holds(value):
+        raise ConfigError(f"{name}={_shown(value)}: expected {rule.expected}")
+
+
+def _share(value: Any) -> bool:
+    return isinstance(value, float) and 0 <= value <= 1
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    return str(value)
