@@ -71,6 +71,8 @@ def test_files_and_dataset_images_through_two_models(trained, tmp_path):
         (["model=topk", "task.indices=[24]"], "expected 0 to 23"),
         (["model=topk", "task.filter=rare"], "frequency, strength, none"),
         (["task.models=[topkk]"], "topkk"),
+        (["task.sae=nowhere", "task.models=[topk]"], "expected one of them"),
+        (["logger.upload_sae=true"], "task=visualize uploads nothing"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(trained, overrides, words):

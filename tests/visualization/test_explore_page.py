@@ -1,6 +1,7 @@
 """What the page is computed from, against loops and finite differences."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,11 +12,8 @@ from clipsae.data.scenes import ScenesDataset
 from clipsae.sae import SAE
 from clipsae.visualization import collect_references
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
-from clipsae.visualization.page.looks import (
-    collect_looks,
-    first_order_effects,
-    logits_without,
-)
+from clipsae.visualization.page.looks import collect_looks
+from clipsae.visualization.page.reasons import first_order_effects, logits_without
 from clipsae.visualization.page.write import ALPHABET, MAP_LEVELS, heat_text
 
 
@@ -91,7 +89,7 @@ def test_nothing_is_predicted_without_texts(world):
     looks = collect_looks(clip, sae, dataset, None, references, **options)
     assert looks.effects is None
     (look,) = looks.images
-    assert (look.clip, look.sae, look.why) == ([], [], [])
+    assert (look.clip, look.sae, look.why) == ([], [], None)
     assert (look.tokens, look.latents) == (full.tokens, full.latents)
 
 
@@ -119,16 +117,15 @@ def test_first_order_effects_are_the_slope_at_the_stream(world):
     clip, sae, dataset, classifier = world
     stream = clip.prefix(clip.normalize(dataset[1][0][None]))[0]
     codes = sae.encode(stream)
-    predicted = clip.logits(stream[None], classifier)[0].argmax()
-    effect = first_order_effects(clip, sae, stream, codes, classifier, predicted)
+    classes = torch.tensor([4, 7])
+    effects = first_order_effects(clip, sae, stream, codes, classifier, classes)
     step = 1e-3
     for m in (codes > 0).any(dim=0).nonzero().squeeze(1)[:4].tolist():
         share = codes[:, m, None] * sae.decoder_rows()[m] * sae.input_scale(stream)
         two = torch.stack((stream + step * share, stream - step * share))
-        logits = clip.logits(two, classifier)
-        logits = logits - logits.mean(dim=-1, keepdim=True)
-        slope = (logits[0, predicted] - logits[1, predicted]) / (2 * step)
-        assert effect[m].item() == pytest.approx(slope.item(), abs=0.02, rel=0.05)
+        logits = clip.logits(two, classifier)[:, classes]
+        slope = (logits[0] - logits[1]) / (2 * step)
+        assert effects[:, m].tolist() == pytest.approx(slope.tolist(), abs=0.02, rel=0.05)
 
 
 def test_looks_and_effects_of_the_images_that_are_shown(world):
@@ -151,8 +148,62 @@ def test_looks_and_effects_of_the_images_that_are_shown(world):
     means = codes.mean(dim=0)
     assert look.latents == [m for m in means.argsort(descending=True).tolist() if means[m] > 0][:40]
     assert sum(p for _, p in look.clip) <= 1 + 1e-6
-    losses = [abs(loss) for _, _, loss, _ in look.why]
-    assert losses == sorted(losses, reverse=True)
+
+
+def whole_tail(clip, stream, classifier) -> list[float]:
+    """The logits of one image, by CLIP's last layers as they are."""
+    image = torch.nn.functional.normalize(clip.tail(stream), dim=-1)
+    return (clip.logit_scale * (image @ classifier.T)[0]).tolist()
+
+
+def softmax(logits: list[float]) -> list[float]:
+    most = max(logits)
+    powers = [math.exp(x - most) for x in logits]
+    return [x / sum(powers) for x in powers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("effect_images", [1, 0])
+def test_why_a_class_is_predicted(world, effect_images):
+    """Each active latent taken out in turn, the whole model run again: by the logit, the margin
+    over each of the five likeliest others and the probability the page has the strongest."""
+    clip, sae, dataset, classifier = world
+    references = collect_references(clip, {"it": sae}, dataset, name="colour", split="test")["it"]
+    options = {"pages": [7], "effect_images": effect_images, "on_image": None, "why": 3}
+    (look,) = collect_looks(clip, sae, dataset, classifier, references, **options).images
+    why = look.why
+
+    stream = clip.prefix(clip.normalize(dataset[7][0][None]))
+    codes, scale = sae.encode(stream), sae.input_scale(stream)
+    own = whole_tail(clip, stream, classifier)
+    order = sorted(range(10), key=lambda k: -own[k])
+    assert why.classes == order
+    assert why.logits == pytest.approx([own[k] for k in order], abs=1e-3)
+    assert look.clip[0][0] == order[0]
+    assert math.exp(why.logits[0] - why.normaliser) == pytest.approx(look.clip[0][1], abs=1e-4)
+    without = {}
+    for m in (codes[0].mean(dim=0) > 0).nonzero().flatten().tolist():
+        zeroed = codes.clone()
+        zeroed[..., m] = 0
+        changed = stream + sae.decode(zeroed, scale) - sae.decode(codes, scale)
+        without[m] = whole_tail(clip, changed, classifier)
+    for i, m in enumerate(why.latents):
+        assert why.without[i] == pytest.approx([without[m][k] for k in order], abs=2e-3)
+        p = math.exp(why.without[i][0] - why.normalisers[i])
+        assert p == pytest.approx(softmax(without[m])[order[0]], abs=1e-3)
+        assert why.instead[i] == max(range(10), key=lambda k: without[m][k])
+        assert why.means[i] == pytest.approx(codes[0, :, m].mean().item(), rel=1e-4)
+    if effect_images == 0:  # chosen to first order, maybe not quite the strongest
+        assert 3 <= len(why.latents) <= 6
+        return
+    first = order[0]
+    measures = [lambda of, k=k: of[first] - of[k] for k in order[1:6]]
+    measures += [lambda of: of[first], lambda of: softmax(of)[first]]
+    for measure in measures:
+        effect = {m: abs(measure(own) - measure(of)) for m, of in without.items()}
+        strongest = sorted(effect.values(), reverse=True)[:3]
+        kept = sorted((effect[m] for m in why.latents), reverse=True)[:3]
+        assert kept == pytest.approx(strongest, abs=2e-3)
 
 
 @torch.no_grad()
@@ -168,17 +219,16 @@ def test_effects_on_the_true_class_are_those_of_one_latent_at_a_time(world):
         stream = clip.prefix(clip.normalize(pixels[None]))
         codes = sae.encode(stream)
         scale = sae.input_scale(stream)
+        logits = whole_tail(clip, stream, classifier)
+        rival = max((k for k in range(10) if k != label), key=lambda k: logits[k])
         for m in (codes.mean(dim=1)[0] > 0).nonzero().flatten().tolist():
             if index not in pages and own[m] != [index]:
                 continue
             zeroed = codes.clone()
             zeroed[..., m] = 0
             changed = stream + sae.decode(zeroed, scale) - sae.decode(codes, scale)
-            margins = []
-            for of in (stream, changed):
-                image = torch.nn.functional.normalize(clip.tail(of), dim=-1)
-                logits = clip.logit_scale * (image @ classifier.T)[0]
-                margins.append((logits[label] - logits.mean()).item())
+            without = whole_tail(clip, changed, classifier)
+            margins = [of[label] - of[rival] for of in (logits, without)]
             expected.setdefault((m, label), []).append(margins[0] - margins[1])
     options = {"pages": pages, "effect_images": 1, "on_image": None, "batch_size": 5}
     found = collect_looks(clip, sae, dataset, classifier, references, **options).effects

@@ -1,5 +1,6 @@
 """The page in a browser: it loads from disk without errors, finds, sorts and lights up patches."""
 
+import math
 import shutil
 import subprocess
 import threading
@@ -12,6 +13,7 @@ import torch
 
 from clipsae.visualization.page import Words, write_page
 from clipsae.visualization.page.looks import Effects, Look
+from clipsae.visualization.page.reasons import Reasons
 from clipsae.visualization.page.serve import PageServer
 from clipsae.visualization.page.write import write_picture, write_thumbnail
 from clipsae.visualization.references import BINS, References, Shown
@@ -23,6 +25,7 @@ CLASSES = [f"class {i}" for i in range(7)] + ['<b>bold & "quoted"</b>']
 CONCEPTS = ["colour=red", "colour=blue", "shape=ring"]
 PATCHES = GRID[0] * GRID[1]
 DEAD = 17
+NAMELESS = 21  # no concept stands out
 
 
 def made_up() -> References:
@@ -37,6 +40,7 @@ def made_up() -> References:
     concept[[100, 2000]] = 0  # the two that are red
     certainty = rand(M)
     certainty[[100, 2000]] = torch.tensor([0.2, 0.3])
+    concept[NAMELESS] = -1
     return References(
         values=values,
         index=index,
@@ -56,6 +60,8 @@ def made_up() -> References:
         concept_score=certainty,
         concept_precision=certainty,
         concept_recall=certainty,
+        concept_covered=torch.full((M,), 0.9),
+        base=torch.tensor([0.125, 0.1, 0.25]),
         leading=torch.tensor([[300, 100], [1, 2], [-1, -1]]),
         leading_precision=torch.tensor([[0.75, 0.5], [0.6, 0.4], [0.0, 0.0]]),
     )
@@ -69,6 +75,26 @@ EFFECTS = Effects(
 )
 
 
+def normaliser(logits: list[float]) -> float:
+    return math.log(sum(math.exp(x) for x in logits))
+
+
+# Without latent 5 the logit of class 3 is lower by 0.25, but its margin over class 2 larger by 0.5;
+# latent 6 is what class 2 would be predicted without.
+LOGITS, WITHOUT = [5.0, 4.0, 1.0], [[4.75, 3.25, 1.0], [3.5, 4.0, 2.0]]
+WHY = Reasons(
+    classes=[3, 2, 0],
+    logits=LOGITS,
+    normaliser=normaliser(LOGITS),
+    latents=[5, 6],
+    means=[0.15, 0.06],
+    without=WITHOUT,
+    normalisers=[normaliser(of) for of in WITHOUT],
+    instead=[3, 2],
+)
+NAMES = {i: f"test/class {i % 8}/photo number {i}.jpg" for i in range(N)}
+
+
 def look(index: int) -> Look:
     """Latent 5 on patch 1 alone, latent 6 on the patches 0 and 11."""
     tokens: list[tuple[list[int], list[float]]] = [([7], [1.0])]
@@ -77,8 +103,7 @@ def look(index: int) -> Look:
     tokens[1 + 1] = ([5], [2.0])
     tokens[1 + 11] = ([6], [0.25])
     prediction = [(3, 0.8), (2, 0.1)]
-    why = [(6, 0.06, 1.5, 2), (5, 0.15, -0.25, 3)]
-    return Look(index, 3, tokens, [5, 6], [0.15, 0.06], prediction, prediction, why)
+    return Look(index, 3, tokens, [5, 6], [0.15, 0.06], prediction, prediction, WHY)
 
 
 def write(folder: Path, references: References, thumbnails: bool, predictions: bool = True) -> str:
@@ -96,8 +121,9 @@ def write(folder: Path, references: References, thumbnails: bool, predictions: b
         words=Words([], nothing.long(), nothing),
         effects=EFFECTS if predictions else None,
         ranking={1: [100, 5], 2: [5, 7, 100]} if predictions else None,
-        looks=looks if predictions else [replace(of, clip=[], sae=[], why=[]) for of in looks],
+        looks=looks if predictions else [replace(of, clip=[], sae=[], why=None) for of in looks],
         thumbnails=thumbnails,
+        names=NAMES if thumbnails else None,
     )
     if thumbnails:
         for i in range(N):
@@ -205,9 +231,14 @@ def test_the_list_holds_few_rows_sorts_and_searches(browser, page):
     type_into_search(browser, "red", "3 of 3,000")
     assert listed(browser) == [300, 100, 2000]
     said = browser.execute_script("return document.querySelectorAll('.item .concept')[0].innerText")
-    assert said == "colour=red 75.0 %"
+    assert said == "colour=red\n75.0 %, chance 12.5 %"
+    # By which no column is in order.
+    assert not browser.find_elements("css selector", ".heads [aria-sort]")
+    assert browser.find_element("css selector", ".tools .best").is_displayed()
     browser.execute_script("document.querySelector('[data-key=gain]').click()")
     assert listed(browser)[0] == 100  # as is asked for: what helps most
+    assert browser.find_element("css selector", ".heads [aria-sort]").text == "Helps ↓"
+    assert not browser.find_element("css selector", ".tools .best").is_displayed()
     type_into_search(browser, "", "2,999 of 3,000")
     assert listed(browser)[:2] == [5, 100]
     said = browser.execute_script("return document.querySelectorAll('.item .helps')[1].innerText")
@@ -271,8 +302,78 @@ def test_patches_show_their_latents_and_latents_their_patches(browser, page):
     row = browser.find_element("css selector", "tr[data-latent='6']")
     assert "+1.50" in row.text
     assert "class 2" in row.text  # what would be predicted without it
+    assert 'margin of "class 3" over "class 2" (its logit less that one\'s, +1.00)' in (
+        browser.execute_script(said)
+    )
     ActionChains(browser).move_to_element(row).perform()
     assert browser.execute_script(LIT) == [0, 11]
+
+
+def test_reasons_by_logit_margin_and_probability(browser, page):
+    go(browser, f"{page}#/image/0", "tr[data-latent='5']")
+    choose = (
+        "const s = document.querySelector(`select[aria-label='${arguments[0]}']`);"
+        "s.value = arguments[1]; s.dispatchEvent(new Event('change'))"
+    )
+    table = (
+        "return [...document.querySelectorAll('tr[data-latent]')].map(r => [+r.dataset.latent,"
+        "r.children[4].textContent, r.children[4].classList.contains('good')])"
+    )
+    said = "return document.querySelector('.look [role=status]').textContent"
+
+    def reasons(measure: str, other: int | None = None) -> list:
+        browser.execute_script(choose, "Measured by", measure)
+        if other is not None:
+            browser.execute_script(choose, "Compared with", str(other))
+        return browser.execute_script(table)
+
+    def expected(of) -> list:
+        effects = {m: of(LOGITS) - of(WITHOUT[i]) for i, m in enumerate([5, 6])}
+        order = sorted(effects, key=lambda m: -abs(effects[m]))
+        return [[m, f"{effects[m]:+.2f}", effects[m] > 0] for m in order]
+
+    assert reasons("logit") == expected(lambda x: x[0]) == [[6, "+1.50", True], [5, "+0.25", True]]
+    assert 'How much higher CLIP\'s logit of "class 3"' in browser.execute_script(said)
+    assert reasons("margin", 2) == expected(lambda x: x[0] - x[1])
+    assert reasons("margin", 2)[1] == [5, "-0.50", False]  # it narrows the margin
+    assert reasons("margin", 0) == expected(lambda x: x[0] - x[2])
+    probability = expected(lambda x: 100 * math.exp(x[0]) / sum(map(math.exp, x)))
+    for found, wanted in zip(reasons("probability"), probability, strict=True):
+        assert found[0::2] == wanted[0::2]
+        assert float(found[1]) == pytest.approx(float(wanted[1]), abs=0.015)  # of rounded logits
+    points = browser.execute_script(said)
+    assert f"({100 * math.exp(5) / sum(map(math.exp, LOGITS)):.1f} %)" in points
+    # What was chosen stays for the next image.
+    go(browser, f"{page}#/image/3", "tr[data-latent='5']")
+    reasons("margin", 2)
+
+
+def test_images_are_named_by_their_files(browser, page):
+    go(browser, f"{page}#/image/3", "main h1")
+    assert browser.find_element("css selector", "h1 + span").text == NAMES[3]
+    go(browser, f"{page}#/images", "a.picture")
+    files = "return [...document.querySelectorAll('.caption.file')].map(f => f.textContent)"
+    assert browser.execute_script(files) == [NAMES[0], NAMES[3]]
+    type_into_search(browser, "3.jpg", "1 of 2")
+    type_into_search(browser, "", "2 of 2")
+    go(browser, f"{page}#/latent/100", ".picture canvas")
+    index = made_up().index[100].tolist()
+    assert browser.execute_script(files) == [NAMES[i] for i in index]
+    titles = "return [...document.querySelectorAll('.picture img')].map(i => [i.title, i.alt])"
+    for (title, alt), i in zip(browser.execute_script(titles), index, strict=True):
+        assert title == NAMES[i]
+        assert alt.startswith(f"{NAMES[i]}: ")
+
+
+def test_no_concept_is_named_where_none_stands_out(browser, page):
+    go(browser, f"{page}#/latent/{NAMELESS}", ".picture canvas")
+    facts = browser.find_element("css selector", "dl.facts").text
+    assert "Concept\nnone stands out" in facts
+    assert browser.find_element("css selector", "h1 + span").text.startswith("none (label: ")
+    go(browser, f"{page}#/latent/2000", ".picture canvas")
+    text = browser.find_element("css selector", "main").text
+    assert "30.0 % of its activation on patches with a colour lies on red, where chance" in text
+    assert "would give 12.5 %: 2.4 times as much" in text
 
 
 def test_a_latent_shows_the_classes_that_it_helps_hurts_and_is_kept_for(browser, page):
@@ -304,7 +405,8 @@ def test_the_latents_that_lead_a_concept(browser, page):
     }
     browser.execute_script("document.querySelector('[data-latent=\"300\"]').click()")
     wait(browser, "return document.querySelector('h1')?.textContent === 'Latent 300'")
-    assert "colour=red 75.0 %" in browser.find_element("css selector", "h1 + span").text
+    leads = browser.execute_script("return document.querySelectorAll('dl.facts')[1].innerText")
+    assert leads == "colour=red\n75.0 % (chance 12.5 %), the first"
 
 
 def test_it_fits_a_phone(browser, page):

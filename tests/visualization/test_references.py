@@ -17,7 +17,7 @@ from clipsae.evaluation.metrics.truth import (
 )
 from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
-from clipsae.visualization.collector import Collector, precision_gain
+from clipsae.visualization.collector import NAMED, Collector, bits_over_chance
 from clipsae.visualization.references import BIN_EDGES, BINS, Shown
 
 B, P, M, K = 23, 6, 15, 4
@@ -131,24 +131,89 @@ def test_files_hold_everything(tmp_path):
     assert again.monosemanticity is None
 
 
-def test_the_gain_of_a_latent_over_chance():
-    """Against Wilson's interval written for counts, where all activations are equal."""
-    mass, total = torch.tensor([[30.0, 12.0], [2.0, 0.0], [0.0, 0.0]]), torch.tensor([30.0, 2, 0])
-    base = torch.tensor([0.1, 0.5])
-    precision, gain = precision_gain(mass.double(), total.double(), total.double(), base.double())
+def bits(p: float, n: float, base: float) -> float:
+    """The divergence of the lower end q of Wilson's interval from the base, in bits: where q solves
+    (p - q)^2 = z^2 q (1 - q) / n."""
+    a, b, c = 1 + 4 / n, -(2 * p + 4 / n), p * p
+    q = (-b - math.sqrt(max(0.0, b * b - 4 * a * c))) / (2 * a)
+    if q <= base or not 0 < base < 1:
+        return 0.0
+    other = (1 - q) * math.log2((1 - q) / (1 - base)) if q < 1 else 0.0
+    return q * math.log2(q / base) + other
+
+
+def test_bits_over_chance():
+    mass = torch.tensor([[30.0, 12.0], [2.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    total = torch.tensor([30.0, 2, 0], dtype=torch.float64)[:, None].expand(3, 2)
+    base = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    precision, found = bits_over_chance(mass, total, total, base)
     for m, n in enumerate([30, 2]):
         for c in range(2):
             p = float(mass[m, c]) / n
             assert precision[m, c] == pytest.approx(p)
-            # The lower end solves (p - q)^2 = z^2 q (1 - q) / n.
-            lower = base[c] + gain[m, c] * (1 - base[c])
-            assert (p - lower) ** 2 == pytest.approx(float(4 * lower * (1 - lower) / n), abs=1e-6)
-            assert lower <= p
-    assert gain[0, 0] > gain[1, 0] > 0  # thirty times of thirty says more than twice of two
-    assert gain[2].eq(0).all()
+            assert found[m, c] == pytest.approx(bits(p, n, float(base[c])), abs=1e-9)
+    assert found[0, 0] > found[1, 0] > 0  # thirty times of thirty says more than twice of two
+    assert found[0, 1] > 0
+    assert found[2].eq(0).all()
     # Twice the activation on every row is no more evidence.
-    doubled = precision_gain(2 * mass.double(), 2 * total.double(), 4 * total.double(), base)
-    assert torch.allclose(doubled[1], gain)
+    doubled = bits_over_chance(2 * mass, 2 * total, 4 * total, base)
+    assert torch.allclose(doubled[1], found)
+    everywhere = bits_over_chance(mass, total, total, torch.tensor([0.0, 1.0]))[1]
+    assert everywhere.eq(0).all()  # and no NaN
+
+
+NAMES = ["pattern=dotted", "pattern=plain", "size=small", "size=large", "background=sand"]
+
+
+def named(active: list[list[float]]) -> list[tuple[str | None, float, float]]:
+    """The concept of each latent, its share and its base, for a world of 40 images of 10 patches: 4
+    of background and 6 of an object, which is large on three of four images and dotted on one of
+    five.
+
+    Args:
+        active: of each latent how strongly it is active on patches of dotted large, dotted small,
+            plain large, plain small objects, and on the background.
+    """
+    codes, truth = torch.zeros(40, 11, len(active)), torch.zeros(40, 10, 5, dtype=torch.bool)
+    for i in range(40):
+        small, plain = i % 4 == 0, i % 5 != 0
+        codes[i, 1:7] = torch.tensor([of[2 * plain + small] for of in active])
+        codes[i, 7:] = torch.tensor([of[4] for of in active])
+        truth[i, :6, int(plain)] = True
+        truth[i, :6, 3 - int(small)] = True
+        truth[i, 6:, 4] = True
+    collector = Collector(
+        len(active), 10, top=2, patch_concepts=NAMES, image_concepts=["count=one"]
+    )
+    for part in torch.arange(40).split(7):
+        zero = torch.zeros(len(part), dtype=torch.long)
+        one = torch.ones(len(part), 1, dtype=torch.bool)
+        collector.update(codes[part], zero, part, None, truth[part], one)
+    concepts = [*NAMES, "count=one"]
+    of = collector.references(Shown("made up", "test", 40, (2, 5), ["a"], concepts, None))
+    assert of.base.tolist() == pytest.approx([0.2, 0.8, 0.25, 0.75, 1.0, 1.0])
+    return [
+        (
+            NAMES[k] if (k := int(of.concept[m])) >= 0 else None,
+            float(of.concept_precision[m]),
+            float(of.base[k]),
+        )
+        for m in range(len(active))
+    ]
+
+
+def test_a_concept_is_compared_with_its_siblings():
+    """A latent of dots lies on large objects, as most patches with an object do, and one of objects
+    does so all the more: neither stands for "large"."""
+    dots, objects, large = [1, 1, 0, 0, 0], [1, 1, 1, 1, 0.1], [1, 0, 1, 0, 0]
+    dots_of_any_size = [1.0, 0.9, 0.02, 0.02, 0.05]
+    small_dots, background = [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]
+    found = named([dots, objects, large, dots_of_any_size, small_dots, background])
+    assert [concept for concept, _, _ in found] == [
+        *("pattern=dotted", None, "size=large", "pattern=dotted", "pattern=dotted", None)
+    ]
+    assert found[0][1:] == pytest.approx((1.0, 0.2))
+    assert found[2][1:] == pytest.approx((1.0, 0.75))
 
 
 @pytest.fixture(scope="module")
@@ -183,35 +248,46 @@ def test_several_saes_in_one_pass_with_ground_truth(world):
         scores = monosemanticity(codes.mean(dim=1), _concepts(dataset))
         assert torch.allclose(of.monosemanticity, scores.float(), atol=1e-5, equal_nan=True)
         on_patches = codes[:, 1:].flatten(0, 1).double()
-        gains = []
+        kinds = [concept.split("=")[0] for concept in names]
+        siblings = [[k for k, kind in enumerate(kinds) if kind == own] for own in kinds]
+        rows = [truth[:, of].any(dim=1) for of in siblings]
+        base = [float(truth[has, c].double().mean()) for c, has in enumerate(rows)]
+        assert of.base[: len(names)].tolist() == pytest.approx(base)
+        score = torch.zeros(len(names), sae.latents)
+        share = torch.zeros(len(names), sae.latents)
         for m in range(sae.latents):
-            c, values = int(of.concept[m]), on_patches[:, m]
+            values = on_patches[:, m]
+            for c, has in enumerate(rows):
+                own, whole = float(values[has].sum()), float(values.sum())
+                if own == 0:
+                    continue
+                share[c, m] = float(values[truth[:, c]].sum()) / own
+                n = own**2 / float(values[has].square().sum())
+                score[c, m] = own / whole * bits(float(share[c, m]), n, base[c])
+            c = int(of.concept[m])
+            assert of.concept_score[m] >= score[:, m].max() - 1e-4
+            assert (c >= 0) == (of.concept_score[m] >= NAMED)
             if 0 <= c < len(names):
-                precision = values[truth[:, c]].sum() / values.sum()
-                assert of.concept_precision[m] == pytest.approx(float(precision), rel=1e-4)
+                assert of.concept_score[m] == pytest.approx(float(score[c, m]), abs=1e-4)
+                assert of.concept_precision[m] == pytest.approx(float(share[c, m]), abs=1e-4)
+                covered = float(values[rows[c]].sum() / values.sum())
+                assert of.concept_covered[m] == pytest.approx(covered, abs=1e-4)
                 recall = (values[truth[:, c]] > 0).double().mean()
                 assert of.concept_recall[m] == pytest.approx(float(recall))
-            one = (truth.T.double() @ values, values.sum(), values.square().sum())
-            base = truth.double().mean(dim=0)
-            gain = precision_gain(one[0][None], one[1][None], one[2][None], base)[1]
-            gains.append(gain[0])
-            assert of.concept_score[m] >= gain.max() - 1e-4
-            assert c >= len(names) or of.concept_score[m] == pytest.approx(
-                max(0.0, float(gain.max())), abs=1e-4
-            )
-        assert len(of.leading) == len(of.leading_precision) == len(of.shown.concepts)
+        assert (
+            len(of.leading) == len(of.leading_precision) == len(of.base) == len(of.shown.concepts)
+        )
         for c in range(len(names)):
-            order = sorted((-float(gain[c]), m) for m, gain in enumerate(gains))
-            expected = [m for gain, m in order[:8] if -gain >= 1e-6]
             leading = [m for m in of.leading[c].tolist() if m >= 0]
-            assert leading == expected
-            for m, found_precision in zip(leading, of.leading_precision[c], strict=False):
-                values = on_patches[:, m]
-                precision = values[truth[:, c]].sum() / values.sum()
-                assert found_precision == pytest.approx(float(precision), rel=1e-4)
+            best = score[c].sort(descending=True).values[: len(leading)]
+            assert torch.allclose(score[c, leading], best, atol=1e-4)
+            assert len(leading) == min(8, int((score[c] >= 1e-6).sum()))
+            for m, found_share in zip(leading, of.leading_precision[c], strict=False):
+                assert found_share == pytest.approx(float(share[c, m]), abs=1e-4)
         assert of.shown.concepts[: len(names)] == names
         assert (of.concept >= -1).all()
         assert of.concept.max() < len(of.shown.concepts)
+    assert (found["topk"].concept >= 0).any()
 
 
 def _concepts(dataset):

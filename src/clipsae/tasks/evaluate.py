@@ -8,18 +8,22 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from clipsae.clip import FrozenCLIP
 from clipsae.errors import ConfigError
 from clipsae.interop import Imported, read
 from clipsae.sae import SAE
-from clipsae.store import Store, write_json
+from clipsae.store import Stage, Store, write_json
 from clipsae.tasks import build
 from clipsae.tasks.experiment import benchmark, check
 
 log = logging.getLogger(__name__)
+
+COUNT_THRESHOLD = 0.2  # of other tasks with task.sae, as conf/task/evaluate.yaml has it
 
 
 def run(cfg: DictConfig) -> None:
@@ -35,6 +39,21 @@ def run(cfg: DictConfig) -> None:
             "task.sae=owner/name"
         )
     check(cfg)
+    store = Store(cfg.paths.output_dir)
+    cfg, clip, imported, make = bring_in(cfg, store)
+    test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
+    benchmark(cfg, store, clip, test_set, imported, lambda logger: imported.make(make))
+
+
+def bring_in(
+    cfg: DictConfig, store: Store
+) -> tuple[DictConfig, FrozenCLIP, Stage, Callable[[Path], None]]:
+    """The SAE of `task.sae`: the config with it as its model, the CLIP, its place in the store, and
+    what makes it there.
+
+    Raises:
+        ConfigError: no SAE there, one that cannot be read or that does not fit the CLIP.
+    """
     found = build.user_error(read, str(cfg.task.sae))
     cfg = as_if_composed(cfg, found)
     clip = build.build_clip(cfg)
@@ -43,25 +62,16 @@ def run(cfg: DictConfig) -> None:
             f"{cfg.task.sae} is for tokens of width {found.sae.d}, and those of {clip.name} have "
             f"{clip.width}: choose the clip= and clip.layer= that it was trained on"
         )
-    test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     log.info("an SAE of %s: %s", found.format, found.reads or "it does not say of which tokens")
     for sentence in found.lost:
         log.warning("%s", sentence)
-    store = Store(cfg.paths.output_dir)
-    imported = store.stage(
+    stage = store.stage(
         "sae",
         [cfg.model.name, clip.name, "imported", f"m{found.sae.latents}"],
         {"imported": digest(found.sae), "clip": build.clip_key(cfg)},
         {**build.cell(cfg), "dataset": cfg.train_dataset.name},
     )
-    benchmark(
-        cfg,
-        store,
-        clip,
-        test_set,
-        imported,
-        lambda logger: imported.make(lambda folder: save(cfg, found, folder)),
-    )
+    return cfg, clip, stage, lambda folder: save(cfg, found, folder)
 
 
 def as_if_composed(cfg: DictConfig, found: Imported) -> DictConfig:
@@ -73,10 +83,10 @@ def as_if_composed(cfg: DictConfig, found: Imported) -> DictConfig:
         options["task"]["sae"] = Path(source).resolve().name
         last = re.sub(r"\.(pt|pth|ckpt)$", "", options["task"]["sae"])
     options["model"] = {
-        "name": options["task"]["name"] or last,
+        "name": options["task"].get("name") or last,
         "latents": found.sae.latents,
         "k": found.sae.config.get("k"),
-        "count_threshold": options["task"]["count_threshold"],
+        "count_threshold": options["task"].get("count_threshold", COUNT_THRESHOLD),
         "imported": {"from": found.format, "reads": found.reads, "config": found.sae.config},
     }
     options["train_dataset"] = {"name": "elsewhere"}

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import torch
@@ -19,19 +20,21 @@ from clipsae.errors import ConfigError
 from clipsae.evaluation.metrics.truth import has_truth
 from clipsae.evaluation.passes import evenly_spaced
 from clipsae.evaluation.ranking import top_latents
+from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
+from clipsae.tasks.evaluate import bring_in
 from clipsae.tasks.experiment import tracked
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, pictures
 from clipsae.tasks.table import terminal
-from clipsae.training.logging import log_page
+from clipsae.training.logging import log_page, log_sae
 from clipsae.visualization.collector import TOP
 from clipsae.visualization.page import Words, write_page
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
 from clipsae.visualization.page.looks import collect_looks, likely
-from clipsae.visualization.page.serve import PageServer
+from clipsae.visualization.page.serve import ADDRESS, PageServer
 from clipsae.visualization.page.steer import steered_logits
 from clipsae.visualization.page.write import write_picture, write_thumbnail
 from clipsae.visualization.references import References
@@ -50,11 +53,17 @@ def run(cfg: DictConfig) -> None:
     """
     check(cfg)
     store = Store(cfg.paths.output_dir)
-    resolve_k(cfg, store)
-    clip = build.build_clip(cfg)
+    if cfg.task.sae:
+        cfg, clip, trained, make = bring_in(cfg, store)
+    else:
+        resolve_k(cfg, store)
+        clip = build.build_clip(cfg)
     check_text(cfg, clip)
     dataset = build.build_dataset(cfg.dataset, cfg.task.split, clip.image_size)
-    trained = pictures.finished_sae(cfg, store, clip)
+    if cfg.task.sae:
+        trained.make(make)
+    else:
+        trained = pictures.finished_sae(cfg, store, clip)
     stage = pictures.stage(cfg, store, trained, dataset, cfg.task.split)
     pictures.make_all([cfg], clip, [trained], [stage], dataset, cfg.task.split)
     folder = Path(cfg.paths.output_dir) / "explore" / f"{trained.path.name}-{cfg.dataset.name}"
@@ -69,9 +78,12 @@ def run(cfg: DictConfig) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     console = terminal()
     console.print(f"page        {folder / 'index.html'}", soft_wrap=True, highlight=False)
-    if cfg.task.upload:
+    if cfg.task.upload or cfg.logger.get("upload_sae"):
+        aliases = [cfg.model.name, f"seed-{cfg.seed}"]
         with tracked(cfg, stage, job_type="explore") as logger:
-            log_page(logger(), folder, [cfg.model.name, cfg.dataset.name, f"seed-{cfg.seed}"])
+            log_sae(logger(), trained.path, aliases)
+            if cfg.task.upload:
+                log_page(logger(), folder, [*aliases, cfg.dataset.name])
     if cfg.task.serve:
         serve(cfg, store, clip, dataset, trained, folder, console)
 
@@ -93,12 +105,49 @@ def check(cfg: DictConfig) -> None:
         if not isinstance(value, int) or value < low or (high is not None and value > high):
             upper = "or more" if high is None else f"to {high}"
             raise ConfigError(f"task.{name}={value!r}: expected a whole number, {low} {upper}")
-    if task.words is not None and not Path(task.words).expanduser().is_file():
-        raise ConfigError(
-            f"task.words={task.words!r}: no such file; expected a text file, one word a line"
-        )
+    if task.words is not None:
+        read_words(task.words)
+    if task.serve:
+        check_port(task.port)
     if task.upload and not cfg.logger._target_.endswith(".wandb_logger"):
         raise ConfigError("task.upload=true sends the page to W&B: choose logger=wandb with it")
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that the page cannot be served on.
+
+    Raises:
+        ConfigError: it is taken, or not for this user.
+    """
+    try:
+        # Closed again: it is opened when the page is there.
+        HTTPServer((ADDRESS, port), BaseHTTPRequestHandler).server_close()
+    except OSError as error:
+        raise port_error(port, error) from error
+
+
+def port_error(port: int, error: OSError) -> ConfigError:
+    """What to say of a port that cannot be had."""
+    return ConfigError(f"task.port={port}: {error.strerror}; choose another, or 0 for any free one")
+
+
+def read_words(file: str) -> list[str]:
+    """The lines of `task.words`, each once.
+
+    Raises:
+        ConfigError: no such file, or not a text file of at least two lines.
+    """
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(
+            f"task.words={file}: {said}; expected a text file, one word a line"
+        ) from error
+    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(found) < 2:
+        raise ConfigError(f"task.words={file}: expected at least two lines that differ")
+    return found
 
 
 def check_text(cfg: DictConfig, clip: FrozenCLIP) -> None:
@@ -130,7 +179,7 @@ def serve(
     """Serve the page until it is interrupted.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port has been taken in the meantime.
     """
     sae = SAE.load(trained.path).to(clip.device)
     classes = classifier.embeddings(cfg, store, clip, dataset).to(clip.device)
@@ -143,9 +192,7 @@ def serve(
     try:
         server = PageServer(folder, steer, cfg.task.port)
     except OSError as error:
-        raise ConfigError(
-            f"task.port={cfg.task.port}: {error.strerror}; choose another, or 0 for any free one"
-        ) from error
+        raise port_error(cfg.task.port, error) from error
     with server:
         console.print(f"serving     {server.url} (Ctrl-C ends it)", soft_wrap=True, highlight=False)
         with suppress(KeyboardInterrupt):
@@ -170,7 +217,6 @@ def write(
     rows = sae.decoder_rows().float()
     alive = references.alive.to(device)
     pages = evenly_spaced(dataset.labels, cfg.task.pages) if cfg.task.pages else []
-    log.info("looking at images")
 
     def on_image(index: int, pixels: Tensor) -> None:
         write_thumbnail(folder, index, pixels)
@@ -178,32 +224,41 @@ def write(
             write_picture(folder, index, pixels)
 
     shown = set(pages)
-    looks = build.user_error(
-        collect_looks,
-        clip,
-        sae,
-        dataset,
-        classes,
-        references,
-        pages=pages,
-        effect_images=cfg.task.effect_images,
-        on_image=on_image if cfg.task.thumbnails else None,
-        batch_size=cfg.evaluation.batch_size,
-        num_workers=cfg.features.num_workers,
-    )
-    write_page(
-        folder,
-        title=f"{cfg.model.name} on {cfg.dataset.name}",
-        about=about(cfg, references, trained),
-        references=references,
-        neighbours=tuple(x.cpu() for x in nearest(rows, alive, cfg.task.neighbours)),
-        places=layout(rows, alive).cpu(),
-        words=best_words(cfg, clip, dataset, classes, rows),
-        effects=looks.effects,
-        ranking=ranking(cfg, store, trained, clip),
-        looks=looks.images,
-        thumbnails=cfg.task.thumbnails,
-    )
+    with Bar("images and effects of latents") as progress:
+        looks = build.user_error(
+            collect_looks,
+            clip,
+            sae,
+            dataset,
+            classes,
+            references,
+            pages=pages,
+            effect_images=cfg.task.effect_images,
+            on_image=on_image if cfg.task.thumbnails else None,
+            batch_size=cfg.evaluation.batch_size,
+            num_workers=cfg.features.num_workers,
+            progress=progress,
+        )
+    with Bar("nearest latents") as progress:
+        near = nearest(rows, alive, cfg.task.neighbours, progress=progress)
+    files = pictures.names(dataset)
+    indices = {*pages, *references.index[references.index >= 0].tolist()}
+    with Bar("writing the page") as progress:
+        write_page(
+            folder,
+            title=f"{cfg.model.name} on {cfg.dataset.name}",
+            about=about(cfg, dataset, references, trained),
+            references=references,
+            neighbours=tuple(x.cpu() for x in near),
+            places=layout(rows, alive).cpu(),
+            words=best_words(cfg, clip, dataset, classes, rows),
+            effects=looks.effects,
+            ranking=ranking(cfg, store, trained, clip),
+            looks=looks.images,
+            thumbnails=cfg.task.thumbnails,
+            names=None if files is None else {index: files[index] for index in sorted(indices)},
+            progress=progress,
+        )
 
 
 def ranking(
@@ -240,10 +295,7 @@ def words(
         classes: embeddings of the dataset's classes [C, e].
     """
     if cfg.task.words is not None:
-        lines = Path(cfg.task.words).expanduser().read_text().splitlines()
-        names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-        if len(names) < 2:
-            raise ConfigError(f"task.words={cfg.task.words!r}: expected at least two lines")
+        names = read_words(cfg.task.words)
         return names, text_classifier(clip, names, _WORD_PROMPTS)
     if not has_truth(dataset):
         # Classes may share a name: one word each.
@@ -258,14 +310,22 @@ def words(
     return names, torch.cat(parts)
 
 
-def about(cfg: DictConfig, references: References, trained: Stage) -> dict[str, str]:
+def about(
+    cfg: DictConfig, dataset: ImageDataset, references: References, trained: Stage
+) -> dict[str, str]:
     """What the page says of itself."""
-    shown = references.shown
+    shown, few = references.shown, ""
+    if shown.images < len(dataset) and build.limit_images(cfg) is not None:
+        few = f" of {len(dataset):,} ({pictures.why_few(cfg)})"
+    weights = Path(cfg.clip.pretrained or "random weights").name  # maybe a file of this machine
+    imported = cfg.model.get("imported")
+    of = f"imported ({imported['from']})" if imported else f"seed {cfg.seed}"
     return {
-        "SAE": f"{cfg.model.name}, {references.latents:,} latents, seed {cfg.seed}",
-        "CLIP": f"{cfg.clip.name}, {cfg.clip.pretrained}, layer {cfg.clip.layer}",
+        "SAE": f"{cfg.model.name}, {references.latents:,} latents, {of}",
+        "CLIP": f"{cfg.clip.name}, {weights}, layer {cfg.clip.layer}",
         "Trained on": build.train_dataset_node(cfg).name,
-        "Shown on": f"{shown.dataset}, {shown.split} split, {shown.images:,} images",
+        "Shown on": f"{shown.dataset}, {pictures.split_name(dataset, shown.split)}, "
+        f"{shown.images:,}{few} images",
         "Dead latents": f"{int((~references.alive).sum()):,}",
         "MonoSemanticity by": shown.image_encoder or "not measured",
         "In the store": trained.path.name,

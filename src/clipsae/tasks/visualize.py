@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.data.images import read_image
 from clipsae.errors import ConfigError
@@ -20,6 +21,7 @@ from clipsae.evaluation.passes import evenly_spaced
 from clipsae.sae import SAE
 from clipsae.store import Store
 from clipsae.tasks import build
+from clipsae.tasks.evaluate import bring_in
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import pictures
 from clipsae.tasks.table import terminal
@@ -60,13 +62,18 @@ def run(cfg: DictConfig) -> None:
     """
     check(cfg)
     store = Store(cfg.paths.output_dir)
-    clip = build.build_clip(cfg)
-    dataset = build.build_dataset(cfg.dataset, cfg.task.split, clip.image_size)
-    wanted = wanted_images(cfg, dataset, clip.image_size)
-    configs = configs_of_models(cfg)
-    for of in configs:
-        resolve_k(of, store)
-    trained = [pictures.finished_sae(of, store, clip) for of in configs]
+    if cfg.task.sae:
+        cfg, clip, brought, make = bring_in(cfg, store)
+        dataset, wanted = images_to_draw(cfg, clip)
+        brought.make(make)
+        configs, trained = [cfg], [brought]
+    else:
+        configs = configs_of_models(cfg)
+        for of in configs:
+            resolve_k(of, store)
+        clip = build.build_clip(cfg)
+        dataset, wanted = images_to_draw(cfg, clip)
+        trained = [pictures.finished_sae(of, store, clip) for of in configs]
     stages = [
         pictures.stage(of, store, sae, dataset, cfg.task.split)
         for of, sae in zip(configs, trained, strict=True)
@@ -96,6 +103,7 @@ def run(cfg: DictConfig) -> None:
                 look(clip, sae, image.pixels, shown, cfg.task.top),
                 references,
                 partial(pixels_of, dataset),
+                pictures.names(dataset),
             )
             for name, (sae, references, shown) in models.items()
         }
@@ -130,8 +138,28 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"task.filter={task.filter!r}: expected one of {', '.join(FILTERS)}")
     if not isinstance(task.top, int) or task.top < 1:
         raise ConfigError(f"task.top={task.top!r}: expected a whole number, 1 or more")
+    if task.sae and task.models:
+        raise ConfigError("task.sae and task.models: expected one of them, or neither")
+    for file in task.images:
+        if not Path(file).expanduser().is_file():
+            raise ConfigError(f"task.images has {file}: no such file")
+    if cfg.logger.get("upload_sae"):
+        raise ConfigError(
+            "logger.upload_sae=true: task=visualize uploads nothing; task=experiment, evaluate and "
+            "explore do"
+        )
     if not isinstance(task.references, int) or not 1 <= task.references <= TOP:
         raise ConfigError(f"task.references={task.references!r}: expected 1 to {TOP}")
+
+
+def images_to_draw(cfg: DictConfig, clip: FrozenCLIP) -> tuple[ImageDataset, list[Wanted]]:
+    """The dataset, and the images that figures are made of.
+
+    Raises:
+        ConfigError: as `wanted_images`.
+    """
+    dataset = build.build_dataset(cfg.dataset, cfg.task.split, clip.image_size)
+    return dataset, wanted_images(cfg, dataset, clip.image_size)
 
 
 def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> list[Wanted]:
@@ -147,17 +175,18 @@ def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> li
         # Two files may have the same name in different folders.
         mark = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:4]
         found.append(Wanted(f"{path.stem}-{mark}", path.name, pixels))
-    indices = cfg.task.indices
+    indices, files = cfg.task.indices, pictures.names(dataset)
     if indices is None:
         indices = [] if found else evenly_spaced(dataset.labels, DEFAULT_IMAGES)
     for index in indices:
         if not isinstance(index, int) or not 0 <= index < len(dataset):
             raise ConfigError(
                 f"task.indices has {index!r}: expected 0 to {len(dataset) - 1}, the images of "
-                f"{cfg.dataset.name}'s {cfg.task.split} split"
+                f"{cfg.dataset.name} ({pictures.split_name(dataset, cfg.task.split)})"
             )
         pixels, label = build.user_error(dataset.__getitem__, index)
-        title = f"{cfg.task.split} image {index}: {dataset.classnames[label]}"
+        name = f"{cfg.task.split} image {index}" if files is None else files[index]
+        title = f"{name}: {dataset.classnames[label]}"
         found.append(Wanted(f"{cfg.task.split}-{index:05d}", title, pixels, index))
     return found
 

@@ -77,15 +77,16 @@ def collect_references(
     embed = None if encoder is None else image_encoder(encoder, dataset).to(device)
     truth = has_truth(dataset)
     columns = _image_columns()
-    names = concept_names(PATCH_ATTRIBUTES) + [concept_names(IMAGE_ATTRIBUTES)[i] for i in columns]
+    of_patches = concept_names(PATCH_ATTRIBUTES) if truth else []
+    of_images = [concept_names(IMAGE_ATTRIBUTES)[i] for i in columns] if truth else []
     collectors = {
         key: Collector(
             sae.config["latents"],
             clip.grid[0] * clip.grid[1],
             top=top,
             embed_dim=0 if embed is None else _embed_dim(embed, dataset, indices, device),
-            patch_concepts=len(names) - len(columns) if truth else 0,
-            image_concepts=len(columns) if truth else 0,
+            patch_concepts=of_patches,
+            image_concepts=of_images,
         )
         for key, sae in saes.items()
     }
@@ -128,7 +129,7 @@ def collect_references(
         images=images,
         grid=clip.grid,
         classnames=list(dataset.classnames),
-        concepts=names if truth else [],
+        concepts=[*of_patches, *of_images],
         image_encoder=encoder,
     )
     return {key: collector.references(shown) for key, collector in collectors.items()}

@@ -24,7 +24,6 @@ _STYLE = {
     "ytick.major.width": 0.6,
     "pdf.fonttype": 42,
 }
-_WORTH_NAMING = 0.3  # of a concept's score
 
 
 @contextmanager
@@ -78,12 +77,15 @@ def add_caption(figure: Figure, x: float, top: float, lines: list[str]) -> None:
 
 
 def about_latent(references: References, latent: int) -> list[str]:
-    """How often a latent is active, and the concept it is active on where that is known."""
+    """How often a latent is active, and the concept that it is named after, if any."""
     found = [f"active on {share(float(references.frequency[latent]))} of the images"]
-    if references.concept is not None and references.concept_score[latent] >= _WORTH_NAMING:
-        concept = references.shown.concepts[int(references.concept[latent])]
-        precision = share(float(references.concept_precision[latent]))
-        found.append(f"{precision} of its activation on {concept}")
+    if references.concept is not None and references.concept[latent] >= 0:
+        k = int(references.concept[latent])
+        precision, base = references.concept_precision[latent], references.base[k]
+        found.append(
+            f"{references.shown.concepts[k]} {share(float(precision))} "
+            f"(by chance {share(float(base))})"
+        )
     return found
 
 

@@ -3,7 +3,7 @@ reference images of those (Figures 6-11 of the paper).
 """
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ from clipsae.visualization.view import View, darkened
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 _GREY = "#bbbbbb"
 _HEAD, _BELOW_HEAD = 1.45, 0.2  # image and spikes, and the space below
-_TITLE, _CAPTION = 0.2, 0.38  # above and below a row of images
+_TITLE, _CAPTION = 0.2, 0.5  # above and below a row of images
 _RASTER = 2000  # spikes beyond which the PDF holds them as pixels
 
 
@@ -38,6 +38,7 @@ class Panel:
     view: View
     references: References
     image_of: Callable[[int], Tensor]  # a reference image, uint8 [3, S, S], by its index
+    names: Sequence[str] | None = None  # of the images, by index; None: they have none
 
 
 def draw(
@@ -53,7 +54,7 @@ def draw(
 
     Args:
         image: uint8 [3, S, S].
-        title: what the image is.
+        title: what the image is; where it is too long, its end is shown.
         panels: by the model's name.
         references: how many reference images of each marked latent.
         mask_references: darken them, too, where the latent is not active.
@@ -89,7 +90,7 @@ def _head(
     figure: Figure, top: float, cell: float, image: Tensor, title: str, name: str, view: View
 ) -> None:
     side = min(_HEAD - _TITLE, 1.2)
-    title = textwrap.shorten(title, width=28, placeholder=" …")
+    title = ending(title, 28)
     add_text(figure, MARGIN, top - 0.04, title, va="top", weight="bold")
     add_picture(figure, MARGIN, top - _TITLE, side, image)
     left = MARGIN + side + 0.62
@@ -199,5 +200,12 @@ def _row(
         add_picture(figure, at, top - _TITLE, cell, shown)
         label = references.shown.classnames[int(references.label[latent, slot])]
         value = f"{references.values[latent, slot]:.3g}"
-        lines = textwrap.wrap(label, width=round(cell / 0.058), max_lines=2, placeholder=" …")
-        add_caption(figure, at + cell / 2, under, [value, *lines])
+        letters = round(cell / 0.058)
+        lines = textwrap.wrap(label, width=letters, max_lines=2, placeholder=" …")
+        name = f"image {index}" if panel.names is None else ending(panel.names[index], letters)
+        add_caption(figure, at + cell / 2, under, [value, *lines, name])
+
+
+def ending(text: str, letters: int) -> str:
+    """A text that is no longer than that; of a longer one the end, which tells files apart."""
+    return text if len(text) <= letters else f"…{text[1 - letters :]}"

@@ -66,14 +66,20 @@ class References:
             the larger sum of values, then the smaller); -1 for none.
         histogram: int64 [M, BINS], codes above zero of all tokens, by `BIN_EDGES`.
         monosemanticity: float32 [M], NaN for dead latents; None if not measured.
-        concept: int64 [M], the one that the latent's activity says most about (`precision_gain`,
-            over patches; for position and count over images); -1 for none.
-        concept_score: float32 [M], that gain, 0..1.
-        concept_precision: float32 [M], the share of the latent's activation that lies there.
+        concept: int64 [M], the concept that the latent's activity says most about, by
+            `collector.bits_over_chance` among the values of the same attribute (over patches; for
+            position and count over images); -1 where none stands out.
+        concept_score: float32 [M], the bits of the best concept, named or not.
+        concept_precision: float32 [M], of the latent's activation on what has the attribute at all,
+            the share that lies on the concept; by chance it would be the concept's `base`.
+        concept_covered: float32 [M], the share of all its activation that lies on what has the
+            attribute.
         concept_recall: float32 [M], the share of the concept's patches (images) it is active on.
+        base: float32 [V], of the patches (images) that have a concept's attribute, the share that
+            shows the concept.
         leading: int64 [V, L], for each concept the latents whose activity says most about it, by
-            the same gain, though another concept may be their best; -1 where there are fewer.
-        leading_precision: float32 [V, L], the share of their activation that lies there.
+            the same bits, though another concept may be their best; -1 where there are fewer.
+        leading_precision: float32 [V, L], their share as in `concept_precision`.
         shown: what they were taken of.
     """
 
@@ -94,7 +100,9 @@ class References:
     concept: Tensor | None = None
     concept_score: Tensor | None = None
     concept_precision: Tensor | None = None
+    concept_covered: Tensor | None = None
     concept_recall: Tensor | None = None
+    base: Tensor | None = None
     leading: Tensor | None = None
     leading_precision: Tensor | None = None
 
@@ -116,7 +124,7 @@ class References:
             if isinstance(getattr(self, field.name), Tensor)
         }
         save_file(tensors, folder / "pictures.safetensors")
-        about = {"format": "clipsae.pictures", "version": 1, **asdict(self.shown)}
+        about = {"format": "clipsae.pictures", "version": 2, **asdict(self.shown)}
         (folder / "pictures.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod

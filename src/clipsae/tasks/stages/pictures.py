@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
+from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
@@ -35,6 +36,18 @@ def stage(
     }
     name = [cfg.model.name, cfg.clip.name, cfg.dataset.name, split]
     return store.stage("pictures", [*name, f"s{cfg.seed}"], key)
+
+
+def split_name(dataset: ImageDataset, split: str) -> str:
+    """What a dataset's split is, in words: there may be one for both, with the same images."""
+    if getattr(dataset, "one_split", False):
+        return "all images, those of the training too"
+    return f"{split} split"
+
+
+def names(dataset: ImageDataset) -> Sequence[str] | None:
+    """The images' files, relative to the dataset's root; None where they are no files."""
+    return getattr(dataset, "files", None)
 
 
 def finished_sae(cfg: DictConfig, store: Store, clip: FrozenCLIP) -> Stage:
@@ -98,6 +111,13 @@ def _together(stages: Sequence[Stage], build_all: Callable[[list[Path]], None]) 
     nest(stages, [])
 
 
+def why_few(cfg: DictConfig) -> str:
+    """Why `build.limit_images` looks at some of the images only."""
+    if cfg.evaluation.limit_images is not None:
+        return f"evaluation.limit_images={cfg.evaluation.limit_images}"
+    return "the CLIP has random weights; evaluation.limit_images= takes more"
+
+
 def _collect(
     work: list[tuple[Stage, DictConfig, Stage]],
     clip: FrozenCLIP,
@@ -107,25 +127,32 @@ def _collect(
 ) -> None:
     cfg = work[0][1]
     device = build.best_device()
-    names = [stage.path.name for stage, _, _ in work]
-    log.info("collecting reference images: %s", ", ".join(names))
-    found = build.user_error(
-        collect_references,
-        clip.to(device),
-        {
-            name: SAE.load(trained.path).to(device)
-            for name, (_, _, trained) in zip(names, work, strict=True)
-        },
-        dataset,
-        name=cfg.dataset.name,
-        split=split,
-        encoder=measurement.encoder_name(cfg, dataset),
-        batch_size=cfg.evaluation.batch_size,
-        num_workers=cfg.features.num_workers,
-        device=device,
-        limit_images=build.limit_images(cfg),
-        scratch={name: stage.scratch for name, (stage, _, _) in zip(names, work, strict=True)},
-    )
-    for name, folder, (_, of, _) in zip(names, folders, work, strict=True):
+    stages = [stage.path.name for stage, _, _ in work]
+    limit = build.limit_images(cfg)
+    few = ""
+    if limit is not None and limit < len(dataset):
+        few = f" from {limit:,} of {len(dataset):,} images ({why_few(cfg)})"
+    log.info("collecting reference images%s: %s", few, ", ".join(stages))
+    saes = {
+        name: SAE.load(trained.path).to(device)
+        for name, (_, _, trained) in zip(stages, work, strict=True)
+    }
+    with Bar("reference images") as progress:
+        found = build.user_error(
+            collect_references,
+            clip.to(device),
+            saes,
+            dataset,
+            name=cfg.dataset.name,
+            split=split,
+            encoder=measurement.encoder_name(cfg, dataset),
+            batch_size=cfg.evaluation.batch_size,
+            num_workers=cfg.features.num_workers,
+            device=device,
+            limit_images=limit,
+            scratch={name: stage.scratch for name, (stage, _, _) in zip(stages, work, strict=True)},
+            progress=progress,
+        )
+    for name, folder, (_, of, _) in zip(stages, folders, work, strict=True):
         found[name].save(folder)
         build.save_config(of, folder)

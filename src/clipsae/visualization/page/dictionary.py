@@ -3,6 +3,8 @@
 M latents, A those that are alive, d width, e embedding size, W words.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +14,19 @@ from clipsae.evaluation.ranking import top_latents
 _ROWS = 1024  # compared with all others at a time
 
 
-def nearest(rows: Tensor, alive: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def nearest(
+    rows: Tensor,
+    alive: Tensor,
+    n: int,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Each latent's nearest among those that are alive, by the cosine of decoder rows.
 
     Args:
         rows: [M, d].
         alive: BoolTensor [M].
+        progress: called with (rows done, M).
 
     Returns:
         LongTensor [M, n'] and cosines float32 [M, n'], descending; n' = min(n, A - 1), at least 0.
@@ -35,6 +44,8 @@ def nearest(rows: Tensor, alive: Tensor, n: int) -> tuple[Tensor, Tensor]:
         best = top_latents(cosine, n)
         found.append(kept[best])
         cosines.append(cosine.gather(1, best))
+        if progress is not None:
+            progress(int(part[-1]) + 1, len(rows))
     return torch.cat(found), torch.cat(cosines)
 
 

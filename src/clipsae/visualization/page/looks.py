@@ -1,26 +1,31 @@
 """Images through an SAE for the page: which latents fire where, what is predicted, and what
 changes when a latent is switched off.
 
-B images, T tokens of an image, d width, M latents, C classes, n latents.
+B images, T tokens of an image, M latents, C classes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
-from clipsae.clip.changes import Changes
 from clipsae.data.loader import image_batches
 from clipsae.evaluation.metrics import pool_codes
 from clipsae.evaluation.passes import in_eval_mode
 from clipsae.evaluation.ranking import top_latents
+from clipsae.visualization.page.reasons import (
+    PREDICTIONS,
+    Reasons,
+    likely_reasons,
+    logits_without,
+    margins,
+    reasons_of,
+    strongest_other,
+)
 from clipsae.visualization.references import References
-
-_STREAMS = 64  # token streams that go through the tail together
-PREDICTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,7 @@ class Look:
         latents, means: the image's largest token means, descending.
         clip, sae: (class, probability) of the most likely classes, as CLIP says, and with the
             stream replaced by the SAE's reconstruction; none without a classifier.
-        why: (latent, mean code, loss, class) of those that the prediction rests on most, for or
-            against, by descending size of the loss: what CLIP's logit of its predicted class,
-            relative to the mean over all classes, loses when the latent's part is taken out of
-            the stream; and the class that is predicted then.
+        why: what the prediction rests on; None without a classifier.
     """
 
     index: int
@@ -46,7 +48,7 @@ class Look:
     means: list[float]
     clip: list[tuple[int, float]]
     sae: list[tuple[int, float]]
-    why: list[tuple[int, float, float, int]]
+    why: Reasons | None
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ class Effects:
 
     Attributes:
         latent, label: int64 [E], ascending by latent, then by class.
-        change: float32 [E], what CLIP's logit of the true class, relative to the mean over all
-            classes, loses when the latent alone is taken out of the stream: the mean over the
-            images of the class that were looked at and that the latent is active on. Above zero
-            the latent helps the class, below it hurts it.
+        change: float32 [E], by how much the margin of the true class, its logit less that of the
+            strongest other class, is larger with the latent than without it alone: the mean over
+            the images of the class that were looked at and that the latent is active on. Above
+            zero the latent helps the class, below it hurts it. (The other class is that of the
+            whole image.)
         images: int64 [E], how many those are.
     """
 
@@ -81,36 +84,6 @@ class Looks:
     effects: Effects | None
 
 
-def logits_without(
-    clip: FrozenCLIP,
-    sae: nn.Module,
-    tokens: Tensor,
-    codes: Tensor,
-    latents: Tensor,
-    classifier: Tensor,
-) -> Tensor:
-    """CLIP's logits when one latent's part is taken out of the stream, for each of some latents.
-
-    The rest of the stream, what the SAE does not reconstruct included, stays as it is.
-
-    Args:
-        tokens: one image's [T, d].
-        codes: its codes [T, M].
-        latents: LongTensor [n].
-
-    Returns:
-        [n, C].
-    """
-    scale = sae.input_scale(tokens)
-    found = []
-    for part in latents.split(_STREAMS):
-        version, token = codes[:, part].T.nonzero(as_tuple=True)
-        share = codes[token, part[version], None] * sae.decoder_rows(part)[version] * scale[token]
-        changes = Changes(tokens, version, token, -share, len(part))
-        found.append(clip.logits_of(clip.tail_of_changes(changes), classifier))
-    return torch.cat(found)
-
-
 @torch.no_grad()
 def collect_looks(
     clip: FrozenCLIP,
@@ -127,6 +100,7 @@ def collect_looks(
     why: int = 16,
     batch_size: int = 32,
     num_workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Looks:
     """One pass over the images that the page shows.
 
@@ -140,8 +114,10 @@ def collect_looks(
             page or is a reference image; None: only what is computed on is read.
         per_token: codes of a token that are kept.
         per_image: latents of an image that are kept.
-        why: latents of an image that are switched off: those whose effect is largest to first
-            order.
+        why: latents of an image that are kept for each measure of `Reasons`. They are chosen
+            among all that are active on the image, or with `effect_images=0`, where not all of them
+            are switched off, among those whose effects are largest to first order.
+        progress: called with (images done, images in all).
     """
     if classifier is None:
         effect_images = 0
@@ -153,17 +129,19 @@ def collect_looks(
             if index >= 0:
                 wanted.setdefault(index, []).append(latent)
     with_page = set(pages)
-    needed = with_page | set(wanted)
+    computed_on = with_page | set(wanted)
+    needed = set(computed_on)
     if on_image is not None:
         needed |= set(references.index[references.index >= 0].tolist())
     measured: list[tuple[Tensor, int, Tensor]] = []
-    found = []
+    found: list[Look] = []
+    done = 0
     with in_eval_mode([sae]):
         for pixels, labels, at in image_batches(dataset, batch_size, num_workers, sorted(needed)):
             if on_image is not None:
                 for image, index in zip(pixels, at.tolist(), strict=True):
                     on_image(index, image)
-            seen = [i for i, index in enumerate(at.tolist()) if index in with_page | wanted.keys()]
+            seen = [i for i, index in enumerate(at.tolist()) if index in computed_on]
             if not seen:
                 continue
             streams = clip.prefix(clip.normalize(pixels[seen]))
@@ -172,17 +150,25 @@ def collect_looks(
                 streams, logits, at[seen].tolist(), labels[seen].tolist(), strict=True
             ):
                 codes = sae.encode(stream[None])[0]
-                if index in with_page:
-                    sizes = (per_token, per_image, why)
-                    found.append(
-                        _look(clip, sae, stream, codes, own, index, label, classifier, sizes)
-                    )
-                if effect_images:
-                    latents = torch.tensor(wanted.get(index, []), device=codes.device)
-                    if index in with_page:  # the wanted ones are among them
+                shown, reasons = index in with_page, None
+                if classifier is not None:
+                    latents = torch.tensor(wanted.get(index, []), dtype=torch.long)
+                    if shown and effect_images:  # the wanted ones are among them
                         latents = (pool_codes(codes[None])[0] > 0).nonzero().squeeze(1)
+                    elif shown:
+                        latents = likely_reasons(clip, sae, stream, codes, classifier, own, why)
+                    latents = latents.to(codes.device)
                     without = logits_without(clip, sae, stream, codes, latents, classifier)
-                    measured.append((latents, label, _centred(own - without)[:, label]))
+                    rival = strongest_other(own, label)
+                    measured.append((latents, label, margins(own, without, label, rival)))
+                    if shown:
+                        reasons = reasons_of(own, codes, latents, without, label, why)
+                if shown:
+                    look = _look(clip, sae, stream, codes, own, classifier, per_token, per_image)
+                    found.append(replace(look, index=index, label=label, why=reasons))
+                done += 1
+                if progress is not None:
+                    progress(done, len(computed_on))
     return Looks(found, _averaged(measured) if effect_images else None)
 
 
@@ -201,22 +187,17 @@ def _averaged(measured: list[tuple[Tensor, int, Tensor]]) -> Effects:
     return Effects(pairs[0], pairs[1], (total / images).float(), images)
 
 
-def _centred(logits: Tensor) -> Tensor:
-    return logits - logits.mean(dim=-1, keepdim=True)
-
-
 def _look(
     clip: FrozenCLIP,
     sae: nn.Module,
     stream: Tensor,
     codes: Tensor,
     own: Tensor | None,
-    index: int,
-    label: int,
     classifier: Tensor | None,
-    sizes: tuple[int, int, int],
+    per_token: int,
+    per_image: int,
 ) -> Look:
-    per_token, per_image, why = sizes
+    """Without the index, the label and the reasons."""
     means = pool_codes(codes[None])[0]
     best = top_latents(means[None], min(per_image, len(means)))[0]
     best = best[means[best] > 0]
@@ -226,69 +207,21 @@ def _look(
         kept = values > 0
         tokens.append((latents[kept].tolist(), values[kept].tolist()))
     said: list[tuple[int, float]] = []
-    through, reasons = said, []
+    through = said
     if own is not None:
         said = likely(own)
         rebuilt = sae.decode(codes, sae.input_scale(stream))
         through = likely(clip.logits(rebuilt[None], classifier)[0])
-        reasons = _why(clip, sae, stream, codes, own, classifier, why)
     return Look(
-        index=index,
-        label=label,
+        index=-1,
+        label=-1,
         tokens=tokens,
         latents=best.tolist(),
         means=means[best].tolist(),
         clip=said,
         sae=through,
-        why=reasons,
+        why=None,
     )
-
-
-def _why(
-    clip: FrozenCLIP,
-    sae: nn.Module,
-    stream: Tensor,
-    codes: Tensor,
-    own: Tensor,
-    classifier: Tensor,
-    n: int,
-) -> list[tuple[int, float, float, int]]:
-    predicted = own.argmax()
-    estimate = first_order_effects(clip, sae, stream, codes, classifier, predicted).abs()
-    chosen = top_latents(estimate[None], min(n, len(estimate)))[0]
-    chosen = chosen[estimate[chosen] > 0]
-    if not len(chosen):
-        return []
-    without = logits_without(clip, sae, stream, codes, chosen, classifier)
-    lost = _centred(own - without)[:, predicted]
-    order = lost.abs().sort(descending=True, stable=True).indices
-    instead, means = without.argmax(dim=-1), codes[:, chosen].mean(dim=0)
-    found = zip(chosen, means, lost, instead, strict=True)
-    listed = [(int(m), float(mean), float(loss), int(other)) for m, mean, loss, other in found]
-    return [listed[i] for i in order]
-
-
-def first_order_effects(
-    clip: FrozenCLIP,
-    sae: nn.Module,
-    stream: Tensor,
-    codes: Tensor,
-    classifier: Tensor,
-    predicted: Tensor,
-) -> Tensor:
-    """What each latent adds to a class's logit, relative to the mean over all classes, to first
-    order: gradient times contribution, [M]. One backward pass for all latents.
-
-    Args:
-        stream: [T, d].  codes: [T, M].
-        predicted: the class.
-    """
-    with torch.enable_grad():
-        tokens = stream.detach().requires_grad_(True)
-        logits = clip.logits(tokens[None], classifier)[0]
-        (gradient,) = torch.autograd.grad(_centred(logits)[predicted], tokens)
-    along = (gradient * sae.input_scale(stream)).to(codes.dtype) @ sae.decoder_rows().T
-    return (along * codes).sum(dim=0)
 
 
 def likely(logits: Tensor) -> list[tuple[int, float]]:

@@ -10,7 +10,7 @@ M latents, K reference images, P patches, W words.
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipsae.visualization.collector import NAMED
 from clipsae.visualization.page.looks import Effects, Look
+from clipsae.visualization.page.reasons import Reasons
 from clipsae.visualization.references import BIN_EDGES, References
 
 CHUNK = 64  # latents of a script
@@ -84,6 +86,8 @@ def write_page(
     ranking: Mapping[int, Sequence[int]] | None,
     looks: list[Look],
     thumbnails: bool,
+    names: Mapping[int, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write everything but the pictures.
 
@@ -97,6 +101,8 @@ def write_page(
         ranking: class -> its latents in the order in which top-n evaluation keeps them, the classes
             that were evaluated alone; None: there was no evaluation.
         thumbnails: whether pictures lie in the folder.
+        names: of the images that are shown, by index; None: they have none but their index.
+        progress: called with (scripts written, scripts in all).
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE), autoescape=True, keep_trailing_newline=True
@@ -120,10 +126,13 @@ def write_page(
             "images": shown.images,
             "classnames": shown.classnames,
             "concepts": shown.concepts,
+            "base": [] if references.base is None else _rounded(references.base.tolist()),
+            "named": NAMED,
             "words": words.names,
             "edges": _rounded(BIN_EDGES.tolist()),
             "alphabet": ALPHABET,
             "thumbnails": thumbnails,
+            "names": names or {},
             "looks": [
                 {
                     "index": look.index,
@@ -137,13 +146,16 @@ def write_page(
         },
     )
     roles = _roles(references.latents, effects, ranking)
-    for start in range(0, references.latents, CHUNK):
+    starts = range(0, references.latents, CHUNK)
+    for done, start in enumerate(starts):
         latents = range(start, min(start + CHUNK, references.latents))
         chunk = [_latent(m, references, neighbours, words) for m in latents]
         for m, latent in zip(latents, chunk, strict=True):
             if latent is not None:
                 latent |= roles[m]
         _script(folder, f"latents/{start // CHUNK}", chunk)
+        if progress is not None:
+            progress(done + 1, len(starts))
     for look in looks:
         _script(folder, f"looks/{look.index}", _look(look))
 
@@ -182,6 +194,7 @@ def _columns(
         "concept": nothing if references.concept is None else references.concept,
         "precision": nan if references.concept is None else references.concept_precision,
         "certainty": nan if references.concept is None else references.concept_score,
+        "covered": nan if references.concept is None else references.concept_covered,
         "image": references.index[:, 0],
         "word": words.best[:, 0] if has_word else nothing,
         "helps": helps,
@@ -280,7 +293,21 @@ def _look(look: Look) -> dict[str, Any]:
         "means": _rounded(look.means),
         "clip": [[c, round(p, 6)] for c, p in look.clip],
         "sae": [[c, round(p, 6)] for c, p in look.sae],
-        "why": [[m, *_rounded([mean]), round(lost, 3), c] for m, mean, lost, c in look.why],
+        "why": None if look.why is None else _reasons(look.why),
+    }
+
+
+def _reasons(why: Reasons) -> dict[str, Any]:
+    """Logits to four digits behind the point: differences of them are shown."""
+    return {
+        "classes": why.classes,
+        "logits": [round(x, 4) for x in why.logits],
+        "normaliser": round(why.normaliser, 4),
+        "latents": why.latents,
+        "means": _rounded(why.means),
+        "without": [[round(x, 4) for x in logits] for logits in why.without],
+        "normalisers": [round(x, 4) for x in why.normalisers],
+        "instead": why.instead,
     }
 
 

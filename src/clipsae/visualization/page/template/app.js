@@ -56,6 +56,8 @@ function el(tag, options = {}, ...children) {
 const percent = (x) => (x === 0 ? "0 %" : x < 0.0005 ? "< 0.1 %" : `${(100 * x).toFixed(1)} %`);
 const digits = (x, n = 3) => (Number.isFinite(x) ? String(+x.toPrecision(n)) : "–");
 const signed = (x) => (x > 0 ? "+" : "") + x.toFixed(2);
+// Of an image: its file, where it is one.
+const nameOf = (index) => clipsae.meta.names[index] || `image ${index}`;
 const alive = (m) => clipsae.columns.tokens[m] > 0;
 
 function labelOf(m) {
@@ -86,18 +88,23 @@ function leadsOf(m) {
   }
   return leadsOf.of.get(m) || [];
 }
-// What most of its activation lies on, of what it leads; else its best concept; and as one that is
-// hardly above chance says less than the label, that.
+// A share of a latent's activation, and what chance would give.
+const against = (k, precision) => `${percent(precision)} (chance ${percent(clipsae.meta.base[k])})`;
+// The concept that stands out, with its figures; where none does, that, and the label of its top
+// images, which is all that is known of a latent without ground truth.
 function meaning(m) {
-  const [lead] = leadsOf(m);
-  if (lead && lead[2] >= 0.5) return `${clipsae.meta.concepts[lead[0]]} ${percent(lead[2])}`;
-  return conceptOf(m) && clipsae.columns.certainty[m] >= 0.15 ? `${conceptOf(m)} ${percent(clipsae.columns.precision[m])}` : labelOf(m);
+  if (conceptOf(m)) return `${conceptOf(m)} ${against(clipsae.columns.concept[m], clipsae.columns.precision[m])}`;
+  return clipsae.meta.concepts.length && alive(m) ? `none (label: ${labelOf(m)})` : labelOf(m);
 }
 
 function thumbnail(index, alt = "") {
   if (!clipsae.meta.thumbnails || index < 0) return el("span", { class: "none" });
   const src = `thumbs/${Math.floor(index / 1000)}/${index}.jpg`;
-  return el("img", { src, alt, loading: "lazy", decoding: "async" });
+  return el("img", { src, alt, title: nameOf(index), loading: "lazy", decoding: "async" });
+}
+
+function file(index) {
+  return el("div", { class: "caption file soft", title: nameOf(index) }, el("bdi", {}, nameOf(index)));
 }
 
 // A picture with the patches of a latent on it. Levels: 0..1 of each patch.
@@ -226,11 +233,11 @@ clipsae.views.about = () => {
       "Frequency: the share of images on which the mean of a latent's codes over all tokens is positive. Strength: the mean of those means. A latent is dead if no token of these images makes it active.",
       "Label: the most frequent label of the ten reference images. Entropy: of their labels, weighted by activation, in nats; 0 is one label alone.",
       "MonoSemanticity: how alike the images are that a latent is active on, in the eyes of a separate image encoder.",
-      meta.concepts.length ? "Concept: the ground truth that the latent's activity says most about; the percentage is the share of its activation that lies there. Under Concepts it is the other way round: the latents that say most about each, even where another is what they say most about." : null,
+      meta.concepts.length ? `Concept: the ground truth that the latent's activity says most about, among the values of one attribute. Of "size=large" the question is whether the latent lies on large objects rather than on small ones: the percentage is the share that lies on large ones, of its activation on what has a size at all; in brackets what chance would give, the share of all patches with a size that are large. What says most is chosen by the information in the two, D(share || chance) in bits, times the share of all its activation that lies on what has the attribute; of few observations the lower end of a confidence interval counts. Where no concept has ${meta.named} bits, none is named. Position and count are compared over images, the others over patches. Under Concepts it is the other way round: the latents that say most about each, even where another is what they say most about.` : null,
       meta.words.length ? "Words: the cosine of the latent's decoder row with a text's embedding along the direct path alone (the row, centred and weighted as the last layer norm does, times the projection), the words' mean taken away. CLIP's last block lies in between: a hint, not a proof." : null,
-      "Helps and hurts: CLIP's logit of an image's true class, relative to the mean over all classes, less the same with the latent alone taken out of the stream; the mean over a class's images that the latent is active on, among those with a page and its first reference images. What is below 0.01 is left out; the list shows the class that is helped most.",
+      "Helps and hurts: the margin of an image's true class, its logit less that of the strongest other class, less the same margin with the latent alone taken out of the stream; the mean over a class's images that the latent is active on, among those with a page and its first reference images. Above zero the image is named more surely with the latent. What is below 0.01 is left out; the list shows the class that is helped most.",
       "Top-n: on_n is CLIP's accuracy when only the n latents are kept that are active most often on a class's images; listed is the smallest n for which the latent is one of them.",
-      "Why this class: the same difference on one image, for the class that CLIP predicts; the latents are those with the largest effect by gradient times contribution, each then switched off.",
+      "Why this class: each latent alone is taken out of the stream of one image, all else in it stays, and CLIP's last layers run again. Shown is what CLIP said with it less what it says without it, of the class that it predicts: its logit; its margin, the logit less that of another class, at first the runner-up; or its probability over all classes, in percentage points. Above zero (green) the latent speaks for the class, below (red) against it. A logit may rise and all others with it: whether the prediction hangs on a latent, its margin tells. Kept are the latents with the largest effects on the logit, the probability, and the margins over the five likeliest other classes.",
       "Map: the two principal components of the decoder rows, each of unit length.",
     ].filter(Boolean).map((text) => el("p", {}, text)),
     el("h2", {}, "Keys"),

@@ -12,9 +12,9 @@ clipsae.views.concepts = () => {
       const [of, value] = name.split("=");
       if (of !== attribute) return [];
       const leading = meta.leading[k].slice(0, 4);
-      return [el("div", { "data-concept": name }, el("h3", {}, value),
+      return [el("div", { "data-concept": name }, el("h3", {}, value, el("small", { class: "soft" }, ` chance ${percent(meta.base[k])}`)),
         leading.length ? el("div", { class: "four" }, ...leading.map(one)) : el("p", { class: "soft" }, "no latent says anything about it"))];
     }))));
-  const said = "The latents whose activity says most about each concept, best first; the percentage is the share of a latent's activation that lies there.";
+  const said = "The latents whose activity says most about each concept, best first. The percentage is the share that lies there, of a latent's activation on what has the attribute at all; chance is the share that the concept has itself.";
   return { element: el("div", { class: "page" }, el("p", { class: "soft", style: "margin:0" }, said), ...sections) };
 };

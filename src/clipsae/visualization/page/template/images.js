@@ -3,10 +3,12 @@
 
 (() => {
   const state = { search: "", wrong: false };
+  const why = { measure: "margin", rival: null }; // how a prediction's reasons are measured; null: the runner-up
+  const REASONS = 16;
 
   clipsae.views.images = () => {
     const meta = clipsae.meta;
-    const search = el("input", { type: "search", placeholder: "Search: class", "aria-label": "Search", value: state.search });
+    const search = el("input", { type: "search", placeholder: Object.keys(meta.names).length ? "Search: class, file" : "Search: class, number", "aria-label": "Search", value: state.search });
     const wrong = el("input", { type: "checkbox", checked: state.wrong });
     const grid = el("div", { class: "pictures" });
     const count = el("span", { class: "soft", role: "status" });
@@ -16,13 +18,13 @@
       state.wrong = wrong.checked;
       const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
       const found = meta.looks.filter((look) => {
-        const text = `${look.index} ${meta.classnames[look.label]}`.toLowerCase();
+        const text = `${nameOf(look.index)} ${meta.classnames[look.label]}`.toLowerCase();
         return words.every((word) => text.includes(word)) && !(state.wrong && right(look));
       });
       count.textContent = `${found.length} of ${meta.looks.length}`;
       grid.replaceChildren(...found.map((look) => el("a", { class: "picture", href: `#/image/${look.index}` },
         el("div", { class: "framed" }, thumbnail(look.index)),
-        el("div", { class: "caption" }, meta.classnames[look.label]),
+        el("div", { class: "caption" }, meta.classnames[look.label]), file(look.index),
         right(look) ? null : el("div", { class: "caption bad" }, `CLIP: ${meta.classnames[look.said]}`))));
     }
     search.addEventListener("input", renew);
@@ -67,7 +69,7 @@
     const steer = clipsae.live() ? clipsae.steering(of.index, of.clip, () => mark()) : null;
     const mark = () => list.querySelectorAll("button.off").forEach((b) => b.setAttribute("aria-pressed", String(steer.off(Number(b.dataset.of)))));
     const canvas = el("canvas");
-    const image = meta.thumbnails ? el("img", { src: `images/${of.index}.jpg`, alt: `image ${of.index}: ${meta.classnames[of.label]}` }) : null;
+    const image = meta.thumbnails ? el("img", { src: `images/${of.index}.jpg`, alt: `${nameOf(of.index)}: ${meta.classnames[of.label]}` }) : null;
     const frame = el("div", { class: "framed", tabindex: 0, role: "img", "aria-label": "Patches: hover or use the arrow keys" }, image, canvas);
     const said = el("p", { class: "soft", role: "status" });
     const list = el("tbody");
@@ -87,26 +89,54 @@
     }
     function ofPatch(patch) {
       const [latents, codes] = of.tokens[patch + first];
-      return latents.map((m, k) => [m, codes[k], losses.get(m) || null]);
+      return latents.map((m, k) => [m, codes[k], place.get(m) ?? null]);
     }
-    const rests = of.why.map(([m, mean, lost, instead]) => [m, mean, [lost, instead]]);
-    const losses = new Map(of.why.map(([m, , lost, instead]) => [m, [lost, instead]]));
-    const strongest = of.latents.map((m, k) => [m, of.means[k], losses.get(m) || null]);
-    let order = rests.length ? "why" : "strongest";
-    const ofImage = () => (order === "why" ? rests : strongest);
-    const orders = [["why", "Why this class"], ["strongest", "Strongest"]].filter(([name]) => name !== "why" || rests.length).map(([name, text]) => el("button", {
+    const reasons = of.why && of.why.latents.length ? of.why : null;
+    const place = new Map((reasons ? reasons.latents : []).map((m, i) => [m, i]));
+    const rival = () => { const at = reasons.classes.indexOf(why.rival); return at > 0 ? at : 1; };
+    const measure = () => (why.measure === "margin" && reasons.classes.length < 2 ? "logit" : why.measure);
+    // What CLIP said of its class with the latent less what it says without it.
+    function effect(i) {
+      const [own, without] = [reasons.logits, reasons.without[i]];
+      if (measure() === "logit") return own[0] - without[0];
+      if (measure() === "margin") return own[0] - own[rival()] - (without[0] - without[rival()]);
+      return 100 * (Math.exp(own[0] - reasons.normaliser) - Math.exp(without[0] - reasons.normalisers[i]));
+    }
+    const rests = () => reasons.latents.map((m, i) => [m, reasons.means[i], i])
+      .sort((a, b) => Math.abs(effect(b[2])) - Math.abs(effect(a[2])) || a[0] - b[0]).slice(0, REASONS);
+    const strongest = of.latents.map((m, k) => [m, of.means[k], place.get(m) ?? null]);
+    let order = reasons ? "why" : "strongest";
+    const ofImage = () => (order === "why" ? rests() : strongest);
+    const column = el("th", {});
+    const measures = [["margin", "margin over"], ["logit", "logit"], ["probability", "probability"]];
+    const over = reasons ? el("select", { "aria-label": "Compared with", onchange: () => { why.rival = Number(over.value); tell(pinned); } },
+      ...reasons.classes.slice(1).map((k, i) => el("option", { value: k, selected: i + 1 === rival() }, meta.classnames[k]))) : null;
+    const by = reasons ? el("select", { "aria-label": "Measured by", onchange: () => { why.measure = by.value; tell(pinned); } },
+      ...measures.slice(reasons.classes.length < 2 ? 1 : 0).map(([name, text]) => el("option", { value: name, selected: name === measure() }, text))) : null;
+    const measured = reasons ? el("div", { class: "row measure" }, el("span", { class: "soft" }, "measured by"), by, over) : null;
+    function explain() {
+      const [predicted, other] = [reasons.classes[0], reasons.classes[rival()]].map((k) => meta.classnames[k]);
+      if (measure() === "logit") return `How much higher CLIP's logit of "${predicted}" is with each latent than without it.`;
+      if (measure() === "margin") return `How much larger the margin of "${predicted}" over "${other}" (its logit less that one's, ${signed(reasons.logits[0] - reasons.logits[rival()])}) is with each latent than without it.`;
+      return `By how many percentage points the probability of "${predicted}" (${percent(Math.exp(reasons.logits[0] - reasons.normaliser))}) is higher with each latent than without it.`;
+    }
+    const orders = [["why", "Why this class"], ["strongest", "Strongest"]].filter(([name]) => name !== "why" || reasons).map(([name, text]) => el("button", {
       type: "button", "data-order": name, onclick: () => { order = name; pinned = null; tell(null); light(null); },
     }, text));
     function tell(what) {
       const patch = what && what.patch != null ? what.patch : null;
       const entries = patch === null ? ofImage() : ofPatch(patch);
       orders.forEach((b) => b.setAttribute("aria-pressed", String(patch === null && b.dataset.order === order)));
-      const predicted = of.clip.length ? meta.classnames[of.clip[0][0]] : "";
       const hint = matchMedia("(hover: none)").matches ? "Tap a patch to see its latents, a latent to see its patches."
         : "Hover a patch to see its latents, a latent to see its patches; click to keep.";
       said.textContent = patch === null
-        ? (order === "why" ? `What CLIP's "${predicted}" rests on: the change of its logit by each latent. ${hint}` : `Largest mean code over all tokens. ${hint}`)
+        ? (order === "why" ? `${explain()} ${hint}` : `Largest mean code over all tokens. ${hint}`)
         : `Patch in row ${Math.floor(patch / cols) + 1}, column ${patch % cols + 1}: ${entries.length} strongest latents.`;
+      if (reasons) {
+        over.hidden = measure() !== "margin";
+        column.textContent = { logit: "Logit", margin: "Margin", probability: "Points" }[measure()];
+        column.title = explain();
+      }
       list.replaceChildren(...entries.map(([m, value, off]) => el("tr", {
         "data-latent": m, onmouseenter: () => light({ latent: m }),
         onmouseleave: () => light(pinned),
@@ -116,8 +146,8 @@
       el("td", {}, el("a", { href: `#/latent/${m}` }, String(m))),
       el("td", {}, meaning(m)),
       el("td", { class: "number code" }, digits(value)),
-      el("td", { class: `number ${off ? (off[0] > 0 ? "good" : "bad") : ""}` }, off ? signed(off[0]) : ""),
-      el("td", { class: "bad" }, off && off[1] !== of.clip[0][0] ? `→ ${meta.classnames[off[1]]}` : ""),
+      el("td", { class: `number ${off === null ? "" : effect(off) > 0 ? "good" : "bad"}` }, off === null ? "" : signed(effect(off))),
+      el("td", { class: "bad" }, off !== null && reasons.instead[off] !== reasons.classes[0] ? `→ ${meta.classnames[reasons.instead[off]]}` : ""),
       steer ? el("td", {}, el("button", { type: "button", class: "off", "data-of": m, "aria-label": `Switch latent ${m} off`, onclick: (event) => { event.stopPropagation(); steer.toggle(m); } }, "off")) : null)));
       if (steer) mark();
     }
@@ -146,18 +176,18 @@
     frame.addEventListener("click", (event) => pin({ patch: patchAt(event) }));
     const go = (by) => { const next = meta.looks[at + by]; if (next) location.hash = `#/image/${next.index}`; };
     const heat = heatButtons(() => [frame]);
-    const head = el("div", { class: "row" }, el("h1", {}, meta.classnames[of.label]), el("span", { class: "soft" }, `image ${of.index}`),
+    const head = el("div", { class: "row" }, el("h1", {}, meta.classnames[of.label]), el("span", { class: "soft file-name" }, nameOf(of.index)),
       steps("image", go));
     const table = el("table", { class: "table" },
       el("thead", {}, el("tr", {}, el("th", {}), el("th", {}, "Latent"), el("th", {}, "Meaning"), el("th", { class: "code" }, "Code"),
-        ...(rests.length ? [el("th", { title: "What CLIP's logit of its predicted class loses without the latent" }, "Logit"), el("th", {}, "Without it")] : []))), list);
+        ...(reasons ? [column, el("th", {}, "Without it")] : []))), list);
     tell(null);
     light(null);
     const element = el("div", { class: "page" }, head,
       el("div", { class: "look", style: "margin-top:12px" },
         el("div", { class: "left" }, frame, el("p", { style: "margin:8px 0" }), heat,
           predictions("CLIP says", of.clip, of.label), steer ? steer.element : null, predictions("CLIP on the SAE's reconstruction says", of.sae, of.label, "later")),
-        el("div", {}, el("div", { class: "row", role: "group", "aria-label": "Which latents" }, ...orders), said, table)));
+        el("div", {}, el("div", { class: "row", role: "group", "aria-label": "Which latents" }, ...orders), measured, said, table)));
     return {
       element,
       theme: () => light(pinned),

@@ -75,18 +75,25 @@
 
     const facts = el("dl", { class: "facts" }, ...[
       ["Active on images", percent(c.frequency[m])], ["on tokens", percent(c.tokens[m])], ["Strength", digits(c.strength[m])],
+      ...(meta.concepts.length ? [["Concept", conceptOf(m) || "none stands out"]] : []),
       ["Label", labelOf(m)], ["Label entropy", digits(c.entropy[m], 2)], ["MonoSemanticity", digits(c.monosemanticity[m], 2)],
     ].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+    const k = c.concept[m];
+    const [attribute, value] = conceptOf(m).split("=");
+    const rows = ["position", "count"].includes(attribute) ? "images" : "patches";
+    const explained = k < 0 ? null : el("p", { class: "soft", style: "margin:8px 0 0" },
+      `${percent(c.precision[m])} of its activation on ${rows} with a ${attribute} lies on ${value}, where chance would give ${percent(meta.base[k])}: ${digits(c.precision[m] / meta.base[k], 2)} times as much. `
+      + `${percent(c.covered[m])} of all its activation lies on ${rows} with a ${attribute}.`);
     const leads = leadsOf(m).map(([k, rank, precision]) => el("div", {},
-      el("dt", {}, meta.concepts[k]), el("dd", {}, percent(precision), el("span", { class: "soft" }, rank ? `, number ${rank + 1}` : ", the first"))));
+      el("dt", {}, meta.concepts[k]), el("dd", {}, against(k, precision), el("span", { class: "soft" }, rank ? `, number ${rank + 1}` : ", the first"))));
     const pages = new Set(meta.looks.map((look) => look.index));
     const frames = [];
     const pictures = el("div", { class: "pictures" }, ...of.images.map((index, k) => {
       const label = meta.classnames[of.labels[k]];
-      const frame = framed(index, unpack(of.maps[k]), `image ${index}: ${label}`);
+      const frame = framed(index, unpack(of.maps[k]), `${nameOf(index)}: ${label}`);
       frames.push(frame);
       const spots = of.scales[k] > 0 ? "" : ", class token only";
-      const said = [el("div", { class: "caption", title: label }, label),
+      const said = [el("div", { class: "caption", title: label }, label), file(index),
         el("div", { class: "caption soft" }, `${digits(of.values[k])}${spots}`)];
       return pages.has(index) ? el("a", { class: "picture", href: `#/image/${index}` }, frame, ...said) : el("div", { class: "picture" }, frame, ...said);
     }));
@@ -105,14 +112,14 @@
       el("div", {}, `${k} `, el("span", { class: "soft" }, cosine.toFixed(2))),
       el("div", { class: "caption soft", title: meaning(k) }, meaning(k)))));
     const recipe = `${of.images.length} of ${meta.images.toLocaleString("en")} images`;
-    const element = el("div", { class: "page" }, head, facts,
-      leads.length ? section("Leads", "the concepts that few say more about; the share of its activation that lies there", el("dl", { class: "facts" }, ...leads)) : null,
+    const element = el("div", { class: "page" }, head, facts, explained,
+      leads.length ? section("Leads", "the concepts that few say more about; the share of its activation, and of chance", el("dl", { class: "facts" }, ...leads)) : null,
       section("Reference images", recipe, el("div", {}, heat, el("p", { style: "margin:0;height:8px" }), pictures)),
       el("div", { class: "columns" },
         section("Codes", "of all tokens, above zero", histogram(of.histogram)),
         of.words.length ? section("Words", "its direct path points to", bars(of.words.map(([k, v]) => [meta.words[k], v, v.toFixed(2)]), 1)) : null,
-        of.helps ? section("Helps", `the true class's logit loses this without it; seen on ${images(of.seen)}`, classes(of.helps, "good")) : null,
-        of.hurts ? section("Hurts", "the true class's logit gains this without it", classes(of.hurts, "bad")) : null,
+        of.helps ? section("Helps", `with it the true class's margin is larger by this; seen on ${images(of.seen)}`, classes(of.helps, "good")) : null,
+        of.hurts ? section("Hurts", "with it the true class's margin is smaller by this", classes(of.hurts, "bad")) : null,
         of.kept ? section("Top-n", "on_n keeps it for", kept(of.kept)) : null),
       of.near.length ? section("Nearest", "by the cosine of decoder rows", near) : null);
     return { element, keys };

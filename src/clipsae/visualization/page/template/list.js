@@ -10,6 +10,7 @@
   ];
   let shown = []; // the latents, in order
   let named = new Set(); // the concepts that are searched for by name
+  let matched = false; // what fits the search best comes first, whatever is sorted by
 
   function texts() {
     if (!texts.of) {
@@ -36,6 +37,7 @@
     const number = wanted.length === 1 && /^#?\d+$/.test(wanted[0]) ? Number(wanted[0].replace("#", "")) : null;
     shown = [];
     named = new Set();
+    matched = false;
     for (let m = 0; m < clipsae.meta.latents; m++) {
       if (number !== null) {
         if (String(m).startsWith(String(number))) shown.push(m);
@@ -59,6 +61,7 @@
     const [values, places] = column(state.sort);
     for (const m of shown) {
       if (state.sort === "concept" && wanted.length) rank[m] = first(m);
+      matched ||= rank[m] > 0 && rank[m] < 102 || leading.has(m) && state.sort === "concept";
       const value = places ? places[values[m]] ?? -1 : values[m];
       key[m] = Number.isNaN(value) ? Infinity : state.down ? -value : value; // what has no value comes last
     }
@@ -86,6 +89,7 @@
     const attributes = [...new Set(meta.concepts.map((name) => name.split("=")[0]))];
     const search = el("input", { type: "search", placeholder: `Search: latent, label, ${meta.concepts.length ? "concept, " : ""}word, class it helps`, "aria-label": "Search", value: state.search });
     const count = el("span", { class: "soft", role: "status" });
+    const best = el("span", { class: "soft best", hidden: true }, "best match first");
     const select = (name, said, options) => {
       const made = el("select", { "aria-label": said, onchange: () => { state[name] = made.value; renew(); } },
         ...options.map(([value, text]) => el("option", { value, selected: state[name] === value }, text)));
@@ -103,7 +107,7 @@
       meta.concepts.length ? select("concept", "Concept", [["", "any concept"], ...attributes.flatMap((a) => [[a, `any ${a}`],
         ...meta.concepts.filter((c) => c.startsWith(`${a}=`)).map((c) => [c, `  ${c}`])])]) : null,
       el("label", { class: "wide" }, "frequency", number("low", "Lowest frequency in percent"), "to", number("high", "Highest frequency in percent"), "%"),
-      sorter, count);
+      sorter, count, best);
     const buttons = heads.map(([key, said, name]) => (key
       ? el("button", { type: "button", class: name, "data-key": key, onclick: () => sortBy(key) }, said) : el("span")));
     const spacer = el("div", { style: "position:relative" });
@@ -123,7 +127,8 @@
     }
     function lay(keep) {
       if (!keep) { state.at = 0; scroll.scrollTop = 0; }
-      const active = state.sort;
+      const active = matched ? null : state.sort;
+      best.hidden = !matched;
       buttons.forEach((button, i) => {
         if (!heads[i][0]) return;
         if (heads[i][0] === active) button.setAttribute("aria-sort", state.down ? "descending" : "ascending");
@@ -152,13 +157,15 @@
     function item(m, i, h) {
       const c = clipsae.columns;
       const lead = leadsOf(m).find(([k]) => named.has(k));
-      const [concept, share] = lead ? [meta.concepts[lead[0]], lead[2]] : [conceptOf(m), c.precision[m]];
+      const [k, share] = lead ? [lead[0], lead[2]] : [c.concept[m], c.precision[m]];
+      const concept = k < 0 ? "" : meta.concepts[k];
       return el("a", { class: `grid item${alive(m) ? "" : " dead"}`, href: `#/latent/${m}`, style: `top:${i * h}px`, role: "option", tabindex: -1,
         onclick: () => { state.at = i; } },
         el("span", { class: "id" }, String(m)),
         el("span", { class: "thumb" }, thumbnail(c.image[m])),
-        el("span", { class: "label" }, narrow.matches ? (alive(m) ? (lead ? `${concept} ${percent(share)}` : meaning(m)) : "dead") : labelOf(m) || "dead"),
-        el("span", { class: `concept${lead || c.certainty[m] >= 0.15 ? "" : " soft"}` }, concept ? `${concept} ${percent(share)}` : ""),
+        el("span", { class: "label" }, narrow.matches ? (alive(m) ? (lead ? `${concept} ${against(k, share)}` : meaning(m)) : "dead") : labelOf(m) || "dead"),
+        el("span", { class: "concept", title: concept ? `${concept}: ${against(k, share)} of its activation` : null },
+          ...(concept ? [el("div", {}, concept), el("div", { class: "soft" }, `${percent(share)}, chance ${percent(meta.base[k])}`)] : [el("span", { class: "soft" }, alive(m) ? "none" : "")])),
         el("span", { class: "word" }, wordOf(m)),
         el("span", { class: "helps" }, helpsOf(m) ? `${helpsOf(m)} ${signed(c.gain[m])}` : ""),
         el("span", { class: "number bar frequency" }, percent(c.frequency[m]), el("i", { style: `width:${100 * c.frequency[m]}%` })),

@@ -36,7 +36,7 @@
     const place = new Map(names.map(([, k], i) => [k, i]));
     const named = { red: "#d8262c", orange: "#f08a1d", yellow: "#d9bf1c", green: "#22a64b", cyan: "#1fb8c4", blue: "#2b46d8", purple: "#8a35b0", pink: "#ee8fc0", white: "#b9b9b9", black: "#333" };
     const colour = (k) => named[meta.concepts[k].split("=")[1]] || `hsl(${360 * place.get(k) / names.length} 65% 50%)`;
-    return { of: (m) => (place.has(c.concept[m]) && c.certainty[m] >= 0.15 ? colour(c.concept[m]) : "rgb(140 140 140 / .18)"), legend: names.map(([name, k]) => [colour(k), name.split("=")[1]]) };
+    return { of: (m) => (place.has(c.concept[m]) ? colour(c.concept[m]) : "rgb(140 140 140 / .18)"), legend: names.map(([name, k]) => [colour(k), name.split("=")[1]]) };
   }
   const sample = (values) => (values.length > 20000 ? values.filter((_, i) => i % Math.ceil(values.length / 20000) === 0) : values);
 
@@ -47,7 +47,7 @@
     for (let m = 0; m < meta.latents; m++) if (alive(m) && Number.isFinite(c.x[m])) latents.push(m);
     const attributes = [...new Set(meta.concepts.map((name) => name.split("=")[0]))];
     if (!state.colour) { // what most latents have
-      const many = (a) => latents.filter((m) => conceptOf(m).startsWith(`${a}=`) && c.certainty[m] >= 0.15).length;
+      const many = (a) => latents.filter((m) => conceptOf(m).startsWith(`${a}=`)).length;
       state.colour = attributes.length ? attributes.reduce((a, b) => (many(b) > many(a) ? b : a)) : "frequency";
     }
     const canvas = el("canvas", { role: "img", "aria-label": `Map of ${latents.length} latents; the list shows the same` });
