@@ -20,7 +20,7 @@ from clipsae.errors import ConfigError
 from clipsae.store import MARK, Stage, Store
 from clipsae.store.files import read_json
 from clipsae.store.survey import Entry
-from clipsae.tasks import build
+from clipsae.tasks import build, options
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import evaluation, measurement, sae
 from clipsae.tasks.table import terminal
@@ -61,6 +61,9 @@ def cells_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list
     """What each job of a sweep makes, by the very configs that it would run with.
 
     The datasets are looked at, as a run would do, and each once; no weights are loaded.
+
+    Raises:
+        ConfigError: a value of one of them that cannot be, before any of them begins.
     """
     load = launcher.hydra_context.config_loader.load_sweep_config
     labels = labels_of(job_overrides)
@@ -70,6 +73,7 @@ def cells_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list
     try:
         for overrides, label in zip(job_overrides, labels, strict=True):
             cfg = load(launcher.config, list(overrides))
+            options.check(cfg, overrides)
             HydraConfig.instance().set_config(cfg)  # plugins are looked for where it says
             try:
                 cells.append(Cell(label, stages_of(cfg, found)))

@@ -112,7 +112,9 @@ def test_batches_and_groups_change_nothing(clip, scenes, saes, size, monkeypatch
     again = measure(
         clip, saes, scenes, batch_size=size, progress=lambda *at: seen.append(at), **options
     )
-    assert seen[-1] == (IMAGES, IMAGES)
+    assert [at for at in seen if at[2] == "images"][-1] == (IMAGES, IMAGES, "images")
+    ended = {what for done, total, what in seen if done == total}
+    assert ended == {"images", "CKNNA", "recovery in patches", "recovery in images"}
     for row, other in zip(whole.rows, again.rows, strict=True):
         assert row["metric"] == other["metric"]
         assert row["value"] == pytest.approx(other["value"], rel=1e-3, abs=1e-5, nan_ok=True)

@@ -76,7 +76,7 @@ def measure(
     k: int = 10,
     threshold: float = 0.9,
     limit_images: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> MeasureResult:
     """Measure SAEs of one layer of one CLIP on one dataset.
 
@@ -101,7 +101,7 @@ def measure(
         k: neighbours of CKNNA.
         threshold: the AUROC from which a latent counts as good for a concept.
         limit_images: that many images only, evenly spaced over the classes.
-        progress: called with (images done, images in all).
+        progress: called with (done, total, what): images, then what CKNNA and recovery compare.
 
     Raises:
         ValueError: an unknown metric or pooling, one that lacks what it needs, no images, sizes
@@ -154,9 +154,11 @@ def measure(
             compared_tokens += len(of_tokens)
             compared_images += len(of_images)
             if progress is not None:
-                progress(done, len(indices))
+                progress(done, len(indices), "images")
     if not done:
         raise ValueError("none of the dataset's images could be read")
+    for run in runs.values():
+        run.progress = progress
     return _result(runs, done, compared_tokens, compared_images, pooling, encoder)
 
 

@@ -3,7 +3,9 @@
 B images, T tokens of an image, d width, M latents, e embedding size, V concepts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,10 +77,15 @@ def code_without_selection(sae: SAE, scores: Tensor, tau: Tensor) -> Tensor:
     return sae.gate(scores, tau.clamp(max=0))
 
 
+# What of `values` takes long.
+_LONG = {"cknna": "CKNNA", "patch": "recovery in patches", "image": "recovery in images"}
+
+
 class SingleMeasure:
     """One SAE's metrics; made when the first batch shows their sizes.
 
     Attributes:
+        progress: of `values`, called with (done, total, what); None: not told.
         scores: float64 [M] after `values`, where MonoSemanticity is measured.
         recovered: after `values`, per level, where recovery is measured.
     """
@@ -86,6 +93,7 @@ class SingleMeasure:
     def __init__(self, sae: SAE, options: Options) -> None:
         self.sae = sae
         self.options = options
+        self.progress: Callable[[int, int, str], None] | None = None
         self.latents: int = sae.config["latents"]
         self.scores: Tensor | None = None
         self.recovered: dict[str, dict[str, Tensor]] = {}
@@ -157,6 +165,9 @@ class SingleMeasure:
     def values(self) -> dict[str, Tensor]:
         """All numbers by name, scalars."""
         found: dict[str, Tensor] = {}
+        for name in ("cknna", *LEVELS):
+            if name in self._metrics and self.progress is not None:
+                self._metrics[name].progress = partial(_told, self.progress, _LONG[name])
         for name, suffix in (("sparsity", ""), ("dense", "_dense")):
             if name in self._metrics:
                 of = self._metrics[name].compute()
@@ -179,3 +190,7 @@ class SingleMeasure:
             if compared is not None:  # a part of the sample: see `SampledCodes`
                 found[f"{name}_compared"] = torch.tensor(float(compared))
         return found
+
+
+def _told(progress: Callable[[int, int, str], None], what: str, done: int, total: int) -> None:
+    progress(done, total, what)
