@@ -138,6 +138,13 @@ def test_folders_that_wrap_others_are_walked_through(tmp_path, root, train, test
         assert [f"{root}/{file}" for file in data.files] == [f"{place}/a/1.png", f"{place}/b/1.png"]
 
 
+@pytest.mark.parametrize("inside", ["", "images/"])
+def test_splits_without_class_folders_are_refused(tmp_path, inside):
+    make(tmp_path, f"{inside}train/1.png", f"{inside}val/2.png")
+    with pytest.raises(ValueError, match=f"{inside}train/<class>/<image>.jpg; images without"):
+        ImageFolder(tmp_path)
+
+
 def test_several_folders_of_splits_are_refused(tmp_path):
     for kind in ("cropped", "full"):
         make(tmp_path, f"{kind}/train/a/1.png", f"{kind}/test/a/1.png")

@@ -68,7 +68,8 @@ def find_class_folders(root: Path) -> ClassFolders:
     """Find the splits of a root, and the classes of each.
 
     Raises:
-        ValueError: no class folders, or several folders of splits to choose from.
+        ValueError: no class folders, splits without any, or several folders of splits to choose
+            from.
     """
     top = _unwrapped(root, "")
     names = _with_images(root / top)
@@ -77,6 +78,12 @@ def find_class_folders(root: Path) -> ClassFolders:
     found = _splits(root / top, names)
     if not found:
         _refuse_nested(root / top, names)
+        if len(names) > 1 and all((of := _split_word(name)) and not of[2] for name in names):
+            raise ValueError(
+                f"{root / top} holds {names[0]}/ and {names[1]}/ without class folders in them: "
+                f"expected {root / top / names[0]}/<class>/<image>.jpg; images without classes go "
+                "into one folder there"
+            )
         same = dict.fromkeys(_SPLIT_WORDS, top)
         doubt = _doubt(root / top, names)
         return ClassFolders(same, dict.fromkeys(same, names), top, doubt)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
-# Pillow's formats that hold a picture; others of its formats are documents, icons, films, arrays.
-_FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF", "HEIF"),
-    *("JPEG2000", "TGA", "QOI", "PCX", "SGI", "DDS", "PSD", "SUN", "XBM", "XPM"),
+# Pillow's formats that hold a picture and are told by their first bytes, then others of them. What
+# is left are documents, icons, films, arrays.
+_SIGNED = (
+    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIF", "JPEG2000"),
+    *("QOI", "PSD"),
 )
-# Of these, those that are told by their first bytes.
-_SIGNED = _FORMATS[:12]
+_FORMATS = (*_SIGNED, "DIB", "TGA", "PCX", "SGI", "DDS", "SUN", "XBM", "XPM")
 # Files of these endings are not opened to see whether they are images: what comes with images, and
 # the copies that editors and downloads leave.
 _NO_IMAGES = frozenset(

@@ -300,6 +300,7 @@ DATASET = {
     "root": TEXT,
     "split_source": one_of("auto", "coop", "official"),
     "classnames": one_of("clean", "raw"),
+    "classes": one_of("all", "present"),
     "templates": one_of("imagenet", "dataset"),
     "on_bad_image": one_of("error", "skip"),
     "download": FLAG,
