@@ -13,6 +13,7 @@ import torch
 from clipsae.data.dataset import ImageDataset, ImageList
 from clipsae.data.images import BadImageError
 from clipsae.data.reader import read_batches, skips
+from clipsae.progress import Bar
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def refuse_damaged(dataset: ImageDataset, num_workers: int = 0) -> None:
     """
     if not isinstance(dataset, ImageList) or skips(dataset):
         return
-    found = find_damage(dataset, num_workers=num_workers, seconds=SECONDS)
+    with Bar(f"looking for damaged images in {dataset.root}") as bar:
+        found = find_damage(dataset, num_workers=num_workers, seconds=SECONDS, progress=bar)
     if found.errors:
         more = f" ({len(found.errors):,} such files)" if len(found.errors) > 1 else ""
         raise BadImageError(
@@ -95,8 +97,6 @@ def find_damage(
     """
     key = str(dataset.root), dataset.fingerprint
     if key not in _found:
-        if len(dataset) > SMALL_FILES:
-            log.info("looking for damaged images in %s", dataset.root)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         batches = [batch.tolist() for batch in order.split(_BATCH)]
         start, read, errors = time.monotonic(), 0, []
