@@ -157,6 +157,7 @@ def test_a_page_of_an_imported_sae_with_the_names_of_files(tmp_path):
     meta = read(page.parent / "data" / "meta.js")
     assert meta["latents"] == 72
     assert "imported" in meta["about"]["SAE"]
+    assert meta["about"]["Trained on"] == "elsewhere"
     assert set(meta["names"].values()) <= {
         f"{c}/IMG {i}.png" for c in ("red", "blue") for i in range(3)
     }

@@ -69,7 +69,7 @@ def test_files_and_dataset_images_through_two_models(trained, tmp_path):
         (["model=relu"], "run `python run.py model=relu"),
         (["model=topk", "task.images=[nowhere.jpg]"], "nowhere.jpg: no such file"),
         (["model=topk", "task.indices=[24]"], "expected 0 to 23"),
-        (["model=topk", "task.filter=rare"], "frequency, strength, none"),
+        (["model=topk", "task.filter=rare"], "frequency, strength or none"),
         (["task.models=[topkk]"], "topkk"),
         (["task.sae=nowhere", "task.models=[topk]"], "expected one of them"),
         (["logger.upload_sae=true"], "task=visualize uploads nothing"),

@@ -201,7 +201,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
     "explore": {
         "sae": or_null(TEXT),
         "split": SPLIT,
-        "pages": whole(1),
+        "pages": whole(0),
         "thumbnails": FLAG,
         "effect_images": whole(0),
         "neighbours": whole(0),
@@ -256,7 +256,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "k": or_null(whole(1)),
         "folder": TEXT,
     },
-    "status": {"models": NAMES, "datasets": NAMES, "kind": TEXT, "json": FLAG},
+    "status": {"json": FLAG, "sweep_dir": TEXT},
     "visualize": {
         "sae": or_null(TEXT),
         "images": list_of(TEXT),
@@ -264,7 +264,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "models": NAMES,
         "split": SPLIT,
         "top": whole(1),
-        "references": whole(0),
+        "references": whole(1),
         "mask_references": FLAG,
         "filter": one_of("frequency", "strength", "none"),
         "max_frequency": Rule("a share, 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
