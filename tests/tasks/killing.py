@@ -83,7 +83,10 @@ def finished(folder: Path, kind: str) -> list[Path]:
 
 
 def being_made(folder: Path, kinds: tuple[str, ...]) -> bool:
-    return any(any(folder.glob(f"{kind}/.*.partial/*/work")) for kind in kinds)
+    try:
+        return any(any(folder.glob(f"{kind}/.*.partial/*/work")) for kind in kinds)
+    except FileNotFoundError:  # gone while it was looked at
+        return False
 
 
 def content(folder: Path) -> dict[str, bytes]:

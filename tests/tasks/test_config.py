@@ -116,9 +116,20 @@ def test_the_entry_point_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("task", ["status", "gc"])
-def test_a_look_at_the_store_does_not_import_torch(tmp_path, task):
-    arguments = [f"task={task}", "sweeps=demo", f"paths.output_dir={tmp_path}"]
+def test_ctrl_c_is_answered_where_a_shell_has_it_ignored():
+    """As it does for a command in the background."""
+    code = (
+        "import signal, sys, run; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "sys.argv[1:] = ['--info', 'searchpath']; run.main()\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "True", done.stderr
+
+
+@pytest.mark.parametrize("look", [["task=status"], ["task=gc", "sweeps=demo"]])
+def test_a_look_at_the_store_does_not_import_torch(tmp_path, look):
+    arguments = [*look, f"paths.output_dir={tmp_path}"]
     code = f"import sys, run; sys.argv[1:] = {arguments}; run.main(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

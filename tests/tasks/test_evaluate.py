@@ -206,7 +206,7 @@ def test_an_sae_of_ones_own_is_one_file_and_one_yaml(tmp_path):
     ]
     done = run_py(*command)
     assert done.returncode == 0, done.stderr
-    assert "softplus on scenes_colour" in done.stdout
+    assert "softplus seed=0 on scenes_colour" in done.stdout
     (sae,) = (tmp_path / "out" / "sae").glob("*")
     assert json.loads((sae / "sae.json").read_text())["config"]["above"] == 0.5
     # Found again as long as its file is the same, and trained anew once that has changed.

@@ -57,21 +57,23 @@ def test_the_default_job_ends_with_a_table_and_says_where_things_are(tmp_path):
     assert "shape_colour" in measurement.name
     assert set(pd.read_csv(measurement / "concepts.csv").level) == {"patch", "image"}
 
-    # The offline W&B run holds the same numbers, the config, and no path of this machine.
-    (record,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
-    read = subprocess.run(
-        ["wandb", "leet", "inspect", record, "--summary", "--json"], capture_output=True, text=True
-    )
-    assert read.returncode == 0, read.stderr
-    inspected = json.loads(read.stdout)
-    summary = inspected["summary"]
+    # The offline W&B runs hold the same numbers, the config, and no path of this machine.
+    inspected = {}
+    for stage in (sae, evaluation):
+        (record,) = (tmp_path / "out" / "wandb").glob(f"offline-run-*/*{stage.name[-10:]}.wandb")
+        told = ["wandb", "leet", "inspect", record, "--summary", "--json"]
+        read = subprocess.run(told, capture_output=True, text=True)
+        assert read.returncode == 0, read.stderr
+        inspected[stage] = json.loads(read.stdout)
+    summary = inspected[evaluation]["summary"]
     on = rows[rows.setting == "on"].set_index("n").accuracy
     for n in on.index:
         assert float(find(summary, f"topn/on_{n:.0f}")) == pytest.approx(on[n])
-    assert float(find(summary, "val/fvu")) > 0
+    assert float(find(inspected[sae]["summary"], "val/fvu")) > 0
     assert float(find(summary, "measure/cknna")) == pytest.approx(metrics["cknna"])
-    assert find(inspected["config"], "model")["name"] == "sparsemax"
-    assert str(tmp_path) not in json.dumps(inspected["config"])
+    for told in inspected.values():
+        assert find(told["config"], "model")["name"] == "sparsemax"
+        assert str(tmp_path) not in json.dumps(told["config"])
 
 
 def find(tree: dict, name: str):
@@ -188,12 +190,12 @@ def test_clip_alone_can_be_evaluated(tmp_path):
     ("overrides", "words"),
     [
         (["dataset=image_folder", "dataset.root=nowhere"], "nowhere"),
-        (["model=topk", "model.k=0"], "expected a whole number from 1 to latents"),
+        (["model=topk", "model.k=0"], "model.k=0: expected a whole number, 1 or more"),
         (["clip=vit_b_16", "clip.name=ViT-B-16"], "use clip.name=ViT-B-16-quickgelu"),
         (["clip=vit_b_16", "clip.name=RN50"], "ResNet"),
         (["model.learning_rate=-1"], "learning_rate"),
         (["features.batch_size=0"], "batch_size=0"),
-        (["evaluation.protocol=papre"], "expected one of paper, heldout"),
+        (["evaluation.protocol=papre"], "expected paper or heldout"),
         (["measurement.metrics=[cknna,l00]"], "l00"),
         (["measurement.image_encoder=dino"], "open_clip:MODEL/WEIGHTS"),
         (["model=topk", "model.k=auto"], "run the same command with model=sparsemax first"),

@@ -103,9 +103,9 @@ SMALL = [
 @pytest.mark.slow
 def test_a_sweep_is_looked_up_by_everything_that_decides_its_results(tmp_path):
     given = [*SMALL, f"paths.output_dir={tmp_path}"]
-    sweep = ["model=topk", "model.k=2,0", "model.latents=64", "trainer.max_steps=2"]
+    sweep = ["model=topk", "model.k=2,65", "model.latents=64", "trainer.max_steps=2"]
     done = run_py("-m", *given, *sweep)
-    # One of the two cells cannot be.
+    # One of the two cells cannot be: it has 64 latents.
     assert done.returncode == 1
     assert (
         "2 cells, 0 of them finished; 2 SAEs, 2 to train; how long it takes is not" in done.stdout

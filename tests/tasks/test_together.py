@@ -57,12 +57,15 @@ class Training:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             self.cfg = compose("config", [f"paths.output_dir={root}", *SMALL, *overrides])
         self.clip, self.scenes = clip, scenes
+        self.held_out = ScenesDataset(kind="all", split="test", size=14)
         self.stage = sae.stage(self.cfg, Store(root), scenes)
 
     def __call__(self) -> Path:
         return together.make(
             self.stage,
-            lambda folder: sae.make(self.cfg, self.clip, self.scenes, None, self.stage, folder),
+            lambda folder: sae.make(
+                self.cfg, self.clip, self.scenes, self.held_out, None, self.stage, folder
+            ),
         )
 
     @property
@@ -252,11 +255,15 @@ def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(
     def job(i: int, folder: Path):
         text = [classifier] if kind == "evaluation" else []
         folder.mkdir()
-        cfg, trained = cells[i].cfg, tmp_path / f"sae{i}"
-        return lambda: stage.make(cfg, clip, trained, *text, images, folder)
+        trained, own = (
+            Store(tmp_path).stage("sae", [str(i)], {}),
+            Store(tmp_path).stage(kind, [], {}),
+        )
+        return lambda: stage.make(cells[i].cfg, clip, trained, *text, images, own, folder)
 
     for i, cell in enumerate(cells):
-        SAE(d=clip.width, **build.sae_options(cell.cfg)).save(tmp_path / f"sae{i}")
+        of = SAE(d=clip.width, **build.sae_options(cell.cfg))
+        Store(tmp_path).stage("sae", [str(i)], {}).make(of.save)
         job(i, tmp_path / f"alone{i}")()
     Turns().run([job(i, tmp_path / f"shared{i}") for i in range(3)])
     assert passes == [1, 1, 1, 3]

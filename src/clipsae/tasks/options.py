@@ -336,12 +336,13 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     Raises:
         ConfigError: the first, by its name: the value, what was expected.
     """
+    # Hydra's own part, which a launcher's configs have, cannot be resolved before a job.
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     # What is missing first: an interpolation of it could not be resolved.
     task = _own(OmegaConf.to_container(cfg.task, resolve=False), "run")
     if task not in WITHOUT_DATASET:
         for key in sorted(OmegaConf.missing_keys(cfg)):
-            if not key.startswith("hydra"):
-                raise ConfigError(f"{key} is not given: add {key}=... to the command")
+            raise ConfigError(f"{key} is not given: add {key}=... to the command")
     node = OmegaConf.to_container(cfg, resolve=True)
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")

@@ -73,8 +73,8 @@ def cells_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list
     try:
         for overrides, label in zip(job_overrides, labels, strict=True):
             cfg = load(launcher.config, list(overrides))
-            options.check(cfg, overrides)
             HydraConfig.instance().set_config(cfg)  # plugins are looked for where it says
+            options.check(cfg, overrides)
             try:
                 cells.append(Cell(label, stages_of(cfg, found)))
             except ConfigError as error:
