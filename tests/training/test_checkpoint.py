@@ -10,7 +10,7 @@ from ddp_worker import configs, train
 
 from clipsae.store import Store, put_checkpoint, whole_checkpoint
 from clipsae.training import pretrain
-from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint
+from clipsae.training.callbacks import BusyCores, ReportProgress, ResumeCheckpoint
 
 
 class FakeTrainer(SimpleNamespace):
@@ -63,6 +63,20 @@ def test_progress_is_reported_after_every_step():
     for step in (1, 2):
         callback.on_train_batch_end(FakeTrainer(global_step=step))
     assert told == [(1, 9), (2, 9)]
+
+
+@pytest.mark.parametrize(
+    ("threads", "load", "warned"), [(2, 3.5, True), (2, 2.0, False), (1, 9.0, False)]
+)
+def test_a_busy_machine_is_told_once(monkeypatch, caplog, threads, load, warned):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    module = SimpleNamespace(device=torch.device("cpu"))
+    callback = BusyCores()
+    for step in range(1, 30):
+        callback.on_train_batch_end(FakeTrainer(global_step=step, log_every_n_steps=10), module)
+    assert caplog.text.count("this machine is busy") == warned
 
 
 class Hostile:

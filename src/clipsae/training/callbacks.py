@@ -2,6 +2,7 @@
 progress line."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,29 @@ class TokenRate(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = 0.0
+
+
+class BusyCores(Callback):
+    """Warns once where torch's threads share their cores with other processes: threads that wait
+    for each other take many times as long as one alone. How many there are is the user's to
+    choose: another number adds in another order, and is another result."""
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self.warned or trainer.global_step % trainer.log_every_n_steps:
+            return
+        threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+        load = os.getloadavg()[0]
+        # Its own threads are a part of the load.
+        if pl_module.device.type == "cpu" and threads > 1 and load > threads + cores / 2:
+            self.warned = True
+            log.warning(
+                "this machine is busy (load %.1f on %d cores) and torch uses %d threads: with "
+                "OMP_NUM_THREADS=1 a step may take a tenth of the time",
+                *(load, cores, threads),
+            )
 
 
 class StepProgress(Callback):

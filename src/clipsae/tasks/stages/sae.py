@@ -9,7 +9,6 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -24,7 +23,13 @@ from clipsae.store.files import checkpoint_step
 from clipsae.tasks import build, plugins, together
 from clipsae.tasks.options import check_trainer_keys
 from clipsae.tasks.stages import features
-from clipsae.training.callbacks import ReportProgress, ResumeCheckpoint, StepProgress, TokenRate
+from clipsae.training.callbacks import (
+    BusyCores,
+    ReportProgress,
+    ResumeCheckpoint,
+    StepProgress,
+    TokenRate,
+)
 from clipsae.training.module import SAEModule
 from clipsae.training.schedule import warmup_then
 from clipsae.training.signals import CheckpointOnSignal
@@ -170,7 +175,7 @@ def make(
         every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
         every_n_seconds=cfg.callbacks.checkpoint_every_n_seconds,
     )
-    callbacks = [resume, TokenRate(), ReportProgress(stage.progress), *watch]
+    callbacks = [resume, TokenRate(), BusyCores(), ReportProgress(stage.progress), *watch]
     if together.is_shared():  # which answers signals, too
         data.source = together.source(
             lambda: features.data_module(cfg, clip, train_set, cache=cache),
@@ -189,8 +194,6 @@ def make(
         default_root_dir=folder,
         **TRAINER_OPTIONS,
     )
-    if isinstance(trainer.accelerator, CPUAccelerator):
-        _warn_of_busy_cores()
     begun = whole_checkpoint(checkpoint)
     if begun:
         at = checkpoint_step(stage.scratch)
@@ -225,18 +228,6 @@ def make(
 def _plugins() -> list[SLURMEnvironment] | None:
     """Lightning's own requeuing and submitit's would meet."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
-
-
-def _warn_of_busy_cores() -> None:
-    """Threads that wait for each other's cores take many times as long as one thread alone. How
-    many there are is the user's to choose: another number adds in another order."""
-    threads, cores, load = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0]
-    if threads > 1 and load > cores / 2:
-        log.warning(
-            "this machine is busy (load %.1f on %d cores) and torch uses %d threads: with "
-            "OMP_NUM_THREADS=1 a step may take a tenth of the time",
-            *(load, cores, threads),
-        )
 
 
 def _why_ended(cfg: DictConfig) -> str:
