@@ -23,6 +23,9 @@ def explain(error: Exception) -> str:
     said = [str(one).strip() for one in (error, error.__cause__) if one is not None]
     if match := re.match(r"Could not override '([^']+)'", said[0]):
         return _unknown(match[1].partition("@")[0])
+    if match := re.match(r"Could not append to config\. An item is already at '([^']+)'", said[0]):
+        given = [a for a in sys.argv[1:] if a.lstrip("+").partition("=")[0] == match[1]]
+        return f"{(given or [match[1]])[0]}: it is there already: leave out the +"
     if match := re.match(r"Ambiguous value for argument '([^']+)'", said[0]):
         return f"{match[1]}: several values are a sweep: add -m; a list is written key=[a,b]"
     if match := re.match(r"Error parsing override '([^']*)'\s*(.*)", said[0]):

@@ -52,6 +52,7 @@ def test_classes_are_the_sorted_folders(tmp_path):
         ("train", "dev"),
         ("train", "eval"),
         ("training_set", "test_set"),
+        ("01-train", "02-test"),
         ("TrainImages", "TestImages"),
         ("images-train", "images-valid"),
         ("seg_train", "seg_test"),
@@ -163,6 +164,22 @@ def test_splits_within_classes_are_doubted(tmp_path, caplog):
     assert ImageFolder(tmp_path).classnames == ["blue", "red"]
     assert "each class holds the folders test, train, whose images are taken" in caplog.text
     assert f"above the classes, {tmp_path}/train/blue" in caplog.text
+
+
+def test_groups_of_classes_are_doubted(tmp_path, caplog):
+    for split in ("train", "test"):
+        make(tmp_path, *(f"{split}/{of}/0.png" for of in ("warm/red", "warm/pink", "cold/blue")))
+        make(tmp_path, f"{split}/cold/white/0.png")
+    data = ImageFolder(tmp_path, image_size=4)
+    assert data.classnames == ["cold", "warm"]
+    (said,) = warnings_of(caplog)
+    assert "such as cold/blue and cold/white: if those are the classes" in said
+
+
+def test_two_spellings_of_a_class_are_refused(tmp_path):
+    make(tmp_path, "train/Black/0.png", "test/black/0.png", "train/red/0.png", "test/red/0.png")
+    with pytest.raises(ValueError, match="spelled Black in the training split and black in the"):
+        ImageFolder(tmp_path, image_size=4)
 
 
 def test_one_class_with_folders_in_it_is_doubted(tmp_path, caplog):

@@ -143,7 +143,8 @@ def test_a_wrong_value_is_refused_by_name(composed, choice, key, value):
         ("+trainer.max_step=3", "did you mean trainer.max_steps"),
         ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=true: not to be set"),
         ("+trainer.max_epochs=2", "how long a training is, is trainer.max_steps"),
-        ("+trainer.max_time=soon", "Lightning's Trainer cannot be had"),
+        ("+trainer.max_time=soon", "trainer.max_time=soon"),
+        ("+trainer.limit_train_batches=0", "trainer.limit_train_batches=0: expected"),
         ("trainer.accelerator=gpux", "trainer.accelerator=gpux"),
     ],
 )
@@ -181,6 +182,7 @@ def test_a_dataset_that_is_not_given_is_named_where_it_is_needed(composed):
         (["topk"], "'topk' is not key=value"),
         (["seed=abc"], "seed=abc: expected a whole number"),
         (["+foo=1"], "foo=1: there is no such option"),
+        (["+trainer.accelerator=gpu"], "+trainer.accelerator=gpu: it is there already: leave out"),
         (["dataset=image_folder"], "dataset.root is not given"),
         (
             ["+dataset.foo=1"],

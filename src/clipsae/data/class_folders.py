@@ -105,7 +105,39 @@ def find_class_folders(root: Path) -> ClassFolders:
     (only, *_) = splits
     splits = {split: splits.get(split, splits[only]) for split in _SPLIT_WORDS}
     classes = {split: classes.get(split, classes[only]) for split in _SPLIT_WORDS}
-    return ClassFolders(splits, classes, top)
+    _refuse_two_spellings(root, classes)
+    return ClassFolders(splits, classes, top, _superclasses(root / splits[only], classes[only]))
+
+
+def _refuse_two_spellings(root: Path, classes: dict[str, list[str]]) -> None:
+    """Refuse `train/Black` beside `test/black`: they would compete, as two classes of one name.
+
+    Raises:
+        ValueError: there are such.
+    """
+    train = {words(name).lower(): name for name in {*classes["train"]} - {*classes["test"]}}
+    for name in sorted({*classes["test"]} - {*classes["train"]}):
+        if other := train.get(words(name).lower()):
+            raise ValueError(
+                f"{root}: a class is spelled {other} in the training split and {name} in the test "
+                "split: give its folders one name"
+            )
+
+
+def _superclasses(folder: Path, names: list[str]) -> str:
+    """Why class folders may be groups of classes: none has images of its own, each holds several
+    folders that do; "" where that is not so."""
+    inside = {}
+    for name in names:
+        if has_images(folder / name, directly=True) or len(of := _with_images(folder / name)) < 2:
+            return ""
+        inside[name] = of
+    first = names[0]
+    return (
+        f"{len(names)} folders count as classes and have no images of their own, but folders, such "
+        f"as {first}/{inside[first][0]} and {first}/{inside[first][1]}: if those are the classes, "
+        "put them directly into the split's folder"
+    )
 
 
 def _is_unlabelled(test: list[str], train: list[str]) -> bool:
@@ -133,6 +165,7 @@ def _split_word(name: str) -> tuple[str, int, str] | None:
     """The split that a folder's name means, the rank of the word, and what else is in the name;
     None where it means none, or several."""
     spaced = " ".join(re.findall(r"[^\W\d_]+|\d+", words(name).lower()))
+    spaced = re.sub(r"^\d+ ", "", spaced)  # `01-train`
     parts = re.sub(r"\btrain (val|valid|validation)\b", "trainval", spaced).split()
     found = [
         (split, ranked.index(part), part)
@@ -205,7 +238,7 @@ def _doubt(folder: Path, names: list[str]) -> str:
             f"splits are expected above the classes, {folder}/train/{names[0]}"
         )
     if len(shared) < 2 or len(names) > _FEW:
-        return ""
+        return _superclasses(folder, names)
     return (
         f"{names[0]} and {names[-1]} count as classes, and each holds the folders {shared[0]}, "
         f"{shared[1]}, ...: if those are the classes, call the folders train and test, or take "

@@ -125,8 +125,8 @@ def _warn(root: Path, found: ClassFolders, data: ImageList) -> None:
     here, train = found.classes["test"], found.classes["train"]
     if found.one_split:
         log.warning(
-            "%s has no folders train/ and test/: both splits are the same %s images%s, so that an "
-            "SAE trained on them is evaluated on what it has seen",
+            "%s has class folders of one split only: both splits are the same %s images%s, so that "
+            "an SAE trained on them is evaluated on what it has seen",
             root,
             f"{len(data):,}",
             f" of {found.splits['test']}/" if found.splits["test"] else "",

@@ -48,7 +48,8 @@ def number(least: float | None = None, above: float | None = None) -> Rule:
 
 
 def one_of(*choices: Any) -> Rule:
-    words = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
+    said = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
+    words = list(dict.fromkeys(said))
     # By type, too: 1 is not true.
     return Rule(
         f"{', '.join(words[:-1])} or {words[-1]}",
@@ -95,6 +96,9 @@ TRAINER = {
     "limit_val_batches": either(whole(0), Rule("a share of them, 0.0 to 1.0", lambda v: _share(v))),
     "num_sanity_val_steps": whole(0),
     "deterministic": one_of(True, False, "warn"),
+    "limit_train_batches": or_null(
+        either(whole(1), Rule("a share of them, up to 1.0", lambda v: _share(v) and v > 0))
+    ),
 }
 
 # Keys of Lightning's Trainer that a run sets itself, or that leave nothing to go on from.
@@ -355,6 +359,11 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             _check_group(group, node[group], rules, closed=True)
     if task in TASKS:
         _check_group("task", node["task"], {**RUN, **TASKS[task]}, closed=True)
+    for key, value in node["trainer"].items():
+        if key in REFUSED_BY_TRAINER and value is not None:
+            raise ConfigError(
+                f"trainer.{key}={_shown(value)}: not to be set: {REFUSED_BY_TRAINER[key]}"
+            )
     _check_group("trainer", node["trainer"], TRAINER)
     _check_group("model", node["model"], MODEL)
     for group in ("dataset", "train_dataset"):
@@ -372,8 +381,7 @@ def _own(node: Mapping[str, Any], function: str | None = None) -> str | None:
 
 
 def check_trainer_keys(keys: Mapping[str, Any]) -> None:
-    """Refuse keys that Lightning's Trainer does not have, or that a run sets itself. (Lightning is
-    imported for it.)
+    """Refuse keys that Lightning's Trainer does not have. (Lightning is imported for it.)
 
     Raises:
         ConfigError: the first of them.
@@ -382,12 +390,8 @@ def check_trainer_keys(keys: Mapping[str, Any]) -> None:
 
     known = [*inspect.signature(Trainer).parameters]
     for key, value in keys.items():
-        if key in REFUSED_BY_TRAINER and value is not None:
-            raise ConfigError(
-                f"trainer.{key}={_shown(value)}: not to be set: {REFUSED_BY_TRAINER[key]}"
-            )
         if key not in known and key != "_target_":
-            raise unknown_key("trainer", key, known)
+            raise unknown_key("trainer", key, known, value)
 
 
 def unknown_key(group: str, key: str, known: Iterable[str], value: Any = None) -> ConfigError:

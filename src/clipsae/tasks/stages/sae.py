@@ -21,7 +21,7 @@ from clipsae.errors import ConfigError
 from clipsae.store import Stage, Store, whole_checkpoint, write_json
 from clipsae.store.files import checkpoint_step
 from clipsae.tasks import build, plugins, together
-from clipsae.tasks.options import check_trainer_keys
+from clipsae.tasks.options import TRAINER, check_trainer_keys
 from clipsae.tasks.stages import features
 from clipsae.training.callbacks import (
     BusyCores,
@@ -101,12 +101,15 @@ def check_options(cfg: DictConfig) -> None:
     try:
         build.call_target(cfg.trainer, logger=False, **TRAINER_OPTIONS, plugins=_plugins())
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        names = ("accelerator", "devices", "strategy", "precision")
+        own = [name for name in cfg.trainer if name not in TRAINER]
+        names = ("accelerator", "devices", "strategy", "precision", *own)
         given = ", ".join(f"trainer.{name}={cfg.trainer[name]}" for name in names)
         said = str(error).strip().splitlines()[0]
+        hint = ""
+        if cfg.trainer.accelerator != "auto":
+            hint = " (trainer.accelerator=auto takes what is there)"
         raise ConfigError(
-            f"Lightning's Trainer cannot be had with {given}: {said} (trainer.accelerator=auto "
-            "takes what is there)"
+            f"Lightning's Trainer cannot be had with {given}: {said}{hint}"
         ) from error
 
 
