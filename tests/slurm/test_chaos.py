@@ -129,9 +129,11 @@ def test_preempted_again_and_again(launch, jobs_name, tmp_path):
 
     (said,) = printed(store)
     assert len(re.findall("^submitit WARNING .* this job is preempted", said, re.MULTILINE)) == 2
-    runs = [wandb_records(log) for log in sorted(store.glob("wandb/offline-run-*/*.wandb"))]
-    assert len(runs) == 3
-    assert len({record["run"]["run_id"] for run in runs for record in run if "run" in record}) == 1
+    found = [wandb_records(log) for log in sorted(store.glob("wandb/offline-run-*/*.wandb"))]
+    started = [next(record["run"] for record in run if "run" in record) for run in found]
+    assert [of["job_type"] for of in started] == ["train", "train", "train", "evaluate"]
+    assert len({of["run_id"] for of in started[:3]}) == 1
+    runs = found[:3]
     preempted = [any(record["type"] == "preempting" for record in run) for run in runs]
     assert preempted == [True, True, False]
     exits = [r["exit"].get("exit_code", 0) for run in runs for r in run if r["type"] == "exit"]
