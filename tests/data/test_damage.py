@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from clipsae.data import ImageFolder, damage
+from clipsae.data import dataset as images
 from clipsae.data.damage import find_damage, leaves_out, refuse_damaged
 from clipsae.data.images import BadImageError
 
@@ -71,7 +72,7 @@ def test_images_are_left_out_where_some_are_skipped(folder):
     assert not leaves_out(dataset(folder))  # which stops instead
 
 
-@pytest.mark.parametrize("bound", ["SMALL_FILES", "SMALL_BYTES"])
+@pytest.mark.parametrize("bound", ["CONTENT_FILES", "CONTENT_BYTES"])
 def test_a_large_set_that_skips_is_taken_to_lack_some(folder, monkeypatch, bound):
-    monkeypatch.setattr(damage, bound, 79)
+    monkeypatch.setattr(images, bound, 79)
     assert leaves_out(dataset(folder, on_bad_image="skip"))

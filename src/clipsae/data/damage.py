@@ -18,9 +18,6 @@ from clipsae.progress import Bar
 log = logging.getLogger(__name__)
 
 SECONDS = 30.0  # that are spent on looking before a training
-# Of a set that is no larger all images are read to know whether some are left out.
-SMALL_FILES = 10_000
-SMALL_BYTES = 256 << 20
 _BATCH = 32
 _found: dict[tuple[str, str], "Damage"] = {}  # by root and fingerprint, in this process
 
@@ -76,7 +73,7 @@ def leaves_out(dataset: ImageDataset) -> bool:
     """
     if not skips(dataset):
         return False
-    if not isinstance(dataset, ImageList) or not _is_small(dataset):
+    if not isinstance(dataset, ImageList) or not dataset.is_small:
         return True
     return bool(find_damage(dataset).errors)
 
@@ -109,10 +106,3 @@ def find_damage(
                 break
         _found[key] = Damage(read, errors)
     return _found[key]
-
-
-def _is_small(dataset: ImageList) -> bool:
-    if len(dataset) > SMALL_FILES:
-        return False
-    paths = [dataset.root / file for file in dataset.files]
-    return sum(path.stat().st_size for path in paths if path.exists()) <= SMALL_BYTES

@@ -109,11 +109,19 @@ class ImageList(Dataset):
             hashed.update(f"{name}\0".encode())
         for file, label in zip(self.files, self.labels.tolist(), strict=True):
             hashed.update(f"{file}\0{label}\0".encode(errors="surrogateescape"))
-        stats = self._of_files(_size_and_time)
-        few = len(stats) <= CONTENT_FILES and sum(size for size, _ in stats) <= CONTENT_BYTES
-        for found in self._of_files(_sha256) if few else stats:
+        for found in self._of_files(_sha256) if self.is_small else self._stats:
             hashed.update(f"{found}\0".encode())
         return hashed.hexdigest()[:16]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether there are no more than `CONTENT_FILES` files and `CONTENT_BYTES`."""
+        few = len(self.files) <= CONTENT_FILES
+        return few and sum(size for size, _ in self._stats) <= CONTENT_BYTES
+
+    @cached_property
+    def _stats(self) -> list[tuple[int, int]]:
+        return self._of_files(_size_and_time)
 
     def _of_files(self, look: Callable[[str], Any]) -> list[Any]:
         """`look` at each file; several at a time, since a network's disk takes long to answer."""
