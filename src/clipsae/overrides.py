@@ -56,10 +56,21 @@ def _unknown(key: str) -> str:
     for i, part in enumerate(parts):
         known = [str(one) for one in node] if isinstance(node, DictConfig) else []
         if part not in known:
-            hint = near(part, known, ".".join(parts[:i]))
+            group = ".".join(parts[:i])
+            hint = near(part, known, group)
+            if others := _choices_with(group, part):
+                hint = f"it is an option of {group}={' and '.join(others)}"
             return f"{_given(key)}: there is no such option; {hint}"
         node = node._get_node(part)
     return f"{_given(key)}: there is no such option"
+
+
+def _choices_with(group: str, key: str) -> list[str]:
+    """The choices of a group whose configs have a key."""
+    from clipsae.cli import ROOT
+
+    files = sorted((ROOT / "conf" / group).glob("*.yaml")) if group else []
+    return [file.stem for file in files if key in (OmegaConf.load(file) or ())]
 
 
 def _given(key: str) -> str:
@@ -79,7 +90,7 @@ def _composed() -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for some in (choices, []):
             try:
-                return compose("config", some)
+                return compose("config", some, return_hydra_config=True)
             except HydraException:
                 continue
     return OmegaConf.create()

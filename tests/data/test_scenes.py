@@ -16,7 +16,7 @@ from clipsae.data.scenes import (
     ScenesDataset,
 )
 from clipsae.data.scenes.grammar import caption_targets, make_captions, vocabulary, with_article
-from clipsae.data.scenes.renderer import patch_coverage, render
+from clipsae.data.scenes.renderer import render
 from clipsae.data.scenes.shapes import SHAPE_DISTANCE
 from clipsae.data.scenes.world import IMAGE_SIZE, MIXED, SINGLE, sample_scenes, uniforms
 
@@ -332,7 +332,7 @@ def test_works_with_data_loader_workers():
     [
         ({"kind": "shapes"}, "unknown kind of scenes 'shapes'.*shape_colour"),
         ({"split": "val"}, "unknown split 'val': choose one of train, test"),
-        ({"image_size": 224}, "64 pixels, not 224"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"size": -1}, "must not be negative"),
     ],
 )
@@ -349,6 +349,21 @@ def test_indices_out_of_range_are_refused():
     assert dataset.__getitems__([]) == []
 
 
-def test_a_grid_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="grid=7"):
-        patch_coverage(torch.zeros(1, 3, 64, 64), 7)
+def test_scenes_are_enlarged_for_a_clip_that_sees_more_pixels():
+    """Against the bilinear enlargement, which is a blur away; truth on a grid that does not divide
+    64 keeps what the 8 x 8 grid says."""
+    small = ScenesDataset("shape", "test", size=8)
+    large = ScenesDataset("shape", "test", size=8, image_size=224)
+    images, labels = large.images(range(8))
+    assert images.shape == (8, 3, 224, 224)
+    assert images.dtype == torch.uint8
+    assert torch.equal(labels, small.images(range(8))[1])
+    drawn = small.images(range(8))[0].float()
+    oracle = torch.nn.functional.interpolate(drawn, (224, 224), mode="bilinear")
+    assert (images.float() - oracle).abs().mean() < 4
+    coarse, fine = (
+        d.patch_truth(range(8), grid)["coverage"] for d, grid in ((small, 8), (large, 14))
+    )
+    assert torch.allclose(coarse.mean(1), fine.mean(1), atol=0.03)
+    for i in range(8):
+        assert set(large.patch_truth([i], 14)["shape"].unique().tolist()) == {-1, int(labels[i])}

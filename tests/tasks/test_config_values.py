@@ -1,6 +1,7 @@
 """What each key of `conf/` may be: a wrong value of any of them is one sentence that names it."""
 
 import copy
+import inspect
 import subprocess
 import sys
 from functools import cache
@@ -141,6 +142,7 @@ def test_a_wrong_value_is_refused_by_name(composed, choice, key, value):
         ("+evaluation.n=[1]", "did you mean evaluation.ns"),
         ("+callbacks.checkpoint_every=1", "callbacks.checkpoint_every=1: there is no such option"),
         ("+trainer.max_step=3", "did you mean trainer.max_steps"),
+        ("+trainer.limit_train_batchs=1", "did you mean trainer.limit_train_batches"),
         ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=true: not to be set"),
         ("+trainer.max_epochs=2", "how long a training is, is trainer.max_steps"),
         ("+trainer.max_time=soon", "trainer.max_time=soon"),
@@ -161,6 +163,12 @@ def test_what_others_define_is_theirs(composed):
         cfg.model.temperature = 0.5  # a plugin's, which the SAE's class knows or refuses
         cfg.note = "of a config file of their own"
     options.check(cfg)
+
+
+def test_the_trainer_s_options_are_those_of_lightning():
+    from lightning import Trainer
+
+    assert sorted(options._trainer_options()) == sorted(inspect.signature(Trainer).parameters)
 
 
 def test_a_dataset_that_is_not_given_is_named_where_it_is_needed(composed):
@@ -189,7 +197,8 @@ def test_a_dataset_that_is_not_given_is_named_where_it_is_needed(composed):
             "dataset.foo=1: there is no such option; dataset has kind",
         ),
         (["dataset.kind=shap"], "unknown kind of scenes 'shap'"),
-        (["model.k=16"], "model.k=16: there is no such option"),
+        (["model.k=16"], "there is no such option; it is an option of model=batch_topk and topk"),
+        (["hydra.launcher.foo=1", "hydra/launcher=slurm"], "hydra.launcher has account"),
         (["+model.k=16"], "k"),
     ],
 )

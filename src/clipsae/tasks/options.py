@@ -6,9 +6,11 @@ it. Groups that plugins extend, `model` and the datasets, have rules for the key
 what else they may hold, their classes know.
 """
 
-import inspect
+import ast
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -364,6 +366,9 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             raise ConfigError(
                 f"trainer.{key}={_shown(value)}: not to be set: {REFUSED_BY_TRAINER[key]}"
             )
+    if (new := node["trainer"].keys() - TRAINER.keys()) and (known := _trainer_options()):
+        for key in sorted(new - set(known)):
+            raise unknown_key("trainer", key, known, node["trainer"][key])
     _check_group("trainer", node["trainer"], TRAINER)
     _check_group("model", node["model"], MODEL)
     for group in ("dataset", "train_dataset"):
@@ -380,18 +385,19 @@ def _own(node: Mapping[str, Any], function: str | None = None) -> str | None:
     return path[-1] if package == "clipsae" and path else None
 
 
-def check_trainer_keys(keys: Mapping[str, Any]) -> None:
-    """Refuse keys that Lightning's Trainer does not have. (Lightning is imported for it.)
+def _trainer_options() -> list[str]:
+    """The arguments of Lightning's Trainer, read from its source: to import it takes seconds.
 
-    Raises:
-        ConfigError: the first of them.
+    Empty where the source does not have the form that is expected.
     """
-    from lightning import Trainer
-
-    known = [*inspect.signature(Trainer).parameters]
-    for key, value in keys.items():
-        if key not in known and key != "_target_":
-            raise unknown_key("trainer", key, known, value)
+    package = importlib.util.find_spec("lightning")
+    for folder in (package and package.submodule_search_locations) or []:
+        source = Path(folder, "pytorch", "trainer", "trainer.py")
+        if source.is_file():
+            for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                    return [a.arg for a in (*node.args.args, *node.args.kwonlyargs)][1:]
+    return []
 
 
 def unknown_key(group: str, key: str, known: Iterable[str], value: Any = None) -> ConfigError:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from clipsae.data.scenes.grammar import KINDS, Kind, Template
@@ -44,7 +45,8 @@ class ScenesDataset(Dataset):
         size: number of images, of each split ({"train": 4000, "test": 2000}) or of either.
         seed: another seed, other images.
         name: how results name the dataset; `scenes_<kind>` if not given.
-        image_size: side in pixels; the renderer draws 64 only.
+        image_size: side in pixels. Scenes are drawn at 64, and enlarged for a CLIP that sees more
+            (bicubic, as CLIP's own preprocessing does).
     """
 
     def __init__(
@@ -62,11 +64,8 @@ class ScenesDataset(Dataset):
             )
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-        if image_size != IMAGE_SIZE:
-            raise ValueError(
-                f"scenes are drawn at {IMAGE_SIZE} pixels, not {image_size}: choose clip=tiny, or "
-                f"read them small by +clip.image_size={IMAGE_SIZE}"
-            )
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
         size = _DEFAULT_SIZE if size is None else size
         length = size if isinstance(size, int) else size[split]
         if length < 0:
@@ -112,7 +111,11 @@ class ScenesDataset(Dataset):
     def images(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Many images at once: [n, 3, S, S] uint8 and labels [n]; the fastest way."""
         index = torch.as_tensor(indices, dtype=torch.int64)
-        return render(self.scenes(index))[0], self.labels[index]
+        images = render(self.scenes(index))[0]
+        if self.image_size != IMAGE_SIZE:
+            size = (self.image_size, self.image_size)
+            images = interpolate(images, size, mode="bicubic", antialias=True)
+        return images, self.labels[index]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image [3, S, S] uint8 and its label."""

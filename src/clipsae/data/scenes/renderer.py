@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from clipsae.data.scenes.backgrounds import BACKGROUND, noise_tiles
 from clipsae.data.scenes.shapes import PATTERN_MIX, SHAPE_DISTANCE
@@ -124,8 +125,11 @@ def render(scenes: Scenes) -> tuple[Tensor, Tensor]:
 
 
 def patch_coverage(coverage: Tensor, grid: int) -> Tensor:
-    """Mean coverage of each patch of a grid x grid: [N, O, S, S] -> [N, O, grid * grid]."""
+    """Mean coverage of each patch of a grid x grid: [N, O, S, S] -> [N, O, grid * grid].
+
+    Where the grid does not divide S, a patch is the whole pixels that it touches.
+    """
     n, o, s, _ = coverage.shape
     if s % grid:
-        raise ValueError(f"grid={grid} must divide the image side {s}")
+        return adaptive_avg_pool2d(coverage, grid).flatten(2)
     return coverage.view(n, o, grid, s // grid, grid, s // grid).mean((3, 5)).flatten(2)

@@ -21,7 +21,7 @@ from clipsae.errors import ConfigError
 from clipsae.store import Stage, Store, whole_checkpoint, write_json
 from clipsae.store.files import checkpoint_step
 from clipsae.tasks import build, plugins, together
-from clipsae.tasks.options import TRAINER, check_trainer_keys
+from clipsae.tasks.options import TRAINER
 from clipsae.tasks.stages import features
 from clipsae.training.callbacks import (
     BusyCores,
@@ -89,7 +89,6 @@ def check_options(cfg: DictConfig) -> None:
     Raises:
         ConfigError: an option of the SAE, its training or Lightning's Trainer that cannot be.
     """
-    check_trainer_keys(cfg.trainer)
     check_devices(cfg)
     options = build.training_options(cfg)
     if cfg.model.get("k") == "auto":  # a number by then
