@@ -1,4 +1,4 @@
-"""What must not move when code does: the losses and the results of each recipe on the built-in CLIP.
+"""What must not move when code does: losses and results of each recipe on the built-in CLIP.
 
 `frozen.json` holds what 50 steps of each recipe yield. With the torch and on the processor that it
 was made with, losses are the same bit for bit; elsewhere additions have another order. To make it
