@@ -84,6 +84,12 @@ def test_a_page_with_words_of_the_world_and_again_without_pictures(trained, tmp_
     assert {"helps", "hurts", "words", "maps"} <= set(live)
     assert str(tmp_path.parent) not in (folder / "data" / "meta.js").read_text()
 
+    written = page.stat().st_ino
+    done = run(trained)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"using the finished {folder}" in done.stdout + done.stderr
+    assert page.stat().st_ino == written
+
     words = tmp_path / "words.txt"
     words.write_text("red\nblue\n\nred\n")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
