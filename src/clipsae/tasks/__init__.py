@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
 SIGINT_STATUS = 128 + signal.SIGINT
+LIGHT = ("clipsae.tasks.status.run", "clipsae.tasks.gc.run")  # do without torch
 
 
 def run_task(cfg: DictConfig) -> None:
@@ -37,8 +38,10 @@ def run_task(cfg: DictConfig) -> None:
     try:
         options.check(cfg, HydraConfig.get().overrides.task)
         plugins.load(cfg)
+        if "torch" not in sys.modules and cfg.task._target_ not in LIGHT:
+            log.info("importing torch and Lightning")  # seconds, on a cold disk a minute
         task = get_method(cfg.task._target_)
-        if "lightning" in sys.modules:  # status and gc answer seconds sooner without
+        if "lightning" in sys.modules:
             quiet_lightning()
         task(cfg)
     except KeyboardInterrupt:

@@ -62,7 +62,12 @@ def bring_in(
             f"{cfg.task.sae} is for tokens of width {found.sae.d}, and those of {clip.name} have "
             f"{clip.width}: choose the clip= and clip.layer= that it was trained on"
         )
-    log.info("an SAE of %s: %s", found.format, found.reads or "it does not say of which tokens")
+    said = ", ".join(f"{name}={value}" for name, value in found.reads.items())
+    log.info(
+        "an SAE of %s, trained on tokens of %s; it is given those of %s (%s), block %d",
+        *(found.format, said or "a model that its file does not name"),
+        *(clip.name, Path(cfg.clip.pretrained or "random weights").name, clip.layer),
+    )
     for sentence in found.lost:
         log.warning("%s", sentence)
     stage = store.stage(
