@@ -190,7 +190,7 @@ def test_a_dataset_that_is_not_given_is_named_where_it_is_needed(composed):
             ["model.learning_rate=1"],
             "model.learning_rate=1: model.learning_rate is now optimizer.learning_rate",
         ),
-        (["-m", "model.betas=[0,0],[0.9,0.9]"], "model.betas is now optimizer.betas"),
+        (["model.betas=[0,0],[0.9,0.9]", "-m"], "model.betas is now optimizer.betas"),
         (["dataset=scene_shape"], "did you mean scenes_shape or"),
         (["clip=vitb16"], "clip=vitb16: there is no such choice; "),
         (["model=topk,relu"], "model=topk,relu: several values are a sweep: add -m"),
