@@ -104,7 +104,7 @@ def test_one_more_model_on_one_dataset_leaves_the_mean_ranks_as_they_are(store):
     [
         ({"max_time": {"minutes": 1}}, "trainer.max_time.minutes=1"),
         ({"limit_train_batches": 0.5}, "trainer.limit_train_batches=0.5"),
-        ({"learning_rate": 0.01}, "model.learning_rate=0.01"),
+        ({"learning_rate": 0.01}, "optimizer.learning_rate=0.01"),
         ({"fingerprint": "0" * 16}, "train_dataset.fingerprint=00000000"),
     ],
 )
@@ -188,7 +188,7 @@ def test_names_are_those_of_the_config(store):
         "evaluation.split": "test",
         "features.batch_size": "4",
         "features.cache.dtype": "bf16",
-        "model.count_threshold": "2.0",
+        "evaluation.count_threshold": "2.0",
         "model.scale": "1.0",
         "schema": "3",
         "trainer.precision": "32-true",

@@ -173,13 +173,10 @@ model:
   activation: softplus
   latents: 64
   above: 0.5
-  learning_rate: 1e-3
-  betas: [0.9, 0.999]
-  warmup_steps: 2
-  decay: constant
   initial_images: 4
-  compile: false
-  count_threshold: 0.2
+optimizer:
+  learning_rate: 1e-3
+  warmup_steps: 2
 """
 
 

@@ -193,7 +193,7 @@ def test_clip_alone_can_be_evaluated(tmp_path):
         (["model=topk", "model.k=0"], "model.k=0: expected a whole number, 1 or more"),
         (["clip=vit_b_16", "clip.name=ViT-B-16"], "use clip.name=ViT-B-16-quickgelu"),
         (["clip=vit_b_16", "clip.name=RN50"], "ResNet"),
-        (["model.learning_rate=-1"], "learning_rate"),
+        (["optimizer.learning_rate=-1"], "learning_rate"),
         (["features.batch_size=0"], "batch_size=0"),
         (["evaluation.protocol=papre"], "expected paper or heldout"),
         (["measurement.metrics=[cknna,l00]"], "l00"),

@@ -44,7 +44,7 @@ def composed(*overrides: str) -> DictConfig:
 def make_sae(root: Path, width: int, overrides: Sequence[str] = ()) -> None:
     torch.manual_seed(0)
     cfg = composed(*overrides)
-    train_set = build.build_dataset(build.train_dataset_node(cfg), "train", 64)
+    train_set = build.build_dataset(cfg.train_dataset, "train", 64)
     new = build.build_sae(cfg, width)
     sae.stage(cfg, Store(root), train_set).make(new.save)
 

@@ -269,7 +269,7 @@ def weights_file(name: str, pretrained: str | None) -> Path | None:
         if not path.is_file():
             raise ConfigError(
                 f"{TINY} has no built-in weights at {path}: make them with "
-                "`python run.py task=pretrain`, or use clip.pretrained=null (random weights)"
+                "`python -m clipsae.pretraining`, or use clip.pretrained=null (random weights)"
             )
         return path
     try:

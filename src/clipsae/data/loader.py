@@ -77,7 +77,7 @@ class ResumableLoader:
             raise ValueError(f"batch_size={batch_size}: expected 1 or more")
         if shuffle_images < 0 or shuffle_images % batch_size:
             raise ValueError(
-                f"shuffle_tokens={shuffle_images}: expected 0 or a multiple of "
+                f"shuffle_buffer_images={shuffle_images}: expected 0 or a multiple of "
                 f"batch_size={batch_size}"
             )
         if num_workers < 0:
@@ -131,7 +131,7 @@ class ResumableLoader:
         return {
             "images": len(self.dataset),
             "batch_size": self.batch_size,
-            "shuffle_tokens": self.parts * self.batch_size if self.parts > 1 else 0,
+            "shuffle_buffer_images": self.parts * self.batch_size if self.parts > 1 else 0,
             "seed": self.seed,
             "world_size": self.world_size,
         }

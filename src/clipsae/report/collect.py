@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from clipsae.overrides import renamed
 from clipsae.report.settings import Settings, of_the_codes, settings_of
 from clipsae.store import MARK, Store
 from clipsae.store.files import read_json
@@ -97,6 +98,10 @@ def _origin(folder: Path) -> dict[str, Any]:
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     if not isinstance(meta, dict) or not isinstance(config, dict):
         raise ValueError(f"{MARK} and config.yaml: expected mappings")
+    for old, (new, value) in renamed(config).items():
+        group, key = new.split(".")
+        config.setdefault(group, {})[key] = value
+        config[old.partition(".")[0]].pop(old.partition(".")[2])
     return {"meta": meta, "config": config}
 
 

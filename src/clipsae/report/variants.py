@@ -15,7 +15,9 @@ from clipsae.report.names import dataset_title, model_title
 from clipsae.report.settings import NOT_SET, Settings, is_of_codes
 
 _FIRST = ("trainer.max_steps", "schema")  # in a label, before others that say as much
-_OVERRIDE = re.compile(r"(?!\w+\.batches_a_step)(trainer|model|features|evaluation)\.[\w.]+=\S+")
+_OVERRIDE = re.compile(
+    r"(?!\w+\.batches_a_step)(trainer|model|optimizer|features|evaluation)\.[\w.]+=\S+"
+)
 _HASH = re.compile(r"[0-9a-f]{16,}")
 _EXPLAINED = {
     "schema": " (of what the code computes; a smaller number is an older version)",
@@ -54,7 +56,8 @@ class Line:
 
 def is_own(name: str) -> bool:
     """Whether a setting belongs to a model, so that different models are expected to differ."""
-    return name.startswith(("model.", "plugins", "trainer.gradient_clip"))
+    own = ("model.", "optimizer.", "plugins", "trainer.gradient_clip", "evaluation.count_threshold")
+    return name.startswith(own)
 
 
 def set_apart(frames: Sequence[pd.DataFrame]) -> tuple[list[pd.DataFrame], list[str]]:

@@ -15,7 +15,7 @@ The key is what decides the content, and nothing else:
 
 - in it: `SCHEMA`; for an SAE the CLIP (its weights file by its SHA-256), the images it is trained
   on (their list, by a fingerprint), all of `conf/model`, `conf/trainer` and `conf/features` but
-  what `tasks/stages/sae.py` and `features.py` list as `UNDECISIVE`, the seed; for an evaluation the
+  what `tasks/build.py` lists as `UNDECISIVE`, the seed; for an evaluation the
   SAE's name (and so its key), the dataset, the protocol's options and the number of images;
 - not in it: where data and results lie, devices by name, worker processes, the evaluation's batch
   size, loggers, callbacks, launchers, names of experiments and sweeps;

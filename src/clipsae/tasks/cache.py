@@ -21,7 +21,7 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError("task=cache makes what features=cached reads: leave out features=online")
     build.check_keys(cfg)
     clip = build.build_clip(cfg)
-    train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
+    train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
     features.check(cfg, clip, train_set, content=cfg.task.verify)
     folder = features.make(cfg, clip, train_set, content=cfg.task.verify)
     log.info("the feature cache is in %s", folder)

@@ -22,6 +22,7 @@ from clipsae.store import Busy, Stage, Store
 from clipsae.store.lease import owner_of
 from clipsae.tasks import build, slurm, together, watch
 from clipsae.tasks.guidance import resolve_k
+from clipsae.tasks.options import set_by_recipe
 from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
 from clipsae.tasks.table import logged_as, print_results
 from clipsae.training.logging import (
@@ -48,14 +49,15 @@ def run(cfg: DictConfig) -> None:
     resolve_k(cfg, store)
     clip = build.build_clip(cfg)
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
-    train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
+    train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
     sae.check(cfg, clip, train_set)
     trained = sae.stage(cfg, store, train_set)
+    if not trained.finished and (line := set_by_recipe(cfg)):
+        log.info("%s", line)
 
     def train(logger: Callable[[], Logger | None]) -> None:
         def make(folder: Path) -> None:
-            node = build.train_dataset_node(cfg)
-            held_out = build.build_dataset(node, "test", clip.image_size)
+            held_out = build.build_dataset(cfg.train_dataset, "test", clip.image_size)
             own, looks = None, []
             if rank_zero_only.rank == 0:
                 own, looks = logger(), watch.callbacks(cfg, store, clip, held_out)
@@ -65,8 +67,7 @@ def run(cfg: DictConfig) -> None:
 
     read = [train_set]
     if not trained.finished:  # which looks at held-out images, too
-        node = build.train_dataset_node(cfg)
-        read.append(build.build_dataset(node, "test", clip.image_size))
+        read.append(build.build_dataset(cfg.train_dataset, "test", clip.image_size))
     benchmark(cfg, store, clip, test_set, trained, train, read)
 
 
@@ -204,7 +205,7 @@ def tracked(cfg: DictConfig, stage: Stage, job_type: str) -> Iterator[Callable[[
     """
     if job_type == "train":
         cfg = OmegaConf.merge(cfg)  # a copy
-        OmegaConf.update(cfg, "dataset", build.train_dataset_node(cfg), merge=False)
+        OmegaConf.update(cfg, "dataset", cfg.train_dataset, merge=False)
 
     @cache
     def logger() -> Logger | None:

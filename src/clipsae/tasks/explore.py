@@ -357,7 +357,7 @@ def about(
     return {
         "SAE": f"{cfg.model.name}, {references.latents:,} latents, {of}",
         "CLIP": f"{cfg.clip.name}, {weights}, layer {cfg.clip.layer}",
-        "Trained on": (cfg.train_dataset if imported else build.train_dataset_node(cfg)).name,
+        "Trained on": cfg.train_dataset.name,
         "Shown on": f"{shown.dataset}, {pictures.split_name(dataset, shown.split)}, "
         f"{shown.images:,}{few} images",
         "Dead latents": f"{int((~references.alive).sum()):,}",

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from clipsae.errors import ConfigError
-from clipsae.overrides import near
+from clipsae.overrides import near, renamed
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,20 @@ CLOSED: dict[str, Mapping[str, Any]] = {
         "seed": whole(0),
         "image_size": or_null(whole(1)),
     },
+    "optimizer": {
+        "learning_rate": number(above=0),
+        "betas": Rule(
+            "two numbers from 0 to below 1",
+            lambda v: (
+                isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v)
+            ),
+        ),
+        "warmup_steps": whole(0),
+        "decay": one_of("constant", "cosine", "linear"),
+    },
     "features": {
         "batch_size": whole(1),
-        "shuffle_tokens": whole(0),
+        "shuffle_buffer_images": whole(0),
         "num_workers": whole(0),
         "block_images": whole(1),
         "buffer_images": whole(0),
@@ -156,6 +170,7 @@ CLOSED: dict[str, Mapping[str, Any]] = {
         "protocol": one_of("paper", "heldout"),
         "ns": list_of(whole(1), least=1),
         "settings": list_of(one_of("no_sae", "on", "off", "self")),
+        "count_threshold": number(least=0),
         "split": SPLIT,
         "batch_size": whole(1),
         "limit_images": or_null(whole(1)),
@@ -224,33 +239,6 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "private": FLAG,
     },
     "gc": {"delete": FLAG, "unused": FLAG},
-    "pretrain": {
-        "steps": whole(1),
-        "batch_size": whole(1),
-        "curriculum_steps": whole(0),
-        "patch_steps": whole(0),
-        "patch_weight": number(least=0),
-        "counts": list_of(number(least=0), least=3),
-        "weights": dict.fromkeys(
-            (
-                *("caption", "shape", "colour", "pattern", "size", "shape_colour"),
-                *("position", "background", "count"),
-            ),
-            number(least=0),
-        ),
-        "muon_lr": number(above=0),
-        "adamw_lr": number(above=0),
-        "weight_decay": number(least=0),
-        "warmup_steps": whole(0),
-        "cooldown": Rule("a share, 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
-        "max_logit_scale": number(above=0),
-        "precision": one_of("bf16", "fp32"),
-        "threads": or_null(whole(1)),
-        "log_every": whole(1),
-        "checkpoint_every": whole(1),
-        "evaluate_every": whole(1),
-        "evaluate_images": whole(1),
-    },
     "report": {
         "clip": TEXT,
         "weights": or_null(TEXT),
@@ -278,7 +266,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
     },
 }
 # These look at what is there, and need no dataset.
-WITHOUT_DATASET = ("dashboard", "data", "gc", "report", "status", "pretrain")
+WITHOUT_DATASET = ("dashboard", "data", "gc", "report", "status")
 
 # Groups whose classes may have more keys.
 MODEL = {
@@ -286,18 +274,8 @@ MODEL = {
     "architecture": TEXT,
     "activation": TEXT,
     "latents": whole(1),
-    "learning_rate": number(above=0),
-    "betas": Rule(
-        "two numbers from 0 to below 1",
-        lambda v: (
-            isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v)
-        ),
-    ),
-    "warmup_steps": whole(0),
-    "decay": one_of("constant", "cosine", "linear"),
     "initial_images": whole(1),
     "compile": FLAG,
-    "count_threshold": number(least=0),
     "k": Rule("a whole number, 1 or more, or auto", lambda v: v == "auto" or whole(1).holds(v)),
 }
 DATASET = {
@@ -354,6 +332,11 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         key, _, value = override.lstrip("+").partition("=")
         if override.startswith("+") and "." not in key and not isinstance(node.get(key), dict):
             raise unknown_key("", key, [one for one in node if one != key], value)
+    for old, (new, value) in renamed(node).items():
+        raise ConfigError(f"{old}={_shown(value)}: {old} is now {new}")
+    for group in ("dataset", "train_dataset"):
+        if "_target_" not in node[group]:
+            raise ConfigError(f"{group} has no _target_: with train_dataset=same set dataset's")
     for name, rule in TOP.items():
         _check_value(name, node[name], rule)
     for group, rules in CLOSED.items():
@@ -374,6 +357,18 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     for group in ("dataset", "train_dataset"):
         if _own(node[group]):
             _check_group(group, node[group], DATASET)
+
+
+def set_by_recipe(cfg: DictConfig) -> str | None:
+    """What the recipe of this CLIP and model sets, in a line; None: there is none."""
+    choice = HydraConfig.get().runtime.choices.get("recipe")
+    try:
+        node = compose(f"recipe/{choice}")
+    except MissingConfigException:
+        return None
+    values = [(f"{group}.{key}", value) for group in node for key, value in node[group].items()]
+    kept = [f"{key}={value}" for key, value in values if OmegaConf.select(cfg, key) == value]
+    return f"recipe={choice} sets {' '.join(kept)}" if kept else None
 
 
 def _own(node: Mapping[str, Any], function: str | None = None) -> str | None:

@@ -103,7 +103,7 @@ def stages_of(cfg: DictConfig, found: dict[str, ImageDataset]) -> tuple[Stage, .
 
     store = Store(cfg.paths.output_dir)
     resolve_k(cfg, store)
-    trained = sae.stage(cfg, store, dataset(build.train_dataset_node(cfg), "train"))
+    trained = sae.stage(cfg, store, dataset(cfg.train_dataset, "train"))
     test_set = dataset(cfg.dataset, cfg.evaluation.split)
     stages = [trained]
     if cfg.evaluation.settings:

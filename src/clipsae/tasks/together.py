@@ -55,7 +55,7 @@ class Need:
 
 def stream_key(cfg: DictConfig) -> str:
     """The same for cells that train on the same tokens in the same order."""
-    nodes = cfg.clip, build.train_dataset_node(cfg), cfg.features
+    nodes = cfg.clip, cfg.train_dataset, cfg.features
     return json.dumps([*map(build.plain, nodes), cfg.seed, str(cfg.trainer.accelerator)])
 
 
@@ -119,8 +119,10 @@ def in_one_pass(
         found = run(named)
         return [(name, found) for name in named]
 
-    nodes = cfg.clip, cfg.dataset, cfg.evaluation, cfg[kind]
-    key = json.dumps([*map(build.plain, nodes), build.limit_images(cfg)])
+    common = [build.plain(node) for node in (cfg.clip, cfg.dataset, cfg.evaluation, cfg[kind])]
+    for options in common:
+        options.pop("count_threshold", None)  # each cell's own
+    key = json.dumps([*common, build.limit_images(cfg)])
     return meet(Need((EVALUATE, kind, key), of, serve))
 
 

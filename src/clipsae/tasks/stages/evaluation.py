@@ -31,9 +31,8 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
         "sae": sae_stage.path.name,
         "dataset": build.dataset_key(cfg.dataset, test_set),
         "evaluation": {
-            **{k: v for k, v in build.plain(cfg.evaluation).items() if k != "batch_size"},
+            **build.decisive("evaluation", cfg.evaluation),
             "limit_images": build.limit_images(cfg),
-            "count_threshold": cfg.model.count_threshold,
         },
     }
     name = [cfg.model.name, cfg.clip.name, cfg.dataset.name, cfg.evaluation.protocol]
@@ -120,7 +119,7 @@ def make(
                 progress=bar,
             )
 
-    own = trained.path, cfg.model.count_threshold
+    own = trained.path, cfg.evaluation.count_threshold
     name, result = together.in_one_pass("evaluation", cfg, own, evaluate)
     rows = [
         {**build.cell(cfg), **{k: v for k, v in row.items() if k != "sae"}}

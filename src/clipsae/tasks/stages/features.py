@@ -41,17 +41,12 @@ def cached(cfg: DictConfig) -> bool:
     return cfg.features.get("cache") is not None
 
 
-# Where the cache lies, and how fast it and the images are read, changes no token.
-UNDECISIVE = ("num_workers", "pin_memory", "folder", "shard_gb")
-
-
 def training_key(cfg: DictConfig) -> dict[str, Any]:
-    """What of `cfg.features` decides an SAE's weights: all but what is listed."""
-    options = build.plain(cfg.features)
+    """What of `cfg.features` decides an SAE's weights."""
+    options = build.decisive("features", cfg.features)
     if cached(cfg):
-        cache = options["cache"]
-        options["cache"] = {k: v for k, v in cache.items() if k not in UNDECISIVE}
-    return {k: v for k, v in options.items() if k not in UNDECISIVE}
+        options["cache"] = build.decisive("features", cfg.features.cache)
+    return options
 
 
 def layout(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> Layout:
@@ -70,7 +65,7 @@ def content_key(cfg: DictConfig, train_set: ImageDataset) -> dict[str, Any]:
     """What the tokens are of: all that decides them but how they are written."""
     return {
         "clip": build.clip_key(cfg),
-        "dataset": build.train_dataset_node(cfg).name,
+        "dataset": cfg.train_dataset.name,
         "fingerprint": train_set.fingerprint,
         "on_bad_image": "skip" if leaves_out(train_set) else "error",
         "split": SPLIT,
@@ -292,12 +287,12 @@ def _written(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _words(cfg: DictConfig) -> list[str]:
-    name = build.train_dataset_node(cfg).name
+    name = cfg.train_dataset.name
     return [name, SPLIT, cfg.clip.name, cfg.features.cache.dtype]
 
 
 def _about(cfg: DictConfig) -> dict[str, Any]:
-    return {"dataset": build.train_dataset_node(cfg).name, "clip": cfg.clip.name}
+    return {"dataset": cfg.train_dataset.name, "clip": cfg.clip.name}
 
 
 def _existing(folder: Path) -> Path:

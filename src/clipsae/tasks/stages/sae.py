@@ -43,17 +43,8 @@ TRAINER_OPTIONS = {
 }
 
 
-# Keys of Lightning's Trainer that do not change the weights: where it runs, what is looked at
-# meanwhile, and when it pauses. All others are in the key, those of tomorrow, too.
-UNDECISIVE = (
-    *("accelerator", "strategy", "log_every_n_steps", "profiler", "max_time"),
-    *("val_check_interval", "limit_val_batches", "num_sanity_val_steps", "inference_mode"),
-    *("limit_test_batches", "limit_predict_batches", "detect_anomaly"),
-)
-# Of them and of the others, those that can end a training before its last step.
+# Keys of Lightning's Trainer that can end a training before its last step.
 ENDING = ("max_time", "limit_train_batches", "overfit_batches")
-# In the key as their product: the batches that make a step.
-BATCHES = ("devices", "num_nodes", "accumulate_grad_batches")
 
 
 def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
@@ -62,15 +53,11 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
     devices = trainer["devices"] if isinstance(trainer["devices"], int) else len(trainer["devices"])
     key = {
         "clip": build.clip_key(cfg),
-        "train_dataset": build.dataset_key(build.train_dataset_node(cfg), train_set),
+        "train_dataset": build.dataset_key(cfg.train_dataset, train_set),
         "sae": build.sae_options(cfg),
         "training": {
             **build.training_options(cfg),
-            "trainer": {
-                name: value
-                for name, value in trainer.items()
-                if name not in (*UNDECISIVE, *BATCHES)
-            },
+            "trainer": build.decisive("trainer", trainer),
             "batches_a_step": trainer["accumulate_grad_batches"] * trainer["num_nodes"] * devices,
             "features": features.training_key(cfg),
             "seed": cfg.seed,
@@ -78,7 +65,7 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
     }
     if plugged := plugins.digests(cfg):
         key["plugins"] = plugged
-    name = [cfg.model.name, cfg.clip.name, build.train_dataset_node(cfg).name]
+    name = [cfg.model.name, cfg.clip.name, cfg.train_dataset.name]
     about = {**build.cell(cfg), "dataset": name[2]}
     return store.stage("sae", [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"], key, about)
 
@@ -209,7 +196,7 @@ def make(
         raise ConfigError(
             f"{error}: the last good checkpoint "
             + ("is none" if kept is None else f"is that of step {kept:,}, kept in {stage.home}")
-            + "; lower model.learning_rate, or set trainer.gradient_clip_val=1"
+            + "; lower optimizer.learning_rate, or set trainer.gradient_clip_val=1"
         ) from error
     if trainer.global_step < trainer.max_steps:
         kept = checkpoint_step(stage.scratch)
