@@ -11,6 +11,19 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from clipsae.evaluation.numbers import Number
+
+NUMBERS = (
+    Number(
+        "decoder_orthogonality",
+        "decoder orthogonality",
+        "mean squared cosine of different decoder rows, which the published DO fits",
+        ".4f",
+        "min",
+        paper="do",
+    ),
+)
+
 
 def orthogonality_sums(rows: Tensor) -> dict[str, Tensor]:
     """The sums of a block of decoder rows [m, d]; sums of blocks add up.
