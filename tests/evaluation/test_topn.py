@@ -328,7 +328,7 @@ def test_a_class_beyond_the_memory_gives_the_same(clip, classifier):
             seen.add(repeated)
             assert small.rows == whole.rows
             assert small.share_above_threshold == whole.share_above_threshold
-            assert small.active == whole.active
+            assert small.l0 == whole.l0
             for name in saes:
                 assert torch.equal(small.latents[name], whole.latents[name])
     assert len(seen) > 3
@@ -346,14 +346,14 @@ def test_diagnostics(clip, classifier):
     share = (codes > 0.9).sum() / active.sum()
     assert result.share_above_threshold["topk"] == pytest.approx(share.item())
     assert 0 < share < 1
-    assert result.active["topk"] == pytest.approx(active.sum(-1).double().mean().item())
+    assert result.l0["topk"] == pytest.approx(active.sum(-1).double().mean().item())
     assert result.counted_images.tolist() == [LABELS.count(c) for c in range(CLASSES)]
     error = sae.decode(codes) - tokens
     flat = tokens.flatten(0, 1)
     fvu = error.square().sum() / (flat - flat.mean(0)).square().sum()
     assert result.sparsity["topk"]["fvu"] == pytest.approx(fvu.item(), rel=1e-4)
     assert result.diagnostics["topk"]["sparsity"] == result.sparsity["topk"]
-    assert result.sparsity["topk"]["active"] == pytest.approx(result.active["topk"])
+    assert result.sparsity["topk"]["l0"] == pytest.approx(result.l0["topk"])
 
 
 def test_modes_are_as_before(clip, classifier):

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 METRICS = {
-    "l0": 0.96875,
-    "active": 4.0,
+    "l0": 4.0,
+    "zero_fraction": 0.96875,
     "fvu": 0.25,
     "explained_variance": 0.75,
     "fvu_per_token": 0.2,
@@ -62,7 +62,7 @@ class FakeStore:
         folder = self._folder("evaluation", model, dataset, seed)
         pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
         sparsity = METRICS if metrics is None else metrics
-        content = {"active": sparsity.get("active", 4.0), "sparsity": sparsity}
+        content = {"l0": sparsity.get("l0", 4.0), "sparsity": sparsity}
         (folder / "diagnostics.json").write_text(json.dumps(content))
         return self._finish(folder, about, finished, more)
 

@@ -97,11 +97,11 @@ def test_the_eleven_are_expected_once_one_of_them_has_a_result(store):
 
 
 def test_measurements_win_over_the_evaluations_own_metrics(store):
-    store.evaluation("relu", "scenes", {"on_5": 1.0}, metrics={"l0": 0.5, "fvu": 0.25})
-    store.measurement("relu", "scenes", {"l0": 0.75, "cknna": 0.5}, finished=1)
+    store.evaluation("relu", "scenes", {"on_5": 1.0}, metrics={"cosine": 0.5, "fvu": 0.25})
+    store.measurement("relu", "scenes", {"cosine": 0.75, "cknna": 0.5}, finished=1)
     store.measurement("relu", "scenes", {"cknna": 0.25}, finished=9)
     metrics = choose(store).metrics.set_index("metric").value
-    assert metrics.to_dict() == {"l0": 0.75, "cknna": 0.25, "fvu": 0.25, "active": 4.0}
+    assert metrics.to_dict() == {"cosine": 0.75, "cknna": 0.25, "fvu": 0.25, "l0": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_read_is_named_in_one_line(store, name, content,
 def test_a_missing_file_and_text_in_place_of_a_number_are_problems_too(store):
     folder = store.evaluation("relu", "scenes", {"on_5": 1.0})
     (folder / "results.csv").unlink()
-    folder = store.measurement("relu", "scenes", {"l0": 1.0})
+    folder = store.measurement("relu", "scenes", {"fvu": 1.0})
     text = (folder / "metrics.csv").read_text().replace("1.0", "much")
     (folder / "metrics.csv").write_text(text)
     found = collect(store.root)

@@ -143,20 +143,25 @@ def test_fidelity_is_above_chance(store):
 
 
 def test_table_5_shows_both_codes_beside_the_published_figures(store):
-    values = {"l0": 0.9993, "l0_dense": 0.95, "fvu_per_token": 0.2, "decoder_orthogonality": 0.0013}
+    values = {
+        "zero_fraction": 0.9993,
+        "zero_fraction_dense": 0.95,
+        "fvu_per_token": 0.2,
+        "decoder_orthogonality": 0.0013,
+    }
     store.measurement("topk", "imagenet", values, k=32)
     selected, dense = sparsity_tables(choose(store), "imagenet")
     row = cells(selected)["topk"]
-    assert row["l0"].difference == pytest.approx(0.9993 - 0.966)
+    assert row["zero_fraction"].difference == pytest.approx(0.9993 - 0.966)
     assert row["fvu_per_token"].difference == pytest.approx(0.2 - 0.169)
     assert row["decoder_orthogonality"].printed == "0.003"
     assert row["fvu"].published is None
-    assert cells(dense)["topk"]["l0_dense"].difference == pytest.approx(0.95 - 0.966)
+    assert cells(dense)["topk"]["zero_fraction_dense"].difference == pytest.approx(0.95 - 0.966)
     for word in ("share of zeros", "per token", "corpus", "decoder", "dead"):
         assert word in selected.caption
     assert "0.9993" in dense.caption
     # On other data: ours only, and the dense table only where it was measured.
-    store.measurement("topk", "scenes", {"l0": 0.5}, k=32)
+    store.measurement("topk", "scenes", {"cosine": 0.5}, k=32)
     (other,) = sparsity_tables(choose(store), "scenes")
     assert not other.has_published
 
@@ -175,9 +180,9 @@ def test_table_6_names_encoder_and_pooling_one_table_each(store):
 
 
 def test_recovery_has_the_columns_that_were_measured(store):
-    store.measurement("relu", "scenes", {"patch_coverage": 0.5, "image_auroc": 0.75})
+    store.measurement("relu", "scenes", {"patch_concepts_found": 0.5, "image_auroc": 0.75})
     table = recovery_table(choose(store), "scenes")
-    assert [c.key for c in table.columns] == ["patch_coverage", "image_auroc"]
+    assert [c.key for c in table.columns] == ["patch_concepts_found", "image_auroc"]
     assert [c.title for c in table.columns] == ["concepts found, patch", "AUROC, image"]
     assert cells(table)["relu"]["image_auroc"].ours == 0.75
     assert recovery_table(choose(store), "dtd") is None
@@ -202,14 +207,14 @@ def test_missing_cells_name_the_command_that_fills_them(store):
 
 
 def test_with_imagenet_the_ablation_and_the_measurements_are_expected_too(store):
-    store.evaluation("relu", "imagenet", dict.fromkeys(PAPER, 1.0), metrics={"l0": 0.5})
+    store.evaluation("relu", "imagenet", dict.fromkeys(PAPER, 1.0), metrics={"zero_fraction": 0.5})
     gaps = {(g.model, g.dataset): g for g in missing_cells(choose(store), Commands([]))}
     assert gaps["attention_relu", "imagenet"].command == (
         "python run.py model=attention_relu dataset=imagenet seed=0"
     )
     assert gaps["topk", "dtd"].command == "python run.py model=topk dataset=dtd seed=0"
     lacking = gaps["relu", "imagenet"].what.split(", ")
-    assert "l0" not in lacking
+    assert "zero_fraction" not in lacking
     assert {"cknna", "cosine", "monosemanticity_mean"} <= set(lacking)
     assert len(gaps) == 6 * 11 + 2
 

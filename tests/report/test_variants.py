@@ -156,7 +156,9 @@ def test_a_hash_of_images_is_not_named_where_an_option_says_why_they_are_others(
 
 def test_a_measurement_is_in_the_row_of_the_evaluation_of_its_sae(store):
     for steps in (3, 600):
-        store.evaluation("relu", "a", {"on_5": 1.0 * steps}, max_steps=steps, metrics={"l0": 0.5})
+        store.evaluation(
+            "relu", "a", {"on_5": 1.0 * steps}, max_steps=steps, metrics={"cosine": 0.5}
+        )
         store.measurement("relu", "a", {"cknna": 0.001 * steps}, max_steps=steps)
     selection = choose(store)
     assert {line.variant for line in selection.lines if line.model == "relu"} == {
@@ -164,7 +166,11 @@ def test_a_measurement_is_in_the_row_of_the_evaluation_of_its_sae(store):
         "trainer.max_steps=600",
     }
     of = selection.rows(selection.metrics, Line("relu", "trainer.max_steps=3"))
-    assert of.set_index("metric").value.to_dict() == {"l0": 0.5, "active": 4.0, "cknna": 0.003}
+    assert of.set_index("metric").value.to_dict() == {
+        "cosine": 0.5,
+        "l0": 4.0,
+        "cknna": 0.003,
+    }
 
 
 def test_names_are_those_of_the_config(store):

@@ -43,7 +43,7 @@ def test_sections_and_panels(content):
         ("topn/n", ["topn/dtd/on"]),
     ]
     plane = found["Sparsity against fidelity"][0]["config"]
-    assert (plane["xAxis"], plane["yAxis"]) == ("summary:val/active", "summary:val/fvu")
+    assert (plane["xAxis"], plane["yAxis"]) == ("summary:val/l0", "summary:val/fvu")
     assert found["k"][0]["config"]["xAxis"] == "config:model.value.k"
     assert found["k"][0]["config"]["yAxis"] == "summary:topn/on_10"
     assert [p["config"]["metrics"] for p in found["Training"]] == [[name] for name in CURVES]

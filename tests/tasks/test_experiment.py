@@ -53,7 +53,9 @@ def test_the_default_job_ends_with_a_table_and_says_where_things_are(tmp_path):
     metrics = pd.read_csv(measurement / "metrics.csv").set_index("metric").value
     diagnostics = json.loads((evaluation / "diagnostics.json").read_text())
     assert metrics["fvu"] == pytest.approx(diagnostics["sparsity"]["fvu"])
-    assert {"cknna", "monosemanticity_mean", "l0_dense", "patch_coverage"} <= set(metrics.index)
+    assert {"cknna", "monosemanticity_mean", "l0_dense", "patch_concepts_found"} <= set(
+        metrics.index
+    )
     assert "shape_colour" in measurement.name
     assert set(pd.read_csv(measurement / "concepts.csv").level) == {"patch", "image"}
 

@@ -113,3 +113,18 @@ def test_a_tables_title_tells_the_cells_of_a_sweep_apart(row, title):
     of = {"model": "topk", "dataset": "a", "latents": 64, "images": 9, "protocol": "paper"}
     rows = pd.DataFrame([{**of, "setting": "on", "n": 1, "accuracy": 1.0, **row}])
     assert str(accuracy_table(rows).title).startswith(title)
+
+
+def test_clip_without_an_sae_has_a_column_of_its_own():
+    of = {"model": "topk", "dataset": "a", "latents": 64, "images": 9, "protocol": "paper"}
+    found = (("no_sae", None, 99.0), ("on", 5, 40.0), ("on", 64, 90.0))
+    rows = pd.DataFrame(
+        [{**of, "classes": 5, "setting": s, "n": n, "accuracy": a} for s, n, a in found]
+    )
+    table = accuracy_table(rows)
+    assert [column.header for column in table.columns][2:] == ["no SAE", "n = 5", "all 64"]
+    assert [list(column.cells) for column in table.columns][2:] == [
+        ["99.00", ""],
+        ["", "40.00"],
+        ["", "90.00"],
+    ]

@@ -38,8 +38,8 @@ def evaluation(root: Path, model: str, dataset: str, accuracy: float, **more) ->
         for setting, n in (("no_sae", None), ("on", 5), ("on", 2048))
     ]
     pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
-    sparsity = {"l0": 0.9, "active": 5.0, "fvu": 0.1}
-    (folder / "diagnostics.json").write_text(json.dumps({"active": 5.0, "sparsity": sparsity}))
+    sparsity = {"zero_fraction": 0.9, "l0": 5.0, "fvu": 0.1}
+    (folder / "diagnostics.json").write_text(json.dumps({"l0": 5.0, "sparsity": sparsity}))
     config = {"clip": {"name": "clipsae-tiny", "pretrained": "builtin", "layer": -2}}
     if dataset == "photos":
         target = "clipsae.data.ImageFolder"

@@ -33,7 +33,7 @@ class TopNResult:
         share_above_threshold: per SAE, the share of active (token, latent) pairs of the counting
             split whose code exceeds the count threshold.
         count_threshold: per SAE.
-        active: per SAE, the mean number of active latents of a token of the evaluated split.
+        l0: per SAE, the mean number of active latents of a token of the evaluated split.
         sparsity: per SAE the corpus metrics of `SparsityMetrics`, where they were asked for.
     """
 
@@ -45,7 +45,7 @@ class TopNResult:
     counted_images: Tensor
     share_above_threshold: dict[str, float]
     count_threshold: dict[str, float]
-    active: dict[str, float]
+    l0: dict[str, float]
     sparsity: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -55,7 +55,7 @@ class TopNResult:
             name: {
                 "count_threshold": threshold,
                 "share_above_threshold": self.share_above_threshold[name],
-                "active": self.active[name],
+                "l0": self.l0[name],
                 "sparsity": self.sparsity.get(name),
             }
             for name, threshold in self.count_threshold.items()

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
+from clipsae.evaluation.numbers import SETTINGS
 from clipsae.evaluation.passes import evenly_spaced, in_eval_mode
 from clipsae.evaluation.result import NO_SAE, TopNResult, make_rows, per_class_accuracy
 from clipsae.evaluation.single import Predictions, SingleSAE
 from clipsae.sae import SAE
 
 PROTOCOLS = ("paper", "heldout")
-SETTINGS = ("no_sae", "on", "off", "self")
 
 Progress = Callable[[int, int], None]
 
@@ -48,7 +48,7 @@ def evaluate_topn(
     protocol: str = "paper",
     count_dataset: Any = None,
     count_threshold: float | Mapping[str, float] = 0.2,
-    settings: Sequence[str] = SETTINGS,
+    settings: Sequence[str] = tuple(SETTINGS),
     batch_size: int = 32,
     num_workers: int = 0,
     device: torch.device | str | None = None,
@@ -211,6 +211,6 @@ def _result(
         counted_images=runs[0].rankings.images if runs else torch.zeros(0, dtype=torch.long),
         count_threshold={run.name: run.count_threshold for run in runs},
         share_above_threshold={name: share for name, (share, _) in diagnostics.items()},
-        active={name: active for name, (_, active) in diagnostics.items()},
+        l0={name: l0 for name, (_, l0) in diagnostics.items()},
         sparsity={run.name: run.sparsity_values() for run in runs if run.sparsity is not None},
     )

@@ -14,12 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from clipsae.overrides import renamed
+from clipsae.evaluation.numbers import SETTINGS, current_names
 from clipsae.report.settings import Settings, of_the_codes, settings_of
 from clipsae.store import MARK, Store
 from clipsae.store.files import read_json
 
 IDENTITY = ("model", "dataset", "clip", "latents", "k", "seed")
-SETTINGS = ("no_sae", "on", "off", "self")
 NO_K = 0  # of variants that have no k
 _RESULT_COLUMNS = (*IDENTITY, "protocol", "setting", "n", "accuracy", "images", "classes")
 _COMPETING = "competing"  # classes that an image could be given; results of older versions lack it
@@ -131,7 +131,7 @@ def _evaluation(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows = _table(folder / "results.csv", _RESULT_COLUMNS)
     unknown = set(rows.setting) - set(SETTINGS)
     if unknown:
-        raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {SETTINGS}")
+        raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {', '.join(SETTINGS)}")
     if _COMPETING not in rows:
         rows[_COMPETING] = rows.classes
     rows["n"] = rows.n.fillna(0).astype(int)
@@ -141,7 +141,8 @@ def _evaluation(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         for setting, n, latents in zip(rows.setting, rows.n, rows.latents, strict=True)
     ]
     content = json.loads((folder / "diagnostics.json").read_text())
-    metrics = {"active": content["active"], **(content.get("sparsity") or {})}
+    l0 = content["l0"] if "l0" in content else content["active"]  # as clipsae 0.1 called it
+    metrics = {"l0": l0, **current_names(content.get("sparsity") or {})}
     first = {name: rows[name].iloc[0] for name in (*IDENTITY, "protocol")}
     found = [{**first, "metric": name, "value": float(v)} for name, v in metrics.items()]
     return rows, pd.DataFrame(found)
@@ -149,6 +150,7 @@ def _evaluation(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _measurement(folder: Path) -> pd.DataFrame:
     rows = _table(folder / "metrics.csv", _MEASUREMENT_COLUMNS)
+    rows["metric"] = list(current_names(dict.fromkeys(rows.metric, 0.0)))
     rows["value"] = rows.value.astype(float)
     for name in ("image_encoder", "pooling"):
         rows[name] = rows[name].fillna("").astype(str)

@@ -145,7 +145,7 @@ def _sparsity(selection: Selection, of: Compared) -> Iterator[str]:
     """Fewest latents and lowest FVU."""
     metrics = selection.metrics[selection.metrics.dataset.isin(of.datasets)]
     tables = {}
-    for metric in ("active", "fvu"):
+    for metric in ("l0", "fvu"):
         series = {
             line: selection.rows(metrics[metrics.metric == metric], line).set_index("dataset").value
             for line in of.lines
@@ -153,16 +153,16 @@ def _sparsity(selection: Selection, of: Compared) -> Iterator[str]:
         tables[metric] = pd.DataFrame(series, columns=list(of.lines)).dropna()
     if any(len(table) < FEWEST_DATASETS for table in tables.values()):
         return
-    active, fvu = tables["active"].mean(), tables["fvu"].mean()
-    sparse, faithful = active.idxmin(), fvu.idxmin()
+    l0, fvu = tables["l0"].mean(), tables["fvu"].mean()
+    sparse, faithful = l0.idxmin(), fvu.idxmin()
     title = _called(selection, sparse)
     yield (
-        f"{title} uses the fewest latents of a token ({number(active[sparse], 1)}, "
+        f"{title} uses the fewest latents of a token ({number(l0[sparse], 1)}, "
         f"FVU {number(fvu[sparse], 3)}); {_called(selection, faithful)} reconstructs best (FVU "
-        f"{number(fvu[faithful], 3)}, {number(active[faithful], 1)} latents)."
+        f"{number(fvu[faithful], 3)}, {number(l0[faithful], 1)} latents)."
         if sparse != faithful
         else f"{title} uses the fewest latents of a token "
-        f"({number(active[sparse], 1)}) and reconstructs best (FVU {number(fvu[sparse], 3)})."
+        f"({number(l0[sparse], 1)}) and reconstructs best (FVU {number(fvu[sparse], 3)})."
     )
 
 

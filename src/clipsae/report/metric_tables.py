@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from clipsae.evaluation.metrics import NUMBERS
+from clipsae.evaluation.numbers import Number
 from clipsae.report import published
 from clipsae.report.accuracy_tables import row_title
 from clipsae.report.names import dataset_title, slug
@@ -13,45 +15,11 @@ from clipsae.report.table import Cell, Column, Row, Table
 
 MEASURED_ON = "imagenet"  # our reading of Tables 5 and 6, which do not say it
 
-_SELECTED = (
-    Column("l0", "L0 (zeros)", 4),
-    Column("active", "active", 1, ""),
-    Column("fvu_per_token", "FVU, per token", 3, "min"),
-    Column("fvu", "FVU, corpus", 3, "min"),
-    Column("cosine", "CS", 3),
-    Column("cknna", "CKNNA", 3),
-    Column("decoder_orthogonality", "DO, decoder", 4, "min"),
-    Column("dead_fraction", "DO, dead", 4, "min"),
-)
-_DENSE = tuple(
-    Column(f"{column.key}_dense", column.title, column.digits, column.best)
-    for column in _SELECTED[:5]
-)
-_DEFINITIONS = (
-    "L0: share of zeros among a token's M codes, as the paper counts it (higher is sparser); "
-    "active: mean number of codes that are not zero. FVU, per token: mean over tokens of var(x - "
-    "x_hat) / var(x), which the published figure is; FVU, corpus: sum |x - x_hat|² / sum "
-    "|x - mean x|². CS: mean cosine of x and x_hat."
-)
-_MORE_DEFINITIONS = (
-    " CKNNA: alignment of the nearest neighbours of tokens and codes. DO, decoder: mean squared "
-    "cosine of different decoder rows, which the published values fit; DO, dead: share of latents "
-    "that were never active, which the paper's text says."
-)
 _WHICH_CODE = (
-    "Published L0 values of TopK and BatchTopK (0.966, 0.814) are far from k = 32 of 49,152 "
-    "(0.9993): presumably the paper counted this code for them. Both tables show the published "
-    "values. "
+    "The published zero fractions of TopK and BatchTopK (0.966, 0.814) are far from k = 32 of "
+    "49,152 (0.9993): presumably the paper counted this code for them. Both tables show the "
+    "published values. "
 )
-_RECOVERY = {
-    "coverage": "concepts found",
-    "auroc": "AUROC",
-    "f1": "F1",
-    "purity": "purity",
-    "splitting": "splitting",
-    "absorption": "absorption",
-}
-_NEITHER = ("splitting", "absorption")  # higher is neither better nor worse
 
 
 def sparsity_tables(selection: Selection, dataset: str) -> list[Table]:
@@ -61,24 +29,26 @@ def sparsity_tables(selection: Selection, dataset: str) -> list[Table]:
     name = "table_05" if paper else f"sparsity_{slug(dataset)}"
     also = " Published: on data that the paper does not name." if paper else ""
     of = _by_metric(selection, dataset)
+    columns = [n for n in _of_table("sparsity") if not n.key.endswith("_dense")]
+    without = [n for n in _of_table("sparsity") if n.key.endswith("_dense")]
     selected = Table(
         name=f"{name}_selected",
         title=f"{label}: sparsity and reconstruction on {dataset_title(dataset)}",
-        caption=f"The code as the SAE selects it. {_DEFINITIONS}{_MORE_DEFINITIONS}{also}",
+        caption=f"The code as the SAE selects it. {_meanings(columns)}{also}",
         heads=("model",),
-        columns=_present(of, _SELECTED, paper),
-        rows=_rows(selection, of, _SELECTED, paper),
+        columns=_present(of, columns, paper),
+        rows=_rows(selection, of, columns, paper),
     )
     dense = Table(
         name=f"{name}_dense",
         title=f"{label}: the same without the selection, on {dataset_title(dataset)}",
         caption=(
             "The code without its selection: the positive scores before top-k, threshold or "
-            f"sparsemax. {_WHICH_CODE if paper else ''}{_DEFINITIONS}"
+            f"sparsemax. {_WHICH_CODE if paper else ''}{_meanings(without)}"
         ),
         heads=("model",),
-        columns=_present(of, _DENSE, paper),
-        rows=_rows(selection, of, _DENSE, paper),
+        columns=_present(of, without, paper),
+        rows=_rows(selection, of, without, paper),
     )
     return [table for table in (selected, dense) if paper or not table.empty]
 
@@ -91,17 +61,10 @@ def interpretability_tables(selection: Selection, dataset: str) -> list[Table]:
         & selection.metrics.metric.str.startswith("monosemanticity_")
     ]
     ways = sorted(set(zip(of.image_encoder, of.pooling, strict=True)))
-    live = "monosemanticity_live"
-    columns = [
-        Column("monosemanticity_mean", "MEAN-MS", 4),
-        Column("monosemanticity_max", "MAX-MS", 4),
-    ]
     tables = []
     for number, (encoder, pooling) in enumerate(ways or [("", "")] * paper, start=1):
         here = of[(of.image_encoder == encoder) & (of.pooling == pooling)]
-        shown = (
-            [*columns, Column(live, "live latents", 0, "")] if live in set(here.metric) else columns
-        )
+        columns = [n for n in _of_table("interpretability") if n.paper or n.key in set(here.metric)]
         how = f"Image encoder: {encoder}; pooling of token codes: {pooling}." if encoder else ""
         also = " The paper does not say which encoder, pooling and data its figures rest on."
         suffix = f"_{number}" if len(ways) > 1 else ""
@@ -116,8 +79,8 @@ def interpretability_tables(selection: Selection, dataset: str) -> list[Table]:
                     f"{also if paper else ''}"
                 ).strip(),
                 heads=("model",),
-                columns=tuple(shown),
-                rows=_rows(selection, here, shown, paper),
+                columns=_present(here, columns, True),
+                rows=_rows(selection, here, columns, paper),
             )
         )
     return tables
@@ -126,27 +89,17 @@ def interpretability_tables(selection: Selection, dataset: str) -> list[Table]:
 def recovery_table(selection: Selection, dataset: str) -> Table | None:
     """How well single latents are the concepts of a dataset with ground truth; None: unmeasured."""
     of = _by_metric(selection, dataset)
-    columns = [
-        Column(f"{level}_{name}", f"{title}, {level}", 3, "" if name in _NEITHER else "max")
-        for level in ("patch", "image")
-        for name, title in _RECOVERY.items()
-        if f"{level}_{name}" in set(of.metric)
-    ]
+    columns = [n for n in _of_table("recovery") if n.key in set(of.metric)]
     if not columns:
         return None
     return Table(
         name=f"recovery_{slug(dataset)}",
         title=f"Concepts found on {dataset_title(dataset)}",
         caption=(
-            "Against the ground truth, per patch and per image. Concepts found: share of the known "
-            "concepts that a latent tells apart (by an AUROC of measurement.threshold, 0.9 unless "
-            "set); AUROC, F1: of a concept's best latent, mean over concepts; purity: largest "
-            "share of a latent's activation on one concept, mean over latents; splitting: good "
-            "latents of a concept that is found; absorption: share of good latents that are good "
-            "for several concepts. Ours only."
+            f"Against the ground truth, per patch and per image. {_meanings(columns)} Ours only."
         ),
         heads=("model",),
-        columns=tuple(columns),
+        columns=_present(of, columns, False),
         rows=_rows(selection, of, columns, False),
     )
 
@@ -181,14 +134,26 @@ def _by_metric(selection: Selection, dataset: str) -> pd.DataFrame:
     ]
 
 
-def _present(of: pd.DataFrame, columns: tuple[Column, ...], paper: bool) -> tuple[Column, ...]:
+def _of_table(name: str) -> list[Number]:
+    return [number for number in NUMBERS if number.table == name]
+
+
+def _meanings(numbers: list[Number]) -> str:
+    """What the columns are; of several levels of one number once."""
+    named = {n.label.partition(", ")[0]: n.meaning for n in numbers if n.meaning}
+    return " ".join(f"{label}: {meaning}." for label, meaning in named.items())
+
+
+def _present(of: pd.DataFrame, numbers: list[Number], paper: bool) -> tuple[Column, ...]:
     """All of the paper's table; of another those that were measured."""
     measured = set(of.metric)
-    return tuple(column for column in columns if paper or column.key in measured)
+    return tuple(
+        Column(n.key, n.label, n.digits, n.better) for n in numbers if paper or n.key in measured
+    )
 
 
 def _rows(
-    selection: Selection, of: pd.DataFrame, columns: Iterable[Column], paper: bool
+    selection: Selection, of: pd.DataFrame, columns: Iterable[Number], paper: bool
 ) -> tuple[Row, ...]:
     known = published.metrics() if paper else {}
     rows = []

@@ -181,14 +181,14 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
 def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     """Active latents of a token against FVU, every model and k; None: nothing measured."""
     of = selection.metrics[
-        (selection.metrics.dataset == dataset) & selection.metrics.metric.isin(["active", "fvu"])
+        (selection.metrics.dataset == dataset) & selection.metrics.metric.isin(["l0", "fvu"])
     ]
     value = of.pivot_table(index=["model", "common", "own", "k"], columns="metric", values="value")
-    if not {"active", "fvu"} <= set(value.columns):
+    if not {"l0", "fvu"} <= set(value.columns):
         return None
     value = value.dropna()
     std = of.pivot_table(index=["model", "common", "own", "k"], columns="metric", values="std")
-    std = std.reindex(value.index).reindex(columns=["active", "fvu"]).fillna(0)
+    std = std.reindex(value.index).reindex(columns=["l0", "fvu"]).fillna(0)
     there = set(value.index.droplevel("k"))
     shown = [x for x in selection.lines if (x.model, x.common, x.own) in there]
     if not shown:
@@ -201,9 +201,9 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
             at = (line.model, line.common, line.own)
             points, error = value.loc[at].sort_index(), std.loc[at].sort_index()
             axes.errorbar(
-                points.active,
+                points.l0,
                 points.fvu,
-                xerr=error.active,
+                xerr=error.l0,
                 yerr=error.fvu,
                 color=colour,
                 marker=marker,
@@ -217,7 +217,7 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
                 if k != NO_K:
                     axes.annotate(
                         f"k {k}",
-                        (point.active, point.fvu),
+                        (point.l0, point.fvu),
                         xytext=(4, 4) if above else (-4, -4),
                         textcoords="offset points",
                         ha="left" if above else "right",
@@ -226,8 +226,8 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
                     )
             above ^= any(points.index != NO_K)
         axes.set_xscale("log")
-        _plain_log_ticks(axes, value.active)
-        axes.set_xlabel("active latents of a token")
+        _plain_log_ticks(axes, value.l0)
+        axes.set_xlabel("L0: active latents per token")
         axes.set_ylabel("FVU, corpus")
         axes.set_ylim(bottom=0)
         _legend(figure, axes)
@@ -243,7 +243,7 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
 def mean_support(selection: Selection, dataset: str, line: Line) -> float | None:
     """Mean number of active latents of a token of a Sparsemax SAE, over seeds."""
     of = of_line(selection.metrics, line)
-    of = of[(of.dataset == dataset) & (of.metric == "active")]
+    of = of[(of.dataset == dataset) & (of.metric == "l0")]
     return float(of.value.mean()) if len(of) else None
 
 

@@ -24,7 +24,7 @@ from clipsae.tasks import build, slurm, together, watch
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.options import set_by_recipe
 from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
-from clipsae.tasks.table import logged_as, print_results
+from clipsae.tasks.table import print_results
 from clipsae.training.logging import (
     finish,
     has_rows,
@@ -144,7 +144,7 @@ def benchmark(
                 lambda folder: measurement.make(cfg, clip, trained, test_set, measured, folder),
             )
             metrics = measurement.read(measured.path)
-            cells |= {f"measure/{logged_as(name)}": value for name, value in metrics.items()}
+            cells |= {f"measure/{name}": value for name, value in metrics.items()}
         return rows, metrics, cells
 
     finished = all(stage.finished for stage in stages)

@@ -50,4 +50,5 @@ def _serves(folder: Path, cfg: DictConfig) -> bool:
 
 def _mean_support(folder: Path) -> float | None:
     """Mean number of active latents of a held-out token at the end of the training."""
-    return json.loads((folder / "training.json").read_text()).get("val/active")
+    numbers = json.loads((folder / "training.json").read_text())
+    return numbers.get("val/l0", numbers.get("val/active"))  # as clipsae 0.1 called it

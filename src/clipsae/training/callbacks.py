@@ -225,7 +225,7 @@ class StepProgress(Callback):
         name: of the training.
     """
 
-    SHOWN = ("fvu", "active", "dead_fraction", "tokens_per_second")
+    SHOWN = ("fvu", "l0", "dead_fraction", "tokens_per_second")
 
     def __init__(self, name: str) -> None:
         self.bar = Bar(f"training {name}")

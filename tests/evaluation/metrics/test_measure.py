@@ -97,9 +97,9 @@ def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
 def test_selection_lifted(clip, scenes, saes):
     result = measure(clip, saes, scenes, metrics=["sparsity", "dense"])
     topk, relu = by_metric(result, "topk"), by_metric(result, "relu")
-    assert topk["active"] == pytest.approx(4, abs=0.01)
-    assert topk["active_dense"] > topk["active"]
-    assert relu["l0"] == relu["l0_dense"]
+    assert topk["l0"] == pytest.approx(4, abs=0.01)
+    assert topk["l0_dense"] > topk["l0"]
+    assert relu["zero_fraction"] == relu["zero_fraction_dense"]
     assert set(topk) == set(relu)
 
 
@@ -142,7 +142,8 @@ def test_some_images_and_modes_are_given_back(clip, scenes, saes):
 
 def test_what_is_measured_depends_on_what_is_there(clip, scenes, saes):
     found = by_metric(measure(clip, saes, scenes, limit_images=4), "relu")
-    assert "patch_coverage" in found
+    assert set(found) <= {number.key for number in NUMBERS}
+    assert "patch_concepts_found" in found
     assert not any("monosemanticity" in metric for metric in found)
 
 

@@ -111,11 +111,11 @@ def test_best_latents_counts_and_purity():
     assert found["latents"].tolist() == [*good.sum(0).tolist(), 0, 0]
     assert found["latents"][0] >= 2  # split between latents 5 and 6
     assert found["concepts"].tolist() == good.sum(1).tolist()
-    assert found["coverage"].item() == pytest.approx(good.any(0).float().mean().item())
+    assert found["concepts_found"].item() == pytest.approx(good.any(0).float().mean().item())
     assert found["splitting"].item() == pytest.approx(
         (good.sum(0)[good.any(0)].float().mean()).item()
     )
-    assert found["absorption"].item() == pytest.approx(
+    assert found["merging"].item() == pytest.approx(
         ((good.sum(1) > 1).sum() / (good.sum(1) > 0).sum()).item()
     )
     for m in range(codes.shape[1]):
@@ -136,7 +136,7 @@ def test_a_latent_that_swallows_two_concepts():
     codes = torch.stack((truth[:, 0].float(), torch.zeros(30)), dim=1)
     found = concept_recovery(codes, truth)
     assert found["concepts"].tolist() == [2, 0]
-    assert found["absorption"] == 1
+    assert found["merging"] == 1
     assert found["splitting"] == 1
     assert found["purity"][0] == 1
 
@@ -145,11 +145,11 @@ def test_all_zero_codes():
     _, truth = sample()
     found = concept_recovery(torch.zeros(40, 3), truth)
     assert found["auroc"][:4].tolist() == [0.5] * 4
-    assert found["coverage"] == 0
+    assert found["concepts_found"] == 0
     assert found["mean_f1"] == 0
     assert found["live"] == 0
     assert found["splitting"].isnan()
-    assert found["absorption"].isnan()
+    assert found["merging"].isnan()
     assert found["mean_purity"].isnan()
 
 

@@ -21,8 +21,18 @@ import torch
 from torch import Tensor
 
 from clipsae.evaluation.metrics.rows import Progress, SampledCodes, SparseRows
+from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.ranking import top_latents
 
+NUMBERS = (
+    Number(
+        "cknna",
+        "CKNNA",
+        "alignment of the nearest neighbours of tokens and codes",
+        paper="cknna",
+        headline=True,
+    ),
+)
 _BLOCK_BYTES = 2**27
 # Dense products do fifty times the work of sparse ones in the same time.
 _DENSE_FROM = 1 / 50

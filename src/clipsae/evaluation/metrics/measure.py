@@ -84,11 +84,11 @@ def measure(
         saes: by name; each reads tokens of `clip.prefix`.
         dataset: `labels` LongTensor [N], items (uint8 [3, S, S], label).
         metrics: some of
-            "sparsity": l0, active, fvu, explained_variance, fvu_per_token, cosine, dead_fraction;
+            "sparsity": what `sparsity_values` returns;
             "dense": the same, with the suffix _dense, of the code without its selection;
             "cknna"; "orthogonality" (of the decoder);
             "monosemanticity": its mean, max and number of live latents;
-            "recovery": coverage, auroc, ... with the prefixes patch_ and image_.
+            "recovery": concepts_found, auroc, ... with the prefixes patch_ and image_.
             None: all for which there is what they need.
         image_encoder: for MonoSemanticity: a name for `image_encoder`, or a callable
             (images uint8 [B, 3, S, S], indices [B]) -> [B, e].

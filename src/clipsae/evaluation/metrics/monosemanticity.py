@@ -23,6 +23,34 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from clipsae.evaluation.numbers import Number
+
+NUMBERS = (
+    Number(
+        "monosemanticity_mean",
+        "mean MonoSemanticity",
+        format=".4f",
+        table="interpretability",
+        paper="mean_ms",
+        headline=True,
+    ),
+    Number(
+        "monosemanticity_max",
+        "max MonoSemanticity",
+        format=".4f",
+        table="interpretability",
+        paper="max_ms",
+        headline=True,
+    ),
+    Number(
+        "monosemanticity_live",
+        "live latents",
+        format=".0f",
+        better="",
+        table="interpretability",
+    ),
+)
+
 POOLINGS = ("mean", "max", "cls")
 
 

@@ -10,6 +10,19 @@ With unit rows it is (||D^T D||_F^2 - M) / (M (M - 1)): a d x d matrix in place 
 import torch
 from torch import Tensor, nn
 
+from clipsae.evaluation.numbers import Number
+
+NUMBERS = (
+    Number(
+        "decoder_orthogonality",
+        "decoder orthogonality",
+        "mean squared cosine of different decoder rows, which the published DO fits",
+        ".4f",
+        "min",
+        paper="do",
+    ),
+)
+
 
 def decoder_orthogonality(rows: Tensor) -> Tensor:
     """Mean squared cosine of different rows [M, d], float64 scalar; rows of zeros are left out. NaN

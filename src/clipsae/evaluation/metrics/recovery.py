@@ -2,17 +2,52 @@
 
 Where ground truth exists (`clipsae.evaluation.metrics.truth`), each concept, such as
 "colour=red", asks: is there one latent that tells where it is? And each latent: does it stand for
-one concept? The questions follow the field's vocabulary of splitting and absorption (Bricken et
-al., "Towards Monosemanticity", 2023; Chanin et al., "A is for Absorption", 2024).
+one concept? The questions follow the field: is a concept split over several latents (Bricken et
+al., "Towards Monosemanticity", 2023), are several concepts merged in one latent?
 
 N rows (patches or images), M latents, V concepts.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from clipsae.evaluation.metrics.auroc import LatentEntries, auroc, best_f1
 from clipsae.evaluation.metrics.rows import Progress, SampledCodes, SparseRows
+from clipsae.evaluation.numbers import Number
+
+_CONCEPTS = (
+    Number(
+        "concepts_found",
+        "concepts found",
+        "share of the known concepts that a single latent detects, by an AUROC of "
+        "measurement.threshold (0.9 unless set) or above",
+        ".1%",
+    ),
+    Number("auroc", "AUROC", "of a concept's best latent, mean over concepts"),
+    Number("f1", "F1", "of a concept's best latent, mean over concepts"),
+    Number(
+        "purity",
+        "purity",
+        "largest share of a latent's activation on one concept, mean over latents",
+    ),
+    Number("splitting", "splitting", "good latents per concept that is found", better=""),
+    Number(
+        "merging", "merging", "share of good latents that are good for several concepts", better=""
+    ),
+)
+NUMBERS = tuple(
+    replace(
+        number,
+        key=f"{level}_{number.key}",
+        label=f"{number.label}, {level}",
+        table="recovery",
+        headline=(level, number.key) == ("patch", "concepts_found"),
+    )
+    for level in ("patch", "image")
+    for number in _CONCEPTS
+)
 
 # Of float64 arrays [entries, V] and [m, V]: so few that their memory is used again and again.
 _BLOCK_ELEMENTS = 2**20
@@ -51,9 +86,10 @@ def concept_recovery(
         active everywhere has the share of the commonest concept, max(positives) / N.
 
         Over the concepts that are defined, resp. live latents, scalars:
-        `mean_auroc`, `mean_f1`, `mean_purity`; `coverage`: share of concepts with a good latent;
-        `splitting`: mean number of good latents of a covered concept; `absorption`: share of the
-        good latents that are good for two concepts or more; `live`: latents with positive codes.
+        `mean_auroc`, `mean_f1`, `mean_purity`; `concepts_found`: share of concepts with a good
+        latent; `splitting`: mean number of good latents of a concept that is found; `merging`:
+        share of good latents that are good for two concepts or more; `live`: latents with positive
+        codes.
 
     Raises:
         ValueError: shapes that do not fit, or a threshold outside 0.5..1.
@@ -91,14 +127,14 @@ def concept_recovery(
     for name, of in best.items():
         found[name] = torch.where(defined, of.value, torch.nan)
         found[f"{name}_latent"] = torch.where(defined, of.latent, -1)
-    covered = (latents > 0)[defined].double()
+    recovered = (latents > 0)[defined].double()
     return found | {
         "mean_auroc": found["auroc"].nanmean(),
         "mean_f1": found["f1"].nanmean(),
         "mean_purity": purity.nanmean(),
-        "coverage": covered.mean(),
+        "concepts_found": recovered.mean(),
         "splitting": latents[latents > 0].double().mean(),
-        "absorption": (concepts[concepts > 0] > 1).double().mean(),
+        "merging": (concepts[concepts > 0] > 1).double().mean(),
         "live": (~purity.isnan()).sum(),
     }
 

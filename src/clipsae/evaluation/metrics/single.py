@@ -25,12 +25,12 @@ LEVELS = ("patch", "image")
 _DENSE_BYTES = 256 * 2**20
 
 _SUMMARIES = {
-    "coverage": "coverage",
+    "concepts_found": "concepts_found",
     "mean_auroc": "auroc",
     "mean_f1": "f1",
     "mean_purity": "purity",
     "splitting": "splitting",
-    "absorption": "absorption",
+    "merging": "merging",
 }
 
 

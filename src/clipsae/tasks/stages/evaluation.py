@@ -133,7 +133,7 @@ def make(
             # None where no setting looks at the SAE.
             "count_threshold": result.count_threshold.get(name),
             "share_above_threshold": result.share_above_threshold.get(name),
-            "active": result.active.get(name),
+            "l0": result.l0.get(name),
             "sparsity": result.sparsity.get(name),
             "class_accuracy": {
                 f"{setting}_{n}" if n else setting: [

@@ -19,6 +19,7 @@ from clipsae.evaluation.metrics import (
     measure,
 )
 from clipsae.evaluation.metrics.truth import has_truth
+from clipsae.evaluation.numbers import current_names
 from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
@@ -156,4 +157,4 @@ def concepts_table(result: MeasureResult, name: str) -> pd.DataFrame:
 def read(folder: Path) -> dict[str, float]:
     """The numbers of a finished measurement by name."""
     rows = pd.read_csv(folder / "metrics.csv")
-    return dict(zip(rows.metric, rows.value, strict=True))
+    return current_names(dict(zip(rows.metric, rows.value, strict=True)))
