@@ -137,7 +137,7 @@ def make(stage: Stage, build: Callable[[Path], None], rank: int = 0) -> Path:
     later = Need((AGAIN,), None, list)
     while True:
         try:
-            return stage.make(build, on_busy="fail")
+            return stage.make(build, wait=False)
         except Busy:
             if later.order == (AGAIN,):
                 log.info("%s is being made already: waiting for it", stage.path.name)
