@@ -211,7 +211,7 @@ def test_what_another_process_makes_is_left_out_until_the_end(tmp_path, make, mo
         return meet(need)
 
     theirs.stage.path.parent.mkdir(parents=True)
-    held = begin(theirs.stage.home, 15.0)
+    held = begin(theirs.stage.partial, 15.0)
     monkeypatch.setattr(together, "meet", watch)
     Turns().run([theirs, mine])
     assert theirs.stage.finished

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from clipsae.overrides import renamed
 from clipsae.evaluation.numbers import SETTINGS, current_names
+from clipsae.overrides import renamed
 from clipsae.report.settings import Settings, of_the_codes, settings_of
 from clipsae.store import MARK, Store
 from clipsae.store.files import read_json

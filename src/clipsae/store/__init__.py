@@ -9,7 +9,7 @@ The folder appears whole or not at all: it is made beside its place, flushed to 
 `meta.json` with the SHA-256 of every file, and renamed. Of several processes, on one machine or
 many, one makes it and the others wait (`lease.py`); what a dead one left is continued from its
 checkpoint. What does not match its checksum when it is to be used is set aside as
-`.<name>.damaged-<n>` and made anew.
+`.<name>.damaged-<n>` and recomputed.
 
 The key is what decides the content, and nothing else:
 
@@ -27,15 +27,13 @@ The key is what decides the content, and nothing else:
 """
 
 from clipsae.store.files import MARK, find_damage, put_checkpoint, whole_checkpoint, write_json
-from clipsae.store.lease import LeaseLost
-from clipsae.store.queue import Busy, BusySkip, StoreError
-from clipsae.store.stage import SCHEMA, Damaged, Stage, Store, digest
+from clipsae.store.lease import LeaseLost, StoreError
+from clipsae.store.stage import SCHEMA, Busy, Damaged, Stage, Store, digest
 
 __all__ = [
     "MARK",
     "SCHEMA",
     "Busy",
-    "BusySkip",
     "Damaged",
     "LeaseLost",
     "Stage",

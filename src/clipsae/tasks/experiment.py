@@ -18,9 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.data.damage import refuse_damaged
-from clipsae.store import Busy, Stage, Store
-from clipsae.store.lease import owner_of
-from clipsae.tasks import build, slurm, together, watch
+from clipsae.store import Stage, Store
+from clipsae.tasks import build, together, watch
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.options import set_by_recipe
 from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
@@ -63,7 +62,7 @@ def run(cfg: DictConfig) -> None:
                 own, looks = logger(), watch.callbacks(cfg, store, clip, held_out)
             sae.make(cfg, clip, train_set, held_out, own, trained, folder, looks)
 
-        make_sae(trained, make)
+        together.make(trained, make, rank_zero_only.rank)
 
     read = [train_set]
     if not trained.finished:  # which looks at held-out images, too
@@ -172,32 +171,10 @@ def benchmark(
     print_results(rows, metrics, [stage.path for stage in stages])
 
 
-def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:
-    """Train the SAE unless it is there. While another SLURM job trains it, this one gives its
-    place back; anywhere else it waits.
-
-    Raises:
-        SystemExit: this job is queued again.
-    """
-    rank = rank_zero_only.rank
-
-    def give_way() -> None:
-        owner = owner_of(trained.slot)
-        if owner is not None and owner.job is not None and slurm.can_give_way():
-            slurm.give_way(owner.job, trained.path.name)
-
-    if rank == 0 and slurm.can_give_way() and not together.is_shared():
-        try:
-            trained.make(build_it, on_busy="fail")
-        except Busy:
-            give_way()
-    together.make(trained, build_it, rank, give_way)
-
-
 @contextmanager
 def tracked(cfg: DictConfig, stage: Stage, job_type: str) -> Iterator[Callable[[], Logger | None]]:
     """A stage's run in W&B or a CSV file, opened when it is first asked for, closed with the right
-    exit code. A job that gives its place back opens none.
+    exit code.
 
     Args:
         job_type: "train" for an SAE's own run, which names the dataset that it is trained on;

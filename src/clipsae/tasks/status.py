@@ -72,11 +72,10 @@ def by_path(entries: list[Entry]) -> dict[Path, Entry]:
     """The entries by the folder of the finished work; finished ones before what was left over."""
     found: dict[Path, Entry] = {}
     for entry in entries:
-        home = next(p for p in (entry.path, *entry.path.parents) if p.name == entry.kind)
-        if entry.state != "left over" and (
-            entry.state != "damaged" or home / entry.name not in found
-        ):
-            found[home / entry.name] = entry
+        kind = next(p for p in (entry.path, *entry.path.parents) if p.name == entry.kind)
+        path = kind / entry.name
+        if entry.state != "left over" and (entry.state != "damaged" or path not in found):
+            found[path] = entry
     return found
 
 

@@ -126,30 +126,20 @@ def in_one_pass(
     return meet(Need((EVALUATE, kind, key), of, serve))
 
 
-def make(
-    stage: Stage,
-    build: Callable[[Path], None],
-    rank: int = 0,
-    give_way: Callable[[], None] = lambda: None,
-) -> Path:
+def make(stage: Stage, build: Callable[[Path], None], rank: int = 0) -> Path:
     """`stage.make`, but a cell does not stand in the way of its neighbours while another, or
-    another process, makes it.
-
-    Args:
-        give_way: called when nothing is left to do but to wait for another process.
-    """
+    another process, makes it."""
     if not is_shared():
         return stage.make(build, rank=rank)
 
     def nothing_else(cells: list[Any]) -> list[Any]:
-        give_way()
         time.sleep(LOOK_EVERY)
         return cells
 
     later = Need((AGAIN,), None, list)
     while True:
         try:
-            return stage.make(build, on_busy="fail")
+            return stage.make(build, wait=False)
         except Busy:
             if later.order == (AGAIN,):
                 log.info("%s is being made already: waiting for it", stage.path.name)

@@ -27,7 +27,7 @@ from clipsae.data.cache import (
 from clipsae.data.cache.loader import check_reading
 from clipsae.data.damage import leaves_out
 from clipsae.errors import ConfigError
-from clipsae.store import MARK, BusySkip, Stage, Store, find_damage
+from clipsae.store import MARK, Busy, Stage, Store, find_damage
 from clipsae.store.files import read_json, sha256
 from clipsae.tasks import build
 
@@ -130,10 +130,10 @@ def make(
     if not _is_there(whole, content):
         clip.to(build.best_device())
         # First whatever nobody works on; then what others have not finished.
-        for on_busy in ("skip", "wait"):
+        for wait in (False, True):
             for i in range(sizes.shards):
                 if content or not whole.finished:
-                    _make_shard(cfg, clip, train_set, whole, shards[i], sizes, i, on_busy)
+                    _make_shard(cfg, clip, train_set, whole, shards[i], sizes, i, wait)
         of = content_key(cfg, train_set)
         whole.make(
             lambda folder: _assemble(folder, sizes, of, shards),
@@ -195,7 +195,7 @@ def _make_shard(
     shard: Stage,
     sizes: Layout,
     i: int,
-    on_busy: str,
+    wait: bool,
 ) -> None:
     def write(folder: Path) -> None:
         found = _found(whole, sizes, i)
@@ -216,8 +216,8 @@ def _make_shard(
         log.info("shard %d of %d written: %.0f images/s", i + 1, sizes.shards, rate)
 
     try:
-        shard.make(write, on_busy=on_busy, check="size")
-    except BusySkip:
+        shard.make(write, wait=wait, check="size")
+    except Busy:
         log.info("shard %d of %d is another job's", i + 1, sizes.shards)
 
 

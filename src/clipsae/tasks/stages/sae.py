@@ -195,7 +195,7 @@ def make(
         kept = checkpoint_step(stage.scratch)
         raise ConfigError(
             f"{error}: the last good checkpoint "
-            + ("is none" if kept is None else f"is that of step {kept:,}, kept in {stage.home}")
+            + ("is none" if kept is None else f"is that of step {kept:,}, kept in {stage.partial}")
             + "; lower optimizer.learning_rate, or set trainer.gradient_clip_val=1"
         ) from error
     if trainer.global_step < trainer.max_steps:
