@@ -15,13 +15,14 @@ from clipsae.evaluation.metrics.measure import (
     measure,
 )
 from clipsae.evaluation.metrics.monosemanticity import MonoSemanticity, monosemanticity, pool_codes
-from clipsae.evaluation.metrics.orthogonality import decoder_orthogonality
+from clipsae.evaluation.metrics.orthogonality import DecoderOrthogonality, decoder_orthogonality
 from clipsae.evaluation.metrics.recovery import ConceptRecovery, concept_recovery
-from clipsae.evaluation.metrics.stability import max_cosines, mean_max_cosine
+from clipsae.evaluation.metrics.stability import matched_cosines, max_cosines, mean_max_cosine
 
 __all__ = [
     "CKNNA",
     "ConceptRecovery",
+    "DecoderOrthogonality",
     "ImageEncoder",
     "MeasureResult",
     "MonoSemanticity",
@@ -32,6 +33,7 @@ __all__ = [
     "decoder_orthogonality",
     "fidelity",
     "image_encoder",
+    "matched_cosines",
     "max_cosines",
     "mean_max_cosine",
     "measure",
