@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -316,6 +317,8 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
 def set_by_recipe(cfg: DictConfig) -> str | None:
     """What the recipe of this CLIP and model sets, in a line; None: there is none."""
     choice = HydraConfig.get().runtime.choices.get("recipe")
+    if not GlobalHydra.instance().is_initialized():  # called as a library
+        return None
     try:
         node = compose(f"recipe/{choice}")
     except MissingConfigException:
