@@ -99,18 +99,16 @@ def _choices_with(group: str, key: str) -> list[str]:
     from clipsae.cli import ROOT
 
     files = sorted((ROOT / "conf" / group).glob("[!_]*.yaml")) if group else []
-    return [file.stem for file in files if key in _keys(file)]
+    return [file.stem for file in files if key in with_bases(file)]
 
 
-def _keys(file: Path) -> set[str]:
-    """The keys of a config and of those beside it that it begins with."""
-    content = OmegaConf.load(file) or {}
+def with_bases(file: Path) -> DictConfig:
+    """A config on top of those beside it that its defaults name, as Hydra composes them."""
+    own = OmegaConf.load(file) or OmegaConf.create()
     bases = [
-        file.with_name(f"{name}.yaml")
-        for name in content.get("defaults", [])
-        if isinstance(name, str)
+        file.with_name(f"{name}.yaml") for name in own.get("defaults", []) if type(name) is str
     ]
-    return {*content}.union(*(_keys(base) for base in bases if base.is_file()))
+    return OmegaConf.merge(*(with_bases(base) for base in bases if base.is_file()), own)
 
 
 def _given(key: str) -> str:

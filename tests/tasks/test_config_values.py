@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from clipsae.errors import ConfigError
+from clipsae.overrides import with_bases
 from clipsae.tasks import options
 from clipsae.tasks.stages import sae
 from run import ROOT  # (and the resolvers that the configs use)
@@ -22,7 +23,7 @@ GROUPS = [
     *("callbacks", "evaluation", "measurement", "logger"),
 ]
 CHOICES = {
-    f"{group}={file.stem}": OmegaConf.to_container(OmegaConf.load(file) or OmegaConf.create())
+    f"{group}={file.stem}": OmegaConf.to_container(with_bases(file))
     for group in GROUPS
     for file in sorted((ROOT / "conf" / group).glob("[!_]*.yaml"))
 }

@@ -68,7 +68,7 @@ class FeatureDataModule(LightningDataModule):
         self.source: Source | None = None
         self._mixed: Tensor | None = None  # the tokens of the current block, already permuted
         self._train_loader: ResumableLoader | None = None
-        self._loader()  # refuses sizes that cannot be
+        self._loader()  # refuses invalid sizes
 
     def setup(self, stage: str) -> None:
         self.clip.to(self.trainer.strategy.root_device)

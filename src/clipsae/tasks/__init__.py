@@ -21,7 +21,7 @@ LIGHT = ("clipsae.tasks.status.run", "clipsae.tasks.gc.run")  # do without torch
 def run_task(cfg: DictConfig) -> None:
     """Run the task that the config names.
 
-    A `ConfigError` is the user's to mend: it is shown as one line, without a traceback.
+    A `ConfigError` is shown as one line, without a traceback.
 
     Raises:
         SystemExit: after a SIGTERM (status 143) or Ctrl-C (130); for a `ConfigError` of a single

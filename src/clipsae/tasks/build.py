@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
-from clipsae.data.damage import leaves_out
+from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
 from clipsae.sae import SAE
 from clipsae.store.files import sha256
@@ -131,7 +131,7 @@ def build_sae(cfg: DictConfig, d: int) -> SAE:
     """A new SAE for tokens of width d.
 
     Raises:
-        ConfigError: an option that does not exist or cannot be.
+        ConfigError: an option that does not exist or is invalid.
     """
     return user_error(SAE, d=d, **sae_options(cfg))
 
@@ -209,7 +209,7 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
 
 
 def user_error(build: Any, *args: Any, **options: Any) -> Any:
-    """Call `build`; what it refuses is the user's to mend, and shown as one line.
+    """Call `build`; what it refuses is shown to the user as one line.
 
     Raises:
         ConfigError: in place of ValueError, FileNotFoundError and NotADirectoryError.

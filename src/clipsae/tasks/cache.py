@@ -15,7 +15,7 @@ def run(cfg: DictConfig) -> None:
     """Make the cache of the training images, unless it is there.
 
     Raises:
-        ConfigError: something in the config that cannot be, or a disk that is too small.
+        ConfigError: something invalid in the config, or a disk that is too small.
     """
     if not features.cached(cfg):
         raise ConfigError("task=cache makes what features=cached reads: leave out features=online")

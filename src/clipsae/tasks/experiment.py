@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
-from clipsae.data.damage import refuse_damaged
+from clipsae.data.reader import refuse_damaged
 from clipsae.store import Stage, Store
 from clipsae.tasks import build, together, watch
 from clipsae.tasks.guidance import resolve_k

@@ -8,79 +8,34 @@ what else they may hold, their classes know.
 
 import ast
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from clipsae.errors import ConfigError
 from clipsae.overrides import near, renamed
+from clipsae.rules import (
+    FLAG,
+    NAME,
+    TEXT,
+    Rule,
+    either,
+    is_number,
+    is_whole,
+    list_of,
+    number,
+    one_of,
+    or_null,
+    share,
+    whole,
+)
 
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value may be, as a test and in words."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
-def whole(least: int | None = None) -> Rule:
-    more = "" if least is None else f", {least} or more"
-    return Rule(f"a whole number{more}", lambda v: _is_whole(v) and (least is None or v >= least))
-
-
-def number(least: float | None = None, above: float | None = None) -> Rule:
-    more = f", {least:g} or more" if least is not None else ""
-    more += f" above {above:g}" if above is not None else ""
-    return Rule(
-        f"a number{more}",
-        lambda v: _is_number(v) and (least is None or v >= least) and (above is None or v > above),
-    )
-
-
-def one_of(*choices: Any) -> Rule:
-    said = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
-    words = list(dict.fromkeys(said))
-    # By type, too: 1 is not true.
-    return Rule(
-        f"{', '.join(words[:-1])} or {words[-1]}",
-        lambda v: any(v == choice and type(v) is type(choice) for choice in choices),
-    )
-
-
-def or_null(rule: Rule) -> Rule:
-    return Rule(f"{rule.expected}, or null", lambda v: v is None or rule.holds(v))
-
-
-def either(one: Rule, other: Rule) -> Rule:
-    return Rule(f"{one.expected}, or {other.expected}", lambda v: one.holds(v) or other.holds(v))
-
-
-def list_of(rule: Rule, least: int = 0) -> Rule:
-    more = f" of at least {least}" if least else ""
-    return Rule(
-        f"a list{more}, each {rule.expected}",
-        lambda v: isinstance(v, list) and len(v) >= least and all(map(rule.holds, v)),
-    )
-
-
-FLAG = one_of(True, False)
-TEXT = Rule("text", lambda v: isinstance(v, str) and v != "")
-NAME = Rule("a name", lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "")
 SPLIT = one_of("train", "test")
 
 TRAINER = {
@@ -139,7 +94,7 @@ CLOSED: dict[str, Mapping[str, Any]] = {
         "betas": Rule(
             "two numbers from 0 to below 1",
             lambda v: (
-                isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v)
+                isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v)
             ),
         ),
         "warmup_steps": whole(0),
@@ -183,7 +138,7 @@ CLOSED: dict[str, Mapping[str, Any]] = {
         "sample_tokens": whole(1),
         "sample_images": whole(1),
         "k": whole(1),
-        "threshold": Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+        "threshold": share("a number from 0 to 1"),
         "seed": whole(0),
     },
     "logger": {
@@ -229,7 +184,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "words": or_null(TEXT),
         "upload": FLAG,
         "serve": FLAG,
-        "port": Rule("a port, 0 to 65535", lambda v: _is_whole(v) and 0 <= v <= 65535),
+        "port": Rule("a port, 0 to 65535", lambda v: is_whole(v) and 0 <= v <= 65535),
     },
     "export": {
         "sae": or_null(TEXT),
@@ -261,7 +216,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "references": whole(1),
         "mask_references": FLAG,
         "filter": one_of("frequency", "strength", "none"),
-        "max_frequency": Rule("a share, 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+        "max_frequency": share("a share, 0 to 1"),
         "max_strength": number(least=0),
     },
 }
@@ -297,13 +252,13 @@ DATASET = {
             lambda v: (
                 isinstance(v, dict)
                 and set(v) == {"train", "test"}
-                and all(_is_whole(n) and n >= 1 for n in v.values())
+                and all(is_whole(n) and n >= 1 for n in v.values())
             ),
         ),
     ),
 }
 TOP = {
-    "seed": Rule("a whole number, 0 to 4294967295", lambda v: _is_whole(v) and 0 <= v < 2**32),
+    "seed": Rule("a whole number, 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
     "plugins": list_of(TEXT),
     "together": FLAG,
     "sweep_name": NAME,
@@ -362,6 +317,8 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
 def set_by_recipe(cfg: DictConfig) -> str | None:
     """What the recipe of this CLIP and model sets, in a line; None: there is none."""
     choice = HydraConfig.get().runtime.choices.get("recipe")
+    if not GlobalHydra.instance().is_initialized():  # called as a library
+        return None
     try:
         node = compose(f"recipe/{choice}")
     except MissingConfigException:

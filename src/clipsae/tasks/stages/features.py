@@ -25,7 +25,7 @@ from clipsae.data.cache import (
     write_shard,
 )
 from clipsae.data.cache.loader import check_reading
-from clipsae.data.damage import leaves_out
+from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
 from clipsae.store import MARK, Busy, Stage, Store, find_damage
 from clipsae.store.files import read_json, sha256
