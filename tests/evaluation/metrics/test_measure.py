@@ -8,6 +8,7 @@ import torch
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
 from clipsae.evaluation.metrics import (
+    NUMBERS,
     cknna,
     concept_recovery,
     decoder_orthogonality,
