@@ -16,8 +16,8 @@ def choose(store, **more):
 
 
 def value(selection, model, dataset, column):
-    of = selection.of(selection.main(model), dataset).set_index("column")
-    return of.accuracy[column]
+    of = selection.of(selection.main(model), dataset).set_index("metric")
+    return of.value[column]
 
 
 def test_an_empty_or_missing_store_gives_nothing(store):
@@ -30,8 +30,8 @@ def test_an_empty_or_missing_store_gives_nothing(store):
 def test_the_mean_over_seeds_and_its_spread(store):
     for seed, accuracy in enumerate((10.0, 20.0, 60.0)):
         store.evaluation("relu", "scenes", {"no_sae": 90.0, "on_5": accuracy}, seed=seed)
-    cell = choose(store).of(Line("relu"), "scenes").set_index("column").loc["on_5"]
-    assert cell.accuracy == pytest.approx(30.0)
+    cell = choose(store).of(Line("relu"), "scenes").set_index("metric").loc["on_5"]
+    assert cell.value == pytest.approx(30.0)
     assert cell["std"] == pytest.approx(math.sqrt((20**2 + 10**2 + 30**2) / 2))
     assert cell.seeds == 3
 

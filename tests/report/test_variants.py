@@ -3,8 +3,8 @@
 import pytest
 
 from clipsae.report import Commands, Wanted, collect, make_report, select, write_report
-from clipsae.report.accuracy_tables import compared, dataset_table, rank_table
 from clipsae.report.settings import settings_of
+from clipsae.report.tables import compared, dataset_table, rank_table
 from clipsae.report.variants import Line
 
 TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
@@ -96,7 +96,7 @@ def test_one_more_model_on_one_dataset_leaves_the_mean_ranks_as_they_are(store):
     after = rank_table(selection, of, "rank")
     assert before.title == after.title == "Mean rank over 5 datasets"
     assert before.rows == after.rows
-    assert "Left out, with results on fewer of these datasets: mine (1)." in after.caption
+    assert "Excluded, with results for fewer of these datasets: mine (1)." in after.caption
 
 
 @pytest.mark.parametrize(

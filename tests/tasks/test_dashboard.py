@@ -31,8 +31,8 @@ def test_sections_and_panels(content):
     found = panels(content)
     assert list(found) == [
         "Accuracy over n: only the class's n latents",
-        "Accuracy over n: all but those",
-        "Accuracy over n: label-free",
+        "Accuracy over n: all but the class's n latents",
+        "Accuracy over n: the image's own n latents (label-free)",
         "k",
         "Sparsity against fidelity",
         "Training",
@@ -64,4 +64,4 @@ def test_the_task_writes_it_for_the_sweeps_datasets(tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if "not saved in W&B" in line]
     assert "name the user or team by logger.entity=, and give the same command again" in line
     found = panels(json.loads((tmp_path / "dashboard-demo.json").read_text()))
-    assert len(found["Accuracy over n: label-free"]) == 5
+    assert len(found["Accuracy over n: the image's own n latents (label-free)"]) == 5

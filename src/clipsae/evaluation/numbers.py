@@ -12,7 +12,7 @@ SETTINGS = {
     "no_sae": "CLIP without an SAE",
     "on": "only the class's n latents",
     "off": "all but the class's n latents",
-    "self": "only the image's own n latents (label-free)",
+    "self": "the image's own n latents (label-free)",
 }
 
 

@@ -4,9 +4,13 @@ import math
 import statistics
 from collections.abc import Iterator
 
-import pandas as pd
-
-from clipsae.report.accuracy_tables import (
+from clipsae.report.collect import NO_K
+from clipsae.report.missing import ALL, Missing
+from clipsae.report.names import WITH_K, column_title, dataset_title
+from clipsae.report.plots import mean_support
+from clipsae.report.select import Selection, of_line
+from clipsae.report.table import number
+from clipsae.report.tables import (
     Compared,
     accuracy_columns,
     compared,
@@ -15,12 +19,6 @@ from clipsae.report.accuracy_tables import (
     published_pivot,
     row_title,
 )
-from clipsae.report.collect import NO_K
-from clipsae.report.missing import ALL, Missing
-from clipsae.report.names import WITH_K, column_title, dataset_title
-from clipsae.report.plots import mean_support
-from clipsae.report.select import Selection, of_line
-from clipsae.report.table import number
 from clipsae.report.variants import Line
 
 LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published figure
@@ -75,7 +73,7 @@ def _winners(selection: Selection, of: Compared) -> Iterator[str]:
     leading: dict[str, list[str]] = {}
     counts, agree, comparable = set(), 0, 0
     for column in accuracy_columns(selection, of.datasets):
-        ours = pivot(selection, of.lines, of.datasets, column)
+        ours = pivot(selection.cells, selection, of, column)
         if column == "no_sae" or len(ours) < FEWEST_DATASETS:
             continue
         mean = ours.mean()
@@ -85,7 +83,7 @@ def _winners(selection: Selection, of: Compared) -> Iterator[str]:
         leading.setdefault(_called(selection, best), []).append(
             f"{title} ({number(mean[best], 2)} %)"
         )
-        theirs = published_pivot(of.lines, list(ours.index), column)
+        theirs = published_pivot(of.lines, ours.index, column)
         if len(theirs):
             comparable += 1
             agree += theirs.mean().idxmax() == best
@@ -143,17 +141,10 @@ def _against_published(selection: Selection) -> Iterator[str]:
 
 def _sparsity(selection: Selection, of: Compared) -> Iterator[str]:
     """Fewest latents and lowest FVU."""
-    metrics = selection.metrics[selection.metrics.dataset.isin(of.datasets)]
-    tables = {}
-    for metric in ("l0", "fvu"):
-        series = {
-            line: selection.rows(metrics[metrics.metric == metric], line).set_index("dataset").value
-            for line in of.lines
-        }
-        tables[metric] = pd.DataFrame(series, columns=list(of.lines)).dropna()
-    if any(len(table) < FEWEST_DATASETS for table in tables.values()):
+    tables = [pivot(selection.metrics, selection, of, metric) for metric in ("l0", "fvu")]
+    if min(map(len, tables)) < FEWEST_DATASETS:
         return
-    l0, fvu = tables["l0"].mean(), tables["fvu"].mean()
+    l0, fvu = (table.mean() for table in tables)
     sparse, faithful = l0.idxmin(), fvu.idxmin()
     title = _called(selection, sparse)
     yield (
@@ -169,7 +160,7 @@ def _sparsity(selection: Selection, of: Compared) -> Iterator[str]:
 def _guidance(selection: Selection) -> Iterator[str]:
     """How good the k is that the Sparsemax SAE's mean support suggests, over all sweeps of at least
     `FEWEST_K` values on both sides of it."""
-    cells = selection.cells[selection.cells.column == GUIDED_BY]
+    cells = selection.cells[selection.cells.metric == GUIDED_BY]
     supports, losses = [], []
     for line in selection.lines:
         guide = next(
@@ -180,7 +171,7 @@ def _guidance(selection: Selection) -> Iterator[str]:
         for dataset in selection.datasets:
             support = mean_support(selection, dataset, guide)
             of = of_line(cells[(cells.dataset == dataset) & (cells.k > NO_K)], line)
-            of = of.set_index("k").accuracy
+            of = of.set_index("k").value
             if support is None or len(of) < FEWEST_K:
                 continue
             if not min(of.index) <= support <= max(of.index):

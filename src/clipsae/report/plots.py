@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from clipsae.report import published
-from clipsae.report.accuracy_tables import row_title
 from clipsae.report.collect import NO_K
 from clipsae.report.names import (
     column_order,
@@ -25,6 +24,7 @@ from clipsae.report.names import (
     slug,
 )
 from clipsae.report.select import Selection, of_line
+from clipsae.report.tables import row_title
 from clipsae.report.variants import Line
 
 WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels high
@@ -82,13 +82,13 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
         return None
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.4)
-        columns = sorted({c for c in cells.column if c.startswith("on_")}, key=column_order)
+        columns = sorted({c for c in cells.metric if c.startswith("on_")}, key=column_order)
         known = published.zero_shot()
         position = {column: x for x, column in enumerate(columns)}
         for line in selection.lines:
             colour, marker = model_style(line.model, selection.models)
-            of = of_line(cells[cells.column.isin(columns)], line)
-            of = of.assign(x=of.column.map(position))
+            of = of_line(cells[cells.metric.isin(columns)], line)
+            of = of.assign(x=of.metric.map(position))
             _line(axes, of, colour, marker, row_title(selection, line), _rank(selection, line))
             if _rank(selection, line):
                 continue
@@ -98,7 +98,7 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
                 axes.plot(
                     *zip(*theirs, strict=True), color=colour, linestyle=(0, (3, 2)), linewidth=1
                 )
-        alone = cells[cells.column == "no_sae"].accuracy
+        alone = cells[cells.metric == "no_sae"].value
         if len(alone):
             axes.axhline(alone.mean(), color=INK, linewidth=1, linestyle=":", label="no SAE")
         titles = [column_title(c, selection.wanted.latents).removeprefix("on_") for c in columns]
@@ -123,16 +123,16 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
     swept = [line for line in selection.lines if len(swept_k(cells, line)) > 1]
     if not swept:
         return None
-    cells = cells[cells.column.str.startswith("on_")]
+    cells = cells[cells.metric.str.startswith("on_")]
     guides = [line for line in selection.lines if line.model == "sparsemax"]
     of_swept = pd.concat([of_line(cells, line) for line in swept])
-    columns = sorted(set(of_swept.column), key=column_order)
+    columns = sorted(set(of_swept.metric), key=column_order)
     rows = -(-len(columns) // 2)
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(1.0 + 1.75 * rows, rows, 2 if len(columns) > 1 else 1)
         for axes, column in zip(panels, columns, strict=False):
-            here = cells[cells.column == column]
-            ks = sorted(set(of_swept.k[(of_swept.column == column) & (of_swept.k > NO_K)]))
+            here = cells[cells.metric == column]
+            ks = sorted(set(of_swept.k[(of_swept.metric == column) & (of_swept.k > NO_K)]))
             for line in swept:
                 of = of_line(here, line)
                 of = of[of.k > NO_K]
@@ -148,7 +148,7 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
                 if len(point):
                     axes.errorbar(
                         [support],
-                        point.accuracy,
+                        point.value,
                         yerr=point["std"].fillna(0),
                         color=colour,
                         marker=marker,
@@ -266,7 +266,7 @@ def _accuracies(selection: Selection, dataset: str) -> pd.DataFrame:
     """The tables' cells of one dataset: one k a line."""
     frames = [selection.of(line, dataset) for line in selection.lines]
     cells = pd.concat(frames) if frames else selection.cells[:0]
-    return cells[cells.column.isin(["no_sae"]) | cells.column.str.startswith("on_")]
+    return cells[cells.metric.isin(["no_sae"]) | cells.metric.str.startswith("on_")]
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -277,7 +277,7 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, lis
 def _line(
     axes: Axes, cells: pd.DataFrame, colour: str, marker: str, label: str, rank: int = 0
 ) -> None:
-    """A line through `accuracy` over `x`, with a band of one standard deviation over seeds.
+    """A line through `value` over `x`, with a band of one standard deviation over seeds.
 
     Args:
         rank: 0 for a model's first line; others are dash-dotted with hollow markers.
@@ -287,7 +287,7 @@ def _line(
     cells = cells.sort_values("x")
     axes.plot(
         cells.x,
-        cells.accuracy,
+        cells.value,
         color=colour,
         marker=marker,
         markersize=8 if marker == "*" else None,
@@ -297,7 +297,7 @@ def _line(
     )
     several = cells[cells.seeds > 1]
     if len(several):
-        low, high = several.accuracy - several["std"], several.accuracy + several["std"]
+        low, high = several.value - several["std"], several.value + several["std"]
         axes.fill_between(several.x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
