@@ -69,7 +69,8 @@ def near(name: str, known: Iterable[str], group: str = "") -> str:
     """
     known = sorted(one for one in known if not one.startswith("_"))
     prefix = f"{group}." if group else ""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = [one for one in known if one.startswith(f"{name}_")]  # l1: l1_coefficient
+    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(prefix + one for one in close)}?"
     if not known:

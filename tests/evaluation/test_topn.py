@@ -12,7 +12,7 @@ from torch import nn
 from clipsae.clip import FrozenCLIP
 from clipsae.evaluation import encoding, evaluate_topn
 from clipsae.evaluation.passes import evenly_spaced
-from clipsae.sae import SAE
+from clipsae.sae import SAE, SparseCodes
 
 CLASSES, LATENTS, WIDTH = 7, 40, 32
 NS = (1, 5, 10, 50)  # 50 > M
@@ -45,7 +45,8 @@ class StubSAE(nn.Module):
             scores = scores[..., : self.config["latents"] // 2].repeat(1, 1, 2)
         return torch.where(scores > self.threshold(scores), scores, 0.0)
 
-    encode_held = encode
+    def encode_sparse(self, x):
+        return SparseCodes.from_dense(self.encode(x))
 
     def threshold(self, scores):
         if self.kind == "jumprelu":
@@ -57,11 +58,11 @@ class StubSAE(nn.Module):
         return -0.05 if self.kind == "negative" else 0.0  # sparsemax's scores can be negative
 
     def decode(self, codes, scale=1.0, latents=None):
+        if isinstance(codes, SparseCodes):
+            codes = codes.dense()
         rows = self.decoder if latents is None else self.decoder[latents]
         bias = 0.0 if self.decoder_bias is None else self.decoder_bias
         return (codes @ rows + bias) * scale
-
-    decode_held = decode
 
 
 class Photos:

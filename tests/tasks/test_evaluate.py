@@ -160,7 +160,7 @@ class Softplus(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return scores.new_full((), self.above)
 
-    def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
+    def magnitude(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         return nn.functional.softplus(scores)
 '''
 

@@ -11,40 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsae.sae import SAE
+from clipsae.sae import SAE, SparseCodes
 
 # Dense codes are [images, T, M], at the paper's size 39 MB an image: images are encoded in groups
 # of this many bytes, a few times of which is in use at the peak.
 _DENSE_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class SparseCodes:
-    """The codes of one image that are not zero.
-
-    Attributes:
-        keys: token * M + latent, ascending; int32 [active].
-        values: the codes, [active].
-        tokens, latents: T, M.
-    """
-
-    keys: Tensor
-    values: Tensor
-    tokens: int
-    latents: int
-
-    def of(self, chosen: Tensor) -> Tensor:
-        """The codes of some latents: LongTensor [n] -> [T, n]."""
-        if not len(self.keys):
-            return self.values.new_zeros(self.tokens, len(chosen))
-        first = torch.arange(self.tokens, device=chosen.device)[:, None] * self.latents
-        wanted = (first + chosen).to(self.keys.dtype)
-        at = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
-        return torch.where(self.keys[at] == wanted, self.values[at], 0)
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
 
 
 _NOT_ASKED: Any = None  # a field that was not asked for
@@ -103,71 +74,29 @@ def encode_images(
     parts = []
     for start in range(0, len(x), group):
         tokens = x[start : start + group]
-        shape = torch.Size((*tokens.shape[:2], sae.config["latents"]))
-        held = sae.encode_held(tokens)
-        keys, values = _not_zero(held)
-        found: dict[str, Any] = {"active": torch.tensor([len(keys)], device=x.device)}
+        codes = sae.encode_sparse(tokens)
+        found: dict[str, Any] = {"active": torch.tensor([len(codes.values)], device=x.device)}
         if count_above is not None or own is not None:
-            sums = _per_latent(keys, shape, weights=values.double())
+            sums = codes.totals()
         if count_above is not None:
-            found["counts"] = _per_latent(keys[values > count_above], shape)
+            found["counts"] = codes.count(codes.values > count_above)
             found["sums"] = sums
-        sparse = _by_image(keys, values, shape)
         if hold:
-            found["sparse"] = sparse
+            found["sparse"] = [codes[i].compact() for i in range(len(tokens))]
         if decode:
             found["scale"] = sae.input_scale(tokens)
-            found["reconstruction"] = sae.decode_held(held, found["scale"])
+            found["reconstruction"] = sae.decode(codes, found["scale"])
         if latents is not None:
-            found["kept"] = _codes_of(sparse, latents[start : start + group])
+            found["kept"] = codes.lookup(latents[start : start + group])
         if own is not None:
             found["own"] = own(sums)
-            found["own_codes"] = _codes_of(sparse, found["own"])
+            found["own_codes"] = codes.lookup(found["own"])
         if observe is not None:
-            fired = torch.bincount(keys % shape[2], minlength=shape[2])
+            fired = codes.view(-1, codes.latents).count()
             observe(tokens, found["reconstruction"], fired)
         parts.append(found)
-        del held
+        del codes
     return _concatenate(parts)
-
-
-def _not_zero(held: Any) -> tuple[Tensor, Tensor]:
-    """Keys (image * T + token) * M + latent, ascending, and values of codes that are not zero."""
-    if isinstance(held, Tensor):
-        keys = held.reshape(-1).nonzero().squeeze(1)
-        return keys, held.reshape(-1)[keys]
-    some = held.values.nonzero().squeeze(1)
-    if len(some) == len(held.values):
-        return held.support.positions, held.values
-    return held.support.positions[some], held.values[some]
-
-
-def _per_latent(keys: Tensor, shape: torch.Size, weights: Tensor | None = None) -> Tensor:
-    """Number, or sum of float64 weights, of an image's keys for each latent: [images, M].
-
-    float64 sums of some hundred float32 values are exact unless the values differ by 2^20: equal
-    latents have equal sums in whatever order a device adds.
-    """
-    images, tokens, latents = shape
-    cells = keys // (tokens * latents) * latents + keys % latents
-    return torch.bincount(cells, weights, minlength=images * latents).view(images, latents)
-
-
-def _by_image(keys: Tensor, values: Tensor, shape: torch.Size) -> list[SparseCodes]:
-    images, tokens, latents = shape
-    edges = torch.arange(1, images, device=keys.device) * (tokens * latents)
-    sizes = torch.searchsorted(keys, edges).tolist()
-    inside = (keys % (tokens * latents)).to(torch.int32)
-    # Copies, so that an image that is no longer held frees its memory.
-    return [
-        SparseCodes(k.clone(), v.clone(), tokens, latents)
-        for k, v in zip(inside.tensor_split(sizes), values.tensor_split(sizes), strict=True)
-    ]
-
-
-def _codes_of(sparse: list[SparseCodes], latents: Tensor) -> Tensor:
-    """[B, T, n] of latents [B, n]."""
-    return torch.stack([codes.of(chosen) for codes, chosen in zip(sparse, latents, strict=True)])
 
 
 def _concatenate(parts: list[dict[str, Any]]) -> Encoded:

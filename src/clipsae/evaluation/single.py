@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
-from clipsae.evaluation.encoding import Encoded, SparseCodes, encode_images
+from clipsae.evaluation.encoding import Encoded, encode_images
 from clipsae.evaluation.ranking import ClassRankings, top_latents
 from clipsae.evaluation.result import Key
 from clipsae.evaluation.sparsity import SparsityMetrics
-from clipsae.sae import SAE
+from clipsae.sae import SAE, SparseCodes
 
 _ON_AND_OFF = ("on", "off")
 
@@ -222,7 +222,7 @@ class SingleSAE:
             self._held_bytes -= sum(held.nbytes for held in batch)
             ready -= len(batch)
             latents = self.rankings.latents[[held.label for held in batch]]
-            codes = [held.codes.of(latents[i]) for i, held in enumerate(batch)]
+            codes = [held.codes.lookup(latents[i]) for i, held in enumerate(batch)]
             found = Encoded(
                 active=latents.new_zeros(0),
                 reconstruction=torch.stack([held.reconstruction for held in batch]),

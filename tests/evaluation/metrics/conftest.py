@@ -42,7 +42,7 @@ class ToySAE(nn.Module):
             return scores.new_zeros(())
         return scores.topk(self.k + 1, dim=-1).values[..., -1:].clamp(min=0)
 
-    def gate(self, scores, tau, latents=None):
+    def apply_threshold(self, scores, tau, latents=None):
         return torch.where(scores > tau, scores, 0).relu()
 
     def input_scale(self, x):

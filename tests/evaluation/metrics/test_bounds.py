@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clipsae.evaluation.metrics import CKNNA, ConceptRecovery, cknna, concept_recovery
-from clipsae.evaluation.metrics.rows import SparseRows, _drawn
+from clipsae.evaluation.metrics.rows import _drawn
+from clipsae.sae import SparseCodes
 
 MODULE = import_module("clipsae.evaluation.metrics.cknna")
 RECOVERY = import_module("clipsae.evaluation.metrics.recovery")
@@ -93,8 +94,8 @@ def test_processes_that_dropped_more_or_less_are_put_on_one_footing(monkeypatch)
     both.halvings = torch.maximum(one.halvings, other.halvings)
     found = both._rows()[1]
     kept = _drawn(0, N, torch.device("cpu")) < 2**29
-    expected = SparseRows.from_dense(torch.cat([codes[kept], codes[:70][kept[:70]]]))
-    assert torch.equal(found.counts, expected.counts)
+    expected = SparseCodes.from_dense(torch.cat([codes[kept], codes[:70][kept[:70]]]))
+    assert torch.equal(found.positions, expected.positions)
     assert torch.equal(found.values, expected.values)
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from clipsae.evaluation.metrics import CKNNA, cknna
-from clipsae.evaluation.metrics.rows import SparseRows
 
 
 def plain_hsic(k, l):  # noqa: E741
@@ -110,16 +109,6 @@ def test_processes_put_their_rests_together(merged):
     metrics[2].update(x[20:30], z[20:30])  # the second has seen nothing
     found = merged(*metrics)
     assert found.item() == pytest.approx(cknna(x[:30], z[:30], 4).item(), rel=1e-12)
-
-
-def test_sparse_rows_are_the_codes():
-    _, z = sample(9)
-    z[2] = 0
-    rows = SparseRows.from_dense(z)
-    assert torch.equal(rows.dense(), z.double())
-    assert torch.equal(rows[2:5].dense(), z[2:5].double())
-    assert torch.equal(rows.csr().to_dense(), z.double())
-    assert len(rows[9:]) == 0
 
 
 def test_what_cannot_be_is_refused():

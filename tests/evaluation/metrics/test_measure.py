@@ -42,7 +42,7 @@ def everything(clip, scenes, sae):
     images = scenes.images(range(IMAGES))[0]
     x = clip.prefix(clip.normalize(images))
     scores = sae.scores(x)
-    return images, x, sae.gate(scores, sae.threshold(scores)), scores.relu()
+    return images, x, sae.apply_threshold(scores, sae.threshold(scores)), scores.relu()
 
 
 def by_metric(result, sae):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
 from clipsae.evaluation.metrics import ConceptRecovery, concept_recovery
-from clipsae.evaluation.metrics.auroc import LatentEntries, auroc, best_f1
-from clipsae.evaluation.metrics.rows import SparseRows
+from clipsae.evaluation.metrics.auroc import auroc, best_f1
+from clipsae.sae import SparseCodes
 
 
 def plain_auroc(codes, truth):
@@ -62,7 +62,7 @@ def sample(n=40, latents=15, concepts=6):
 
 
 def entries(codes):
-    return LatentEntries.of(SparseRows.from_dense(codes))
+    return SparseCodes.from_dense(codes.float()).by_latent()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

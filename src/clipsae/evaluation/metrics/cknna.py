@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipsae.evaluation.metrics.rows import Progress, SampledCodes, SparseRows
+from clipsae.evaluation.metrics.rows import Progress, SampledCodes
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.ranking import top_latents
+from clipsae.sae import SparseCodes
 
 NUMBERS = (
     Number(
@@ -51,7 +52,7 @@ class _Edges(NamedTuple):
 
 
 def cknna(
-    x: Tensor, codes: Tensor | SparseRows, k: int = 10, progress: Progress | None = None
+    x: Tensor, codes: Tensor | SparseCodes, k: int = 10, progress: Progress | None = None
 ) -> Tensor:
     """Alignment of one batch of tokens and their codes.
 
@@ -74,12 +75,12 @@ def cknna(
             f"k={k} neighbours of {n} tokens: expected 4 tokens or more and k < tokens"
         )
     if isinstance(codes, Tensor):
-        codes = SparseRows.from_dense(codes)
+        codes = SparseCodes.from_dense(codes.float())
     if len(codes) != n:
         raise ValueError(f"codes of {len(codes)} tokens with {n} tokens: expected as many")
     x = x.double()
-    dense = _fits(n, codes.width) and len(codes.values) > _DENSE_FROM * n * codes.width
-    matrix = codes.dense() if dense else codes.csr()
+    dense = _fits(n, codes.latents) and len(codes.values) > _DENSE_FROM * n * codes.latents
+    matrix = codes.dense().double() if dense else codes.csr()
 
     def kernel_x(start: int, stop: int) -> Tensor:
         return x[start:stop] @ x.T
@@ -87,10 +88,10 @@ def cknna(
     def kernel_z(start: int, stop: int) -> Tensor:
         if dense:
             return matrix[start:stop] @ matrix.T
-        return (matrix @ codes[start:stop].dense().T).T
+        return (matrix @ codes[start:stop].dense().double().T).T
 
     of_x = _neighbours(kernel_x, n, d=x.shape[1], k=k)
-    of_z = _neighbours(kernel_z, n, d=codes.width, k=k, progress=progress)
+    of_z = _neighbours(kernel_z, n, d=codes.latents, k=k, progress=progress)
     own_x, own_z = _edges(*of_x), _edges(*of_z)
     shared_x, shared_z = _shared(*of_x, *of_z)
     product = _hsic(own_x, own_x, n) * _hsic(own_z, own_z, n)
@@ -151,7 +152,7 @@ class CKNNA(SampledCodes):
             return cknna(x, codes, self.k, self.progress)
         return total / every  # 0/0 is NaN
 
-    def _full_batches(self) -> tuple[Tensor, int, tuple[Tensor, SparseRows, Tensor]]:
+    def _full_batches(self) -> tuple[Tensor, int, tuple[Tensor, SparseCodes, Tensor]]:
         """Sum over the full batches that wait, their number, and the rest."""
         x, codes, drawn = self._rows()
         full = len(x) // self.batch_rows

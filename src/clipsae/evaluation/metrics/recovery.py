@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clipsae.evaluation.metrics.auroc import LatentEntries, auroc, best_f1
-from clipsae.evaluation.metrics.rows import Progress, SampledCodes, SparseRows
+from clipsae.evaluation.metrics.auroc import auroc, best_f1, latent_blocks, sum_rows
+from clipsae.evaluation.metrics.rows import Progress, SampledCodes
 from clipsae.evaluation.numbers import Number
+from clipsae.sae import SparseCodes
 
 _CONCEPTS = (
     Number(
@@ -56,7 +57,7 @@ _ENTRIES = 2**24
 
 
 def concept_recovery(
-    codes: Tensor | SparseRows,
+    codes: Tensor | SparseCodes,
     truth: Tensor,
     threshold: float = 0.9,
     progress: Progress | None = None,
@@ -95,7 +96,7 @@ def concept_recovery(
         ValueError: shapes that do not fit, or a threshold outside 0.5..1.
     """
     if isinstance(codes, Tensor):
-        codes = SparseRows.from_dense(codes)
+        codes = SparseCodes.from_dense(codes.float())
     if truth.ndim != 2 or truth.dtype != torch.bool or len(truth) != len(codes):
         raise ValueError(
             f"truth {truth.dtype} {tuple(truth.shape)} with {len(codes)} rows of codes: expected "
@@ -110,7 +111,7 @@ def concept_recovery(
     latents = torch.zeros_like(positives)
     per_latent = []
     room = max(1, _BLOCK_ELEMENTS // max(v, 1))
-    for first, block in LatentEntries.of(codes).blocks(entries=room, latents=room):
+    for first, block in latent_blocks(codes, pairs=room, latents=room):
         score = auroc(block, truth)
         best["auroc"].add(first, score)
         best["f1"].add(first, best_f1(block, truth))
@@ -118,7 +119,7 @@ def concept_recovery(
         latents += good.sum(dim=0)
         per_latent.append((good.sum(dim=1), *_purity(block, truth)))
         if progress is not None:
-            progress(first + len(block), codes.width)
+            progress(first + block.latents, codes.latents)
     concepts, purity, purest = (torch.cat(parts) for parts in zip(*per_latent, strict=True))
 
     defined = (positives > 0) & (positives < len(truth))
@@ -183,10 +184,10 @@ class _Best:
         self.latent = torch.where(better, row + first, self.latent)
 
 
-def _purity(block: LatentEntries, truth: Tensor) -> tuple[Tensor, Tensor]:
+def _purity(block: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor]:
     activation = block.values.double().clamp(min=0)
-    mass = activation.new_zeros(len(block)).index_add(0, block.latents, activation)
-    shares = block.times(activation, truth) / mass[:, None]
+    mass = block.sum_tokens(activation)
+    shares = sum_rows(block, activation, truth) / mass[:, None]
     purity, purest = shares.max(dim=1)
     live = mass > 0
     return torch.where(live, purity, torch.nan), torch.where(live, purest, -1)

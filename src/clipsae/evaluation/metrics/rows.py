@@ -4,90 +4,19 @@ N rows (tokens, patches or images), M latents.
 """
 
 import logging
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from clipsae.sae import SparseCodes
+
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
-
-
-@dataclass(frozen=True)
-class SparseRows:
-    """Codes [N, M] without their zeros, row by row.
-
-    Attributes:
-        counts: LongTensor [N], entries of each row.
-        columns: LongTensor [nnz], their latents, ascending within a row.
-        values: float32 [nnz]; negative ones are possible.
-        width: M.
-    """
-
-    counts: Tensor
-    columns: Tensor
-    values: Tensor
-    width: int
-
-    @classmethod
-    def from_dense(cls, codes: Tensor) -> "SparseRows":
-        """From codes [..., M] of any float dtype; what is not float32 is made so."""
-        codes = codes.detach().reshape(-1, codes.shape[-1])
-        rows, columns = codes.nonzero(as_tuple=True)
-        counts = torch.bincount(rows, minlength=len(codes))
-        return cls(counts, columns, codes[rows, columns].float(), codes.shape[-1])
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def __getitem__(self, rows: slice) -> "SparseRows":
-        """Consecutive rows."""
-        start, stop, _ = rows.indices(len(self))
-        edges = self._edges()
-        entries = slice(int(edges[start]), int(edges[stop]))
-        return SparseRows(
-            self.counts[start:stop], self.columns[entries], self.values[entries], self.width
-        )
-
-    def chosen(self, rows: Tensor) -> "SparseRows":
-        """Those of BoolTensor [N]."""
-        entries = torch.repeat_interleave(rows, self.counts)
-        return SparseRows(
-            self.counts[rows], self.columns[entries], self.values[entries], self.width
-        )
-
-    def dense(self) -> Tensor:
-        """float64 [N, M]."""
-        out = self.values.new_zeros(len(self), self.width, dtype=torch.float64)
-        out[self.rows(), self.columns] = self.values.double()
-        return out
-
-    def rows(self) -> Tensor:
-        """The row of each entry, LongTensor [nnz]."""
-        return torch.repeat_interleave(self.counts)
-
-    def csr(self) -> Tensor:
-        """A sparse CSR matrix [N, M] in float64."""
-        return csr(self._edges(), self.columns, self.values.double(), self.width)
-
-    def _edges(self) -> Tensor:
-        return torch.cat((self.counts.new_zeros(1), self.counts.cumsum(0)))
-
-
-def csr(edges: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
-    """A sparse CSR matrix [R, width] whose row r holds the entries edges[r] .. edges[r + 1]."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        # Columns need not ascend within a row for products; checking them would cost a pass.
-        return torch.sparse_csr_tensor(
-            edges, columns, values, (len(edges) - 1, width), check_invariants=False
-        )
 
 
 class SampledCodes(Metric):
@@ -158,10 +87,10 @@ class SampledCodes(Metric):
         if self.halvings:
             kept = drawn < 2**31 >> int(self.halvings)
             beside, codes, drawn = beside[kept], codes[kept], drawn[kept]
-        rows = SparseRows.from_dense(codes)
+        rows = SparseCodes.from_dense(codes.float())
         self.beside.append(beside.detach().to(self._empty["beside"].dtype))
-        self.counts.append(rows.counts)
-        self.columns.append(rows.columns)
+        self.counts.append(rows.row_counts())
+        self.columns.append(rows.latent)
         self.values.append(rows.values)
         self.drawn.append(drawn)
         while self._is_too_much():
@@ -172,27 +101,25 @@ class SampledCodes(Metric):
         rows = sum(map(len, self.counts))
         return rows > 1 and self.too_much(rows, sum(map(len, self.columns)))
 
-    def _rows(self) -> tuple[Tensor, SparseRows, Tensor]:
+    def _rows(self) -> tuple[Tensor, SparseCodes, Tensor]:
         """All that is kept: beside, codes and the numbers drawn; after a reduction that is of all
         processes."""
-        codes = SparseRows(
-            dim_zero_cat(self.counts),
-            dim_zero_cat(self.columns),
-            dim_zero_cat(self.values),
-            self.latents,
-        )
+        counts, columns = dim_zero_cat(self.counts), dim_zero_cat(self.columns)
+        positions = torch.repeat_interleave(counts) * self.latents + columns
+        shape = (len(counts), self.latents)
+        codes = SparseCodes(dim_zero_cat(self.values), positions, shape)
         beside, drawn = dim_zero_cat(self.beside), dim_zero_cat(self.drawn)
         kept = drawn < 2**31 >> int(self.halvings)
         if kept.all():
             return beside, codes, drawn
-        return beside[kept], codes.chosen(kept), drawn[kept]
+        return beside[kept], codes[kept], drawn[kept]
 
-    def _keep(self, beside: Tensor, codes: SparseRows, drawn: Tensor) -> None:
+    def _keep(self, beside: Tensor, codes: SparseCodes, drawn: Tensor) -> None:
         """Keep these rows and no others."""
-        self.beside, self.counts, self.drawn = [beside], [codes.counts], [drawn]
-        self.columns, self.values = [codes.columns], [codes.values]
+        self.beside, self.counts, self.drawn = [beside], [codes.row_counts()], [drawn]
+        self.columns, self.values = [codes.latent], [codes.values]
 
-    def _note(self, codes: SparseRows) -> None:
+    def _note(self, codes: SparseCodes) -> None:
         """Where rows were dropped: how many are left, in the log and for whoever asks."""
         if self.halvings:
             self.compared = len(codes)

@@ -74,7 +74,7 @@ def code_without_selection(sae: SAE, scores: Tensor, tau: Tensor) -> Tensor:
     zero stays (a Gated SAE's, with a positive bias of its gate; Sparsemax's of a token whose
     scores are small): the code's own latents are always among these.
     """
-    return sae.gate(scores, tau.clamp(max=0))
+    return sae.apply_threshold(scores, tau.clamp(max=0))
 
 
 # What of `values` takes long.
@@ -127,7 +127,7 @@ class SingleMeasure:
         wanted, sae, d = self.options.metrics, self.sae, x.shape[-1]
         scores = sae.scores(x)
         tau = sae.threshold(scores)
-        codes = sae.gate(scores, tau)
+        codes = sae.apply_threshold(scores, tau)
         if "sparsity" in wanted or "dense" in wanted:
             scale = sae.input_scale(x)
             for name in ("sparsity", "dense"):
