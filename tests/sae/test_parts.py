@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from clipsae.overrides import near
 from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation, SparseCodes, sparse_ops
 from clipsae.sae.topk import TopK
 from tests.sae.conftest import D, M, build, tokens
@@ -139,6 +140,10 @@ def test_a_part_registered_from_outside_is_one_like_any_other(squared, tmp_path)
     assert torch.equal(SAE.load(tmp_path).encode(x), sae.encode(x))
     with pytest.raises(ValueError, match="border has no default"):
         SAE(D, 20, "linear", "squared")
+
+
+def test_the_command_line_names_the_new_option():
+    assert near("l1", ["k", "l1_coefficient"], "model") == "did you mean model.l1_coefficient?"
 
 
 @pytest.fixture
