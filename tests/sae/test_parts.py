@@ -126,7 +126,7 @@ def squared():
             return self.gain * scores**2
 
     yield Squared
-    ACTIVATIONS._classes.pop("squared")
+    ACTIVATIONS.pop("squared")
 
 
 def test_a_part_registered_from_outside_is_one_like_any_other(squared, tmp_path):
@@ -164,7 +164,7 @@ def nested():
             }
 
     yield Nested
-    ACTIVATIONS._classes.pop("nested")
+    ACTIVATIONS.pop("nested")
 
 
 @pytest.mark.parametrize("share", [2, -0.5, None], ids=["sparse", "dense", "plain dense"])
@@ -217,7 +217,7 @@ def test_an_option_of_two_parts_is_refused():
         with pytest.raises(ValueError, match="'unit_decoder' is declared twice"):
             SAE(D, 20, "linear", "doubled")
     finally:
-        ACTIVATIONS._classes.pop("doubled")
+        ACTIVATIONS.pop("doubled")
 
 
 def test_files_that_are_no_sae_or_do_not_fit_are_refused(tmp_path):
