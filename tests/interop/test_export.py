@@ -78,7 +78,7 @@ def plugin():
 
     yield
     for name in ("own_batch_topk", "own_shrinking"):
-        ACTIVATIONS._classes.pop(name)
+        ACTIVATIONS.pop(name)
 
 
 def test_an_activation_of_ones_own_with_fixed_thresholds_is_jumprelu(tmp_path, make, plugin, x):

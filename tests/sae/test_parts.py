@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from clipsae.overrides import near
 from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation, SparseCodes, sparse_ops
 from clipsae.sae.topk import TopK
 from tests.sae.conftest import D, M, build, tokens
@@ -125,7 +126,7 @@ def squared():
             return self.gain * scores**2
 
     yield Squared
-    ACTIVATIONS._classes.pop("squared")
+    ACTIVATIONS.pop("squared")
 
 
 def test_a_part_registered_from_outside_is_one_like_any_other(squared, tmp_path):
@@ -139,6 +140,10 @@ def test_a_part_registered_from_outside_is_one_like_any_other(squared, tmp_path)
     assert torch.equal(SAE.load(tmp_path).encode(x), sae.encode(x))
     with pytest.raises(ValueError, match="border has no default"):
         SAE(D, 20, "linear", "squared")
+
+
+def test_the_command_line_names_the_new_option():
+    assert near("l1", ["k", "l1_coefficient"], "model") == "did you mean model.l1_coefficient?"
 
 
 @pytest.fixture
@@ -159,7 +164,7 @@ def nested():
             }
 
     yield Nested
-    ACTIVATIONS._classes.pop("nested")
+    ACTIVATIONS.pop("nested")
 
 
 @pytest.mark.parametrize("share", [2, -0.5, None], ids=["sparse", "dense", "plain dense"])
@@ -212,7 +217,7 @@ def test_an_option_of_two_parts_is_refused():
         with pytest.raises(ValueError, match="'unit_decoder' is declared twice"):
             SAE(D, 20, "linear", "doubled")
     finally:
-        ACTIVATIONS._classes.pop("doubled")
+        ACTIVATIONS.pop("doubled")
 
 
 def test_files_that_are_no_sae_or_do_not_fit_are_refused(tmp_path):

@@ -210,7 +210,7 @@ def test_the_fast_operations_are_the_reference(share, ordered, chunk, monkeypatc
     expected["sample"] = expected["sample"][codes.positions]
     for ops in (Reference, CPU):
         torch.testing.assert_close(ops.mix(codes, rows), expected["mix"])
-        torch.testing.assert_close(ops.accumulate((codes, x)), expected["accumulate"])
+        torch.testing.assert_close(ops.accumulate(codes, x), expected["accumulate"])
         torch.testing.assert_close(ops.sample(codes, x, rows), expected["sample"])
         assert torch.equal(ops.count(codes, codes.values > 0), (z > 0).sum(0))
     torch.testing.assert_close(codes.sum_tokens(codes.values), z.sum(0))

@@ -70,7 +70,7 @@ class Attention(Architecture):
 
     def combine(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
         if isinstance(codes, SparseCodes) or latents is None:
-            return mix(codes, self.C, tied=True) @ self.W_V
+            return mix(codes, self.C) @ self.W_V
         # From the side that has fewer rows.
         if codes.ndim > 1 and latents.shape[-1] < codes.shape[-2]:
             return codes @ self.decoder_rows(latents)

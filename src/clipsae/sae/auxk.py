@@ -25,7 +25,7 @@ def dead_codes(scores: Tensor, dead: Tensor, k: int) -> Tensor:
         scores: [N, M], how strongly latents would act, >= 0.
         dead: BoolTensor [M]. Fewer than k: all of them.
     """
-    # Which are dead is not looked at: on a GPU, the answer would have to be waited for.
+    # Without asking which are dead: on a GPU, the answer would have to be waited for.
     masked = scores.detach().masked_fill(~dead, -1)  # below all scores
     indices = masked.topk(min(k, dead.numel()), dim=-1, sorted=False).indices
     values = scores.gather(-1, indices) * dead[indices]

@@ -44,7 +44,7 @@ class BatchTopK(Activation):
         threshold_start_step: int = 1000,
     ) -> None:
         super().__init__(latents)
-        whole("k", k, most=latents, of="latents=")
+        whole("k", k, most=latents, most_name="latents")
         fraction("threshold_decay", threshold_decay, "0 <= decay < 1", zero=True, one=False)
         whole("threshold_start_step", threshold_start_step, least=0)
         self.k = k

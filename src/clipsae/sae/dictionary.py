@@ -74,13 +74,13 @@ class Dictionary:
         return torch.addmm(self.bias, query, self.encoder.T, out=out)
 
 
-def mix(codes: Tensor | SparseCodes, rows: Tensor, tied: bool = False) -> Tensor:
+def mix(codes: Tensor | SparseCodes, rows: Tensor) -> Tensor:
     """Codes times the decoder's rows: [..., M], [M, d] -> [..., d]."""
     if isinstance(codes, SparseCodes):
-        return _Mix.apply(codes.values, rows, codes, tied).view(*codes.shape[:-1], rows.shape[1])
+        return _Mix.apply(codes.values, rows, codes).view(*codes.shape[:-1], rows.shape[1])
     if prefers_dense(codes) or codes.ndim != 2:
         return codes @ rows
-    return _Mix.apply(codes, rows, None, False)
+    return _Mix.apply(codes, rows, None)
 
 
 class _Scores(torch.autograd.Function):
@@ -109,19 +109,16 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, center, encoder, bias = ctx.saved_tensors
         for_x, for_center, for_encoder, for_bias = ctx.needs_input_grad[:4]
-        product = _Product(ctx.pairs, gradient)
+        z = _matrix(gradient, ctx.pairs)
         grads: list[Tensor | None] = [None] * 6
         if for_x:
-            grads[0] = product.mix(gradient, encoder).to(x.dtype)
+            grads[0] = _mix(z, encoder).to(x.dtype)
         if for_center or for_bias:
-            summed = product.sum_tokens(gradient)
+            summed = _sum_tokens(z)
         if for_center:
             grads[1] = -(summed @ encoder.to(summed.dtype)).to(center.dtype)
         if for_encoder:
-            terms = [(gradient, x if center is None else x - center)]
-            if ctx.pairs is not None:
-                terms += ctx.pairs._derived.pop("pending", [])
-            grads[2] = product.accumulate(*terms).to(encoder.dtype)
+            grads[2] = _accumulate(z, x if center is None else x - center).to(encoder.dtype)
         if for_bias:
             grads[3] = summed.to(bias.dtype)
         return tuple(grads)
@@ -131,67 +128,57 @@ class _Mix(torch.autograd.Function):
     """Codes times rows [M, d] -> [N, d]: of values [p] at pairs, or all [N, M]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, codes: Tensor, rows: Tensor, pairs: SparseCodes | None, tied: bool
-    ) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, rows: Tensor, pairs: SparseCodes | None) -> Tensor:
         ctx.save_for_backward(codes, rows)
         ctx.pairs = pairs
-        ctx.tied = tied and pairs is not None
         if pairs is None:
             return codes @ rows
         wide = at_least_float32(rows)
         return backend(rows).mix(pairs.with_values(codes), wide).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         codes, rows = ctx.saved_tensors
-        for_codes, for_rows, *_ = ctx.needs_input_grad
-        product = _Product(ctx.pairs, gradient)
-        of_codes = product.sample(gradient, rows).to(codes.dtype) if for_codes else None
-        of_rows = None
-        if for_rows and ctx.tied and for_codes:
-            ctx.pairs.derived("pending", list).append((codes, gradient))
-        elif for_rows:
-            of_rows = product.accumulate((codes, gradient)).to(rows.dtype)
-        return of_codes, of_rows, None, None
+        for_codes, for_rows, _ = ctx.needs_input_grad
+        z = _matrix(codes, ctx.pairs)
+        of_codes = _sample(z, gradient, rows).to(codes.dtype) if for_codes else None
+        of_rows = _accumulate(z, gradient).to(rows.dtype) if for_rows else None
+        return of_codes, of_rows, None
 
 
-class _Product:
-    """Products of a backward pass with a matrix [N, M]: of values [p] at pairs, or dense.
+# Products of a backward pass with a matrix z [N, M], dense or at pairs. Dense ones have the dtype
+# of the gradient (half precision, where the forward pass had it); those at pairs float32 at least,
+# as sparse kernels have no other.
 
-    Dense ones have the gradient's dtype (half precision, where the forward pass had it); those at
-    pairs float32 at least, as sparse kernels have no other.
-    """
 
-    def __init__(self, pairs: SparseCodes | None, gradient: Tensor) -> None:
-        self.pairs = pairs
-        self.dtype = gradient.dtype if pairs is None else at_least_float32(gradient[:0]).dtype
-        self.ops = backend(gradient)
+def _matrix(values: Tensor, pairs: SparseCodes | None) -> Tensor | SparseCodes:
+    return values if pairs is None else pairs.with_values(at_least_float32(values))
 
-    def mix(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Of values and rows [M, d] -> [N, d]."""
-        values, rows = values.to(self.dtype), rows.to(self.dtype)
-        if self.pairs is None:
-            return values @ rows
-        return self.ops.mix(self.pairs.with_values(values), rows)
 
-    def accumulate(self, *terms: tuple[Tensor, Tensor]) -> Tensor:
-        """The sum over terms, one where dense, of values and x [N, d] -> [M, d]."""
-        terms = tuple((values.to(self.dtype), x.to(self.dtype)) for values, x in terms)
-        if self.pairs is not None:
-            return self.ops.accumulate(*((self.pairs.with_values(v), x) for v, x in terms))
-        ((values, x),) = terms
-        return torch.mm(values.T, x, out=empty(values.shape[1], x.shape[1], like=x))
+def _mix(z: Tensor | SparseCodes, rows: Tensor) -> Tensor:
+    """rows [M, d] -> [N, d]."""
+    if isinstance(z, Tensor):
+        return z @ rows.to(z.dtype)
+    return backend(rows).mix(z, rows.to(z.dtype))
 
-    def sample(self, x: Tensor, rows: Tensor) -> Tensor:
-        """x [N, d], rows [M, d] -> [p] or [N, M]."""
-        x, rows = x.to(self.dtype), rows.to(self.dtype)
-        if self.pairs is not None:
-            return self.ops.sample(self.pairs, x, rows)
-        return torch.mm(x, rows.T, out=empty(len(x), len(rows), like=rows))
 
-    def sum_tokens(self, values: Tensor) -> Tensor:
-        """Sums over tokens, [M], float32 at least."""
-        if self.pairs is None:
-            return values.sum(dim=0, dtype=at_least_float32(values[:0]).dtype)
-        return self.pairs.sum_tokens(values.to(self.dtype))
+def _accumulate(z: Tensor | SparseCodes, x: Tensor) -> Tensor:
+    """x [N, d] -> [M, d]."""
+    if isinstance(z, SparseCodes):
+        return backend(x).accumulate(z, at_least_float32(x))
+    return torch.mm(z.to(x.dtype).T, x, out=empty(z.shape[1], x.shape[1], like=x))
+
+
+def _sample(z: Tensor | SparseCodes, x: Tensor, rows: Tensor) -> Tensor:
+    """x [N, d], rows [M, d] -> [p] or [N, M]."""
+    if isinstance(z, SparseCodes):
+        x = at_least_float32(x)
+        return backend(x).sample(z, x, rows.to(x.dtype))
+    return torch.mm(x, rows.to(x.dtype).T, out=empty(len(x), len(rows), like=x))
+
+
+def _sum_tokens(z: Tensor | SparseCodes) -> Tensor:
+    """Sums over tokens, [M], float32 at least."""
+    if isinstance(z, SparseCodes):
+        return z.sum_tokens(z.values)
+    return z.sum(dim=0, dtype=at_least_float32(z[:0]).dtype)

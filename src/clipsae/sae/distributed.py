@@ -30,7 +30,7 @@ def smallest(values: Tensor, world_size: int) -> Tensor:
 def share(values: Tensor, kept: int, world_size: int) -> int:
     """How many of this rank's `values` are among the `kept` largest of all ranks'.
 
-    Each rank tells its `kept` largest: more than those of one rank can never be among them. Where
+    Each rank sends its `kept` largest: more than those of one rank can never be among them. Where
     the last places are for equal values, the first ranks have them.
 
     Args:
@@ -42,11 +42,11 @@ def share(values: Tensor, kept: int, world_size: int) -> int:
     mine = at_least_float32(values.new_zeros(kept))
     largest = values.topk(min(kept, len(values))).values
     mine[: len(largest)] = largest
-    of_all = [torch.empty_like(mine) for _ in range(world_size)]
-    dist.all_gather(of_all, mine)
-    told = torch.stack(of_all)
-    border = told.flatten().topk(kept, sorted=False).values.min()
-    above, equal = (told > border).sum(1), (told == border).sum(1)
+    parts = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(parts, mine)
+    gathered = torch.stack(parts)
+    border = gathered.flatten().topk(kept, sorted=False).values.min()
+    above, equal = (gathered > border).sum(1), (gathered == border).sum(1)
     places = kept - above.sum() - (equal.cumsum(0) - equal)  # left for each rank's equal ones
     rank = dist.get_rank()
     count = above[rank] + places[rank].clamp(min=0).minimum(equal[rank])

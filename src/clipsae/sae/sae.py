@@ -51,7 +51,7 @@ class SAE(nn.Module):
         options: those of the chosen architecture and activation; see their classes.
 
     Raises:
-        ValueError: a size, a name or an option that cannot be; it names what exists.
+        ValueError: an invalid size, name or option; it names what exists.
     """
 
     tokens_since_fired: Tensor

@@ -98,9 +98,9 @@ class Reference:
         return (x @ rows.T).flatten()[codes.positions]
 
     @staticmethod
-    def accumulate(*terms: tuple["SparseCodes", Tensor]) -> Tensor:
-        """The sum of Z^T X over terms with the same pairs, x [N, d] -> [M, d]."""
-        return sum(codes.dense().flatten(0, -2).to(x.dtype).T @ x for codes, x in terms)
+    def accumulate(codes: "SparseCodes", x: Tensor) -> Tensor:
+        """Z^T X: x [N, d] -> [M, d]."""
+        return codes.dense().flatten(0, -2).to(x.dtype).T @ x
 
     @staticmethod
     def count(codes: "SparseCodes", where: Tensor) -> Tensor:
@@ -171,15 +171,18 @@ class CPU(Reference):
         return torch.empty_like(found).index_copy_(0, order, found)
 
     @staticmethod
-    def accumulate(*terms: tuple["SparseCodes", Tensor]) -> Tensor:
-        codes, x = terms[0]
+    def accumulate(codes: "SparseCodes", x: Tensor) -> Tensor:
         out = empty(codes.latents, x.shape[1], like=x)
-        chunks = _chunks(codes)
-        if not chunks:
-            _accumulate(terms, out, add=False)
-        for tokens, pairs, part in chunks:
-            mine = [(part.with_values(c.values[pairs]), x[tokens]) for c, x in terms]
-            _accumulate(mine, out, add=tokens.start > 0)
+        whole = [(slice(None), slice(None), codes)]
+        for i, (tokens, pairs, part) in enumerate(_chunks(codes) or whole):
+            order, token, begin = _by_latent(part)
+            values = codes.values[pairs].to(x.dtype)[order]
+            for start in range(0, codes.latents, _TILE):
+                edges = begin[start : start + _TILE + 1]
+                tile = slice(int(edges[0]), int(edges[-1]))
+                found = _bags(token[tile], x[tokens], edges - edges[0], values[tile])
+                rows = out[start : start + _TILE]
+                rows.copy_(found) if i == 0 else rows.add_(found)
         return out
 
     @staticmethod
@@ -220,23 +223,6 @@ def _all(x: Tensor, scorer: Scorer, latest: Tensor, start: int) -> Tensor:
         if rest.data_ptr() != out[len(latest) :].data_ptr():  # under autocast
             out[len(latest) :] = rest
     return out
-
-
-def _accumulate(terms, out: Tensor, add: bool) -> None:
-    codes = terms[0][0]
-    order, token, begin = _by_latent(codes)
-    # One table of all terms' tokens: the result is written once.
-    table = torch.cat([x for _, x in terms])
-    values = torch.stack([c.values.to(table.dtype)[order] for c, _ in terms], dim=1).flatten()
-    shift = codes.tokens * torch.arange(len(terms), device=token.device)
-    token, begin = (token[:, None] + shift).flatten(), begin * len(terms)
-    for start in range(0, codes.latents, _TILE):
-        part = begin[start : start + _TILE + 1]
-        first, last = int(part[0]), int(part[-1])
-        pairs = slice(first, last)
-        found = _bags(token[pairs], table, part - first, values[pairs])
-        rows = out[start : start + _TILE]
-        rows.add_(found) if add else rows.copy_(found)
 
 
 def _chunks(codes: "SparseCodes") -> list[tuple[slice, Tensor | slice, "SparseCodes"]]:

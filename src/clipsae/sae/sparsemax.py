@@ -85,6 +85,7 @@ class Sparsemax(Activation):
         limit = self.max_activation_frequency
         if limit is not None:
             scores = scores * (self.frequency <= limit).to(scores.dtype)
+        codes: Tensor | SparseCodes
         if isinstance(scores, SparseCodes):
             codes = _probabilities(scores) if self.weights == "probabilities" else scores
         else:

@@ -31,7 +31,7 @@ class TopK(Activation):
 
     def __init__(self, latents: int, *, k: int = 32) -> None:
         super().__init__(latents)
-        whole("k", k, most=latents, of="latents=")
+        whole("k", k, most=latents, most_name="latents")
         self.k = k
 
     def threshold(self, scores: Tensor) -> Tensor:
