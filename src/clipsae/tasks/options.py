@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from clipsae.errors import ConfigError
+from clipsae.evaluation.numbers import SETTINGS
 from clipsae.overrides import near
 
 
@@ -155,7 +156,7 @@ CLOSED: dict[str, Mapping[str, Any]] = {
     "evaluation": {
         "protocol": one_of("paper", "heldout"),
         "ns": list_of(whole(1), least=1),
-        "settings": list_of(one_of("no_sae", "on", "off", "self")),
+        "settings": list_of(one_of(*SETTINGS)),
         "split": SPLIT,
         "batch_size": whole(1),
         "limit_images": or_null(whole(1)),
