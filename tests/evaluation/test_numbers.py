@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 from clipsae.evaluation.metrics import NUMBERS
 from clipsae.evaluation.numbers import current_names
@@ -26,6 +27,11 @@ def test_results_of_0_1_are_read_with_the_right_meaning():
         "patch_concepts_found": 0.5,
         "image_merging": 0.25,
     }
+
+
+def test_the_documentation_defines_each_headline_number():
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "numbers.md").read_text()
+    assert [n.key for n in NUMBERS if n.headline and f"`{n.key}`" not in page] == []
 
 
 def test_the_record_needs_no_torch():

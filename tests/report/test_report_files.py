@@ -9,8 +9,8 @@ import pytest
 
 from clipsae.report import Commands, Wanted, collect, make_report, select, write_report
 from clipsae.report.formats import latex, to_csv, to_latex, to_markdown
+from clipsae.report.page import inline_svg
 from clipsae.report.plots import k_plot
-from clipsae.report.svg import inline_svg
 from clipsae.report.table import MINUS, Cell, Column, Row, Table, number
 
 TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
@@ -171,7 +171,7 @@ def test_findings_follow_the_data(store):
     assert "One seed each" in text
     assert "Sparsemax at on_5 (23.00 %)" in text
     assert "ReLU at on_10 (50.00 %)" in text
-    assert "Sparsemax uses the fewest latents of a token (15.0, FVU 0.200)" in text
+    assert "Sparsemax uses the fewest latents per token (15.0, FVU 0.200)" in text
     assert "ReLU reconstructs best (FVU 0.100, 100.0 latents)" in text
     # Mean support 15: the nearest k is 16, two points below the best of the sweep.
     assert "mean support is 15.0" in text

@@ -96,6 +96,21 @@ def test_the_eleven_are_expected_once_one_of_them_has_a_result(store):
     assert choose(store, datasets=("dtd",)).datasets == ("dtd",)
 
 
+def test_metrics_of_0_1_have_todays_names_and_meanings(store):
+    folder = store.evaluation("relu", "scenes", {"on_5": 1.0})
+    old = {"active": 5.0, "sparsity": {"l0": 0.96, "active": 5.0, "fvu": 0.5}}
+    (folder / "diagnostics.json").write_text(json.dumps(old))
+    store.measurement("topk", "scenes", {"l0": 0.75, "active": 32.0}, k=32)
+    metrics = choose(store).metrics.set_index(["model", "metric"]).value.to_dict()
+    assert metrics == {
+        ("relu", "l0"): 5.0,
+        ("relu", "zero_fraction"): 0.96,
+        ("relu", "fvu"): 0.5,
+        ("topk", "zero_fraction"): 0.75,
+        ("topk", "l0"): 32.0,
+    }
+
+
 def test_measurements_win_over_the_evaluations_own_metrics(store):
     store.evaluation("relu", "scenes", {"on_5": 1.0}, metrics={"cosine": 0.5, "fvu": 0.25})
     store.measurement("relu", "scenes", {"cosine": 0.75, "cknna": 0.5}, finished=1)
@@ -111,7 +126,7 @@ def test_measurements_win_over_the_evaluations_own_metrics(store):
         ("results.csv", "", "No columns"),
         ("results.csv", "\x00\x01,,\n\n", ""),
         ("diagnostics.json", "{", "Expecting"),
-        ("diagnostics.json", "{}", "active"),
+        ("diagnostics.json", "{}", "l0"),
         ("config.yaml", "a: [", ""),
         ("config.yaml", "- 1\n", "expected mappings"),
         ("meta.json", "[]", "expected mappings"),

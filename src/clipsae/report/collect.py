@@ -144,7 +144,7 @@ def _evaluation(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         for setting, n, latents in zip(rows.setting, counts, rows.latents, strict=True)
     ]
     content = json.loads((folder / "diagnostics.json").read_text())
-    l0 = content["l0"] if "l0" in content else content["active"]  # as clipsae 0.1 called it
+    l0 = content["active"] if "active" in content else content["l0"]  # clipsae 0.1: active
     metrics = {"l0": l0, **current_names(content.get("sparsity") or {})}
     first = {name: rows[name].iloc[0] for name in (*IDENTITY, "protocol")}
     found = [{**first, "metric": name, "value": float(v)} for name, v in metrics.items()]

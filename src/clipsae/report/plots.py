@@ -11,7 +11,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from clipsae.report import published
 from clipsae.report.collect import NO_K
@@ -59,7 +59,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure and what is to be said about it.
+    """A figure and its caption.
 
     Attributes:
         name: of its files.
@@ -77,32 +77,30 @@ class Plot:
 
 def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
     """Accuracy over n, a line a model, published ones dashed; None: nothing of ours."""
-    cells = _accuracies(selection, dataset)
+    cells = pd.concat([selection.of(line, dataset) for line in selection.lines])
+    cells = cells[cells.metric.eq("no_sae") | cells.metric.str.startswith("on_")]
     if cells.empty:
         return None
+    keys = sorted({key for key in cells.metric if key != "no_sae"}, key=column_order)
+    position = {key: x for x, key in enumerate(keys)}
+    known = published.zero_shot()
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.4)
-        columns = sorted({c for c in cells.metric if c.startswith("on_")}, key=column_order)
-        known = published.zero_shot()
-        position = {column: x for x, column in enumerate(columns)}
         for line in selection.lines:
-            colour, marker = model_style(line.model, selection.models)
-            of = of_line(cells[cells.metric.isin(columns)], line)
-            of = of.assign(x=of.metric.map(position))
-            _line(axes, of, colour, marker, row_title(selection, line), _rank(selection, line))
-            if _rank(selection, line):
-                continue
-            theirs = [(position[c], known.get((dataset, line.model, c))) for c in columns]
-            theirs = [(x, float(y)) for x, y in theirs if y is not None]
-            if theirs:
-                axes.plot(
-                    *zip(*theirs, strict=True), color=colour, linestyle=(0, (3, 2)), linewidth=1
-                )
+            style, rank = model_style(line.model, selection.models), _rank(selection, line)
+            mine = of_line(cells[cells.metric.isin(keys)], line)
+            mine = mine.assign(x=mine.metric.map(position))
+            _line(axes, mine, *style, row_title(selection, line), rank)
+            theirs = {key: known.get((dataset, line.model, key)) for key in keys}
+            points = [(position[key], float(y)) for key, y in theirs.items() if y is not None]
+            if points and not rank:
+                xy = zip(*points, strict=True)
+                axes.plot(*xy, color=style[0], linestyle=(0, (3, 2)), linewidth=1)
         alone = cells[cells.metric == "no_sae"].value
         if len(alone):
             axes.axhline(alone.mean(), color=INK, linewidth=1, linestyle=":", label="no SAE")
-        titles = [column_title(c, selection.wanted.latents).removeprefix("on_") for c in columns]
-        axes.set_xticks(range(len(columns)), titles)
+        titles = [column_title(key, selection.wanted.latents).removeprefix("on_") for key in keys]
+        axes.set_xticks(range(len(keys)), titles)
         axes.set_xlabel("latents of the class kept, n")
         axes.set_ylabel("macro accuracy, %")
         axes.set_ylim(bottom=0)
@@ -132,17 +130,16 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
         figure, panels = _figure(1.0 + 1.75 * rows, rows, 2 if len(columns) > 1 else 1)
         for axes, column in zip(panels, columns, strict=False):
             here = cells[cells.metric == column]
-            ks = sorted(set(of_swept.k[(of_swept.metric == column) & (of_swept.k > NO_K)]))
             for line in swept:
-                of = of_line(here, line)
-                of = of[of.k > NO_K]
+                mine = of_line(here, line)
+                mine = mine[mine.k > NO_K]
                 style = model_style(line.model, selection.models)
-                _line(axes, of.assign(x=of.k), *style, _called(line), _rank(selection, line))
+                _line(axes, mine.assign(x=mine.k), *style, _called(line), _rank(selection, line))
             for guide in guides:
                 support = mean_support(selection, dataset, guide)
-                point = of_line(here, guide)
                 if support is None:
                     continue
+                point = of_line(here, guide)
                 colour, marker = model_style("sparsemax", selection.models)
                 axes.axvline(support, color=colour, linewidth=1, linestyle=":")
                 if len(point):
@@ -157,7 +154,11 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
                         linestyle="none",
                         label=f"{_called(guide)} (mean support {support:.1f})",
                     )
-            _log_x(axes, ks)
+            ks = sorted(set(of_swept.k[(of_swept.metric == column) & (of_swept.k > NO_K)]))
+            ks = ks[:: -(-len(ks) // 5)]  # thinned where they would collide
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(ks, [str(k) for k in ks])
             axes.set_title(column_title(column, selection.wanted.latents), fontsize=10, loc="left")
         for axes in panels[len(columns) :]:
             axes.set_visible(False)
@@ -170,7 +171,7 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
         name=f"k_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: accuracy over k",
         caption=(
-            "A panel an on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
+            "A panel for each on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
             f"which needs no k; the star is its accuracy.{_spread(cells)}"
         ),
         dataset=dataset,
@@ -179,15 +180,15 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
 
 
 def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
-    """Active latents of a token against FVU, every model and k; None: nothing measured."""
-    of = selection.metrics[
-        (selection.metrics.dataset == dataset) & selection.metrics.metric.isin(["l0", "fvu"])
-    ]
-    value = of.pivot_table(index=["model", "common", "own", "k"], columns="metric", values="value")
+    """L0 against FVU, every model and k; None: nothing measured."""
+    metrics = selection.metrics
+    metrics = metrics[(metrics.dataset == dataset) & metrics.metric.isin(["l0", "fvu"])]
+    by = ["model", "common", "own", "k"]
+    value = metrics.pivot_table(index=by, columns="metric", values="value")
     if not {"l0", "fvu"} <= set(value.columns):
         return None
     value = value.dropna()
-    std = of.pivot_table(index=["model", "common", "own", "k"], columns="metric", values="std")
+    std = metrics.pivot_table(index=by, columns="metric", values="std")
     std = std.reindex(value.index).reindex(columns=["l0", "fvu"]).fillna(0)
     there = set(value.index.droplevel("k"))
     shown = [x for x in selection.lines if (x.model, x.common, x.own) in there]
@@ -213,60 +214,52 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
                 elinewidth=1,
                 label=_called(line),
             )
-            for k, point in points.iterrows():
-                if k != NO_K:
-                    axes.annotate(
-                        f"k {k}",
-                        (point.l0, point.fvu),
-                        xytext=(4, 4) if above else (-4, -4),
-                        textcoords="offset points",
-                        ha="left" if above else "right",
-                        va="bottom" if above else "top",
-                        fontsize=8,
-                    )
+            for k, point in points[points.index != NO_K].iterrows():
+                axes.annotate(
+                    f"k {k}",
+                    (point.l0, point.fvu),
+                    xytext=(4, 4) if above else (-4, -4),
+                    textcoords="offset points",
+                    ha="left" if above else "right",
+                    va="bottom" if above else "top",
+                    fontsize=8,
+                )
             above ^= any(points.index != NO_K)
         axes.set_xscale("log")
         _plain_log_ticks(axes, value.l0)
         axes.set_xlabel("L0: active latents per token")
-        axes.set_ylabel("FVU, corpus")
+        axes.set_ylabel("FVU")
         axes.set_ylim(bottom=0)
         _legend(figure, axes)
     return Plot(
         name=f"sparsity_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: sparsity against FVU",
-        caption=f"Lower left is better.{_spread(of)}",
+        caption=f"Lower left is better.{_spread(metrics)}",
         dataset=dataset,
         figure=figure,
     )
 
 
 def mean_support(selection: Selection, dataset: str, line: Line) -> float | None:
-    """Mean number of active latents of a token of a Sparsemax SAE, over seeds."""
-    of = of_line(selection.metrics, line)
-    of = of[(of.dataset == dataset) & (of.metric == "l0")]
-    return float(of.value.mean()) if len(of) else None
+    """Mean number of active latents per token of a Sparsemax SAE, over seeds."""
+    rows = of_line(selection.metrics, line)
+    rows = rows[(rows.dataset == dataset) & (rows.metric == "l0")]
+    return float(rows.value.mean()) if len(rows) else None
 
 
 def swept_k(rows: pd.DataFrame, line: Line) -> set[int]:
     """The values of k that a line has results of."""
-    return {int(k) for k in of_line(rows, line).k if k != NO_K}
+    return set(of_line(rows, line).k) - {NO_K}
 
 
 def _called(line: Line) -> str:
-    """A line's name where its k is told otherwise."""
+    """A line's name without its k."""
     return model_title(line.model) + (f", {line.variant}" if line.variant else "")
 
 
 def _rank(selection: Selection, line: Line) -> int:
     """0 for a model's first line, 1 for its second, ..."""
     return [x for x in selection.lines if x.model == line.model].index(line)
-
-
-def _accuracies(selection: Selection, dataset: str) -> pd.DataFrame:
-    """The tables' cells of one dataset: one k a line."""
-    frames = [selection.of(line, dataset) for line in selection.lines]
-    cells = pd.concat(frames) if frames else selection.cells[:0]
-    return cells[cells.metric.isin(["no_sae"]) | cells.metric.str.startswith("on_")]
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -299,15 +292,6 @@ def _line(
     if len(several):
         low, high = several.value - several["std"], several.value + several["std"]
         axes.fill_between(several.x, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def _log_x(axes: Axes, ks: list[int]) -> None:
-    """A logarithmic axis with a tick at each k, thinned where they would collide."""
-    axes.set_xscale("log", base=2)
-    step = -(-len(ks) // 5)
-    axes.xaxis.set_major_locator(FixedLocator(ks[::step]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(ks[::step], [str(k) for k in ks[::step]])
 
 
 def _plain_log_ticks(axes: Axes, values: Iterable[float]) -> None:

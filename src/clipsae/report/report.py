@@ -42,7 +42,7 @@ class Report:
     Attributes:
         selection: what it rests on.
         sections: in order; the first holds the averages.
-        differences: sentences on what is not alike in the results, and so shown apart.
+        differences: sentences on the settings that differ between results.
         findings: sentences.
         missing, fewer: gaps, with commands.
         notes: lines on what was left out.
@@ -94,7 +94,7 @@ def make_report(
         missing=missing,
         fewer=fewer_seeds(selection, commands),
         notes=[
-            *(f"Left out, it cannot be read: {line}" for line in [*found.problems, *unread]),
+            *(f"Skipped, unreadable: {line}" for line in [*found.problems, *unread]),
             *_counts(selection),
         ],
         origins=_origins(found, selection),
@@ -154,46 +154,38 @@ def _beyond(selection: Selection, stable: list[Stability]) -> Section:
 
 def _several_k(selection: Selection) -> list[str]:
     """Which k the tables show of lines that have several."""
-    lines = []
+    sentences = []
     for line in selection.lines:
         ks = sorted(plots.swept_k(selection.cells, line))
         if len(ks) > 1:
             variant = f", {line.variant}" if line.variant else ""
-            lines.append(
+            sentences.append(
                 f"{model_title(line.model)}{variant} has results with k = "
-                f"{', '.join(str(k) for k in ks)}. The tables show k = {selection.k[line]} "
+                f"{', '.join(map(str, ks))}. The tables show k = {selection.k[line]} "
                 "(task.k chooses another), the plots over k all of them."
             )
-    return lines
+    return sentences
 
 
 def _counts(selection: Selection) -> list[str]:
-    wanted, lines = selection.wanted, []
-    if selection.superseded:
-        lines.append(
-            f"{_results(selection.superseded)} superseded by a newer one with the same settings."
-        )
-    if selection.unfitting:
-        lines.append(
-            f"{_results(selection.unfitting)} left out, being of another CLIP than {wanted.clip} "
-            f"(weights {wanted.weights_title}, layer {wanted.layer}), another protocol than "
-            f"{wanted.protocol} or another M than {wanted.latents}."
-        )
+    """How many results were not used, or only cover a part of the images."""
+    wanted = selection.wanted
     limited = {
         row.folder
         for row in selection.runs.drop_duplicates("folder").itertuples()
         if dict(row.settings).get("evaluation.limit_images", "null") != "null"
     }
-    if limited:
-        lines.append(
-            f"{_results(len(limited))} used that looked at a part of the images only "
-            "(evaluation.limit_images)."
-        )
-    return lines
-
-
-def _results(count: int) -> str:
-    return f"{count} result is" if count == 1 else f"{count} results are"
+    counts = {
+        "superseded by a newer one with the same settings.": selection.superseded,
+        f"excluded: not of the CLIP {wanted.clip} (weights {wanted.weights_title}, layer "
+        f"{wanted.layer}), the {wanted.protocol} protocol and M = {wanted.latents}.": (
+            selection.unfitting
+        ),
+        "used that cover a part of the images only (evaluation.limit_images).": len(limited),
+    }
+    return [
+        f"{n} {'result is' if n == 1 else 'results are'} {what}" for what, n in counts.items() if n
+    ]
 
 
 def _origins(found: Collected, selection: Selection) -> list[dict[str, Any]]:
