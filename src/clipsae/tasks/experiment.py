@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> None:
     """Train, evaluate, measure, show. What is finished is used, what was interrupted is continued.
 
     Raises:
-        ConfigError: something in the config that cannot be; before anything slow has begun.
+        ConfigError: an invalid config; before anything slow has begun.
     """
     store = Store(cfg.paths.output_dir)
     check(cfg)
@@ -55,15 +55,15 @@ def run(cfg: DictConfig) -> None:
         def make(folder: Path) -> None:
             node = build.train_dataset_node(cfg)
             held_out = build.build_dataset(node, "test", clip.image_size)
-            own, looks = None, []
+            own, callbacks = None, []
             if rank_zero_only.rank == 0:
-                own, looks = logger(), watch.callbacks(cfg, store, clip, held_out)
-            sae.make(cfg, clip, train_set, held_out, own, trained, folder, looks)
+                own, callbacks = logger(), watch.callbacks(cfg, store, clip, held_out)
+            sae.make(cfg, clip, train_set, held_out, own, trained, folder, callbacks)
 
         together.make(trained, make, rank_zero_only.rank)
 
     read = [train_set]
-    if not trained.finished:  # which looks at held-out images, too
+    if not trained.finished:  # which reads held-out images, too
         node = build.train_dataset_node(cfg)
         read.append(build.build_dataset(node, "test", clip.image_size))
     benchmark(cfg, store, clip, test_set, trained, train, read)
@@ -203,7 +203,7 @@ def tracked(cfg: DictConfig, stage: Stage, job_type: str) -> Iterator[Callable[[
         if rank_zero_only.rank == 0:
             log_failure(logger(), error)  # to be seen there, however early it is
         raise
-    except SystemExit:  # told to leave
+    except SystemExit:  # preempted
         coming_back = True
         raise
     finally:
