@@ -17,7 +17,7 @@ from clipsae.store.files import checkpoint_step
 from clipsae.store.lease import begin
 from clipsae.tasks import build, together
 from clipsae.tasks.stages import evaluation, measurement, sae
-from clipsae.tasks.together import AGAIN, EVALUATE, TRAIN, Need, Turns, by_stream, meet
+from clipsae.tasks.together import EVALUATE, RETRY, TRAIN, Need, Turns, by_stream, meet
 from run import ROOT
 
 MODELS = [
@@ -205,7 +205,7 @@ def test_what_another_process_makes_is_left_out_until_the_end(tmp_path, make, mo
 
     def watch(need):
         begun.append(need.order[0])
-        if need.order[0] == together.LAST:
+        if need.order[0] == together.WAIT:
             assert mine.stage.finished
             held.release()
         return meet(need)
@@ -215,7 +215,7 @@ def test_what_another_process_makes_is_left_out_until_the_end(tmp_path, make, mo
     monkeypatch.setattr(together, "meet", watch)
     Turns().run([theirs, mine])
     assert theirs.stage.finished
-    assert begun.index(AGAIN) < begun.index(together.LAST)
+    assert begun.index(RETRY) < begun.index(together.WAIT)
 
 
 def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, make):

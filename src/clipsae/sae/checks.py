@@ -10,7 +10,8 @@ from clipsae.rules import near, require
 def whole(
     name: str, value: Any, least: int = 1, most: int | None = None, most_name: str = ""
 ) -> None:
-    """Raises ValueError unless value is a whole number from `least` to `most`, an option of the name `most_name`."""
+    """Raises ValueError unless value is a whole number from `least` to `most`, an option of the
+    name `most_name`."""
     require(name, value, rules.whole(least, most, most_name))
 
 

@@ -21,7 +21,7 @@ The key is what decides the content, and nothing else:
   size, loggers, callbacks, launchers, names of experiments and sweeps;
 - not in it either: the code and the versions of libraries. `meta.json` records them. A change of
   code that changes results must raise `SCHEMA`, and then no older work is found again; `task=gc`
-  lists what is left of it. Of image files the names and labels are looked at, and the contents;
+  lists what is left of it. Of image files the names, labels and contents count;
   where there are more than 10,000 or 256 MB of them, the sizes and times of change of all
   (`ImageList.fingerprint`).
 """

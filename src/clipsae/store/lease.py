@@ -328,7 +328,7 @@ def lives_here(token: str) -> bool:
 
 
 def process_group() -> str | None:
-    """What the ranks of one distributed run have in common; None where nothing tells."""
+    """What the ranks of one distributed run have in common; None: unknown."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         return f"{env['TORCHELASTIC_RUN_ID']}:{env.get('MASTER_PORT')}"

@@ -27,7 +27,7 @@ ABOUT = "about.json"  # what an unfinished stage is
 FAILED = "failed.json"  # why its last making failed
 BEAT = 15.0  # seconds between two signs of life
 DEAD_AFTER = 180.0  # seconds without one; a network file system may show files a minute late
-POLLS = (0.05, 5.0)  # seconds between two looks while waiting: at first, in the end
+POLLS = (0.05, 5.0)  # seconds between two checks while waiting: at first, in the end
 PACKAGES = ("clipsae", "torch", "lightning", "open_clip_torch", "torchmetrics", "hydra-core")
 
 

@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> None:
     """Train, evaluate, measure, show. What is finished is used, what was interrupted is continued.
 
     Raises:
-        ConfigError: something in the config that cannot be; before anything slow has begun.
+        ConfigError: an invalid config; before anything slow has begun.
     """
     store = Store(cfg.paths.output_dir)
     check(cfg)
@@ -57,10 +57,10 @@ def run(cfg: DictConfig) -> None:
     def train(logger: Callable[[], Logger | None]) -> None:
         def make(folder: Path) -> None:
             held_out = build.build_dataset(cfg.train_dataset, "test", clip.image_size)
-            own, looks = None, []
+            own, callbacks = None, []
             if rank_zero_only.rank == 0:
-                own, looks = logger(), watch.callbacks(cfg, store, clip, held_out)
-            sae.make(cfg, clip, train_set, held_out, own, trained, folder, looks)
+                own, callbacks = logger(), watch.callbacks(cfg, store, clip, held_out)
+            sae.make(cfg, clip, train_set, held_out, own, trained, folder, callbacks)
 
         together.make(trained, make, rank_zero_only.rank)
 
@@ -204,7 +204,7 @@ def tracked(cfg: DictConfig, stage: Stage, job_type: str) -> Iterator[Callable[[
         if rank_zero_only.rank == 0:
             log_failure(logger(), error)  # to be seen there, however early it is
         raise
-    except SystemExit:  # told to leave
+    except SystemExit:  # preempted
         coming_back = True
         raise
     finally:

@@ -19,7 +19,6 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from clipsae.errors import ConfigError
-from clipsae.evaluation.numbers import SETTINGS
 from clipsae.overrides import near, renamed
 from clipsae.rules import (
     FLAG,

@@ -171,11 +171,11 @@ class Sweep:
         if self._cells:
             from clipsae.tasks.sweep import cells_of, duration, print_summary
 
-            if any(cell.why for cell in self._cells):  # k=auto can be told now
+            if any(cell.why for cell in self._cells):  # k=auto is known now
                 self._cells = cells_of(*self._jobs)
             groups = groups or [[i] for i in range(len(outcomes))]
-            of = zip(outcomes, groups, strict=True)
-            failed = {i for outcome, group in of if outcome.why is not None for i in group}
+            ends = zip(outcomes, groups, strict=True)
+            failed = {i for outcome, group in ends if outcome.why is not None for i in group}
             print_summary(self._cells, [i in failed for i in range(len(self._cells))])
             print(f"in {duration(time.monotonic() - self._begun)}", flush=True)
         conclude(outcomes)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from hydra_plugins.clipsae_launchers.local import groups_of, looked_at
+from hydra_plugins.clipsae_launchers.local import groups_of, shows_status
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -45,14 +45,13 @@ DEAF = """sh -c 'trap "" TERM USR2; exec "$@"' sh """
 
 
 class _Awaited(BaseSubmititLauncher):
-    """Submits all jobs, waits for every one of them, however it ends.
+    """Submits all jobs and waits for every one of them, however it ends.
 
-    Pickled with each job, and again in the job when it is preempted: by then Hydra has loaded this
-    module anew, so that the class is pickled, too. It must hold nothing that cannot be (a
-    `cached_property` has a lock).
+    Pickled with each job, and again in the job when it is preempted: by then Hydra has reloaded
+    this module, so that the class is pickled, too, with all it refers to (no locks, no `cache`).
     """
 
-    leaving = False  # asked to, and queued again
+    leaving = False  # preempted, and queued again
 
     def __call__(
         self, overrides: list[list[str]], numbers: list[int], *rest: Any
@@ -115,7 +114,7 @@ class _Awaited(BaseSubmititLauncher):
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.outcome import Sweep
 
-        if looked_at(self, job_overrides):
+        if shows_status(self, job_overrides):
             return []
         self._require()
         sweep = Sweep(self, job_overrides)
@@ -129,9 +128,9 @@ class _Awaited(BaseSubmititLauncher):
                     self._find(more)
                     jobs += more
                 ready = [job for job in jobs if job.is_open and self._may_start(job)]
-                some = [job for job in ready if job.after is ready[0].after][: self._places(jobs)]
-                if some:
-                    self._submit(some, initial_job_idx)
+                if ready and (places := self._places(jobs)):
+                    same = [job for job in ready if job.after is ready[0].after]
+                    self._submit(same[:places], initial_job_idx)
                 elif not _collect(jobs):
                     time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
@@ -223,20 +222,23 @@ class Slurm(_Awaited):
             )
 
     def _submit(self, jobs: "list[Job]", initial_job_idx: int) -> None:
-        from clipsae.store import write_json
+        from clipsae.store.files import read_json, write_json
 
         super()._submit(jobs, initial_job_idx)
-        submitted = {self._digest(job): job.handle.job_id for job in jobs}
-        write_json(self._list, self._known() | submitted)
+        submitted = zip(self._digests(jobs), (job.handle.job_id for job in jobs), strict=True)
+        write_json(self._list, read_json(self._list) | dict(submitted))
 
     def _find(self, jobs: "list[Job]") -> None:
         import submitit
 
-        known = self._known()
-        queued = _queued() if known else set()
+        from clipsae.store.files import read_json
+
+        known = read_json(self._list)
+        squeue = "squeue", "--me", "--noheader", "--array", "--format=%i"
+        queued = set(_output(*squeue).split()) if known else set()
         tasks = range(max(1, self.params["nodes"]) * max(1, self.params["tasks_per_node"]))
-        for job in jobs if queued else ():
-            if (number := known.get(self._digest(job))) in queued:
+        for job, digest in zip(jobs, self._digests(jobs), strict=True) if queued else ():
+            if (number := known.get(digest)) in queued:
                 job.handle = submitit.SlurmJob(self.params["submitit_folder"], number, list(tasks))
         if found := sum(job.handle is not None for job in jobs):
             log.info("%d jobs of an earlier command go on: waiting for them", found)
@@ -254,23 +256,19 @@ class Slurm(_Awaited):
 
     @property
     def _list(self) -> Path:
-        """Which job was submitted last for which cells."""
+        """Which job was submitted last for which cells: digest -> number."""
         return Path(str(self.params["submitit_folder"]).removesuffix("%j"), "jobs.json")
 
-    def _known(self) -> dict[str, str]:
-        from clipsae.store.files import read_json
-
-        return read_json(self._list)
-
-    def _digest(self, job: "Job") -> str:
-        """Everything that a job is submitted with, but the command's own folder."""
+    def _digests(self, jobs: "list[Job]") -> list[str]:
+        """For each job everything that it is submitted with, but the command's own folder."""
         config = OmegaConf.masked_copy(self.config, [k for k in self.config if k != "hydra"])
         common = json.dumps([OmegaConf.to_yaml(config), self.params], sort_keys=True)
-        text = f"{common}\0{json.dumps(job.overrides)}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        texts = [f"{common}\0{json.dumps(job.overrides)}" for job in jobs]
+        return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
 
     def _places(self, jobs: "list[Job]") -> int:
-        return _largest_array()
+        match = re.search(r"MaxArraySize\s*=\s*(\d+)", _output("scontrol", "show", "config"))
+        return max(1, int(match[1]) - 1) if match else LARGEST_ARRAY
 
 
 class ManyCores(_Awaited):
@@ -292,32 +290,13 @@ class ManyCores(_Awaited):
         return int(running < (self.parallel or os.cpu_count() or 1))
 
 
-@cache
-def _largest_array() -> int:
-    """Jobs in one array, at most."""
+def _output(*command: str) -> str:
+    """What a command of SLURM prints; empty where it fails."""
     try:
-        with _no_allocation():
-            told = subprocess.run(
-                ["scontrol", "show", "config"], capture_output=True, text=True, timeout=30
-            ).stdout
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        told = ""
-    match = re.search(r"MaxArraySize\s*=\s*(\d+)", told)
-    return max(1, int(match[1]) - 1) if match else LARGEST_ARRAY
-
-
-def _queued() -> set[str]:
-    """The user's jobs that run or are to run, as "123" or "123_4"."""
-    try:
-        listed = subprocess.run(
-            ["squeue", "--me", "--noheader", "--array", "--format=%i"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return set()
-    return set(listed.split())
+        return ""
+    return done.stdout
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def check_options(cfg: DictConfig) -> None:
     """Refuse what the config alone shows cannot be trained.
 
     Raises:
-        ConfigError: an option of the SAE, its training or Lightning's Trainer that cannot be.
+        ConfigError: an invalid option of the SAE, its training or Lightning's Trainer.
     """
     check_devices(cfg)
     options = build.training_options(cfg)
@@ -94,16 +94,14 @@ def check_options(cfg: DictConfig) -> None:
         hint = ""
         if cfg.trainer.accelerator != "auto":
             hint = " (trainer.accelerator=auto takes what is there)"
-        raise ConfigError(
-            f"Lightning's Trainer cannot be had with {given}: {said}{hint}"
-        ) from error
+        raise ConfigError(f"Lightning's Trainer refuses {given}: {said}{hint}") from error
 
 
 def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
     """Refuse now, at no cost, what would be refused in the midst of the training.
 
     Raises:
-        ConfigError: an option of the SAE or its features that cannot be with this CLIP and these
+        ConfigError: an option of the SAE or its features that is invalid with this CLIP and these
             images.
     """
     with torch.device("meta"):
@@ -114,7 +112,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
 
 
 def check_devices(cfg: DictConfig) -> None:
-    """Refuse devices that cannot be counted, and those whose processes cannot be had.
+    """Refuse devices that cannot be counted, or whose processes cannot be started.
 
     Raises:
         ConfigError: such devices.
@@ -152,7 +150,7 @@ def make(
 
     Args:
         held_out: images for validation.
-        watch: callbacks that look at the training and leave it as it is.
+        watch: callbacks that observe the training.
     """
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     module = SAEModule(build.build_sae(cfg, clip.width), **build.training_options(cfg))
