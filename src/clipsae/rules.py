@@ -30,10 +30,10 @@ def is_number(value: Any) -> bool:
 
 
 def whole(least: int | None = None, most: int | None = None, most_name: str = "") -> Rule:
-    """A whole number; `most_name` is what `most` is called."""
+    """A whole number; `most` is the value of the option `most_name`."""
     limits = "" if least is None else f", {least} or more"
     if most is not None:
-        limits = f" from {least} to {most_name}{most}"
+        limits = f" from {least} to {most_name}{'=' * bool(most_name)}{most}"
     low, high = (-math.inf if least is None else least), (math.inf if most is None else most)
     return Rule(f"a whole number{limits}", lambda v: is_whole(v) and low <= v <= high)
 

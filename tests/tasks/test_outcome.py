@@ -73,7 +73,8 @@ def sweep(tmp_path, monkeypatch):
         monkeypatch.setattr("clipsae.tasks.sweep.cells_of", found)
         sweep = Sweep.__new__(Sweep)
         sweep.names = [f"cell {i}" for i in range(len(saes))]
-        sweep._jobs = None, [[f"model={sae}", f"seed={i}"] for i, sae in enumerate(saes)]
+        sweep.configs = []
+        sweep._overrides = [[f"model={sae}", f"seed={i}"] for i, sae in enumerate(saes)]
         sweep._cells = found()
         return sweep
 

@@ -133,7 +133,12 @@ def build_sae(cfg: DictConfig, d: int) -> SAE:
     Raises:
         ConfigError: an option that does not exist or is invalid.
     """
-    return user_error(SAE, d=d, **sae_options(cfg))
+    options = sae_options(cfg)
+    try:
+        return SAE(d=d, **options)
+    except ValueError as error:
+        name = str(error).partition("=")[0]
+        raise ConfigError(f"{'model.' * (name in options)}{error}") from error
 
 
 def clip_key(cfg: DictConfig) -> dict[str, Any]:

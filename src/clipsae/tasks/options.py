@@ -309,6 +309,8 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             raise unknown_key("trainer", key, known, node["trainer"][key])
     _check_group("trainer", node["trainer"], TRAINER)
     _check_group("model", node["model"], MODEL)
+    if is_whole(k := node["model"].get("k")):
+        _check_value("model.k", k, whole(1, node["model"]["latents"], "model.latents"))
     for group in ("dataset", "train_dataset"):
         if _own(node[group]):
             _check_group(group, node[group], DATASET)

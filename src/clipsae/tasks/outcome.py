@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
 from clipsae.errors import ConfigError
+from clipsae.tasks import options
 from clipsae.tasks.table import terminal
 
 if TYPE_CHECKING:
@@ -79,6 +81,13 @@ def cells(job_overrides: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(o for o in overrides if o not in common) for overrides in jobs]
 
 
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def outcome_of(done: JobReturn, cell: str) -> Outcome:
     """The outcome of a job that ran in this process."""
     if done.status == JobStatus.COMPLETED:
@@ -92,24 +101,49 @@ def outcome_of(done: JobReturn, cell: str) -> Outcome:
     )
 
 
+def configs_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
+    """The config that each job of a sweep runs with.
+
+    Raises:
+        ConfigError: an invalid value in one of them, before any of them begins.
+    """
+    load = launcher.hydra_context.config_loader.load_sweep_config
+    configs = []
+    for overrides in job_overrides:
+        configs.append(load(launcher.config, list(overrides)))
+        options.check(configs[-1], overrides)
+    return configs
+
+
 class Sweep:
     """What a multirun says before it begins and when it has ended.
 
     Attributes:
         names: of the jobs.
+        configs: of the jobs.
     """
 
     def __init__(self, launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> None:
         self.names = cells(job_overrides)
-        self._jobs = launcher, job_overrides
+        self.configs = configs_of(launcher, job_overrides)
+        self._overrides = job_overrides
         self._begun = time.monotonic()
         self._cells: list[Cell] = []
-        # Other tasks make other things. A single job says itself what it does.
-        if launcher.config.task.get("_target_") == EXPERIMENT and len(job_overrides) > 1:
-            from clipsae.tasks.sweep import cells_of, forecast
+        # A single job says itself what it does.
+        if len(job_overrides) > 1:
+            if launcher.config.task.get("_target_") == EXPERIMENT:
+                from clipsae.tasks.sweep import forecast
 
-            self._cells = cells_of(*self._jobs)
-            print(forecast(self._cells), flush=True)
+                self._cells = self._look()
+                print(forecast(self._cells), flush=True)
+            else:
+                print(f"{len(job_overrides)} jobs", flush=True)
+
+    def _look(self) -> "list[Cell]":
+        """The cells by what the store holds now."""
+        from clipsae.tasks.sweep import cells_of
+
+        return cells_of(self.configs, self._overrides)
 
     def plan(
         self, groups: Sequence[list[int]], *, again: bool = False
@@ -126,10 +160,8 @@ class Sweep:
             The jobs in the order in which to submit them, and the groups whose SAE is unknown.
         """
         if again:
-            from clipsae.tasks.sweep import cells_of
-
-            self._cells = cells_of(*self._jobs)
-        overrides = [list(some) for some in self._jobs[1]]
+            self._cells = self._look()
+        overrides = [list(some) for some in self._overrides]
         jobs, unknown, by_sae = [], [], {}
         for group in groups:
             cell = self._cells[group[0]] if self._cells and len(group) == 1 else None
@@ -169,16 +201,23 @@ class Sweep:
             SystemExit: with status 1, if anything failed.
         """
         if self._cells:
-            from clipsae.tasks.sweep import cells_of, duration, print_summary
+            from clipsae.tasks.sweep import print_summary
 
             if any(cell.why for cell in self._cells):  # k=auto is known now
-                self._cells = cells_of(*self._jobs)
+                self._cells = self._look()
             groups = groups or [[i] for i in range(len(outcomes))]
             ends = zip(outcomes, groups, strict=True)
             failed = {i for outcome, group in ends if outcome.why is not None for i in group}
             print_summary(self._cells, [i in failed for i in range(len(self._cells))])
-            print(f"in {duration(time.monotonic() - self._begun)}", flush=True)
+            print(f"in {self._took}", flush=True)
+        elif len(outcomes) > 1:
+            done = sum(outcome.why is None for outcome in outcomes)
+            print(f"{done} of {len(outcomes)} jobs are done, in {self._took}", flush=True)
         conclude(outcomes)
+
+    @property
+    def _took(self) -> str:
+        return duration(time.monotonic() - self._begun)
 
 
 def conclude(outcomes: list[Outcome]) -> None:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clipsae.store.survey import Entry, survey
+from clipsae.tasks.outcome import configs_of
 from clipsae.tasks.table import terminal
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ def run(cfg: DictConfig) -> None:
 
 def show_sweep(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> None:
     """Print what is in the store, and how far each cell of a sweep is: in place of its jobs."""
+    configs = configs_of(launcher, job_overrides)
     # torch and lightning, which know what decides a stage, take seconds to import.
     from clipsae.tasks.sweep import cells_of
 
-    show(launcher.config, cells_of(launcher, job_overrides))
+    show(launcher.config, cells_of(configs, job_overrides))
 
 
 def show(cfg: DictConfig, cells: "list[Cell]") -> None:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
@@ -20,8 +20,9 @@ from clipsae.errors import ConfigError
 from clipsae.store import MARK, Stage, Store
 from clipsae.store.files import read_json
 from clipsae.store.survey import Entry
-from clipsae.tasks import build, options
+from clipsae.tasks import build
 from clipsae.tasks.guidance import resolve_k
+from clipsae.tasks.outcome import duration
 from clipsae.tasks.stages import evaluation, measurement, sae
 from clipsae.tasks.table import terminal
 
@@ -57,26 +58,23 @@ class Cell:
         return "missing", found[0] if states and states[0] == "done" else None
 
 
-def cells_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list[Cell]:
-    """What each job of a sweep makes, by the very configs that it would run with.
+def cells_of(configs: Sequence[DictConfig], job_overrides: Sequence[Sequence[str]]) -> list[Cell]:
+    """What each job of a sweep makes.
 
     Each dataset is opened once, as a run would do; no weights are loaded.
 
-    Raises:
-        ConfigError: an invalid value of one of them, before any of them begins.
+    Args:
+        configs: of the jobs, as `outcome.configs_of` composes them.
+        job_overrides: by which the cells are called.
     """
-    load = launcher.hydra_context.config_loader.load_sweep_config
-    labels = labels_of(job_overrides)
     before = HydraConfig.instance().cfg
     found: dict[str, ImageDataset] = {}
     cells = []
     try:
-        for overrides, label in zip(job_overrides, labels, strict=True):
-            cfg = load(launcher.config, list(overrides))
-            HydraConfig.instance().set_config(cfg)  # which says where plugins are
-            options.check(cfg, overrides)
+        for config, label in zip(configs, labels_of(job_overrides), strict=True):
+            HydraConfig.instance().set_config(config)  # which says where plugins are
             try:
-                cells.append(Cell(label, stages_of(cfg, found)))
+                cells.append(Cell(label, stages_of(deepcopy(config), found)))
             except ConfigError as error:
                 cells.append(Cell(label, why=str(error)))
     finally:
@@ -88,6 +86,7 @@ def stages_of(cfg: DictConfig, found: dict[str, ImageDataset]) -> tuple[Stage, .
     """The stages of one job of `task=experiment`.
 
     Args:
+        cfg: of the job; `model.k=auto` is replaced by what it stands for.
         found: the datasets by config and split; those opened here are added.
 
     Raises:
@@ -237,13 +236,6 @@ def print_summary(cells: list[Cell], failed: Sequence[bool]) -> None:
     console = terminal()
     console.print(title, highlight=False, soft_wrap=True)
     console.print(table)
-
-
-def duration(seconds: float) -> str:
-    """Such as "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _row(about: Mapping[str, str]) -> str:

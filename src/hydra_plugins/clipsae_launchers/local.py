@@ -6,6 +6,7 @@ from functools import partial
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig
 
 
 class Local(BasicLauncher):
@@ -23,22 +24,26 @@ class Local(BasicLauncher):
             return []
         sweep = Sweep(self, job_overrides)
         if self.config.together:
-            returns = self._take_turns(job_overrides, initial_job_idx)
+            groups = groups_of(self, sweep.configs)
+            returns = self._take_turns(groups, job_overrides, initial_job_idx)
         else:
             returns = super().launch(job_overrides, initial_job_idx)
         sweep.conclude([outcome_of(*job) for job in zip(returns, sweep.names, strict=True)])
         return returns
 
     def _take_turns(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+        self,
+        groups: Sequence[Sequence[int]],
+        job_overrides: Sequence[Sequence[str]],
+        initial_job_idx: int,
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.together import Turns
 
         launch = super().launch
         returns: dict[int, JobReturn] = {}
-        for group in groups_of(self, job_overrides):
+        for group in groups:
             jobs = [partial(launch, [job_overrides[i]], initial_job_idx + i) for i in group]
-            returns |= {i: of for i, (of,) in zip(group, Turns().run(jobs), strict=True)}
+            returns |= {i: done for i, (done,) in zip(group, Turns().run(jobs), strict=True)}
         return [returns[i] for i in range(len(job_overrides))]
 
 
@@ -52,11 +57,10 @@ def shows_status(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> 
     return True
 
 
-def groups_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list[list[int]]:
+def groups_of(launcher: Launcher, configs: Sequence[DictConfig]) -> list[list[int]]:
     """The jobs by number: one by one, or with `together=true` those that share their tokens."""
     if not launcher.config.together:
-        return [[i] for i in range(len(job_overrides))]
+        return [[i] for i in range(len(configs))]
     from clipsae.tasks.together import by_stream
 
-    load = launcher.hydra_context.config_loader.load_sweep_config
-    return by_stream([load(launcher.config, list(overrides)) for overrides in job_overrides])
+    return by_stream(configs)

@@ -118,7 +118,7 @@ class _Awaited(BaseSubmititLauncher):
             return []
         self._require()
         sweep = Sweep(self, job_overrides)
-        jobs, unknown = sweep.plan(groups_of(self, job_overrides))
+        jobs, unknown = sweep.plan(groups_of(self, sweep.configs))
         self._find(jobs)
         log.info("logs in %s", str(self.params["submitit_folder"]).removesuffix("/%j"))
         try:
