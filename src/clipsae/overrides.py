@@ -1,9 +1,10 @@
 """Why a command line does not compose, in one sentence with the names that are near."""
 
 import difflib
+import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,17 @@ def _composed() -> DictConfig:
             except HydraException:
                 continue
     return OmegaConf.create()
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values as text of a nested mapping."""
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield (
+                f"{prefix}{name}",
+                value
+                if isinstance(value, str)
+                else json.dumps(value, separators=(",", ":"), default=str),
+            )

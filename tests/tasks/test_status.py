@@ -7,8 +7,9 @@ import pytest
 from made_up import MadeUp
 from rich.console import Console
 
+from clipsae.store import Store
 from clipsae.store.survey import survey
-from clipsae.tasks.status import by_path, detail, stage_table
+from clipsae.tasks.status import by_path, cell_table, detail, differences, stage_table
 from clipsae.tasks.sweep import Cell
 from tests.warm import run_py
 
@@ -88,6 +89,50 @@ def test_the_store_in_80_columns_has_a_line_a_folder(entries):
     assert len(rows) == 2
 
 
+def test_runs_that_their_columns_do_not_tell_apart_show_what_differs(root, tmp_path):
+    store = Store(tmp_path)
+    for steps in (3, 600):
+        key = {"training": {"trainer": {"max_steps": steps, "precision": "32"}}}
+        stage = store.stage("sae", ["topk"], key, {"model": "topk", "k": 8})
+        stage.make(lambda folder: None)
+        about = {"model": "topk", "dataset": "scenes"}
+        store.stage("evaluation", ["a"], {"sae": stage.path.name}, about).make(lambda folder: None)
+    store.stage("sae", ["topk"], {"other": 1}, {"model": "topk", "k": 4}).make(lambda folder: None)
+    entries = survey(tmp_path)
+    saes = [e for e in entries if e.kind == "sae"]
+    found = differences(saes)
+    assert sorted(found[e.name]["differs in"] for e in saes if e.about["k"] == 8) == [
+        "max_steps=3",
+        "max_steps=600",
+    ]
+    assert [e.name for e in saes if e.name not in found] == [
+        e.name for e in saes if e.about["k"] == 4
+    ]
+    # An evaluation by the SAE, which the other table shows by the same end of its name.
+    of_saes = {row["name"] for row in found.values()}
+    evaluations = differences([e for e in entries if e.kind == "evaluation"])
+    assert {row["differs in"].removeprefix("sae=") for row in evaluations.values()} == of_saes
+
+
+def test_cells_that_are_missing_share_lines():
+    missing = [
+        (Cell({"model": model, "dataset": dataset}), "missing", None)
+        for model in ("relu", "topk")
+        for dataset in ("dtd", "eurosat", "food101")
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(cell_table(missing))
+    lines = [line.strip() for line in console.file.getvalue().splitlines() if "topk" in line]
+    assert [line.split("  ")[0] for line in lines] == ["relu, topk"]
+    assert "dtd, eurosat, food101" in lines[0]
+    uneven = [missing[0], missing[1], missing[3]]
+    console = Console(width=80, file=io.StringIO())
+    console.print(cell_table(uneven))
+    said = console.file.getvalue()
+    assert "relu   dtd, eurosat  missing" in said
+    assert "topk   dtd           missing" in said
+
+
 SMALL = [
     "features.batch_size=4",
     "trainer.val_check_interval=2",
@@ -103,9 +148,9 @@ SMALL = [
 @pytest.mark.slow
 def test_a_sweep_is_looked_up_by_everything_that_decides_its_results(tmp_path):
     given = [*SMALL, f"paths.output_dir={tmp_path}"]
-    sweep = ["model=topk", "model.k=2,65", "model.latents=64", "trainer.max_steps=2"]
-    done = run_py("-m", *given, *sweep)
-    # One of the two cells cannot be: it has 64 latents.
+    sweep = ["model=topk", "model.k=2", "model.latents=64", "trainer.max_steps=2"]
+    done = run_py("-m", *given, *sweep, "clip.layer=-2,99")
+    # One of the two cells fails: the built-in CLIP has four blocks.
     assert done.returncode == 1
     assert (
         "2 cells, 0 of them finished; 2 SAEs, 2 to train; how long it takes is not" in done.stdout

@@ -4,10 +4,11 @@ They are read from the keys of the store's stages, where everything that decides
 that no option can be forgotten here.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from clipsae.overrides import flat
 
 Settings = tuple[tuple[str, str], ...]  # names and values, sorted
 NOT_SET = "not set"
@@ -68,19 +69,6 @@ def is_of_codes(name: str) -> bool:
     if name in ("evaluation.split", "evaluation.limit_images"):
         return True
     return not name.startswith(("evaluation.", "measurement."))
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values as text of a nested mapping."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else _text(value)
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), default=str)
 
 
 def _of_sae(key: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

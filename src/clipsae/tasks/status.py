@@ -1,7 +1,8 @@
 """`task=status`: what is done, running, stalled, failed and missing, of a store and of a sweep."""
 
 import json
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from clipsae.store.survey import Entry, survey
+from clipsae.overrides import flat
+from clipsae.store.survey import NAME, Entry, survey
 from clipsae.tasks.outcome import configs_of
 from clipsae.tasks.table import terminal
 
@@ -32,6 +34,8 @@ COLOURS = {
     "missing": "dim",
     "left over": "dim",
 }
+MISSING = f"[{COLOURS['missing']}]missing[/]"
+HASHED = re.compile(rf"{NAME}|[0-9a-f]{{16,}}")
 
 
 def run(cfg: DictConfig) -> None:
@@ -97,11 +101,37 @@ def detail(entry: Entry) -> str:
 
 def stage_table(entries: list[Entry]) -> Group:
     """One row a folder of one kind."""
-    rows = []
+    rows, apart = [], differences(entries)
     for entry in entries:
-        known = {n: entry.about[n] for n in KNOWN if entry.about.get(n) is not None}
-        rows.append((known or {"name": entry.name}) | _shown(entry.state, entry))
+        about = (_known(entry) or {"name": entry.name}) | apart.get(entry.name, {})
+        rows.append(about | _shown(entry.state, entry))
     return _table(f"{entries[0].kind}: {len(entries)}", rows)
+
+
+def differences(entries: list[Entry]) -> dict[str, dict[str, str]]:
+    """By name what sets an entry apart from those of the same model, dataset, ...: the end of its
+    name, and up to three settings that differ."""
+    alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
+    for entry in entries:
+        alike[tuple(map(str, _known(entry).items()))][entry.name] = dict(flat(entry.key))
+    found = {}
+    for keys in alike.values():
+        names = sorted({name for key in keys.values() for name in key})
+        names = [n for n in names if len({key.get(n) for key in keys.values()}) > 1]
+        names.sort(key=lambda name: not name.endswith("max_steps"))
+        for entry_name, key in keys.items() if len(keys) > 1 else ():
+            settings = [f"{n.rpartition('.')[2]}={_end(key[n])}" for n in names[:3] if n in key]
+            found[entry_name] = {"name": _end(entry_name), "differs in": " ".join(settings)}
+    return found
+
+
+def _known(entry: Entry) -> dict[str, Any]:
+    return {n: entry.about[n] for n in KNOWN if entry.about.get(n) is not None}
+
+
+def _end(value: str) -> str:
+    """A stage's name, or a hash, by its last characters; else the value."""
+    return f"…{value[-10:]}" if HASHED.fullmatch(value) else value
 
 
 def cell_table(cells: "list[tuple[Cell, str, Entry | None]]") -> Group:
@@ -114,21 +144,37 @@ def cell_table(cells: "list[tuple[Cell, str, Entry | None]]") -> Group:
         elif entry is not None and state != "done" and shown[""]:
             shown[""] = f"{entry.kind}: {shown['']}"
         rows.append(dict(cell.about) | shown)
-    return _table(f"cells of the sweep: {len(cells)}", rows)
+    return _table(f"cells of the sweep: {len(cells)}", _together(rows))
+
+
+def _together(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of which nothing is known but that they are missing, as one where they differ in one
+    name alone."""
+    known = [row for row in rows if not (row["state"] == MISSING and row[""] == "")]
+    missing = [row for row in rows if row not in known]
+    for name in sorted({name for row in missing for name in row}):
+        groups: dict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
+        for row in missing:
+            rest = tuple((n, value) for n, value in row.items() if n != name)
+            groups[rest].append(row.get(name, ""))
+        missing = [
+            {name: ", ".join(dict.fromkeys(some)), **dict(rest)} for rest, some in groups.items()
+        ]
+    return known + missing
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Group:
     """A title and a table; of several rows what is the same in all is said in the title, once."""
     last = list(_shown("done", None))
     about = {name for row in rows for name in row} - set(last)
-    order = {name: at for at, name in enumerate(("name", *KNOWN))}
+    order = {name: at for at, name in enumerate(("name", *KNOWN, "differs in"))}
     columns = [*sorted(about, key=lambda name: (order.get(name, len(order)), name)), *last[:-1]]
     values = {name: {str(row.get(name, "")) for row in rows} for name in columns}
     values["host"].discard("")  # of what is missing
     same = [c for c in about | {"host"} if len(values[c]) == 1 and len(rows) > 1]
     said = [f"{name} {min(values[name])}" for name in columns if name in same]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    columns = [name for name in columns if name not in same]
+    columns = [name for name in columns if name not in same and values[name] - {""}]
     columns += [""] * any(row.get("") for row in rows)
     for name in columns:
         table.add_column(name, overflow="fold")
