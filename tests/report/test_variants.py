@@ -1,11 +1,15 @@
 """Results that are not alike are never averaged, ranked or shown as one."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from clipsae.report import Commands, Wanted, collect, make_report, select, write_report
 from clipsae.report.settings import settings_of
-from clipsae.report.tables import compared, dataset_table, rank_table
+from clipsae.report.tables import average_table, compared, dataset_table, rank_table
 from clipsae.report.variants import Line
+from clipsae.tasks.report import in_parts
 
 TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
 
@@ -58,6 +62,67 @@ def test_a_smoke_run_replaces_nothing_and_is_averaged_with_nothing(store):
     table = rank_table(selection, of, "rank")
     assert table.title == "Mean rank over 3 datasets: trainer.max_steps=600"
     assert [row.cells["on_5"].ours for row in table.rows] == [2.0, 1.0]
+
+
+def test_many_smoke_runs_do_not_decide_what_is_missing(store):
+    for dataset in "abc":
+        store.evaluation("sparsemax", dataset, {"on_5": 1.0}, max_steps=3)
+        store.evaluation("topk", dataset, {"on_5": 1.0}, max_steps=3, k=8)
+    store.evaluation("sparsemax", "a", {"on_5": 33.0})
+    usual = {"trainer.max_steps": "600"}
+    found = collect(store.root)
+    models = ("sparsemax", "topk")
+    selection = choose(store, usual=usual, models=models)
+    assert [(line.model, line.common) for line in selection.lines] == [
+        ("sparsemax", "trainer.max_steps=600"),
+        ("sparsemax", "trainer.max_steps=3"),
+        ("topk", "trainer.max_steps=3"),
+    ]
+    report = make_report(store.root, found, selection, Commands(["clip=tiny"]))
+    gaps = [(gap.model, gap.dataset) for gap in report.missing]
+    assert [gap for gap in gaps if gap[0] == "sparsemax"] == [("sparsemax", d) for d in "bc"]
+    assert all("max_steps=600" in g.command for g in report.missing if g.model == "sparsemax")
+    # Without a config that says what is usual the most results do.
+    assert choose(store, models=models).lines[0].common == "trainer.max_steps=3"
+
+
+def test_a_narrow_terminal_cuts_no_figure(store):
+    datasets = [f"dataset_{i}" for i in range(9)]
+    for i, dataset in enumerate(datasets):
+        store.evaluation("sparsemax", dataset, {"on_5": 33.25 + i, "on_10": 41.5 + i})
+        store.evaluation("sparsemax", dataset, {"on_5": 1.25 + i}, max_steps=3)
+    table = average_table(choose(store), tuple(datasets), "average", "nine datasets")
+    for width in (40, 60, 80, 200):
+        console = Console(width=width, file=io.StringIO())
+        for part in in_parts(table, console):
+            console.print(part)
+        said = console.file.getvalue()
+        assert max(map(len, said.splitlines())) <= width
+        for row in table.rows:
+            figures = [row.cells[name].ours for name in ("on_5", "on_10") if name in row.cells]
+            assert all(f"{x:.2f}" in said for x in figures if x is not None)
+        assert "…" not in said
+
+
+def test_the_report_on_what_has_a_setting(store):
+    store.evaluation("sparsemax", "a", {"on_5": 33.0})
+    store.evaluation("sparsemax", "b", {"on_5": 1.25}, max_steps=3)
+    selection = choose(store, settings={"trainer.max_steps": "600"})
+    assert figures(selection, "a") == {"Sparsemax": 33.0}
+    assert selection.differences == ()
+    assert selection.others == ("a",)
+    assert selection.unfitting == 1
+
+
+def test_a_pair_that_has_a_figure_by_another_recipe_of_the_model_is_not_missing(store):
+    for dataset, rate in (("a", 0.001), ("b", 0.002), ("c", 0.001)):
+        sae = trained(store, f"sparsemax-{dataset}", learning_rate=rate)
+        store.evaluation("sparsemax", dataset, {"on_5": 30.0}, sae=sae)
+    found = collect(store.root)
+    selection = choose(store, models=("sparsemax",))
+    assert len(selection.lines) == 2
+    report = make_report(store.root, found, selection, Commands(["clip=tiny"]))
+    assert [(gap.dataset, gap.what) for gap in report.missing if gap.what == "all"] == []
 
 
 def test_what_is_not_alike_stands_above_everything_else_on_the_page(store):

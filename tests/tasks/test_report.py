@@ -87,6 +87,11 @@ def test_a_report_from_the_command_line(tmp_path):
     assert content["data"][3][0] == "TopK (k = 16)"
     assert content["data"][3][2] == 45.0
 
+    # The same tables are not logged twice; a result more is logged as another run.
+    again = report(out, "logger.mode=offline", "evaluation.batch_size=16")
+    assert "these tables are in W&B already" in again.stdout + again.stderr
+    assert len(list((out / "wandb").glob("offline-run-*"))) == 1
+
 
 @pytest.mark.slow
 def test_nothing_to_report_is_one_sentence_with_the_command_to_run_first(tmp_path):

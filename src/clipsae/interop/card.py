@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from clipsae.evaluation.metrics import NUMBERS
 from clipsae.evaluation.numbers import current_names
 from clipsae.sae import SAE
 
@@ -95,6 +94,8 @@ def _results(folder: Path | None) -> list[str]:
             "latents, chosen with the image's true label):\n\n" + table
         )
     if measured:
+        from clipsae.evaluation.metrics import NUMBERS  # imports Lightning, to load does not
+
         numbers = {n.key: (n.label, n.format) for n in NUMBERS if n.headline}
         found.append("Measured on the evaluated images:\n\n" + _table(measured, numbers))
     return found

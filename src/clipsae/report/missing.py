@@ -71,7 +71,7 @@ def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
 
     Expected are `selection.expected` on `selection.datasets`; with ImageNet, the ablation's two
     mixed models and the measurements of the models in Tables 5 and 6 on it. Of a model with several
-    lines the first is to be filled.
+    lines the first is to be filled, unless one as much like the usual settings has the figure.
     """
     columns = {dataset: accuracy_columns(selection, [dataset]) for dataset in selection.datasets}
     expected = [(m, dataset, columns[dataset]) for dataset in columns for m in selection.expected]
@@ -82,8 +82,8 @@ def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
     found = []
     for model, dataset, keys in expected:
         line = selection.main(model)
-        cells = selection.of(line, dataset)
-        has = set(cells.metric[cells.value.notna()])
+        of_lines = [selection.of(one, dataset) for one in selection.alike(line)]
+        has = {metric for cells in of_lines for metric in cells.metric[cells.value.notna()]}
         lacking = [key for key in keys if key not in has] if has else [ALL]
         if has and dataset == MEASURED_ON and model in selection.expected:
             there = set(selection.rows(measured, line).metric)

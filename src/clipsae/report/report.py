@@ -175,10 +175,11 @@ def _counts(selection: Selection) -> list[str]:
         for row in selection.runs.drop_duplicates("folder").itertuples()
         if dict(row.settings).get("evaluation.limit_images", "null") != "null"
     }
+    settings = "".join(f", {name}={value}" for name, value in wanted.settings.items())
     counts = {
         "superseded by a newer one with the same settings.": selection.superseded,
         f"excluded: not of the CLIP {wanted.clip} (weights {wanted.weights_title}, layer "
-        f"{wanted.layer}), the {wanted.protocol} protocol and M = {wanted.latents}.": (
+        f"{wanted.layer}), the {wanted.protocol} protocol and M = {wanted.latents}{settings}.": (
             selection.unfitting
         ),
         "used that cover a part of the images only (evaluation.limit_images).": len(limited),

@@ -1,7 +1,7 @@
 """Which finished results fill a cell, and the mean over seeds in it."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pandas as pd
 from clipsae.report.collect import NO_K, Collected
 from clipsae.report.names import ELEVEN_NAMES, SIX, WITH_K
 from clipsae.report.published import ablation_parts
-from clipsae.report.variants import Line, set_apart
+from clipsae.report.variants import Line, set_apart, unlike
 
 LINE = ["model", "common", "own"]
 ENCODER = ["image_encoder", "pooling"]
@@ -28,6 +28,10 @@ class Wanted:
         models, datasets: rows and tables; None: the six variants and others found; the eleven
             datasets if any of them has a result, and others found.
         k: of TopK and BatchTopK in the tables; None: the k with results on most datasets.
+        settings: what all results must have, such as {"trainer.max_steps": "600"}; those that a
+            result does not have at all are not asked of it.
+        usual: settings of the composed config: of a model's unlike results those with these come
+            first, and are the ones that are missing.
     """
 
     clip: str
@@ -38,6 +42,8 @@ class Wanted:
     models: tuple[str, ...] | None = None
     datasets: tuple[str, ...] | None = None
     k: int | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    usual: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights_title(self) -> str:
@@ -57,7 +63,8 @@ class Selection:
         runs: the same before the mean over seeds, with `seed` and `folder`.
         metrics: like `cells`, also by image_encoder and pooling; metrics that no measurement has
             come from the evaluations.
-        lines: rows of the tables, in order: models, and of each first the line with most results.
+        lines: rows of the tables, in order: models, and of each first the line that is most like
+            `wanted.usual`, of several such that with most results.
         ablated: rows of the ablation's tables.
         expected: models that should have results.
         eleven, others: datasets of the tables, in order.
@@ -99,14 +106,25 @@ class Selection:
         return [(label, tuple(x for x in self.lines if x.common == label)) for label in labels]
 
     def usual(self, model: str) -> Line:
-        """A model's line with the common settings of most results."""
+        """A line of a model without results: with the common settings most like `wanted.usual`,
+        of several such those of most results."""
         most = self.runs.groupby("common", sort=False).folder.nunique()
-        return Line(model, str(most.idxmax())) if len(most) else Line(model)
+        order = {c: (unlike(str(c), self.wanted.usual), -n) for c, n in most.items()}
+        return Line(model, str(min(order, key=order.__getitem__)) if order else "")
 
     def main(self, model: str) -> Line:
-        """A model's line with most results; one without any where it has none."""
+        """A model's first line; one without results where it has none."""
         lines = (line for line in (*self.lines, *self.ablated) if line.model == model)
         return next(lines, Line(model))
+
+    def alike(self, line: Line) -> tuple[Line, ...]:
+        """The model's lines that are as much like `wanted.usual` as this one, with it."""
+        as_much = unlike(line.common, self.wanted.usual)
+        others = (x for x in (*self.lines, *self.ablated) if x.model == line.model)
+        return (
+            line,
+            *(x for x in others if x != line and unlike(x.common, self.wanted.usual) == as_much),
+        )
 
     def of(self, line: Line, dataset: str | None = None) -> pd.DataFrame:
         """The cells of a line with the tables' k, and of one dataset."""
@@ -171,8 +189,8 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     }
     there = {*runs.model, *metrics.model} - set(SIX) - set(ablation_parts())
     models = wanted.models or (*SIX, *sorted(there))
-    lines = _lines(models, runs, metrics)
-    ablated = _lines(ablation_parts(), runs, metrics)
+    lines = _lines(models, wanted.usual, runs, metrics)
+    ablated = _lines(ablation_parts(), wanted.usual, runs, metrics)
     eleven, others = _datasets(wanted, {*runs.dataset, *metrics.dataset})
     return Selection(
         wanted=wanted,
@@ -193,9 +211,14 @@ def select(found: Collected, wanted: Wanted) -> Selection:
 
 
 def _fitting(rows: pd.DataFrame, wanted: Wanted) -> pd.DataFrame:
-    """Those of the wanted CLIP, protocol and M."""
+    """Those of the wanted CLIP, protocol, M and settings."""
     names = ("clip", "weights", "layer", "latents", "protocol")
     keep = [rows[name].eq(getattr(wanted, name)) for name in names if name in rows]
+    if wanted.settings:
+        asked = wanted.settings.items()
+        has = [dict(settings) for settings in rows.settings]
+        fits = [all(s.get(name, value) == value for name, value in asked) for s in has]
+        keep.append(pd.Series(fits, index=rows.index, dtype=bool))
     return rows[np.logical_and.reduce(keep)]
 
 
@@ -222,15 +245,19 @@ def _over_seeds(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return over.join(grouped[kept].min() if kept else over[[]]).reset_index()
 
 
-def _lines(models: Iterable[str], *frames: pd.DataFrame) -> tuple[Line, ...]:
-    """The lines of each model, those with results on most datasets and of most seeds first."""
+def _lines(
+    models: Iterable[str], usual: Mapping[str, str], *frames: pd.DataFrame
+) -> tuple[Line, ...]:
+    """The lines of each model: those most like the usual settings first, then those with results
+    on most datasets and of most seeds."""
     found = []
     for model in models:
         counts: dict[Line, tuple[int, ...]] = {}
         for rank, frame in enumerate(frames):  # accuracies before metrics
             mine = frame[frame.model == model]
             for (common, own), rows in mine.groupby(["common", "own"], sort=False):
-                count = (rank, -rows.dataset.nunique(), -rows.folder.nunique())
+                how_many = (-rows.dataset.nunique(), -rows.folder.nunique())
+                count = (unlike(str(common), usual), rank, *how_many)
                 counts.setdefault(Line(model, str(common), str(own)), count)
         found += sorted(counts, key=lambda line: (counts[line], line)) or [Line(model)]
     return tuple(found)

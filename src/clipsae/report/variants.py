@@ -55,6 +55,13 @@ class Line:
         return [word for word in words if _OVERRIDE.fullmatch(word)]
 
 
+def unlike(label: str, settings: Mapping[str, str]) -> int:
+    """How many settings of a label, such as "trainer.max_steps=3", have another value in
+    `settings`; those that are not there are not counted."""
+    parts = (part.partition("=") for part in label.split(", ") if part)
+    return sum(_short(settings.get(name, value)) != value for name, _, value in parts)
+
+
 def is_own(name: str) -> bool:
     """Whether a setting belongs to a model, so that different models are expected to differ."""
     own = ("model.", "optimizer.", "plugins", "trainer.gradient_clip", "evaluation.count_threshold")

@@ -1,5 +1,7 @@
 """`task=report`: the paper's tables, ours beside the published, from all finished results."""
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
@@ -7,10 +9,14 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 from rich import box
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from clipsae.errors import ConfigError
+from clipsae.overrides import flat
 from clipsae.report import (
     Collected,
     Commands,
@@ -25,10 +31,14 @@ from clipsae.report import (
     to_frame,
     write_report,
 )
-from clipsae.store import digest
+from clipsae.report.table import Column
+from clipsae.store import SCHEMA, digest
+from clipsae.store.files import read_json, write_json
 from clipsae.tasks import build
 from clipsae.tasks.table import terminal
 from clipsae.training.logging import finish
+
+log = logging.getLogger(__name__)
 
 # Overrides of the report's own command line that say nothing about how to fill a cell.
 _OWN = ("task", "model", "dataset", "seed", "logger", "sweeps", "clip")
@@ -43,7 +53,7 @@ def run(cfg: DictConfig) -> None:
             cannot be written to.
     """
     found = collect(cfg.paths.output_dir)
-    wanted = wanted_of(cfg, found)
+    wanted = wanted_of(cfg, found, HydraConfig.get().overrides.task)
     selection = select(found, wanted)
     commands = Commands(carried_overrides(cfg), cfg.seed, image_folders(found))
     if not selection.folders:
@@ -60,8 +70,8 @@ def run(cfg: DictConfig) -> None:
     print_report(report, page)
 
 
-def wanted_of(cfg: DictConfig, found: Collected) -> Wanted:
-    """The task's options.
+def wanted_of(cfg: DictConfig, found: Collected, overrides: Sequence[str] = ()) -> Wanted:
+    """The task's options, and of the command line's overrides those that decide a result.
 
     Raises:
         ConfigError: an unknown model or dataset.
@@ -75,13 +85,23 @@ def wanted_of(cfg: DictConfig, found: Collected) -> Wanted:
             *found.results[group],
             *found.measurements[group],
         }
+        known = {name for name in known if not name.startswith("_")}  # bases of others
         unknown = [name for name in names or () if name not in known]
         if unknown:
             raise ConfigError(
                 f"task.{group}s has {unknown[0]!r}: expected names among {', '.join(sorted(known))}"
             )
         chosen[f"{group}s"] = tuple(names) if names else None
+    usual = {
+        name: value
+        for group in ("trainer", "optimizer", "features", "evaluation", "measurement")
+        for name, value in flat(build.plain(cfg[group]), f"{group}.")
+    } | {"schema": str(SCHEMA)}
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    deciding = {name for settings in set(found.results.settings) for name, _ in settings}
     return Wanted(
+        settings={name: usual[name] for name in sorted(given & usual.keys() & deciding)},
+        usual=usual,
         clip=task.clip,
         weights=str(task.weights),
         layer=task.layer,
@@ -134,6 +154,7 @@ def nothing_there(
     what = (
         f"of {wanted.clip} (weights {wanted.weights}, layer {wanted.layer}) with "
         f"{wanted.latents} latents by the {wanted.protocol} protocol"
+        + "".join(f", {name}={value}" for name, value in wanted.settings.items())
     )
     dataset = (wanted.datasets or (cfg.dataset.name,))[0]
     model = (wanted.models or (cfg.model.name,))[0]
@@ -172,10 +193,17 @@ def log_report(cfg: DictConfig, report: Report) -> None:
     """The tables as W&B Tables of one run; other loggers have no place for them."""
     about = report.selection.wanted
     wanted = {**vars(about), "weights": about.weights_title}
+    del wanted["usual"]
+    run_id = digest({**wanted, "results": report.selection.folders})
+    logged = Path(cfg.task.folder) / "logged.json"
+    mark = {"run": run_id, "logger": digest(build.plain(cfg.logger))} if cfg.logger else {}
+    if mark and read_json(logged) == mark:
+        log.info("these tables are in W&B already, as run %s", run_id)
+        return
     logger: Logger | None = build.call_target(
         cfg.logger,
         name=f"report-{cfg.task.clip}-{cfg.task.protocol}",
-        run_id=digest({**wanted, "results": report.selection.folders}),
+        run_id=run_id,
         job_type="report",
         run_config={"report": {**wanted, "results": list(report.selection.folders)}},
         folder=Path(cfg.paths.output_dir),
@@ -191,6 +219,8 @@ def log_report(cfg: DictConfig, report: Report) -> None:
         failed = False
     finally:
         finish(logger, failed)
+    if isinstance(logger, WandbLogger):
+        write_json(logged, mark)
 
 
 def print_report(report: Report, page: Path) -> None:
@@ -200,7 +230,8 @@ def print_report(report: Report, page: Path) -> None:
         console.print("settings that differ, each in rows of its own:", highlight=False)
         for sentence in report.differences:
             console.print(f"- {sentence}", markup=False, highlight=False)
-    console.print(_rich(report.tables[0]))
+    for part in in_parts(report.tables[0], console):
+        console.print(part)
     for sentence in report.findings:
         console.print(f"- {sentence}", markup=False, highlight=False)
     for note in report.notes:
@@ -211,20 +242,40 @@ def print_report(report: Report, page: Path) -> None:
     console.print(f"page     {page}", soft_wrap=True)
 
 
-def _rich(table: Table) -> RichTable:
+def in_parts(table: Table, console: Console) -> list[RichTable]:
+    """The table, or where its figures do not fit in the terminal's width parts of its columns."""
+    count, unbounded = len(table.columns), console.options.update_width(10_000)
+    found: list[RichTable] = []
+    for size in (-(-count // parts) for parts in range(1, count + 1)):
+        found = [_rich(table, table.columns[at : at + size]) for at in range(0, count, size)]
+        widths = [Measurement.get(console, unbounded, part).minimum for part in found]
+        if max(widths, default=0) <= console.width:
+            break
+    return found
+
+
+def _rich(table: Table, columns: Sequence[Column]) -> RichTable:
     """Ours, and behind it the difference to the published figure where there is one."""
     rich = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for head in table.heads:
-        rich.add_column(head)
-    for column in table.columns:
-        rich.add_column(column.title, justify="right")
-    for row in table.rows:
-        cells = []
-        for column in table.columns:
-            texts = shown(row.cells[column.key], column) if column.key in row.cells else None
-            difference = f" [dim]{texts['difference']}[/]" if texts and texts["difference"] else ""
-            cells.append((texts["ours"] if texts else "") + difference)
-        rich.add_row(*map(escape, row.labels), *cells)
+        rich.add_column(head, overflow="fold", min_width=16)
+    figures = []
+    for column in columns:
+        texts = [
+            shown(row.cells[column.key], column) if column.key in row.cells else None
+            for row in table.rows
+        ]
+        figures.append([_figure(text) for text in texts])
+        width = max(Text.from_markup(text).cell_len for text in (column.title, *figures[-1]))
+        rich.add_column(column.title, justify="right", no_wrap=True, min_width=width)
+    for at, row in enumerate(table.rows):
+        rich.add_row(*map(escape, row.labels), *(texts[at] for texts in figures))
     if table.has_published:
         rich.caption, rich.caption_justify = "dim: difference to the published figure", "left"
     return rich
+
+
+def _figure(texts: Mapping[str, str] | None) -> str:
+    if not texts:
+        return ""
+    return texts["ours"] + (f" [dim]{texts['difference']}[/]" if texts["difference"] else "")
