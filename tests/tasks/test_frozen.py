@@ -1,4 +1,4 @@
-"""What must not move when code does: the losses and the results of each recipe on the built-in CLIP.
+"""What must not move when code does: losses and results of each recipe on the built-in CLIP.
 
 `frozen.json` holds what 50 steps of each recipe yield. With the torch and on the processor that it
 was made with, losses are the same bit for bit; elsewhere additions have another order. To make it
@@ -48,7 +48,7 @@ def results_of(model: str, folder: Path) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     (curves,) = folder.glob("runs/*/metrics.csv")
     (rows,) = map(pd.read_csv, folder.glob("evaluation/*/results.csv"))
-    (metrics,) = map(pd.read_csv, folder.glob("measurement/*/metrics.csv"))
+    (metrics,) = map(pd.read_csv, folder.glob("evaluation/*/metrics.csv"))
     names = [s if pd.isna(n) else f"{s}_{n:.0f}" for s, n in zip(rows.setting, rows.n, strict=True)]
     return {
         "losses": pd.read_csv(curves)["train/loss"].dropna().tolist(),

@@ -1,7 +1,6 @@
-"""What an SAE's concepts are worth: top-n classification, sparsity, reconstruction."""
+"""What an SAE's concepts are worth: top-n classification, sparsity, fidelity, monosemanticity."""
 
-from clipsae.evaluation.result import TopNResult
-from clipsae.evaluation.sparsity import SparsityMetrics
-from clipsae.evaluation.topn import check_topn_options, evaluate_topn
+from clipsae.evaluation.evaluate import Evaluation, check_metrics, evaluate
+from clipsae.evaluation.topn import check_topn_options
 
-__all__ = ["SparsityMetrics", "TopNResult", "check_topn_options", "evaluate_topn"]
+__all__ = ["Evaluation", "check_metrics", "check_topn_options", "evaluate"]

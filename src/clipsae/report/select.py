@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from clipsae.report.collect import NO_K, Collected
@@ -55,7 +54,7 @@ class Selection:
             competing. For `common` and `own` see `Line`.
         runs: the same before the mean over seeds, with `seed` and `folder`.
         metrics: a row a (model, common, own, dataset, k, metric, image_encoder, pooling): value,
-            std, seeds; metrics that no measurement has come from the evaluations.
+            std, seeds.
         lines: rows of the tables, in order: models, and of each first the line with most results.
         ablated: rows of the ablation's tables.
         expected: models that should have results.
@@ -146,17 +145,15 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     Results that differ in a setting are lines of their own (`variants.py`). Of several results with
     the same settings (one has more values of n, say) the newest counts, figure by figure.
     """
-    frames = [found.results, found.diagnostics, _idle_options_apart(found.measurements)]
+    frames = [found.results, _idle_options_apart(found.measurements)]
     fitting = [_of_models(_fitting(frame, wanted), wanted) for frame in frames]
-    (results, diagnostics, measured), differences = set_apart(fitting)
+    (results, measured), differences = set_apart(fitting)
     cell = [*LINE, "dataset", "k"]
     runs = _newest(results, [*cell, "seed", "column"])
-    measured = _newest(measured, [*cell, "seed", "metric", "image_encoder", "pooling"])
-    diagnostics = _newest(diagnostics, [*cell, "seed", "metric"])
-    metrics = pd.concat([measured, _unmeasured(diagnostics, measured)], ignore_index=True)
+    metrics = _newest(measured, [*cell, "seed", "metric", "image_encoder", "pooling"])
 
-    used = {*runs.folder, *measured.folder}
-    all_fitting = {*results.folder, *fitting[2].folder}
+    used = {*runs.folder, *metrics.folder}
+    all_fitting = {*results.folder, *fitting[1].folder}
     unfitting = {
         folder
         for frame in (found.results, found.measurements)
@@ -215,14 +212,6 @@ def _idle_options_apart(measured: pd.DataFrame) -> pd.DataFrame:
     idle = ~measured.metric.astype(str).str.startswith("monosemanticity_")
     options = ["image_encoder", "pooling"]
     return measured.assign(**{name: measured[name].mask(idle, "") for name in options})
-
-
-def _unmeasured(diagnostics: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
-    """The evaluations' metrics that no measurement of the same cell has."""
-    key = [*LINE, "dataset", "k", "seed", "metric"]
-    known = set(map(tuple, measured[key].to_numpy().tolist()))
-    unknown = [tuple(row) not in known for row in diagnostics[key].to_numpy().tolist()]
-    return diagnostics[np.array(unknown, dtype=bool)].assign(image_encoder="", pooling="")
 
 
 def _over_seeds(rows: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from clipsae.store.files import read_json
 from clipsae.store.survey import Entry
 from clipsae.tasks import build, options
 from clipsae.tasks.guidance import resolve_k
-from clipsae.tasks.stages import evaluation, measurement, sae
+from clipsae.tasks.stages import evaluation, sae
 from clipsae.tasks.table import terminal
 
 BEST = ("running", "failed", "stalled")  # of the unfinished stages of a cell the one to be told
@@ -105,12 +105,8 @@ def stages_of(cfg: DictConfig, found: dict[str, ImageDataset]) -> tuple[Stage, .
     resolve_k(cfg, store)
     trained = sae.stage(cfg, store, dataset(build.train_dataset_node(cfg), "train"))
     test_set = dataset(cfg.dataset, cfg.evaluation.split)
-    stages = [trained]
-    if cfg.evaluation.settings:
-        stages.append(evaluation.stage(cfg, store, trained, test_set))
-    if cfg.measurement.metrics != []:
-        stages.append(measurement.stage(cfg, store, trained, test_set))
-    return tuple(stages)
+    evaluated = evaluation.stage(cfg, store, trained, test_set)
+    return (trained,) if evaluated is None else (trained, evaluated)
 
 
 def labels_of(job_overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:

@@ -106,7 +106,7 @@ def in_one_pass(
     """What a pass over the images of `cfg.dataset` finds, of all SAEs that are due for it.
 
     Args:
-        kind: "evaluation" or "measurement", a group of the config whose options all have in common.
+        kind: what the pass is for; all have the config's evaluation and measurement in common.
         of: what is this cell's own.
         run: makes the pass, given each cell's own by a name.
 
@@ -119,7 +119,7 @@ def in_one_pass(
         found = run(named)
         return [(name, found) for name in named]
 
-    nodes = cfg.clip, cfg.dataset, cfg.evaluation, cfg[kind]
+    nodes = cfg.clip, cfg.dataset, cfg.evaluation, cfg.measurement
     key = json.dumps([*map(build.plain, nodes), build.limit_images(cfg)])
     return meet(Need((EVALUATE, kind, key), of, serve))
 

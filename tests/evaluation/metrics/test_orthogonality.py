@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clipsae.evaluation.metrics import DecoderOrthogonality, decoder_orthogonality
+from clipsae.evaluation.metrics import decoder_orthogonality
 
 
 def plain(rows):
@@ -36,12 +36,3 @@ def test_known_values():
 def test_random_rows_in_768_dimensions_are_where_the_table_is():
     rows = torch.randn(4096, 768, generator=torch.Generator().manual_seed(0))
     assert decoder_orthogonality(rows).item() == pytest.approx(1 / 768, rel=0.01)
-
-
-def test_blocks_and_processes(merged):
-    rows = dictionary()
-    metrics = [DecoderOrthogonality(7) for _ in range(2)]
-    metrics[0].update(rows[:4])
-    metrics[0].update(rows[4:15])
-    metrics[1].update(rows[15:])
-    assert merged(*metrics).item() == pytest.approx(plain(rows), rel=1e-10)

@@ -9,53 +9,36 @@ With unit rows it is (||D^T D||_F^2 - M) / (M (M - 1)): a d x d matrix in place 
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-
-def orthogonality_sums(rows: Tensor) -> dict[str, Tensor]:
-    """The sums of a block of decoder rows [m, d]; sums of blocks add up.
-
-    Returns:
-        `gram` float64 [d, d], `rows` int64: those that are not zero, which have no direction.
-    """
-    rows = rows.detach().double()
-    rows = nn.functional.normalize(rows[rows.any(dim=-1)], dim=-1, eps=0)
-    return {"gram": rows.T @ rows, "rows": torch.tensor(len(rows), device=rows.device)}
-
-
-def orthogonality_value(sums: dict[str, Tensor]) -> Tensor:
-    """The mean squared cosine, float64 scalar; NaN with fewer than two rows."""
-    m = sums["rows"].double()
-    mean = (sums["gram"].square().sum() - m) / (m * (m - 1))
-    return torch.where(m > 1, mean, torch.nan)
+from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.passes import Batch
+from clipsae.sae import SAE
 
 
 def decoder_orthogonality(rows: Tensor) -> Tensor:
-    """Mean squared cosine of different rows [M, d]; rows of zeros are left out."""
-    return orthogonality_value(orthogonality_sums(rows))
+    """Mean squared cosine of different rows [M, d], float64 scalar; rows of zeros, which have no
+    direction, are left out. NaN with fewer than two rows."""
+    rows = rows.detach().double()
+    rows = nn.functional.normalize(rows[rows.any(dim=-1)], dim=-1, eps=0)
+    m = torch.tensor(len(rows), dtype=torch.float64, device=rows.device)
+    mean = ((rows.T @ rows).square().sum() - m) / (m * (m - 1))
+    return torch.where(m > 1, mean, torch.nan)
 
 
-class DecoderOrthogonality(Metric):
-    """`decoder_orthogonality` of a dictionary given in blocks, whose rows may lie on many devices.
+@METRICS.register("orthogonality")
+class Orthogonality(Measurement):
+    """`decoder_orthogonality` of the dictionary, which no image changes."""
 
-    Args:
-        d: width of the rows.
-    """
+    value: Tensor
 
-    full_state_update = False
-    gram: Tensor
-    rows: Tensor
+    def __init__(self, sae: SAE, options: Options) -> None:
+        super().__init__(sae, options)
+        start = decoder_orthogonality(sae.decoder_rows())
+        self.add_state("value", start, dist_reduce_fx="mean")
 
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.add_state("gram", torch.zeros(d, d, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("rows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+    def update(self, batch: Batch) -> None:
+        """Nothing: the decoder is all that counts."""
 
-    def update(self, rows: Tensor) -> None:
-        """Add decoder rows [m, d]."""
-        for name, value in orthogonality_sums(rows).items():
-            setattr(self, name, getattr(self, name) + value)
-
-    def compute(self) -> Tensor:
-        """float64 scalar."""
-        return orthogonality_value({"gram": self.gram, "rows": self.rows})
+    def compute(self) -> dict[str, Tensor]:
+        """`decoder_orthogonality`."""
+        return {"decoder_orthogonality": self.value}

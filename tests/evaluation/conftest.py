@@ -30,6 +30,7 @@ class ToySAE(nn.Module):
     def __init__(self, d, latents, k=None, seed=0):
         super().__init__()
         self.config = {"d": d, "latents": latents}
+        self.latents = latents
         generator = torch.Generator().manual_seed(seed)
         self.rows = nn.Parameter(torch.randn(latents, d, generator=generator) / d**0.5)
         self.k = k
@@ -45,11 +46,18 @@ class ToySAE(nn.Module):
     def gate(self, scores, tau, latents=None):
         return torch.where(scores > tau, scores, 0).relu()
 
+    def encode_held(self, x):
+        scores = self.scores(x)
+        return self.gate(scores, self.threshold(scores))
+
     def input_scale(self, x):
         return torch.ones_like(x[..., :1])
 
     def decode(self, codes, scale=1.0, latents=None):
-        return codes @ self.rows * scale
+        rows = self.rows if latents is None else self.rows[latents]
+        return codes @ rows * scale
+
+    decode_held = decode
 
     def decoder_rows(self, latents=None):
         return self.rows
