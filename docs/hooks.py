@@ -15,7 +15,8 @@ _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 
 GROUPS = {
     "task": "What a run does.",
-    "model": "The SAE and its training.",
+    "model": "The SAE.",
+    "optimizer": "Adam and its schedule.",
     "recipe": "Chosen by itself: sizes and rates that suit a CLIP and a model together.",
     "clip": "The frozen model whose tokens the SAE reads.",
     "dataset": "What the SAE is evaluated on.",
@@ -61,7 +62,8 @@ def _configs(root: Path) -> str:
     for group in [*GROUPS, *sorted(found - set(GROUPS))]:
         parts.append(f"## {group}\n\n{GROUPS.get(group, '')}\n")
         parts += [
-            _file(file, f"{group}={file.stem}") for file in sorted((conf / group).glob("*.yaml"))
+            _file(file, f"{group}{'/' if file.stem[0] == '_' else '='}{file.stem}")
+            for file in sorted((conf / group).glob("*.yaml"))
         ]
     parts.append("## sweeps\n\nWhat many runs are.\n")
     parts += [_file(f, f"sweeps={f.stem}") for f in sorted((root / "sweeps").glob("*.yaml"))]

@@ -3,12 +3,25 @@
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+
+RENAMED = {
+    **{
+        f"model.{key}": f"optimizer.{key}"
+        for key in ("learning_rate", "betas", "warmup_steps", "decay")
+    },
+    "model.count_threshold": "evaluation.count_threshold",
+    "model.l0": "model.l0_coefficient",
+    "model.l1": "model.l1_coefficient",
+    "features.shuffle_tokens": "features.shuffle_buffer_images",
+}
 
 
 def explain(error: Exception) -> str:
@@ -34,6 +47,20 @@ def explain(error: Exception) -> str:
     return ": ".join(text.splitlines()[0] for text in said)
 
 
+def renamed(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """The keys of a config that have another name now: old name -> new name and value.
+
+    One that stays in its group may be a plugin's own, unless the new name is there, too.
+    """
+    found = {}
+    for old, new in RENAMED.items():
+        (group, key), (new_group, new_key) = old.split("."), new.split(".")
+        node = config.get(group) or {}
+        if key in node and (group != new_group or new_key in node):
+            found[old] = new, node[key]
+    return found
+
+
 def near(name: str, known: Iterable[str], group: str = "") -> str:
     """The names that are meant, or all there are.
 
@@ -42,7 +69,8 @@ def near(name: str, known: Iterable[str], group: str = "") -> str:
     """
     known = sorted(one for one in known if not one.startswith("_"))
     prefix = f"{group}." if group else ""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = [one for one in known if one.startswith(f"{name}_")]  # l1: l1_coefficient
+    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(prefix + one for one in close)}?"
     if not known:
@@ -52,6 +80,8 @@ def near(name: str, known: Iterable[str], group: str = "") -> str:
 
 def _unknown(key: str) -> str:
     """That a key does not exist, from the first part of it that does not."""
+    if key in RENAMED:
+        return f"{_given(key)}: {key} is now {RENAMED[key]}"
     node, parts = _composed(), key.split(".")
     for i, part in enumerate(parts):
         known = [str(one) for one in node] if isinstance(node, DictConfig) else []
@@ -69,8 +99,17 @@ def _choices_with(group: str, key: str) -> list[str]:
     """The choices of a group whose configs have a key."""
     from clipsae.cli import ROOT
 
-    files = sorted((ROOT / "conf" / group).glob("*.yaml")) if group else []
-    return [file.stem for file in files if key in (OmegaConf.load(file) or ())]
+    files = sorted((ROOT / "conf" / group).glob("[!_]*.yaml")) if group else []
+    return [file.stem for file in files if key in with_bases(file)]
+
+
+def with_bases(file: Path) -> DictConfig:
+    """A config on top of those beside it that its defaults name, as Hydra composes them."""
+    own = OmegaConf.load(file) or OmegaConf.create()
+    bases = [
+        file.with_name(f"{name}.yaml") for name in own.get("defaults", []) if type(name) is str
+    ]
+    return OmegaConf.merge(*(with_bases(base) for base in bases if base.is_file()), own)
 
 
 def _given(key: str) -> str:

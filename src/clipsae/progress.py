@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import ClassVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,10 @@ class Bar:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            # Where a terminal is narrow, the numbers are cut off and nothing else.
+            TextColumn("{task.fields[numbers]}", table_column=Column(ratio=1, no_wrap=True)),
             refresh_per_second=4,
+            expand=True,
         )
         Bar.display = self._shown
         self._task = self._shown.add_task(self.name, total=total, completed=done, numbers="")

@@ -65,7 +65,7 @@ def relu(p: Parameters, x: Tensor, options: dict) -> Tensor:
     z = torch.relu(scores(p, x, options))
     weighted = z * (p["C"] @ p["W_V"]).norm(dim=1) if "C" in p else z
     loss = options["reconstruction_weight"] * error(decode(p, z, x, options), x)
-    return loss + options["l1"] * weighted.sum(1).mean()
+    return loss + options["l1_coefficient"] * weighted.sum(1).mean()
 
 
 def jumprelu(p: Parameters, x: Tensor, options: dict) -> Tensor:
@@ -75,7 +75,7 @@ def jumprelu(p: Parameters, x: Tensor, options: dict) -> Tensor:
     pull = near / eps * (theta - theta.detach())
     z = s * passes - theta.detach() * pull
     loss = options["reconstruction_weight"] * error(decode(p, z, x, options), x)
-    return loss + options["l0"] * (passes - pull).sum(1).mean()
+    return loss + options["l0_coefficient"] * (passes - pull).sum(1).mean()
 
 
 def gated(p: Parameters, x: Tensor, options: dict) -> Tensor:
@@ -85,7 +85,11 @@ def gated(p: Parameters, x: Tensor, options: dict) -> Tensor:
     gate = torch.relu(pi)
     by_gate = gate @ p["W_dec"].detach() + p["b_dec"].detach()
     loss = options["reconstruction_weight"] * error(decode(p, z, x, options), x)
-    return loss + options["l1"] * gate.sum(1).mean() + options["gate_weight"] * error(by_gate, x)
+    return (
+        loss
+        + options["l1_coefficient"] * gate.sum(1).mean()
+        + options["gate_weight"] * error(by_gate, x)
+    )
 
 
 def topk(p: Parameters, x: Tensor, options: dict) -> Tensor:

@@ -243,7 +243,7 @@ def test_refused_in_one_sentence_before_any_download(options, message, monkeypat
 def test_built_in_weights_that_are_not_there(monkeypatch, tmp_path):
     tiny = pytest.importorskip("clipsae.clip.tiny")
     monkeypatch.setattr(tiny, "weights_path", lambda: tmp_path / "none.safetensors")
-    with pytest.raises(ConfigError, match=r"no built-in weights.*task=pretrain"):
+    with pytest.raises(ConfigError, match=r"no built-in weights.*clipsae.pretraining"):
         FrozenCLIP.load("clipsae-tiny", "builtin")
 
 

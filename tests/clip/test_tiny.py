@@ -9,10 +9,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import VisionTransformer
 
 from clipsae.clip import tiny
-from clipsae.clip.tiny.merges import used_merges, write_merges
 from clipsae.data.scenes import KINDS
 from clipsae.data.scenes.grammar import vocabulary
-from clipsae.training.pretrain import zero_shot_accuracy
+from clipsae.pretraining.merges import used_merges, write_merges
+from clipsae.pretraining.train import zero_shot_accuracy
 
 # Measured on 4,000 scenes all are above 99.6 %; these are floors for a few hundred.
 FLOOR = dict.fromkeys(KINDS, 0.97)

@@ -124,12 +124,15 @@ PICKLES = {
 
 @pytest.mark.parametrize("kind", PICKLES)
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "before zip"])
-def test_what_torch_saved(model, expected, quick, tmp_path, kind, new):
+def test_what_torch_saved(model, expected, quick, tmp_path, kind, new, caplog):
     if kind == "a checkpoint" and not new:
         pytest.skip("its other objects are found in a zip archive alone")
     path = tmp_path / "epoch_3.pt"
     torch.save(PICKLES[kind](model), path, _use_new_zipfile_serialization=new)
     check(path, expected, quick)
+    computes = "QuickGELU" if quick else "plain GELU"
+    assert "does not say whether it was trained with QuickGELU" in caplog.text
+    assert f"clip.name={NAMES[quick]} computes {computes}" in caplog.text
 
 
 def test_code_in_a_pickle_does_not_run(tmp_path):

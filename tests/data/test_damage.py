@@ -4,15 +4,15 @@ any."""
 import pytest
 from PIL import Image
 
-from clipsae.data import ImageFolder, damage
+from clipsae.data import ImageFolder, reader
 from clipsae.data import dataset as images
-from clipsae.data.damage import find_damage, leaves_out, refuse_damaged
 from clipsae.data.images import BadImageError
+from clipsae.data.reader import find_damage, leaves_out, refuse_damaged
 
 
 @pytest.fixture(autouse=True)
 def _forgotten(monkeypatch):
-    monkeypatch.setattr(damage, "_found", {})
+    monkeypatch.setattr(reader, "_found", {})
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def dataset(folder, **options):
 def test_a_damaged_file_is_refused_by_name(folder, num_workers):
     refuse_damaged(dataset(folder), num_workers)
     break_(folder, "b/17.png")
-    with pytest.raises(BadImageError, match=r"b/17\.png: .*: mend or remove it, or .*=skip$"):
+    with pytest.raises(BadImageError, match=r"b/17\.png: .*: repair or remove it, or .*=skip$"):
         refuse_damaged(dataset(folder), num_workers)
     break_(folder, "a/3.png", "a/39.png")
-    with pytest.raises(BadImageError, match=r"\.png: .* \(3 such files\): mend"):
+    with pytest.raises(BadImageError, match=r"\.png: .* \(3 such files\): repair"):
         refuse_damaged(dataset(folder), num_workers)
 
 
@@ -52,15 +52,15 @@ def test_what_skips_is_not_refused(folder):
 
 
 def test_looking_ends_after_its_time_and_says_so(folder, caplog, monkeypatch):
-    caplog.set_level("INFO", "clipsae.data.damage")
-    monkeypatch.setattr(damage, "SECONDS", 0.0)
+    caplog.set_level("INFO", "clipsae.data.reader")
+    monkeypatch.setattr(reader, "SECONDS", 0.0)
     refuse_damaged(dataset(folder))
     assert "none among 32 of 80; the others are read as they come" in caplog.text
 
 
 def test_a_set_is_looked_at_once(folder, monkeypatch):
     refuse_damaged(dataset(folder))
-    monkeypatch.setattr(damage, "read_batches", None)
+    monkeypatch.setattr(reader, "read_batches", None)
     assert find_damage(dataset(folder)).read == 80
 
 

@@ -88,10 +88,10 @@ def data(**options):
 @pytest.mark.parametrize("stop", [1, 4, 5, 6, 10, 12])
 def test_a_resumed_training_sees_the_very_next_batch(tmp_path, shuffle, stop):
     """Five batches an epoch: stops lie within an epoch, at its end, and in the third."""
-    whole = fit(13, data(shuffle_tokens=shuffle)).seen
+    whole = fit(13, data(shuffle_buffer_images=shuffle)).seen
     assert len(whole) == 13
-    first = fit(stop, data(shuffle_tokens=shuffle), save=tmp_path / "last.ckpt").seen
-    second = fit(13, data(shuffle_tokens=shuffle), checkpoint=tmp_path / "last.ckpt").seen
+    first = fit(stop, data(shuffle_buffer_images=shuffle), save=tmp_path / "last.ckpt").seen
+    second = fit(13, data(shuffle_buffer_images=shuffle), checkpoint=tmp_path / "last.ckpt").seen
     assert first + second == whole
 
 
@@ -103,7 +103,7 @@ def test_lightnings_own_checkpoints_of_every_step_continue_exactly(
 
     def make():
         held = None if held_out is None else Images(held_out)
-        return data(shuffle_tokens=shuffle, num_workers=workers, val_dataset=held)
+        return data(shuffle_buffer_images=shuffle, num_workers=workers, val_dataset=held)
 
     every = ModelCheckpoint(
         tmp_path,
@@ -123,7 +123,7 @@ def test_lightnings_own_checkpoints_of_every_step_continue_exactly(
 
 @pytest.mark.parametrize("shuffle", [0, 8])
 def test_each_token_once_an_epoch(shuffle):
-    seen = fit(10, data(shuffle_tokens=shuffle)).seen
+    seen = fit(10, data(shuffle_buffer_images=shuffle)).seen
     for epoch in (seen[:5], seen[5:]):
         tokens = list(chain(*epoch))
         assert len(tokens) == len(set(tokens)) == 80
@@ -135,7 +135,7 @@ def test_tokens_are_mixed_within_a_block_and_not_without_one():
         return {token // 4 for token in batch}
 
     assert all(len(images_of(b)) == 4 for b in fit(5, data()).seen)
-    mixed = fit(5, data(shuffle_tokens=16)).seen
+    mixed = fit(5, data(shuffle_buffer_images=16)).seen
     assert max(len(images_of(b)) for b in mixed) > 8
     assert all(len(images_of(b)) == 4 for b in mixed[4:])  # the rest that fills no block
 
@@ -159,7 +159,7 @@ def test_validation_shows_the_same_images_each_time():
 
 
 def test_validation_tokens_are_not_mixed():
-    validated = fit(5, data(val_dataset=Images(6), shuffle_tokens=8)).validated
+    validated = fit(5, data(val_dataset=Images(6), shuffle_buffer_images=8)).validated
     for batch in validated:
         assert all(batch[i : i + 4] == tuple(range(batch[i], batch[i] + 4)) for i in range(0, 8, 4))
 
@@ -171,7 +171,7 @@ def test_the_first_batch_is_that_of_the_training():
 
 
 def test_nothing_is_held_after_the_training():
-    streamed = data(shuffle_tokens=8, num_workers=1)
+    streamed = data(shuffle_buffer_images=8, num_workers=1)
     fit(3, streamed)
     assert streamed._mixed is None
     assert streamed._train_loader._stream is None
@@ -217,7 +217,7 @@ class Ranks(Recorder):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked, which CUDA forbids")
 def test_two_ranks_share_an_epoch(tmp_path):
     ranks = {"strategy": "ddp_fork", "devices": 2}
-    fit(2, data(shuffle_tokens=8), module=Ranks(tmp_path), **ranks)
+    fit(2, data(shuffle_buffer_images=8), module=Ranks(tmp_path), **ranks)
     seen = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     tokens = list(chain(*seen[0], *seen[1]))
     assert len(tokens) == len(set(tokens)) == 4 * 16

@@ -18,11 +18,6 @@ SMALL = {
     "measurement.sample_tokens": "200",
 }
 SCENES = 24  # images of each split
-PRETRAIN = {
-    "task.steps": "1",
-    "task.batch_size": "8",
-    "task.evaluate_images": "8",
-}
 CELLS = 2  # of each axis of a sweep
 
 
@@ -109,7 +104,7 @@ def shrunken(command: Command, cfg: Any, clip: str | None = None) -> list[str]:
         cfg: what the command composes to.
         clip: in place of the command's.
     """
-    task, given = cfg.task._target_, list(command.overrides)
+    given = list(command.overrides)
     if clip is not None:
         given = [f"clip={clip}" if one.startswith("clip=") else one for one in given]
         given = [one for one in given if not one.startswith("clip.")]
@@ -117,8 +112,6 @@ def shrunken(command: Command, cfg: Any, clip: str | None = None) -> list[str]:
     for group in ("dataset", "train_dataset"):
         if "Scenes" in cfg[group].get("_target_", ""):
             small[f"++{group}.size"] = str(SCENES)
-    if task.endswith("pretrain.run"):
-        small = PRETRAIN
     if not any(one.startswith("logger") for one in given):
         small["logger"] = "none"
     named = {one.split("=")[0] for one in given}

@@ -25,7 +25,6 @@ NEEDS = {
     "a cluster": "SLURM: composed, the launcher resolved; tests/slurm runs it where one answers",
     "several GPUs": "composed only; tests/training/test_ddp.py runs two processes on the CPU",
     "a network": "Hugging Face or W&B are asked: composed only",
-    "half an hour": "composed only; tests/training/test_pretrain.py trains a few steps",
 }
 PAGES = sorted(
     [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")], key=lambda page: page.as_posix()

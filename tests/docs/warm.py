@@ -16,6 +16,10 @@ def _command(program: str, *arguments: str) -> None:
         _run(arguments if program == "clipsae" else arguments[1:])
     elif arguments[:3] == ("-m", "pip", "install"):
         _installed(arguments[3:])
+    elif arguments[:2] == ("-m", "clipsae.pretraining"):
+        from clipsae.pretraining.__main__ import parse
+
+        print("would train:", parse(arguments[2:]))  # half an hour
     elif arguments[:2] == ("-m", "pytest"):
         print("not within itself:", shlex.join(arguments))
     elif arguments[:2] == ("-m", "http.server"):

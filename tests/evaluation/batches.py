@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clipsae.evaluation.metrics import Options
 from clipsae.evaluation.passes import Batch, pool_codes
+from clipsae.sae import SparseCodes
 
 
 def sae_of(latents: int, d: int = 1) -> Any:
@@ -30,7 +31,8 @@ def batch_of(codes: Tensor, first: int = 0, **given: Any) -> Batch:
     tokens = tokens[:, None] if tokens.ndim == 2 else tokens
     batch = Batch(None, sae_of(codes.shape[-1]), slice(None))
     at = torch.arange(first, first + len(codes))
-    known = {"held": codes, "tokens": tokens.expand(-1, codes.shape[1], -1), "indices": at}
+    known = {"codes": codes, "sparse": SparseCodes.from_dense(codes), "indices": at}
+    known |= {"tokens": tokens.expand(-1, codes.shape[1], -1)}
     known |= {"positions": at.tolist(), "pooled": pool_codes(codes)}
     known["labels"] = torch.zeros(len(codes), dtype=torch.long)
     batch.__dict__.update(known | given)

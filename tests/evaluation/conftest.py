@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from clipsae.sae import SparseCodes
+
 
 def _merged(*parts):
     """What the first of these metrics computes after a reduction over all, as in torchmetrics."""
@@ -43,21 +45,20 @@ class ToySAE(nn.Module):
             return scores.new_zeros(())
         return scores.topk(self.k + 1, dim=-1).values[..., -1:].clamp(min=0)
 
-    def gate(self, scores, tau, latents=None):
+    def apply_threshold(self, scores, tau, latents=None):
         return torch.where(scores > tau, scores, 0).relu()
 
-    def encode_held(self, x):
+    def encode_sparse(self, x):
         scores = self.scores(x)
-        return self.gate(scores, self.threshold(scores))
+        return SparseCodes.from_dense(self.apply_threshold(scores, self.threshold(scores)))
 
     def input_scale(self, x):
         return torch.ones_like(x[..., :1])
 
     def decode(self, codes, scale=1.0, latents=None):
+        codes = codes.dense() if isinstance(codes, SparseCodes) else codes
         rows = self.rows if latents is None else self.rows[latents]
         return codes @ rows * scale
-
-    decode_held = decode
 
     def decoder_rows(self, latents=None):
         return self.rows

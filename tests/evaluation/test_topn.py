@@ -12,7 +12,7 @@ from torch import nn
 from clipsae.clip import FrozenCLIP
 from clipsae.evaluation import evaluate, passes
 from clipsae.evaluation.passes import evenly_spaced
-from clipsae.sae import SAE
+from clipsae.sae import SAE, SparseCodes
 
 CLASSES, LATENTS, WIDTH = 7, 40, 32
 NS = (1, 5, 10, 50)  # 50 > M
@@ -49,7 +49,8 @@ class StubSAE(nn.Module):
             scores = scores[..., : self.config["latents"] // 2].repeat(1, 1, 2)
         return torch.where(scores > self.threshold(scores), scores, 0.0)
 
-    encode_held = encode
+    def encode_sparse(self, x):
+        return SparseCodes.from_dense(self.encode(x))
 
     def threshold(self, scores):
         if self.kind == "jumprelu":
@@ -61,11 +62,11 @@ class StubSAE(nn.Module):
         return -0.05 if self.kind == "negative" else 0.0  # sparsemax's scores can be negative
 
     def decode(self, codes, scale=1.0, latents=None):
+        if isinstance(codes, SparseCodes):
+            codes = codes.dense()
         rows = self.decoder if latents is None else self.decoder[latents]
         bias = 0.0 if self.decoder_bias is None else self.decoder_bias
         return (codes @ rows + bias) * scale
-
-    decode_held = decode
 
 
 class Photos:
@@ -400,7 +401,7 @@ def test_batch_size_does_not_matter(clip, classifier):
         ({"protocol": "heldout"}, "heldout counts on another split"),
         ({"count_dataset": Photos([0])}, "paper counts on the evaluated one"),
         ({"count_threshold": {"b": 0.1}}, r"count_threshold for \['b'\]: .* \['a'\]"),
-        ({"count_threshold": -0.1}, "count_threshold=-0.1 for a: must be at least 0"),
+        ({"count_threshold": -0.1}, "count_threshold=-0.1 for a: expected at least 0"),
         ({"limit_images": 0}, "limit_images=0: must be at least 1"),
         ({"dataset": Photos([])}, "no images"),
         ({"classifier": torch.zeros(2, 24)}, "classifier of 2 classes: expected 0..1"),

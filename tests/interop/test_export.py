@@ -65,20 +65,20 @@ def plugin():
 
     @ACTIVATIONS.register("own_batch_topk")
     class Own(BatchTopK):
-        def curve(self, scores, tau, latents):
-            return super().curve(scores, tau, latents)
+        def magnitude(self, scores, tau, latents):
+            return super().magnitude(scores, tau, latents)
 
     @ACTIVATIONS.register("own_shrinking")
     class Shrinking(Activation):
         def threshold(self, scores):
             return scores.new_full((), 0.5)
 
-        def curve(self, scores, tau, latents):
+        def magnitude(self, scores, tau, latents):
             return scores - tau
 
     yield
     for name in ("own_batch_topk", "own_shrinking"):
-        ACTIVATIONS._classes.pop(name)
+        ACTIVATIONS.pop(name)
 
 
 def test_an_activation_of_ones_own_with_fixed_thresholds_is_jumprelu(tmp_path, make, plugin, x):

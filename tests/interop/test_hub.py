@@ -139,7 +139,7 @@ def test_the_card_tells_the_results_of_its_store(tmp_path, make):
     assert front["library_name"] == "clipsae"
     assert "| shapes (50 images) | 99.50 | 87.25 |" in card
     assert card.count("99.50") == 1
-    assert "| shapes (50 images) | 4 | 0.125 |" in card
+    assert "| shapes (50 images) | 4.0 | 0.125 |" in card
     assert "trained for 600 steps on scenes, seed 3" in card
     assert "FrozenCLIP.load('clipsae-tiny', 'builtin', layer=-2)" in card
     assert json.loads(card.split("```json\n")[1].split("```")[0]) == sae.config

@@ -260,10 +260,10 @@ def test_saelens_constant_norm_and_thresholds(tmp_path, x):
         ({"activation_fn": "tanh-relu"}, "activation_fn='tanh-relu'"),
         ({"normalize_activations": "layer_norm"}, "'layer_norm' has no counterpart"),
         ({"architecture": "topk"}, "k=None"),
-        ({"architecture": "topk", "k": M + 1}, f"from 1 to latents={M}"),
+        ({"architecture": "topk", "k": M + 1}, f"k={M + 1} is more than the {M} latents"),
         ({"architecture": "batchtopk", "k": 3}, "holds no topk_threshold"),
         ({"architecture": "gated"}, "holds no b_gate"),
-        ({"d_in": D + 1}, f"W_enc has shape [{D}, {M}]: expected [{D + 1}, {M}]"),
+        ({"d_in": D + 1}, f"d_in={D + 1}: the weights have {D}"),
         ({"d_sae": "many"}, "d_sae='many'"),
     ],
 )

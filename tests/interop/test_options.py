@@ -90,7 +90,17 @@ def test_an_unknown_tensor_is_refused_by_name_in_every_format(tmp_path, name):
     assert "W_skip is not known here" in said
 
 
+@pytest.mark.parametrize("more", [{"hparams": {"k": 8}}, {"scaling": 2.0}, {"norm_mean": 3}])
+def test_what_lies_beside_a_config_is_refused_by_name(tmp_path, more):
+    torch.save({"cfg": {}, "state_dict": weights(**MATRICES), **more}, tmp_path / "sae.pt")
+    with pytest.raises(ValueError, match=f"sae.pt: {next(iter(more))}=.* is an option that"):
+        clipsae.load(tmp_path)
+    torch.save({"state_dict": weights(**MATRICES), "optimizer": {"lr": 1}}, tmp_path / "sae.pt")
+    assert "has no config: its weights are read as those of a ReLU SAE" in read(tmp_path).lost[-1]
+
+
 OF_SAELENS = [
+    ({"d_out": D + 1}, f"d_out={D + 1}: the weights have {D}"),
     ({"activation_fn_str": "tanh-relu"}, "activation_fn_str='tanh-relu'"),
     ({"activation_fn_str": "topk"}, "activation_fn_kwargs: k=None"),
     ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 0}}, "k=0"),
@@ -118,7 +128,7 @@ OF_SAELENS = [
     ({"matryoshka_widths": [4, 8]}, "matryoshka_widths=[4, 8]"),
     ({"reshape_activations": "fold"}, "reshape_activations='fold'"),
     ({"architecture": "crosscoder"}, "architecture='crosscoder'"),
-    ({"d_sae": M + 1}, f"[{D}, {M}]: expected [{D}, {M + 1}]"),
+    ({"d_sae": M + 1}, f"d_sae={M + 1}: the weights have {M}"),
 ]
 
 
@@ -207,7 +217,7 @@ def test_patchsae_s_options_are_known(tmp_path):
     found = read(container(tmp_path, known, weights(**MATRICES)))
     assert found.format == "PatchSAE"
     said = refused(container, tmp_path, known | {"d_sae": M + 1}, weights(**MATRICES))
-    assert f"expected [{D}, {M + 1}]" in said
+    assert f"d_sae={M + 1}: the weights have {M}" in said
 
 
 def test_the_sparsemax_release_refuses_options_of_another_code(tmp_path):

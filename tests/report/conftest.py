@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 METRICS = {
-    "l0": 0.96875,
-    "active": 4.0,
+    "l0": 4.0,
+    "zero_fraction": 0.96875,
     "fvu": 0.25,
     "explained_variance": 0.75,
     "fvu_per_token": 0.2,

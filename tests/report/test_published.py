@@ -30,7 +30,7 @@ def test_accuracies_are_kept_as_printed(dataset, model, column, printed):
 
 def test_tables_5_and_6_under_our_metrics_names():
     known = published.metrics()
-    assert known["topk", "l0"] == "0.966"
+    assert known["topk", "zero_fraction"] == "0.966"
     assert known["relu", "fvu_per_token"] == "0.098"
     assert known["batch_topk", "cosine"] == "0.904"
     assert known["sparsemax", "decoder_orthogonality"] == "0.001"

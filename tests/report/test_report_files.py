@@ -9,8 +9,8 @@ import pytest
 
 from clipsae.report import Commands, Wanted, collect, make_report, select, write_report
 from clipsae.report.formats import latex, to_csv, to_latex, to_markdown
+from clipsae.report.page import inline_svg
 from clipsae.report.plots import k_plot
-from clipsae.report.svg import inline_svg
 from clipsae.report.table import MINUS, Cell, Column, Row, Table, number
 
 TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
@@ -154,16 +154,16 @@ def test_findings_follow_the_data(store):
     accuracies = {"a": (10.0, 30.0), "b": (20.0, 16.0), "c": (15.0, 23.0)}
     for dataset, (relu, sparse) in accuracies.items():
         store.evaluation(
-            "relu", dataset, {"on_5": relu, "on_10": 50.0}, metrics={"active": 100.0, "fvu": 0.1}
+            "relu", dataset, {"on_5": relu, "on_10": 50.0}, metrics={"l0": 100.0, "fvu": 0.1}
         )
         store.evaluation(
             "sparsemax",
             dataset,
             {"on_5": sparse, "on_10": 40.0},
-            metrics={"active": 15, "fvu": 0.2},
+            metrics={"l0": 15, "fvu": 0.2},
         )
     for k, accuracy in ((8, 30.0), (16, 33.0), (32, 35.0)):
-        store.evaluation("topk", "a", {"on_10": accuracy}, k=k, metrics={"active": k, "fvu": 0.3})
+        store.evaluation("topk", "a", {"on_10": accuracy}, k=k, metrics={"l0": k, "fvu": 0.3})
     report, _ = write(store)
     text = " ".join(report.findings)
     # TopK, which has one of the datasets, takes the other two away from nobody.
@@ -171,7 +171,7 @@ def test_findings_follow_the_data(store):
     assert "One seed each" in text
     assert "Sparsemax at on_5 (23.00 %)" in text
     assert "ReLU at on_10 (50.00 %)" in text
-    assert "Sparsemax uses the fewest latents of a token (15.0, FVU 0.200)" in text
+    assert "Sparsemax uses the fewest latents per token (15.0, FVU 0.200)" in text
     assert "ReLU reconstructs best (FVU 0.100, 100.0 latents)" in text
     # Mean support 15: the nearest k is 16, two points below the best of the sweep.
     assert "mean support is 15.0" in text
@@ -183,9 +183,7 @@ def test_no_finding_is_drawn_from_too_few_cells(store):
     """Two datasets, two k, one column with a published figure."""
     for model, accuracy in (("relu", 10.0), ("sparsemax", 30.0)):
         for dataset in ("dtd", "eurosat"):
-            store.evaluation(
-                model, dataset, {"on_10": accuracy}, metrics={"active": 12, "fvu": 0.1}
-            )
+            store.evaluation(model, dataset, {"on_10": accuracy}, metrics={"l0": 12, "fvu": 0.1})
     for k in (8, 16):
         store.evaluation("topk", "dtd", {"on_10": float(k)}, k=k)
     report, _ = write(store)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from clipsae.report import Wanted, collect, select
-from clipsae.report.metric_tables import stability_table
 from clipsae.report.stability import seed_stability
+from clipsae.report.tables import stability_table
 from clipsae.report.variants import Line
 from clipsae.sae import SAE
 

@@ -16,8 +16,8 @@ def choose(store, **more):
 
 
 def value(selection, model, dataset, column):
-    of = selection.of(selection.main(model), dataset).set_index("column")
-    return of.accuracy[column]
+    of = selection.of(selection.main(model), dataset).set_index("metric")
+    return of.value[column]
 
 
 def test_an_empty_or_missing_store_gives_nothing(store):
@@ -30,8 +30,8 @@ def test_an_empty_or_missing_store_gives_nothing(store):
 def test_the_mean_over_seeds_and_its_spread(store):
     for seed, accuracy in enumerate((10.0, 20.0, 60.0)):
         store.evaluation("relu", "scenes", {"no_sae": 90.0, "on_5": accuracy}, seed=seed)
-    cell = choose(store).of(Line("relu"), "scenes").set_index("column").loc["on_5"]
-    assert cell.accuracy == pytest.approx(30.0)
+    cell = choose(store).of(Line("relu"), "scenes").set_index("metric").loc["on_5"]
+    assert cell.value == pytest.approx(30.0)
     assert cell["std"] == pytest.approx(math.sqrt((20**2 + 10**2 + 30**2) / 2))
     assert cell.seeds == 3
 
@@ -97,12 +97,12 @@ def test_the_eleven_are_expected_once_one_of_them_has_a_result(store):
 
 
 def test_the_newest_of_each_number_counts(store):
-    first = {"l0": 0.5, "fvu": 0.25}
+    first = {"cosine": 0.5, "fvu": 0.25}
     store.evaluation("relu", "scenes", {"on_5": 1.0}, metrics=first, finished=1)
-    store.measurement("relu", "scenes", {"l0": 0.75, "cknna": 0.5}, finished=2)
+    store.measurement("relu", "scenes", {"cosine": 0.75, "cknna": 0.5}, finished=2)
     store.measurement("relu", "scenes", {"cknna": 0.25}, finished=9)
     metrics = choose(store).metrics.set_index("metric").value
-    assert metrics.to_dict() == {"l0": 0.75, "cknna": 0.25, "fvu": 0.25}
+    assert metrics.to_dict() == {"cosine": 0.75, "cknna": 0.25, "fvu": 0.25}
 
 
 def test_measurements_of_an_earlier_version_are_named_in_one_line(store):
@@ -114,6 +114,12 @@ def test_measurements_of_an_earlier_version_are_named_in_one_line(store):
     (line,) = found.problems
     assert "1 of an earlier version" in line
     assert found.measurements.empty
+
+
+def test_metrics_of_0_1_have_todays_names_and_meanings(store):
+    store.measurement("topk", "scenes", {"l0": 0.75, "active": 32.0}, k=32)
+    metrics = choose(store).metrics.set_index("metric").value
+    assert metrics.to_dict() == {"zero_fraction": 0.75, "l0": 32.0}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +150,7 @@ def test_a_folder_that_cannot_be_read_is_named_in_one_line(store, name, content,
 def test_a_missing_file_and_text_in_place_of_a_number_are_problems_too(store):
     folder = store.evaluation("relu", "scenes", {"on_5": 1.0}, metrics={})
     (folder / "results.csv").unlink()
-    folder = store.measurement("relu", "scenes", {"l0": 1.0})
+    folder = store.measurement("relu", "scenes", {"fvu": 1.0})
     text = (folder / "metrics.csv").read_text().replace("1.0", "much")
     (folder / "metrics.csv").write_text(text)
     found = collect(store.root)

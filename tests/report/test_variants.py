@@ -3,8 +3,8 @@
 import pytest
 
 from clipsae.report import Commands, Wanted, collect, make_report, select, write_report
-from clipsae.report.accuracy_tables import compared, dataset_table, rank_table
 from clipsae.report.settings import settings_of
+from clipsae.report.tables import compared, dataset_table, rank_table
 from clipsae.report.variants import Line
 
 TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
@@ -96,7 +96,7 @@ def test_one_more_model_on_one_dataset_leaves_the_mean_ranks_as_they_are(store):
     after = rank_table(selection, of, "rank")
     assert before.title == after.title == "Mean rank over 5 datasets"
     assert before.rows == after.rows
-    assert "Left out, with results on fewer of these datasets: mine (1)." in after.caption
+    assert "Excluded, with results for fewer of these datasets: mine (1)." in after.caption
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_one_more_model_on_one_dataset_leaves_the_mean_ranks_as_they_are(store):
     [
         ({"max_time": {"minutes": 1}}, "trainer.max_time.minutes=1"),
         ({"limit_train_batches": 0.5}, "trainer.limit_train_batches=0.5"),
-        ({"learning_rate": 0.01}, "model.learning_rate=0.01"),
+        ({"learning_rate": 0.01}, "optimizer.learning_rate=0.01"),
         ({"fingerprint": "0" * 16}, "train_dataset.fingerprint=00000000"),
     ],
 )
@@ -156,7 +156,9 @@ def test_a_hash_of_images_is_not_named_where_an_option_says_why_they_are_others(
 
 def test_a_measurement_is_in_the_row_of_the_evaluation_of_its_sae(store):
     for steps in (3, 600):
-        store.evaluation("relu", "a", {"on_5": 1.0 * steps}, max_steps=steps, metrics={"l0": 0.5})
+        store.evaluation(
+            "relu", "a", {"on_5": 1.0 * steps}, max_steps=steps, metrics={"cosine": 0.5}
+        )
         store.measurement("relu", "a", {"cknna": 0.001 * steps}, max_steps=steps)
     selection = choose(store)
     assert {line.variant for line in selection.lines if line.model == "relu"} == {
@@ -164,7 +166,7 @@ def test_a_measurement_is_in_the_row_of_the_evaluation_of_its_sae(store):
         "trainer.max_steps=600",
     }
     of = selection.rows(selection.metrics, Line("relu", "trainer.max_steps=3"))
-    assert of.set_index("metric").value.to_dict() == {"l0": 0.5, "cknna": 0.003}
+    assert of.set_index("metric").value.to_dict() == {"cosine": 0.5, "cknna": 0.003}
 
 
 def test_names_are_those_of_the_config(store):
@@ -188,7 +190,7 @@ def test_names_are_those_of_the_config(store):
         "evaluation.split": "test",
         "features.batch_size": "4",
         "features.cache.dtype": "bf16",
-        "model.count_threshold": "2.0",
+        "evaluation.count_threshold": "2.0",
         "model.scale": "1.0",
         "schema": "3",
         "trainer.precision": "32-true",

@@ -1,32 +1,28 @@
 """Every recipe of conf/model at a size for tests, and tokens for it."""
 
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 
 from clipsae.sae import SAE
+from clipsae.tasks.build import sae_options
+from run import ROOT  # (and the resolvers that the configs use)
 
-MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
-# Keys of the training and the evaluation.
-NOT_THE_SAES = {
-    "name",
-    "learning_rate",
-    "betas",
-    "warmup_steps",
-    "decay",
-    "initial_images",
-    "compile",
-    "count_threshold",
-}
+MODELS = ROOT / "conf" / "model"
 D, M = 12, 40
 
 
+@cache
+def _composed(recipe: str) -> dict:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return sae_options(compose("config", [f"model={recipe}", "~recipe"]))
+
+
 def options_of(recipe: str, **changes) -> dict:
-    """The SAE's options in conf/model/<recipe>.yaml, at the tests' size."""
-    options = OmegaConf.to_container(OmegaConf.load(MODELS / f"{recipe}.yaml"))
-    options = {k: v for k, v in options.items() if k not in NOT_THE_SAES}
+    """The SAE's options of conf/model/<recipe>.yaml, at the tests' size."""
+    options = dict(_composed(recipe))
     small = {"latents": M, "k": 4, "dead_after": 30, "threshold_start_step": 2}
     options.update({k: v for k, v in small.items() if k in options})
     return {**options, **changes}
@@ -53,4 +49,4 @@ def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recipe" in metafunc.fixturenames:
-        metafunc.parametrize("recipe", sorted(path.stem for path in MODELS.glob("*.yaml")))
+        metafunc.parametrize("recipe", sorted(path.stem for path in MODELS.glob("[!_]*.yaml")))

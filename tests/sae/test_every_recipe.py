@@ -52,7 +52,7 @@ def test_evaluation_is_a_threshold_on_the_scores(recipe, dtype):
     out, scores = sae(x), sae.scores(x)
     tau = sae.threshold(scores)
     assert torch.broadcast_shapes(tau.shape, scores.shape) == scores.shape
-    gated = sae.gate(scores, tau)
+    gated = sae.apply_threshold(scores, tau)
     assert torch.equal(sae.encode(x), gated)
     assert torch.equal(out.codes, gated)
     assert torch.equal(sae.decode(gated, sae.input_scale(x)), out.reconstruction)
@@ -68,12 +68,12 @@ def test_few_latents_give_what_all_give_for_them(recipe, latents):
     x = tokens(2, 5, D, dtype=torch.float64)
     all_scores, scale = sae.scores(x), sae.input_scale(x)
     tau = sae.threshold(all_scores)
-    codes = sae.gate(all_scores, tau)
+    codes = sae.apply_threshold(all_scores, tau)
     index = latents.expand(2, -1)[:, None].expand(-1, 5, -1)
 
     scores = sae.scores(x, latents)
     torch.testing.assert_close(scores, all_scores.gather(-1, index))
-    few = sae.gate(scores, tau, latents)
+    few = sae.apply_threshold(scores, tau, latents)
     torch.testing.assert_close(few, codes.gather(-1, index))
     others_zero = torch.zeros_like(codes).scatter(-1, index, few)
     kept = sae.decode(few, scale, latents)
@@ -207,8 +207,8 @@ def test_one_latent_and_one_token_work(recipe):
     sae.eval()
     x = tokens(2, 3, D)
     scores = sae.scores(x)
-    assert torch.equal(sae.encode(x), sae.gate(scores, sae.threshold(scores)))
-    few = sae.gate(scores, sae.threshold(scores), torch.tensor([0]))
+    assert torch.equal(sae.encode(x), sae.apply_threshold(scores, sae.threshold(scores)))
+    few = sae.apply_threshold(scores, sae.threshold(scores), torch.tensor([0]))
     assert torch.equal(few, sae.encode(x))
 
 
@@ -236,8 +236,8 @@ def test_it_can_be_compiled(recipe):
 
 # For every option a value that must make a difference. `None`: nothing to compare.
 OTHER = {
-    "l1": 0.5,
-    "l0": 0.5,
+    "l1_coefficient": 0.5,
+    "l0_coefficient": 0.5,
     "target_l0": 3.0,
     "initial_threshold": 0.5,
     "bandwidth": 3.0,

@@ -113,14 +113,18 @@ def attention_relu(p, x):
 
 
 CASES = {
-    "relu": (relu, "relu", {"l1": 0.03}),
-    "jumprelu": (jumprelu, "jumprelu", {"l0": 0.02, "initial_threshold": 0.3, "bandwidth": 0.7}),
+    "relu": (relu, "relu", {"l1_coefficient": 0.03}),
+    "jumprelu": (
+        jumprelu,
+        "jumprelu",
+        {"l0_coefficient": 0.02, "initial_threshold": 0.3, "bandwidth": 0.7},
+    ),
     "jumprelu with a target": (
         lambda p, x: jumprelu(p, x, 3.0),
         "jumprelu",
-        {"l0": 0.02, "initial_threshold": 0.3, "bandwidth": 0.7, "target_l0": 3.0},
+        {"l0_coefficient": 0.02, "initial_threshold": 0.3, "bandwidth": 0.7, "target_l0": 3.0},
     ),
-    "gated": (gated, "gated", {"l1": 0.03}),
+    "gated": (gated, "gated", {"l1_coefficient": 0.03}),
     "topk": (topk, "topk", {}),
     "batch_topk": (batch_topk, "batch_topk", {}),
     "sparsemax": (sparsemax, "sparsemax", {}),
@@ -129,7 +133,7 @@ CASES = {
         "sparsemax",
         {"weights": "probabilities", "query": "learned", "scale": "sqrt_d"},
     ),
-    "attention_relu": (attention_relu, "attention_relu", {"l1": 0.03}),
+    "attention_relu": (attention_relu, "attention_relu", {"l1_coefficient": 0.03}),
 }
 
 
@@ -207,7 +211,7 @@ def test_topk_s_threshold_separates_the_kth_from_the_next(dtype):
     scores[3, :3], scores[3, 3:] = 2.0, -1.0
     tau = activation.threshold(scores)
     assert (tau >= 0).all()
-    codes = activation.gate(scores, tau)
+    codes = activation.apply_threshold(scores, tau)
     values, indices = scores.topk(4)
     expected = torch.zeros_like(scores).scatter(1, indices, values.clamp(min=0))
     if dtype == torch.bfloat16:  # equal scores are common here: all that equal the k-th
@@ -282,7 +286,7 @@ def test_sparsemax_s_threshold_is_rounded_so_that_the_support_is_exact():
     # tau = 3 - 2^-23 lies half-way between two float32 numbers, and 3 is in the support.
     activation = build("sparsemax").activation
     scores = torch.tensor([[4 - 2**-22, 3.0, 0.0]])
-    assert torch.equal(activation.gate(scores, activation.threshold(scores)), scores)
+    assert torch.equal(activation.apply_threshold(scores, activation.threshold(scores)), scores)
 
 
 def test_sparsemax_s_negative_scores_survive_unless_clamped():

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation
+from clipsae.overrides import near
+from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation, SparseCodes, sparse_ops
+from clipsae.sae.topk import TopK
 from tests.sae.conftest import D, M, build, tokens
 
 
@@ -22,12 +24,12 @@ from tests.sae.conftest import D, M, build, tokens
         ({"activation": "batch_topk", "k": 2, "threshold_decay": "x"}, "threshold_decay='x'"),
         ({"activation": "batch_topk", "k": 2, "threshold_start_step": 1.5}, "_step=1.5"),
         ({"activation": "batch_topk", "k": 2, "threshold_start_step": "x"}, "_step='x'"),
-        ({"l1": float("nan")}, "l1=nan: expected a number, 0 or more"),
-        ({"l1": float("inf")}, "l1=inf: expected a number, 0 or more"),
-        ({"l1": None}, "l1=None: expected a number, 0 or more"),
+        ({"l1_coefficient": float("nan")}, "l1_coefficient=nan: expected a number, 0 or more"),
+        ({"l1_coefficient": float("inf")}, "l1_coefficient=inf: expected a number, 0 or more"),
+        ({"l1_coefficient": None}, "l1_coefficient=None: expected a number, 0 or more"),
         ({"activation": "gated", "gate_weight": -1}, "gate_weight=-1"),
         ({"activation": "gated", "gate_weight": [1]}, r"gate_weight=\[1\]"),
-        ({"activation": "jumprelu", "l0": "x"}, "l0='x'"),
+        ({"activation": "jumprelu", "l0_coefficient": "x"}, "l0_coefficient='x'"),
         ({"activation": "jumprelu", "initial_threshold": float("inf")}, "initial_threshold=inf"),
         ({"activation": "jumprelu", "initial_threshold": -0.1}, r"initial_threshold=-0\.1"),
         ({"activation": "jumprelu", "target_l0": "x"}, "target_l0='x': .* above 0, or null"),
@@ -57,8 +59,8 @@ from tests.sae.conftest import D, M, build, tokens
         ({"architecture": "conv"}, "does not exist: choose one of attention, linear"),
         ({"k": 3}, "activation=relu has no such option; it has .*l1"),
         ({"architecture": "attention", "encoder_init": "tied"}, "has no such option; it has"),
-        ({"l1": -1.0}, r"l1=-1\.0: expected a number, 0 or more"),
-        ({"l1": "many"}, "l1='many'"),
+        ({"l1_coefficient": -1.0}, r"l1_coefficient=-1\.0: expected a number, 0 or more"),
+        ({"l1_coefficient": "many"}, "l1_coefficient='many'"),
         ({"encoder_init": "random"}, "expected one of independent, tied"),
         ({"bias_init": "median"}, "expected one of images, tokens, zero"),
         ({"architecture": "attention", "query": "key"}, "expected one of identity, learned"),
@@ -78,6 +80,9 @@ from tests.sae.conftest import D, M, build, tokens
         ({"activation": "topk", "k": 2, "auxk": 0.1, "auxk_k": 0}, "auxk_k=0"),
         ({"normalize_input": "yes"}, "expected true or false"),
         ({"dead_after": 0}, "dead_after=0"),
+        ({"l1": 0.1}, r"l1=0\.1: this option is now l1_coefficient: l1_coefficient=0\.1"),
+        ({"activation": "jumprelu", "l0": 1}, "l0=1: this option is now l0_coefficient"),
+        ({"activation": "topk", "k": 2, "l1": 1}, "l1=1: .* has no such option"),
         ({"reconstruction_weight": -1}, "reconstruction_weight=-1"),
     ],
 )
@@ -117,11 +122,11 @@ def squared():
         def threshold(self, scores):
             return scores.new_full((), self.border)
 
-        def curve(self, scores, tau, latents):
+        def magnitude(self, scores, tau, latents):
             return self.gain * scores**2
 
     yield Squared
-    ACTIVATIONS._classes.pop("squared")
+    ACTIVATIONS.pop("squared")
 
 
 def test_a_part_registered_from_outside_is_one_like_any_other(squared, tmp_path):
@@ -135,6 +140,65 @@ def test_a_part_registered_from_outside_is_one_like_any_other(squared, tmp_path)
     assert torch.equal(SAE.load(tmp_path).encode(x), sae.encode(x))
     with pytest.raises(ValueError, match="border has no default"):
         SAE(D, 20, "linear", "squared")
+
+
+def test_the_command_line_names_the_new_option():
+    assert near("l1", ["k", "l1_coefficient"], "model") == "did you mean model.l1_coefficient?"
+
+
+@pytest.fixture
+def nested():
+    """TopK whose prefixes of the dictionary reconstruct, too: Matryoshka, from outside."""
+
+    @ACTIVATIONS.register("nested")
+    class Nested(TopK):
+        def __init__(self, latents: int, *, k: int = 4, prefixes: tuple[int, ...] = ()) -> None:
+            super().__init__(latents, k=k)
+            self.prefixes = prefixes
+
+        def losses(self, inputs):
+            latent = torch.arange(self.latents, device=inputs.x.device)
+            return {
+                f"first_{n}": inputs.relative_error(inputs.decode(inputs.codes * (latent < n)))
+                for n in self.prefixes
+            }
+
+    yield Nested
+    ACTIVATIONS.pop("nested")
+
+
+@pytest.mark.parametrize("share", [2, -0.5, None], ids=["sparse", "dense", "plain dense"])
+@pytest.mark.parametrize("architecture", ["linear", "attention"])
+def test_nested_prefixes_are_a_plugin_s_few_lines(nested, architecture, share, monkeypatch):
+    if share is None:  # as on devices without sparse codes
+        monkeypatch.delitem(sparse_ops.DENSE_FROM, "cpu")
+    else:
+        monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", share)
+    torch.manual_seed(0)
+    options = {"k": 4, "prefixes": (5, 12), "normalize_input": True}
+    sae = SAE(D, 20, architecture, "nested", **options).double()
+    x = tokens(6, 3, D, dtype=torch.float64)
+    out = sae(x)
+    out.loss.backward()
+    assert isinstance(out.encoded, SparseCodes) == (share == 2)
+
+    p = {name.split(".")[1]: w.detach().clone() for name, w in sae.named_parameters()}
+    p = {name: w.requires_grad_() for name, w in p.items()}
+    norm = x.norm(dim=-1, keepdim=True)
+    if architecture == "linear":
+        scores, rows = (x / norm - p["b_dec"]) @ p["W_enc"].T + p["b_enc"], p["W_dec"]
+    else:
+        scores, rows = (x / norm) @ p["W_K"].T @ p["C"].T, p["C"] @ p["W_V"]
+    kept = scores >= scores.topk(4, dim=-1).values[..., -1:]
+    z = torch.relu(scores) * kept
+    expected = 0
+    for n in (5, 12, 20):
+        x_hat = (z[..., :n] @ rows[:n] + p.get("b_dec", 0)) * norm
+        expected = expected + ((x_hat - x).square().sum(-1) / norm[..., 0]).mean() / D
+    expected.backward()
+    torch.testing.assert_close(out.loss, expected)
+    for name, w in sae.named_parameters():
+        torch.testing.assert_close(w.grad, p[name.split(".")[1]].grad, msg=name)
 
 
 def test_a_name_is_given_once(squared):
@@ -153,7 +217,7 @@ def test_an_option_of_two_parts_is_refused():
         with pytest.raises(ValueError, match="'unit_decoder' is declared twice"):
             SAE(D, 20, "linear", "doubled")
     finally:
-        ACTIVATIONS._classes.pop("doubled")
+        ACTIVATIONS.pop("doubled")
 
 
 def test_files_that_are_no_sae_or_do_not_fit_are_refused(tmp_path):
@@ -185,6 +249,16 @@ def test_files_that_are_no_sae_or_do_not_fit_are_refused(tmp_path):
         SAE.load(tmp_path)
     write()
     assert SAE.load(tmp_path).config == about["config"]
+
+
+@pytest.mark.parametrize(("name", "old"), [("relu", "l1"), ("gated", "l1"), ("jumprelu", "l0")])
+def test_an_sae_with_the_old_names_of_options_loads(name, old, tmp_path):
+    sae = build(name, **{f"{old}_coefficient": 0.25})
+    sae.save(tmp_path)
+    about = json.loads((tmp_path / "sae.json").read_text())
+    about["config"][old] = about["config"].pop(f"{old}_coefficient")
+    (tmp_path / "sae.json").write_text(json.dumps({**about, "version": 1}))
+    assert SAE.load(tmp_path).config == sae.config
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -6,11 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clipsae.sae import SAE
-from clipsae.sae import support as support_module
+from clipsae.sae import SAE, SparseCodes, sparse_ops
 from clipsae.sae.batch_topk import BatchTopK
 from clipsae.sae.sparsemax import Sparsemax
-from clipsae.sae.support import Support
 from tests.sae.conftest import D, M, build, options_of, tokens
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +27,7 @@ class NoNarrowTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("share", [2, -1], ids=["sparse", "dense"])
 def test_no_step_of_a_float64_sae_is_of_a_lower_precision(recipe, share, monkeypatch):
-    monkeypatch.setitem(support_module.DENSE_FROM, "cpu", share)
+    monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", share)
     options = options_of(recipe)
     variants = [options]
     if options["activation"] == "sparsemax":
@@ -49,10 +47,10 @@ def test_no_step_of_a_float64_sae_is_of_a_lower_precision(recipe, share, monkeyp
             sae.eval()
             scores = sae.scores(x)
             tau = sae.threshold(scores)
-            codes = sae.gate(scores, tau)
-            sae.gate(sae.scores(x, torch.tensor([3, 0])), tau, torch.tensor([3, 0]))
+            codes = sae.apply_threshold(scores, tau)
+            sae.apply_threshold(sae.scores(x, torch.tensor([3, 0])), tau, torch.tensor([3, 0]))
             sae.decode(codes, sae.input_scale(x))
-            sae.decode_held(sae.encode_held(x), sae.input_scale(x))
+            sae.decode(sae.encode_sparse(x), sae.input_scale(x))
             sae.architecture.decoder_norms()
         for name, value in sae.state_dict().items():
             assert value.dtype in (torch.float64, torch.int64), name
@@ -67,19 +65,16 @@ def test_probabilities_are_the_projection_wherever_the_scores_lie(centre, spread
     weight = torch.randn(p.shape, generator=generator)
     mean = (weight.double() * (p > 0)).sum(-1, keepdim=True) / (p > 0).sum(-1, keepdim=True)
     activation = Sparsemax(49152, weights="probabilities", max_activation_frequency=None)
-    monkeypatch.setitem(support_module.DENSE_FROM, "cpu", 2)
-    support = Support(activation.support(scores.clone()), *scores.shape)
-
-    def at(values):
-        return support.dense(values)
-
-    few = scores.flatten()[support.positions].requires_grad_()
+    monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", 2)
+    positions = activation.support(scores.clone())
+    few = scores.flatten()[positions].requires_grad_()
+    sparse = SparseCodes(few, positions, scores.shape)
     all_of_them = scores.clone().requires_grad_()
-    trained = {"sparse": activation(few, support), "dense": activation(all_of_them)}
+    trained = {"sparse": activation(sparse).dense(), "dense": activation(all_of_them)}
     codes = {
-        "evaluated": activation.gate(scores, activation.threshold(scores)),
+        "evaluated": activation.apply_threshold(scores, activation.threshold(scores)),
         "trained, dense": trained["dense"],
-        "trained, sparse": at(trained["sparse"]),
+        "trained, sparse": trained["sparse"],
     }
     for name, found in codes.items():
         assert torch.equal(found > 0, p > 0), name
@@ -88,9 +83,9 @@ def test_probabilities_are_the_projection_wherever_the_scores_lie(centre, spread
             found.double().sum(-1), torch.ones(3).double(), rtol=0, atol=1e-6, msg=name
         )
     (trained["dense"] * weight).sum().backward()
-    (at(trained["sparse"]) * weight).sum().backward()
+    (trained["sparse"] * weight).sum().backward()
     expected = (weight.double() - mean) * (p > 0)
-    for gradient in (all_of_them.grad, at(few.grad)):
+    for gradient in (all_of_them.grad, sparse.with_values(few.grad).dense()):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -103,8 +98,7 @@ def test_a_latent_at_the_limit_of_its_frequency_is_not_capped(active, of, sparse
     for _ in range(4):
         if sparse:
             positions = torch.arange(of) * 2 + ~first
-            support = Support(positions, of, 2)
-            codes = support.dense(activation(scores.flatten()[positions], support))
+            codes = activation(SparseCodes(scores.flatten()[positions], positions, (of, 2))).dense()
         else:
             codes = activation(scores)
         assert activation.frequency[0] == active / of

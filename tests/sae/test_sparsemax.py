@@ -123,7 +123,7 @@ def test_the_frequency_cap_is_the_released_codes_recursion():
     # Evaluation neither applies nor moves it.
     before = activation.frequency.clone()
     scores = torch.randn(2, 3, m)
-    codes = activation.gate(scores, activation.threshold(scores))
+    codes = activation.apply_threshold(scores, activation.threshold(scores))
     support = entmax.sparsemax(scores.double(), dim=-1) > 0
     assert torch.equal(codes, torch.where(support, scores, 0))
     assert torch.equal(activation.frequency, before)

@@ -92,7 +92,7 @@ def test_sweeps_that_share_a_store_train_each_sae_once(undisturbed, launch, tmp_
     said = "\n".join(printed(tmp_path))
     assert sorted(re.findall(r"\] training (\w+)-clipsae", said)) == ["topk"]
     assert "continuing" not in said
-    assert "this job queues behind it" in said  # it gave its place back meanwhile
+    assert "waiting for topk-clipsae" in said  # the other's training job did
 
 
 def test_preempted_again_and_again(launch, jobs_name, tmp_path):

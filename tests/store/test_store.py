@@ -50,7 +50,7 @@ def test_made_once_and_then_used(tmp_path):
     meta = json.loads((path / MARK).read_text())
     assert meta["key"] == {"k": 32}
     assert meta["versions"]["torch"]
-    assert not stage.work.exists()
+    assert not stage.staging.exists()
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -199,18 +199,18 @@ def test_a_failure_leaves_its_reason_until_the_next_start(tmp_path):
 
     with pytest.raises(RuntimeError, match="a long story"):
         stage.make(fails)
-    failed = json.loads((stage.slot / "failed.json").read_text())
+    failed = json.loads((stage.lease_folder / "failed.json").read_text())
     assert (failed["type"], failed["message"]) == ("RuntimeError", "the point of it")
     assert set(failed) == {"type", "message", "time", "host"}
-    assert json.loads((stage.slot / "about.json").read_text())["about"] == {"model": "topk"}
+    assert json.loads((stage.lease_folder / "about.json").read_text())["about"] == {"model": "topk"}
 
     def looks(folder):
         assert not list(folder.iterdir())  # nothing of the half
-        assert not (stage.slot / "failed.json").exists()
+        assert not (stage.lease_folder / "failed.json").exists()
 
     stage.make(looks)
     assert json.loads((stage.path / MARK).read_text())["about"] == {"model": "topk"}
-    assert not stage.home.exists()
+    assert not stage.partial.exists()
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,9 @@ def test_a_disk_that_is_really_full(small_disk):
 
     with pytest.raises(StoreError, match="no space left on the disk"):
         stage.make(build)
-    assert "no space left" in json.loads((stage.slot / "failed.json").read_text())["message"]
+    assert (
+        "no space left" in json.loads((stage.lease_folder / "failed.json").read_text())["message"]
+    )
     assert not stage.finished
     other.verify()
     # Full to the last byte: not even a lease can be written.
@@ -308,22 +310,22 @@ def test_a_store_that_cannot_be_written_to(small_disk):
 
 
 def test_death_is_judged_by_what_is_seen_on_ones_own_clock(tmp_path):
-    slot = tmp_path / "0a1b2c3d-77-88-0123456789abcdef"  # of another machine
-    slot.mkdir()
+    folder = tmp_path / "0a1b2c3d-77-88-0123456789abcdef"  # of another machine
+    folder.mkdir()
     now = [0.0]
     watch = Watch(60, clock=lambda: now[0])
-    assert watch.alive(slot) is None
+    assert watch.alive(folder) is None
     for beat in range(3):
         now[0] += 50
-        (slot / LEASE).write_text(f"{beat}")
-        assert watch.alive(slot) is True
+        (folder / LEASE).write_text(f"{beat}")
+        assert watch.alive(folder) is True
     now[0] += 59
-    assert watch.alive(slot) is True
+    assert watch.alive(folder) is True
     # A time stamp is a sign of life, even one of long ago: it changed.
-    os.utime(slot / LEASE, (1, 1))
-    assert watch.alive(slot) is True
+    os.utime(folder / LEASE, (1, 1))
+    assert watch.alive(folder) is True
     now[0] += 61
-    assert watch.alive(slot) is False
+    assert watch.alive(folder) is False
 
 
 def test_what_needs_no_waiting_to_be_known_dead(tmp_path, monkeypatch):
@@ -335,8 +337,8 @@ def test_what_needs_no_waiting_to_be_known_dead(tmp_path, monkeypatch):
     ended = tmp_path / f"{machine}-{process.pid}-{born}-{end}"
     reused = tmp_path / f"{machine}-{os.getpid()}-1-{end}"  # the number of an earlier process
     job = tmp_path / f"00000000-77-88-{end}"
-    for slot in (free, mine, ended, reused, job):
-        slot.mkdir()
+    for folder in (free, mine, ended, reused, job):
+        folder.mkdir()
     lease = {"token": job.name, "job_id": "12", "restart": 0}
     (job / LEASE).write_text(json.dumps(lease))
     assert [Watch(60).alive(s) for s in (free, ended, reused)] == [False] * 3
@@ -348,6 +350,12 @@ def test_what_needs_no_waiting_to_be_known_dead(tmp_path, monkeypatch):
     assert Watch(60).alive(job) is False
 
 
-def test_an_option_that_does_not_exist(tmp_path):
-    with pytest.raises(ValueError, match="on_busy='never': expected wait, skip or fail"):
-        Store(tmp_path).stage("sae", ["x"], {}).make(whole, on_busy="never")
+def test_other_files_in_the_place_of_an_unfinished_stage(tmp_path):
+    stage = Store(tmp_path).stage("sae", ["x"], {})
+    stage.partial.mkdir(parents=True)
+    stage.make(whole)
+    (tmp_path / "sae" / "x").mkdir()
+    other = Store(tmp_path).stage("sae", ["x"], {"a": 1})
+    (other.partial / "notes").mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"not a folder of an unfinished stage \(notes\)"):
+        other.make(whole)

@@ -116,16 +116,15 @@ def test_a_clock_that_jumps_by_a_day_changes_nothing(root, start, until, jump):
     assert result(root) == expected(0, STEPS)
 
 
-@pytest.mark.parametrize("on_busy", ["skip", "fail"])
-def test_who_does_not_wait_is_told_in_one_sentence(root, start, until, on_busy):
+def test_who_does_not_wait_is_told_in_one_sentence(root, start, until):
     first = start("--steps", 400, "--host", "other")
     until(lambda: checkpoint(root))
-    words = said(start("--on-busy", on_busy)).splitlines()[-1]
-    assert words.startswith("clipsae.store.queue.Busy" + ("Skip" if on_busy == "skip" else ""))
+    words = said(start("--no-wait")).splitlines()[-1]
+    assert words.startswith("clipsae.store.stage.Busy")
     assert f"is being made by other (process {first.pid}) since" in words
     # A dead one is no reason to skip.
     first.kill()
-    said(start("--on-busy", on_busy, "--dead-after", 0.5, "--steps", 400, "--pause", 0))
+    said(start("--no-wait", "--dead-after", 0.5, "--steps", 400, "--pause", 0))
     assert stage_of(root).finished
 
 
@@ -137,7 +136,7 @@ def test_ctrl_c_ends_the_owner_and_the_one_who_waits(root, start, until):
     for process in (second, first):
         process.send_signal(signal.SIGINT)
         assert said(process).splitlines()[-1] == "KeyboardInterrupt"
-    assert [slot.name for slot in stage_of(root).home.iterdir()] == ["free"]
+    assert [folder.name for folder in stage_of(root).partial.iterdir()] == ["free"]
     third = start("--steps", 400, "--pause", 0)
     said(third)
     assert int(builds(root)[1][1]) > 0

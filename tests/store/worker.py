@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.01)
     parser.add_argument("--beat", type=float, default=0.1)
     parser.add_argument("--dead-after", type=float, default=30.0)
-    parser.add_argument("--on-busy", default="wait")
+    parser.add_argument("--no-wait", action="store_true")
     parser.add_argument("--host")
     parser.add_argument("--gate", type=Path, help="begin when this file appears")
     parser.add_argument("--clock", type=float, default=0.0, help="jumps by so many seconds, often")
@@ -94,7 +94,7 @@ def main() -> None:
         else:
             note(log, f"rank {args.rank} in {folder.parent.name}")
 
-    print(stage.make(build, on_busy=args.on_busy, rank=args.rank), flush=True)
+    print(stage.make(build, wait=not args.no_wait, rank=args.rank), flush=True)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def finished(folder: Path, kind: str) -> list[Path]:
 
 def being_made(folder: Path, kinds: tuple[str, ...]) -> bool:
     try:
-        return any(any(folder.glob(f"{kind}/.*.partial/*/work")) for kind in kinds)
+        return any(any(folder.glob(f"{kind}/.*.partial/*/staging")) for kind in kinds)
     except FileNotFoundError:  # gone while it was looked at
         return False
 

@@ -31,7 +31,7 @@ class MadeUp:
         damaged.make(lambda folder: (folder / "results.csv").write_text("1"))
         (damaged.path / "results.csv").write_text("")
         relu = self.sae("relu")
-        self.living = begin(relu.home, 1000)
+        self.living = begin(relu.partial, 1000)
         self.tell(relu)
         self.living.progress(300, 600)
         self.living._write()
@@ -65,14 +65,14 @@ class MadeUp:
 
     def tell(self, stage: Stage) -> None:
         told = {"key": stage.key, "about": stage.about}
-        (stage.slot / "about.json").write_text(json.dumps(told))
+        (stage.lease_folder / "about.json").write_text(json.dumps(told))
 
     def left(self, stage: Stage, token: str, done=None, total=None) -> Path:
         """What a process leaves that was killed, or that works elsewhere."""
-        slot = stage.home / token
-        (slot / "scratch").mkdir(parents=True)
-        (slot / "work").mkdir()
+        folder = stage.partial / token
+        (folder / "scratch").mkdir(parents=True)
+        (folder / "staging").mkdir()
         self.tell(stage)
         lease = {"token": token, "host": "node3", "pid": 77, "job": "12_3", "since": "2026-01-02"}
-        (slot / LEASE).write_text(json.dumps({**lease, "done": done, "total": total}))
-        return slot
+        (folder / LEASE).write_text(json.dumps({**lease, "done": done, "total": total}))
+        return folder

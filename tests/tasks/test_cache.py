@@ -261,7 +261,7 @@ def test_another_cache_in_its_place_is_refused(tmp_path, clip, scenes, monkeypat
         ("features.block_images=0", "block_images=0"),
         ("features.buffer_images=-1", "buffer_images=-1"),
         ("features.batch_size=0", "batch_size=0"),
-        ("features.shuffle_tokens=33", "shuffle_tokens=33"),
+        ("features.shuffle_buffer_images=33", "shuffle_buffer_images=33"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_begins(tmp_path, clip, scenes, override, words):
@@ -288,7 +288,7 @@ def test_the_saes_key_holds_what_changes_it(tmp_path, scenes):
         "features.cache.order_seed=1",
         "features.block_images=1",
         "features.buffer_images=0",
-        "features.shuffle_tokens=32",
+        "features.shuffle_buffer_images=32",
     ):
         assert path(other) != cached
 

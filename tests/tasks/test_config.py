@@ -14,6 +14,7 @@ from run import ROOT  # (and the resolvers that the configs use)
 GROUPS = [
     "clip",
     "model",
+    "optimizer",
     "dataset",
     "train_dataset",
     "features",
@@ -26,7 +27,7 @@ GROUPS = [
 CHOICES = [
     f"{group}={file.stem}"
     for group in GROUPS
-    for file in sorted((ROOT / "conf" / group).glob("*.yaml"))
+    for file in sorted((ROOT / "conf" / group).glob("[!_]*.yaml"))
 ]
 SWEEPS = [file.stem for file in sorted((ROOT / "sweeps").glob("*.yaml"))]
 
@@ -47,7 +48,7 @@ def test_every_choice_composes(composed, choice):
 
 
 @pytest.mark.parametrize("clip", ["tiny", "vit_b_16", "vit_l_14"])
-@pytest.mark.parametrize("model", [f.stem for f in sorted((ROOT / "conf/model").glob("*.yaml"))])
+@pytest.mark.parametrize("model", [c[6:] for c in CHOICES if c.startswith("model=")])
 def test_every_model_with_every_clip(composed, clip, model):
     cfg = composed(f"clip={clip}", f"model={model}")
     assert cfg.model.name == model
@@ -57,6 +58,13 @@ def test_every_model_with_every_clip(composed, clip, model):
 def test_a_value_on_the_command_line_beats_the_recipe(composed):
     assert composed("model=topk", "model.latents=77").model.latents == 77
     assert composed("trainer.max_steps=3").trainer.max_steps == 3
+
+
+def test_a_model_names_its_optimizer_and_the_command_line_another(composed):
+    chosen = "clip=vit_l_14", "model=topk"  # a pair without a recipe
+    assert composed(*chosen).optimizer.learning_rate == 1.15e-4
+    assert composed(*chosen, "optimizer=default").optimizer.learning_rate == 4e-4
+    assert composed("clip=vit_l_14", "model=relu").optimizer.warmup_steps == 500
 
 
 @pytest.mark.parametrize(
@@ -88,7 +96,8 @@ def test_an_unknown_key_and_an_unknown_choice_are_refused(composed):
 
 def test_which_images_train_the_sae(composed):
     assert composed("dataset=scenes_colour").train_dataset.name == "scenes"
-    assert "_target_" not in composed("dataset=image_folder", "dataset.root=x").train_dataset
+    cfg = composed("dataset=image_folder", "dataset.root=x")
+    assert cfg.train_dataset == cfg.dataset
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from clipsae.errors import ConfigError
+from clipsae.overrides import with_bases
 from clipsae.tasks import options
 from clipsae.tasks.stages import sae
 from run import ROOT  # (and the resolvers that the configs use)
@@ -18,12 +19,13 @@ from tests.warm import run_py
 
 GROUPS = [
     *("paths", "clip", "model", "dataset", "train_dataset", "features", "task", "trainer"),
+    "optimizer",
     *("callbacks", "evaluation", "measurement", "logger"),
 ]
 CHOICES = {
-    f"{group}={file.stem}": OmegaConf.to_container(OmegaConf.load(file) or OmegaConf.create())
+    f"{group}={file.stem}": OmegaConf.to_container(with_bases(file))
     for group in GROUPS
-    for file in sorted((ROOT / "conf" / group).glob("*.yaml"))
+    for file in sorted((ROOT / "conf" / group).glob("[!_]*.yaml"))
 }
 # Chosen by `defaults:` alone, or not a value that a user gives.
 NOT_VALUES = ("defaults", "_target_")
@@ -34,7 +36,7 @@ def leaves(node: dict, prefix: str = "") -> list[tuple[str, object]]:
     for key, value in node.items():
         if isinstance(value, dict) and value and not {"train", "test"} <= set(value):
             found += leaves(value, f"{prefix}{key}.")
-        elif key not in NOT_VALUES:
+        elif key not in NOT_VALUES and value != "${dataset}":
             found.append((f"{prefix}{key}", value))
     return found
 
@@ -117,12 +119,12 @@ def test_a_wrong_value_is_refused_by_name(composed, choice, key, value):
         ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0: expected a number above 0"),
         ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5"),
         ("model.latents=0", "model.latents=0"),
-        ("model.learning_rate=0", "model.learning_rate=0: expected a number above 0"),
-        ("model.learning_rate=nan", "model.learning_rate=nan"),
-        ("model.betas=[0.9]", "model.betas=[0.9]"),
-        ("model.betas=[0.9,1]", "model.betas=[0.9,1]"),
-        ("model.decay=cosin", "model.decay=cosin: expected constant, cosine or linear"),
-        ("model.count_threshold=-0.1", "model.count_threshold=-0.1"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate=0: expected a number above 0"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]"),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9,1]"),
+        ("optimizer.decay=cosin", "optimizer.decay=cosin: expected constant, cosine or linear"),
+        ("evaluation.count_threshold=-0.1", "evaluation.count_threshold=-0.1"),
         ("features.batch_size=0", "features.batch_size=0"),
         ("callbacks.checkpoint_every_n_steps=0", "callbacks.checkpoint_every_n_steps=0"),
         ("evaluation.protocol=papers", "evaluation.protocol=papers: expected paper or heldout"),
@@ -137,6 +139,7 @@ def test_a_wrong_value_is_refused_by_name(composed, choice, key, value):
         ("resources.cpus=0", "resources.cpus=0"),
         ("dataset.size=0", "dataset.size=0"),
         ("dataset.size.train=-1", "dataset.size={'train': -1"),
+        ("+model.decay=linear", "model.decay=linear: model.decay is now optimizer.decay"),
         ("+foo=1", "foo=1: there is no such option"),
         ("+task.foo=1", "task.foo=1: there is no such option"),
         ("+evaluation.n=[1]", "did you mean evaluation.ns"),
@@ -184,6 +187,11 @@ def test_a_dataset_that_is_not_given_is_named_where_it_is_needed(composed):
         (["mdel=topk"], "mdel=topk: there is no such option; did you mean model?"),
         (["model.laten=3"], "model.laten=3: there is no such option; did you mean model.latents"),
         (["model=topk", "model.kk=3"], "did you mean model.k"),
+        (
+            ["model.learning_rate=1"],
+            "model.learning_rate=1: model.learning_rate is now optimizer.learning_rate",
+        ),
+        (["model.betas=[0,0],[0.9,0.9]", "-m"], "model.betas is now optimizer.betas"),
         (["dataset=scene_shape"], "did you mean scenes_shape or"),
         (["clip=vitb16"], "clip=vitb16: there is no such choice; "),
         (["model=topk,relu"], "model=topk,relu: several values are a sweep: add -m"),

@@ -31,8 +31,8 @@ def test_sections_and_panels(content):
     found = panels(content)
     assert list(found) == [
         "Accuracy over n: only the class's n latents",
-        "Accuracy over n: all but those",
-        "Accuracy over n: label-free",
+        "Accuracy over n: all but the class's n latents",
+        "Accuracy over n: the image's own n latents (label-free)",
         "k",
         "Sparsity against fidelity",
         "Training",
@@ -43,7 +43,7 @@ def test_sections_and_panels(content):
         ("topn/n", ["topn/dtd/on"]),
     ]
     plane = found["Sparsity against fidelity"][0]["config"]
-    assert (plane["xAxis"], plane["yAxis"]) == ("summary:val/active", "summary:val/fvu")
+    assert (plane["xAxis"], plane["yAxis"]) == ("summary:val/l0", "summary:val/fvu")
     assert found["k"][0]["config"]["xAxis"] == "config:model.value.k"
     assert found["k"][0]["config"]["yAxis"] == "summary:topn/on_10"
     assert [p["config"]["metrics"] for p in found["Training"]] == [[name] for name in CURVES]
@@ -64,4 +64,4 @@ def test_the_task_writes_it_for_the_sweeps_datasets(tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if "not saved in W&B" in line]
     assert "name the user or team by logger.entity=, and give the same command again" in line
     found = panels(json.loads((tmp_path / "dashboard-demo.json").read_text()))
-    assert len(found["Accuracy over n: label-free"]) == 5
+    assert len(found["Accuracy over n: the image's own n latents (label-free)"]) == 5

@@ -61,7 +61,7 @@ def test_the_benchmark_on_a_foreign_sae_gives_the_numbers_of_the_same_sae_of_our
     assert tables[0].accuracy.tolist() == tables[1].accuracy.tolist()
     assert set(tables[0].latents) == {64}
     numbers = [pd.read_csv(f).set_index("metric") for f in out.glob("evaluation/*/metrics.csv")]
-    assert numbers[0].value["active"] == numbers[1].value["active"] == pytest.approx(6)
+    assert numbers[0].value["l0"] == numbers[1].value["l0"] == pytest.approx(6)
     # The imported SAE lies in the store as a trained one does, and may be imported again.
     for stored in out.glob("sae/*"):
         again = clipsae.load(stored)
@@ -160,7 +160,7 @@ class Softplus(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return scores.new_full((), self.above)
 
-    def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
+    def magnitude(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         return nn.functional.softplus(scores)
 '''
 
@@ -173,13 +173,10 @@ model:
   activation: softplus
   latents: 64
   above: 0.5
-  learning_rate: 1e-3
-  betas: [0.9, 0.999]
-  warmup_steps: 2
-  decay: constant
   initial_images: 4
-  compile: false
-  count_threshold: 0.2
+optimizer:
+  learning_rate: 1e-3
+  warmup_steps: 2
 """
 
 

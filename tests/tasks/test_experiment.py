@@ -52,7 +52,9 @@ def test_the_default_job_ends_with_a_table_and_says_where_things_are(tmp_path):
     metrics = pd.read_csv(evaluation / "metrics.csv").set_index("metric").value
     diagnostics = json.loads((evaluation / "diagnostics.json").read_text())
     assert set(diagnostics) == {"count_threshold", "share_above_threshold", "class_accuracy"}
-    assert {"cknna", "monosemanticity_mean", "l0_dense", "patch_coverage"} <= set(metrics.index)
+    assert {"cknna", "monosemanticity_mean", "l0_dense", "patch_concepts_found"} <= set(
+        metrics.index
+    )
     assert "shape_colour" in evaluation.name
     assert set(pd.read_csv(evaluation / "concepts.csv").level) == {"patch", "image"}
 
@@ -192,7 +194,7 @@ def test_clip_alone_can_be_evaluated(tmp_path):
         (["model=topk", "model.k=0"], "model.k=0: expected a whole number, 1 or more"),
         (["clip=vit_b_16", "clip.name=ViT-B-16"], "use clip.name=ViT-B-16-quickgelu"),
         (["clip=vit_b_16", "clip.name=RN50"], "ResNet"),
-        (["model.learning_rate=-1"], "learning_rate"),
+        (["optimizer.learning_rate=-1"], "learning_rate"),
         (["features.batch_size=0"], "batch_size=0"),
         (["evaluation.protocol=papre"], "expected paper or heldout"),
         (["measurement.metrics=[cknna,l00]"], "l00"),

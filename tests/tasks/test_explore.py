@@ -44,7 +44,7 @@ def composed(*overrides: str) -> DictConfig:
 def make_sae(root: Path, width: int, overrides: Sequence[str] = ()) -> None:
     torch.manual_seed(0)
     cfg = composed(*overrides)
-    train_set = build.build_dataset(build.train_dataset_node(cfg), "train", 64)
+    train_set = build.build_dataset(cfg.train_dataset, "train", 64)
     new = build.build_sae(cfg, width)
     sae.stage(cfg, Store(root), train_set).make(new.save)
 
@@ -83,6 +83,12 @@ def test_a_page_with_words_of_the_world_and_again_without_pictures(trained, tmp_
     assert len(live["near"]) == 8
     assert {"helps", "hurts", "words", "maps"} <= set(live)
     assert str(tmp_path.parent) not in (folder / "data" / "meta.js").read_text()
+
+    written = page.stat().st_ino
+    done = run(trained)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"using the finished {folder}" in done.stdout + done.stderr
+    assert page.stat().st_ino == written
 
     words = tmp_path / "words.txt"
     words.write_text("red\nblue\n\nred\n")

@@ -60,7 +60,7 @@ def test_shards_of_a_cache_that_nobody_works_on(made_up):
     ]
     for shard in shards[0], shards[2], shards[3]:
         shard.make(lambda folder: (folder / "tokens").write_bytes(bytes(1000)))
-    writing = begin(shards[1].home, 1000)
+    writing = begin(shards[1].partial, 1000)
     made_up.tell(shards[1])
 
     def found():
@@ -92,7 +92,7 @@ def test_what_is_removed_is_gone_whole_and_the_rest_stays(made_up):
     hidden = [p.name for kind in root.iterdir() for p in kind.iterdir() if p.name.startswith(".")]
     assert len(hidden) == 2  # what is being made
     made_up.living.progress(301, 600)
-    assert made_up.living.slot.exists()
+    assert made_up.living.folder.exists()
 
 
 def test_what_comes_to_life_in_between_stays(made_up, monkeypatch):
@@ -111,11 +111,13 @@ def test_what_comes_to_life_in_between_stays(made_up, monkeypatch):
 def test_rubble_of_killed_processes(made_up):
     root = made_up.store.root
     stage = made_up.sae("rubble")
-    begun = begin(stage.home, 1000)
+    begun = begin(stage.partial, 1000)
     begun.stop()
-    dead = begun.slot.with_name(begun.slot.name.replace(f"-{os.getpid()}-", "-1-"))
-    begun.slot.rename(dead)
-    stage.home.rename(stage.home.with_name(f"{stage.home.name}.{dead.name}"))  # before its rename
+    dead = begun.folder.with_name(begun.folder.name.replace(f"-{os.getpid()}-", "-1-"))
+    begun.folder.rename(dead)
+    stage.partial.rename(
+        stage.partial.with_name(f"{stage.partial.name}.{dead.name}")
+    )  # before its rename
     (root / "sae" / ".emptied-0123456789.partial").mkdir()
     (root / "sae" / ".x-0123456789.gone-12345678").mkdir()
     rubble = [e for e in survey(root) if e.state == "left over"]

@@ -21,7 +21,7 @@ def composed():
 def finished(store: Store, cfg, active: float | None, number: int) -> None:
     def build(folder):
         OmegaConf.save(cfg, folder / "config.yaml")
-        metrics = {} if active is None else {"val/active": active}
+        metrics = {} if active is None else {"val/l0": active}
         (folder / "training.json").write_text(json.dumps({"steps": 5, **metrics}))
 
     store.stage("sae", [cfg.model.name], {"number": number}).make(build)

@@ -114,8 +114,8 @@ def test_nan_in_the_loss_ends_with_a_sentence(tmp_path):
         *job(
             tmp_path,
             "trainer.max_steps=400",
-            "model.learning_rate=1e17",
-            "model.warmup_steps=100",
+            "optimizer.learning_rate=1e17",
+            "optimizer.warmup_steps=100",
             "callbacks.checkpoint_every_n_steps=1",
         )
     )

@@ -15,7 +15,7 @@ def name(tmp_path_factory):
 
     def of(*overrides: str) -> str:
         cfg = compose("config", ["trainer.max_steps=20", *overrides])
-        images = build.build_dataset(build.train_dataset_node(cfg), "train", 64)
+        images = build.build_dataset(cfg.train_dataset, "train", 64)
         return sae.stage(cfg, store, images).path.name
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -30,8 +30,12 @@ def name(tmp_path_factory):
         *("+trainer.gradient_clip_algorithm=value", "+trainer.a_key_of_tomorrow=1"),
         *("trainer.deterministic=true", "+trainer.reload_dataloaders_every_n_epochs=1"),
         *("trainer.accumulate_grad_batches=2", "features.batch_size=16", "seed=1"),
-        *("features.shuffle_tokens=64", "+features.an_option_of_tomorrow=1", "features=cached"),
-        *("model.latents=64", "model.learning_rate=1e-9", "model.warmup_steps=7"),
+        *(
+            "features.shuffle_buffer_images=64",
+            "+features.an_option_of_tomorrow=1",
+            "features=cached",
+        ),
+        *("model.latents=64", "optimizer.learning_rate=1e-9", "optimizer.warmup_steps=7"),
     ],
 )
 def test_what_may_change_the_weights_is_in_the_key(name, override):
@@ -53,7 +57,7 @@ def test_what_may_change_the_weights_is_in_the_key(name, override):
         ),
         *("features.num_workers=3", "logger=csv", "dataset=scenes_shape", "resources.cpus=7"),
         *("callbacks.checkpoint_every_n_steps=3", "callbacks.prediction_images=0"),
-        *("evaluation.ns=[2]", "measurement=none", "model.count_threshold=0.7"),
+        *("evaluation.ns=[2]", "measurement=none", "evaluation.count_threshold=0.7"),
     ],
 )
 def test_what_does_not_is_not(name, override):

@@ -9,8 +9,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from clipsae.errors import ConfigError
+from clipsae.store import Store
 from clipsae.tasks import warn_in_one_line
-from clipsae.tasks.outcome import Outcome, cells, conclude, outcome_of
+from clipsae.tasks.outcome import Outcome, Sweep, cells, conclude, outcome_of
+from clipsae.tasks.sweep import Cell
 from clipsae.tasks.table import accuracy_table
 from run import ROOT
 
@@ -53,6 +55,61 @@ def test_the_table_names_what_failed_and_the_status_is_1(capsys):
     assert "1 of 2 jobs failed" in said
     assert "k=[0]: no" in said
     assert "model=relu" not in said
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """A sweep whose cells need SAEs by these names; "?" is not known yet, "there" is finished."""
+
+    def of(*saes: str) -> Sweep:
+        def found(*_):
+            return [
+                Cell({}, why="k=auto") if sae == "?" else Cell({}, (stages[sae],)) for sae in saes
+            ]
+
+        stages = {name: Store(tmp_path).stage("sae", [name], {}) for name in {*saes, "later"}}
+        if "there" in stages:
+            stages["there"].make(lambda folder: None)
+        monkeypatch.setattr("clipsae.tasks.sweep.cells_of", found)
+        sweep = Sweep.__new__(Sweep)
+        sweep.names = [f"cell {i}" for i in range(len(saes))]
+        sweep._jobs = None, [[f"model={sae}", f"seed={i}"] for i, sae in enumerate(saes)]
+        sweep._cells = found()
+        return sweep
+
+    return of
+
+
+def test_an_sae_that_several_cells_need_is_trained_first_by_a_job_of_its_own(sweep):
+    jobs, unknown = sweep("a", "b", "a", "there", "there").plan([[i] for i in range(5)])
+    training, *rest = jobs
+    assert training.trains
+    assert training.cells == [0, 2]
+    assert training.overrides == [
+        ["model=a", "seed=0", "evaluation.settings=[]", "measurement.metrics=[]"]
+    ]
+    assert [job.after for job in rest] == [training, None, training, None, None]
+    assert [job.cells for job in rest] == [[i] for i in range(5)]
+    assert len({n for job in jobs for n in job.numbers}) == 6
+    assert unknown == []
+
+
+def test_cells_whose_sae_is_not_known_are_planned_again(sweep, monkeypatch):
+    planned = sweep("a", "?", "?")
+    jobs, unknown = planned.plan([[0], [1], [2]])
+    assert [job.cells for job in jobs] == [[0]]
+    still, none = planned.plan(unknown, again=True)
+    assert [(job.cells, job.after, none) for job in still] == [([1], None, []), ([2], None, [])]
+    sweep("a", "b", "b")  # now they are
+    jobs, none = planned.plan(unknown, again=True)
+    assert [job.cells for job in jobs] == [[1, 2], [1], [2]]
+    assert jobs[1].after is jobs[2].after is jobs[0]
+
+
+def test_cells_that_train_together_share_a_job(sweep):
+    jobs, _ = sweep("a", "a", "b").plan([[0, 1], [2]])
+    assert [(job.cells, job.after) for job in jobs] == [([0, 1], None), ([2], None)]
+    assert jobs[0].overrides == [["model=a", "seed=0"], ["model=a", "seed=1"]]
 
 
 @pytest.mark.parametrize("name", ["local", "many_cores", "slurm", "slurm_preempt"])
@@ -113,3 +170,18 @@ def test_a_tables_title_tells_the_cells_of_a_sweep_apart(row, title):
     of = {"model": "topk", "dataset": "a", "latents": 64, "images": 9, "protocol": "paper"}
     rows = pd.DataFrame([{**of, "setting": "on", "n": 1, "accuracy": 1.0, **row}])
     assert str(accuracy_table(rows).title).startswith(title)
+
+
+def test_clip_without_an_sae_has_a_column_of_its_own():
+    of = {"model": "topk", "dataset": "a", "latents": 64, "images": 9, "protocol": "paper"}
+    found = (("no_sae", None, 99.0), ("on", 5, 40.0), ("on", 64, 90.0))
+    rows = pd.DataFrame(
+        [{**of, "classes": 5, "setting": s, "n": n, "accuracy": a} for s, n, a in found]
+    )
+    table = accuracy_table(rows)
+    assert [column.header for column in table.columns][2:] == ["no SAE", "n = 5", "all 64"]
+    assert [list(column.cells) for column in table.columns][2:] == [
+        ["99.00", ""],
+        ["", "40.00"],
+        ["", "90.00"],
+    ]

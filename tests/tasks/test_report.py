@@ -39,7 +39,7 @@ def evaluation(root: Path, model: str, dataset: str, accuracy: float, **more) ->
     ]
     pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
     about = {**rows[0], "image_encoder": "tiny", "pooling": "mean"}
-    numbers = {"l0": 0.9, "active": 5.0, "fvu": 0.1}.items()
+    numbers = {"zero_fraction": 0.9, "l0": 5.0, "fvu": 0.1}.items()
     pd.DataFrame([{**about, "metric": m, "value": v} for m, v in numbers]).to_csv(
         folder / "metrics.csv", index=False
     )

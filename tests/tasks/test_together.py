@@ -17,7 +17,7 @@ from clipsae.store.files import checkpoint_step
 from clipsae.store.lease import begin
 from clipsae.tasks import build, together
 from clipsae.tasks.stages import evaluation, sae
-from clipsae.tasks.together import AGAIN, EVALUATE, TRAIN, Need, Turns, by_stream, meet
+from clipsae.tasks.together import EVALUATE, RETRY, TRAIN, Need, Turns, by_stream, meet
 from run import ROOT
 
 MODELS = [
@@ -26,8 +26,8 @@ MODELS = [
 ]
 SMALL = [
     "model.latents=64",
-    "model.warmup_steps=4",
-    "model.decay=linear",
+    "optimizer.warmup_steps=4",
+    "optimizer.decay=linear",
     "model.dead_after=300",
     "model.initial_images=4",
     "features.batch_size=4",
@@ -133,7 +133,7 @@ def test_every_variant_is_as_alone_also_when_interrupted_and_continued(
     [(1, None), (2, None), (3, 1), (4, 2), (5, None), (7, 4)],
 )
 def test_wherever_it_is_interrupted(tmp_path, make, signalled_at, step, behind, shuffle):
-    more = [f"features.shuffle_tokens={shuffle}"]
+    more = [f"features.shuffle_buffer_images={shuffle}"]
     two = [["model=relu"], ["model=topk", "trainer.accumulate_grad_batches=2"]]
     alone = [make(tmp_path / "alone", *own, *more) for own in two]
     shared = [make(tmp_path / "shared", *own, *more) for own in two]
@@ -150,8 +150,13 @@ def test_wherever_it_is_interrupted(tmp_path, make, signalled_at, step, behind, 
 def test_lengths_rates_and_clipping_may_differ(tmp_path, make):
     own = [
         ["model=topk", "model.k=4", "trainer.max_steps=5"],
-        ["model=topk", "model.k=8", "model.learning_rate=3e-3", "trainer.gradient_clip_val=0.1"],
-        ["model=sparsemax", "model.decay=cosine", "trainer.max_steps=13", "model.latents=32"],
+        [
+            "model=topk",
+            "model.k=8",
+            "optimizer.learning_rate=3e-3",
+            "trainer.gradient_clip_val=0.1",
+        ],
+        ["model=sparsemax", "optimizer.decay=cosine", "trainer.max_steps=13", "model.latents=32"],
     ]
     alone = [make(tmp_path / "alone", *some) for some in own]
     shared = [make(tmp_path / "shared", *some) for some in own]
@@ -182,7 +187,9 @@ def test_the_prefix_runs_once_a_batch(tmp_path, make, monkeypatch):
 
 
 def test_one_that_diverges_stops_alone(tmp_path, make):
-    bad = make(tmp_path, "model=relu", "model.learning_rate=1e38", "trainer.log_every_n_steps=1")
+    bad = make(
+        tmp_path, "model=relu", "optimizer.learning_rate=1e38", "trainer.log_every_n_steps=1"
+    )
     good = make(tmp_path, "model=topk")
     alone = make(tmp_path / "alone", "model=topk")
     alone()
@@ -198,17 +205,17 @@ def test_what_another_process_makes_is_left_out_until_the_end(tmp_path, make, mo
 
     def watch(need):
         begun.append(need.order[0])
-        if need.order[0] == together.LAST:
+        if need.order[0] == together.WAIT:
             assert mine.stage.finished
             held.release()
         return meet(need)
 
     theirs.stage.path.parent.mkdir(parents=True)
-    held = begin(theirs.stage.home, 15.0)
+    held = begin(theirs.stage.partial, 15.0)
     monkeypatch.setattr(together, "meet", watch)
     Turns().run([theirs, mine])
     assert theirs.stage.finished
-    assert begun.index(AGAIN) < begun.index(together.LAST)
+    assert begun.index(RETRY) < begun.index(together.WAIT)
 
 
 def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, make):
@@ -221,7 +228,7 @@ def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, make):
         "model=relu trainer.max_steps=7 dataset=scenes_shape",  # another dataset to evaluate on
         "clip.layer=-1",
         "features.batch_size=2",
-        "features.shuffle_tokens=8",
+        "features.shuffle_buffer_images=8",
         "task=cache",
         "seed=1 trainer.accumulate_grad_batches=2",
     ) == [[0, 2], [1, 7], [3], [4], [5], [6]]
@@ -234,7 +241,7 @@ def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(tmp_path, make, c
     cells = [
         make(tmp_path, "dataset=scenes_shape", *few, *own)
         for own in (
-            ["model=relu", "model.count_threshold=0.5"],
+            ["model=relu", "evaluation.count_threshold=0.5"],
             ["model=topk"],
             ["model=sparsemax", "model.latents=32"],
         )

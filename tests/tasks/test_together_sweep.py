@@ -31,7 +31,7 @@ def sweep_of(folder: Path, *more: str) -> list[str]:
 def test_results_are_those_of_each_alone_and_what_fails_harms_no_other(tmp_path):
     cells = [
         "model=relu,topk",
-        "model.learning_rate=1e-3,1e38",
+        "optimizer.learning_rate=1e-3,1e38",
         "dataset=scenes_shape,scenes_colour",
     ]
     runs = {

@@ -27,7 +27,7 @@ def trained(tmp_path_factory) -> Path:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for model in ("topk", "sparsemax"):
             cfg = compose("config", [f"model={model}", *SMALL])
-            train_set = build.build_dataset(build.train_dataset_node(cfg), "train", 64)
+            train_set = build.build_dataset(cfg.train_dataset, "train", 64)
             new = build.build_sae(cfg, width)
             sae.stage(cfg, Store(root), train_set).make(new.save)
     return root

@@ -15,7 +15,7 @@ from tests.warm import run_py
 
 SERVER = ROOT / "tests" / "training" / "wandb_server.py"
 JOB = [
-    *("model=relu", "model.latents=64", "model.warmup_steps=1", "trainer.accelerator=cpu"),
+    *("model=relu", "model.latents=64", "optimizer.warmup_steps=1", "trainer.accelerator=cpu"),
     *("trainer.log_every_n_steps=5", "trainer.max_steps=10", "trainer.val_check_interval=10"),
     *("trainer.limit_val_batches=1", "features.batch_size=4", "dataset=scenes_shape"),
     *("dataset.size=40", "evaluation.settings=[no_sae,on]", "measurement=none"),
@@ -44,7 +44,7 @@ def jobs(tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
     env = {**os.environ, "WANDB_API_KEY": "5ec7e7" * 7}
     for name, more in {
         "well": ["logger.upload_sae=true"],
-        "badly": ["model.learning_rate=1e17"],
+        "badly": ["optimizer.learning_rate=1e17"],
     }.items():
         folder = tmp_path_factory.mktemp(name)
         done = run_py(f"paths.output_dir={folder}", *JOB, *more, env=env)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from ddp_worker import configs, train
 
+from clipsae.pretraining.train import load_checkpoint
 from clipsae.store import Store, put_checkpoint, whole_checkpoint
-from clipsae.training import pretrain
 from clipsae.training.callbacks import BusyCores, ReportProgress, ResumeCheckpoint
 
 
@@ -102,7 +102,7 @@ def test_a_hostile_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="eights"):
         train(cfg, tmp_path / "run")
     with pytest.raises(pickle.UnpicklingError, match="eights"):
-        pretrain.load_checkpoint(tmp_path / "pretrain.ckpt", None, [])
+        load_checkpoint(tmp_path / "pretrain.ckpt", None, [])
     assert not caught.exists()
     torch.load(tmp_path / "pretrain.ckpt", weights_only=False)  # which would have
     assert caught.exists()

@@ -95,5 +95,5 @@ def test_the_loss_is_that_of_one_process(trained, model):
     assert alone["steps"] == together["steps"] == STEPS
     if model in ("topk", "batch_topk"):  # dead latents learned, too
         assert alone["train/loss/auxk"] > 0
-    for name in ("train/loss", "train/fvu", "train/active", "train/dead_fraction"):
+    for name in ("train/loss", "train/fvu", "train/l0", "train/dead_fraction"):
         assert together[name] == pytest.approx(alone[name], rel=1e-6), name

@@ -50,7 +50,7 @@ def checkpoint_times(folder: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [0, 16])
 def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
-    more = f"features.shuffle_tokens={shuffle}"
+    more = f"features.shuffle_buffer_images={shuffle}"
     run_py(*job(tmp_path / "whole", more), check=True)
 
     for sign in (signal.SIGKILL, signal.SIGTERM):

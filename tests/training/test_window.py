@@ -28,7 +28,7 @@ def test_sums_over_unequal_batches(latents):
     fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
     assert found["fvu"] == pytest.approx(fvu.item(), rel=1e-6)
     assert found["explained_variance"] == pytest.approx(1 - fvu.item(), rel=1e-6)
-    assert found["active"] == pytest.approx((codes != 0).sum().item() / len(codes))
+    assert found["l0"] == pytest.approx((codes != 0).sum().item() / len(codes))
     assert found["loss/reconstruction"] == pytest.approx((1 * 0 + 4 * 1 + 2 * 2) / 7)
     assert found["loss"] == pytest.approx(8 / 7 + 0.5)
     if latents:

@@ -30,6 +30,7 @@ HUB, FOLDER = "hf-hub:", "local-dir:"  # as open_clip has them
 TINY = "clipsae-tiny"
 BUILTIN = "builtin"
 PRECISIONS = ("fp32", "bf16")
+GELU = {True: "QuickGELU", False: "plain GELU"}
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,12 @@ def create_open_clip(
             preprocess = {**preprocess, **weights.preprocess}
         if quick_gelu is not None and not weights_decide:
             require_gelu(name, config, source.given, quick_gelu)
+        elif quick_gelu is None and weights is not None and has_other_gelu(name):
+            log.warning(
+                "%s does not say whether it was trained with QuickGELU, as OpenAI's weights were, "
+                "or with plain GELU, as most others: clip.name=%s computes %s",
+                *(source.given, name, GELU[config.get("quick_gelu", False)]),
+            )
     with _unsaid():
         model = open_clip.create_model(
             name,
@@ -228,11 +235,16 @@ def require_gelu(name: str, config: dict, pretrained: str, trained: bool) -> Non
         return
     other = name.removesuffix("-quickgelu") + ("-quickgelu" if trained else "")
     use = f"use clip.name={other}" if other in open_clip.list_models() else "use other weights"
-    gelu = {True: "QuickGELU", False: "plain GELU"}
     raise ConfigError(
-        f"clip.name={name!r} computes {gelu[built]}, but its weights {pretrained!r} were "
-        f"trained with {gelu[trained]}: {use}"
+        f"clip.name={name!r} computes {GELU[built]}, but its weights {pretrained!r} were "
+        f"trained with {GELU[trained]}: {use}"
     )
+
+
+def has_other_gelu(name: str) -> bool:
+    """Whether open_clip has a model in both forms: with QuickGELU and with plain GELU."""
+    plain = name.removesuffix("-quickgelu")
+    return {plain, f"{plain}-quickgelu"} <= set(open_clip.list_models())
 
 
 def weights_file(name: str, pretrained: str | None) -> Path | None:
@@ -257,7 +269,7 @@ def weights_file(name: str, pretrained: str | None) -> Path | None:
         if not path.is_file():
             raise ConfigError(
                 f"{TINY} has no built-in weights at {path}: make them with "
-                "`python run.py task=pretrain`, or use clip.pretrained=null (random weights)"
+                "`python -m clipsae.pretraining`, or use clip.pretrained=null (random weights)"
             )
         return path
     try:

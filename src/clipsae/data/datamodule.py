@@ -25,10 +25,10 @@ class FeatureDataModule(LightningDataModule):
         clip: the frozen model; moved to the training device.
         train_dataset: what the SAE is trained on.
         batch_size: B, images a step and device.
-        shuffle_tokens: images whose tokens are mixed with each other, a multiple of B; 0: the
-            tokens of an image stay together, in their order. The mix is a pure function of seed,
-            epoch and block, so a run that is resumed within a block reads the block again and
-            goes on exactly where it was.
+        shuffle_buffer_images: images whose tokens are mixed with each other, a multiple of B; 0:
+            the tokens of an image stay together, in their order. The mix is a pure function of
+            seed, epoch and block, so a run that is resumed within a block reads the block again
+            and goes on exactly where it was.
         num_workers: processes that read images.
         seed: decides the order of the images, with the epoch.
         val_dataset: images for validation, in one fixed order; None: no validation.
@@ -46,7 +46,7 @@ class FeatureDataModule(LightningDataModule):
         train_dataset: ImageDataset,
         *,
         batch_size: int = 32,
-        shuffle_tokens: int = 0,
+        shuffle_buffer_images: int = 0,
         num_workers: int = 0,
         seed: int = 0,
         val_dataset: ImageDataset | None = None,
@@ -59,7 +59,7 @@ class FeatureDataModule(LightningDataModule):
         self.train_dataset = train_dataset
         self.val_dataset = val_dataset
         self.batch_size = batch_size
-        self.shuffle_tokens = shuffle_tokens
+        self.shuffle_buffer_images = shuffle_buffer_images
         self.num_workers = num_workers
         self.seed = seed
         self.cache = cache
@@ -68,7 +68,7 @@ class FeatureDataModule(LightningDataModule):
         self.source: Source | None = None
         self._mixed: Tensor | None = None  # the tokens of the current block, already permuted
         self._train_loader: ResumableLoader | None = None
-        self._loader()  # refuses sizes that cannot be
+        self._loader()  # refuses invalid sizes
 
     def setup(self, stage: str) -> None:
         self.clip.to(self.trainer.strategy.root_device)
@@ -90,7 +90,7 @@ class FeatureDataModule(LightningDataModule):
     def _loader(self, rank: int = 0, world_size: int = 1) -> ResumableLoader:
         options = {
             "seed": self.seed,
-            "shuffle_images": self.shuffle_tokens,
+            "shuffle_images": self.shuffle_buffer_images,
             "rank": rank,
             "world_size": world_size,
             "pin_memory": torch.cuda.is_available(),
@@ -132,7 +132,7 @@ class FeatureDataModule(LightningDataModule):
         if isinstance(batch, Tensor):
             return batch
         images, block = batch
-        if block is None or not self.shuffle_tokens:
+        if block is None or not self.shuffle_buffer_images:
             return self._tokens(images)
         if images is not None:
             self._mixed = None  # or two blocks would be held at once

@@ -9,10 +9,9 @@ from typing import Literal
 
 from open_clip import IMAGENET_CLASSNAMES
 
-from clipsae.data.class_folders import ClassFolders, find_class_folders
+from clipsae.data.class_folders import ClassFolders, find_class_folders, words
 from clipsae.data.dataset import ImageList, OnBadImage
 from clipsae.data.listing import LeftOut, files_in, list_images
-from clipsae.data.names import words
 
 log = logging.getLogger(__name__)
 

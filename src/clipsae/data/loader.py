@@ -57,7 +57,7 @@ class ResumableLoader:
             where the training stands.
 
     Raises:
-        ValueError: a size that cannot be, or fewer images than one batch of all ranks.
+        ValueError: an invalid size, or fewer images than one batch of all ranks.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class ResumableLoader:
         source: Source | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected 1 or more")
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
         if shuffle_images < 0 or shuffle_images % batch_size:
             raise ValueError(
-                f"shuffle_tokens={shuffle_images}: expected 0 or a multiple of "
+                f"shuffle_buffer_images={shuffle_images}: expected 0 or a multiple of "
                 f"batch_size={batch_size}"
             )
         if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers}: expected 0 or more")
+            raise ValueError(f"num_workers={num_workers}: must be at least 0")
         if len(dataset) < batch_size * world_size:
             raise ValueError(
                 f"the training set has {len(dataset)} images, fewer than one step's "
@@ -131,7 +131,7 @@ class ResumableLoader:
         return {
             "images": len(self.dataset),
             "batch_size": self.batch_size,
-            "shuffle_tokens": self.parts * self.batch_size if self.parts > 1 else 0,
+            "shuffle_buffer_images": self.parts * self.batch_size if self.parts > 1 else 0,
             "seed": self.seed,
             "world_size": self.world_size,
         }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
 from clipsae.evaluation.truth import image_concepts, patch_concepts
-from clipsae.sae import SAE
+from clipsae.sae import SAE, SparseCodes
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int, str], None]
@@ -216,16 +216,18 @@ class Batch:
         return self.sae.threshold(self.scores)
 
     @cached_property
-    def held(self) -> Any:
-        """Codes as the SAE's `decode_held` takes them: dense, or sparse where few latents act."""
-        if self.images.stream.keep_scores:
-            return self.sae.gate(self.scores, self.threshold)
-        return self.sae.encode_held(self.tokens)
-
-    @cached_property
     def codes(self) -> Tensor:
         """[B, T, M], dense."""
-        return self.held if isinstance(self.held, Tensor) else self.held.dense()
+        if self.images.stream.keep_scores:
+            return self.sae.apply_threshold(self.scores, self.threshold)
+        return self.sparse.dense()
+
+    @cached_property
+    def sparse(self) -> SparseCodes:
+        """Codes [B, T, M] without their zeros."""
+        if self.images.stream.keep_scores:
+            return SparseCodes.from_dense(self.codes)
+        return self.sae.encode_sparse(self.tokens)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -235,7 +237,7 @@ class Batch:
     @cached_property
     def reconstruction(self) -> Tensor:
         """[B, T, d], by all latents."""
-        return self.sae.decode_held(self.held, self.scale)
+        return self.sae.decode(self.sparse, self.scale)
 
     @cached_property
     def predictions(self) -> Tensor:
@@ -248,84 +250,22 @@ class Batch:
         return pool_codes(self.codes, self.images.stream.pooling)
 
     @cached_property
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Keys (image * T + token) * M + latent, ascending, and values of codes that are not 0."""
-        if isinstance(self.held, Tensor):
-            flat = self.held.reshape(-1)
-            keys = flat.nonzero().squeeze(1)
-            return keys, flat[keys]
-        some = self.held.values.nonzero().squeeze(1)
-        if len(some) == len(self.held.values):
-            return self.held.support.positions, self.held.values
-        return self.held.support.positions[some], self.held.values[some]
-
-    @cached_property
     def fired(self) -> Tensor:
         """On how many tokens each latent is active, LongTensor [M]."""
-        return torch.bincount(self.pairs[0] % self._latents, minlength=self._latents)
+        return self.sparse.view(-1, self.sparse.latents).count()
 
     @cached_property
     def sums(self) -> Tensor:
         """Codes summed over an image's tokens, float64 [B, M]."""
-        # float64 sums of some hundred float32 values are exact unless the values differ by 2^20:
-        # equal latents have equal sums in whatever order a device adds.
-        keys, values = self.pairs
-        return self._per_latent(keys, values.double())
+        return self.sparse.totals()
 
     def counts(self, above: float) -> Tensor:
         """On how many tokens of an image a latent's code is larger, LongTensor [B, M]."""
-        keys, values = self.pairs
-        return self._per_latent(keys[values > above])
+        return self.sparse.count(self.sparse.values > above)
 
-    def image_codes(self) -> list["ImageCodes"]:
+    def image_codes(self) -> list[SparseCodes]:
         """The codes of each image. Copies, so that they do not keep the batch's memory."""
-        keys, values = self.pairs
-        size = self.tokens.shape[1] * self._latents
-        edges = torch.arange(1, len(self.tokens), device=keys.device) * size
-        at = torch.searchsorted(keys, edges).tolist()
-        inside = (keys % size).to(torch.int32)
-        return [
-            ImageCodes(k.clone(), v.clone(), self.tokens.shape[1], self._latents)
-            for k, v in zip(inside.tensor_split(at), values.tensor_split(at), strict=True)
-        ]
-
-    @property
-    def _latents(self) -> int:
-        return self.sae.config["latents"]
-
-    def _per_latent(self, keys: Tensor, weights: Tensor | None = None) -> Tensor:
-        b, t, m = len(self.tokens), self.tokens.shape[1], self._latents
-        cells = keys // (t * m) * m + keys % m
-        return torch.bincount(cells, weights, minlength=b * m).view(b, m)
-
-
-@dataclass(frozen=True)
-class ImageCodes:
-    """The codes of one image that are not zero.
-
-    Attributes:
-        keys: token * M + latent, ascending; int32 [active].
-        values: the codes, [active].
-        tokens, latents: T, M.
-    """
-
-    keys: Tensor
-    values: Tensor
-    tokens: int
-    latents: int
-
-    def at(self, latents: Tensor) -> Tensor:
-        """The codes of some latents: LongTensor [n] -> [T, n]."""
-        if not len(self.keys):
-            return self.values.new_zeros(self.tokens, len(latents))
-        first = torch.arange(self.tokens, device=latents.device)[:, None] * self.latents
-        wanted = (first + latents).to(self.keys.dtype)
-        at = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
-        return torch.where(self.keys[at] == wanted, self.values[at], 0)
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return [self.sparse[i].compact() for i in range(len(self.tokens))]
 
 
 def pool_codes(codes: Tensor, pooling: str = "mean") -> Tensor:

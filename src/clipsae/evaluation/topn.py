@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsae.evaluation.passes import Batch, ImageCodes, Stream, predict
+from clipsae.evaluation.numbers import SETTINGS
+from clipsae.evaluation.passes import Batch, Stream, predict
 from clipsae.evaluation.ranking import ClassRankings, top_latents
-from clipsae.sae import SAE
+from clipsae.sae import SAE, SparseCodes
 
 PROTOCOLS = ("paper", "heldout")
-SETTINGS = ("no_sae", "on", "off", "self")
 
 # (sae, setting, n), such as ("topk", "on", 5).
 Key = tuple[str | None, str, int | None]
@@ -76,7 +76,7 @@ class _Waiting:
     reconstruction: Tensor
     scale: Tensor
     own: Tensor | None
-    codes: ImageCodes | None
+    codes: SparseCodes | None
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +144,7 @@ class TopN:
         """Count the latents of images, given in the order of their classes."""
         counts = batch.counts(self.count_threshold)
         self._above += counts.sum()
-        self._active += len(batch.pairs[0])
+        self._active += len(batch.sparse.values)
         self.rankings.add(batch.labels.tolist(), counts, batch.sums)
 
     def update(self, batch: Batch) -> None:
@@ -152,7 +152,7 @@ class TopN:
         if self.counting:
             self.count(batch)
         own: list[Tensor | None] = [None] * len(batch.labels)
-        codes: list[ImageCodes | None] = [None] * len(batch.labels)
+        codes: list[SparseCodes | None] = [None] * len(batch.labels)
         if self.ns and {"on", "off", "self"} & set(self.settings):
             codes = [*batch.image_codes()]
             if "self" in self.settings:
@@ -219,7 +219,7 @@ class TopN:
         for latents, on, off in chosen:
             # The first n latents, and their codes [B, T, n], serve n.
             images = [image.codes for image in batch if image.codes is not None]
-            codes = torch.stack([of.at(n) for of, n in zip(images, latents, strict=True)])
+            codes = torch.stack([of.lookup(n) for of, n in zip(images, latents, strict=True)])
             for n in self.ns:
                 few = self.sae.decode(codes[..., :n].contiguous(), scale, latents[:, :n])
                 add(on, n, few)

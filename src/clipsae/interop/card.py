@@ -7,18 +7,9 @@ from typing import Any
 
 import yaml
 
+from clipsae.evaluation.metrics import NUMBERS
+from clipsae.evaluation.numbers import current_names
 from clipsae.sae import SAE
-
-_METRICS = {
-    "active": "active latents a token",
-    "l0": "share of zeros (L0)",
-    "fvu": "fraction of variance unexplained",
-    "cosine": "cosine of x and x_hat",
-    "cknna": "CKNNA",
-    "dead_fraction": "silent latents",
-    "monosemanticity_mean": "MonoSemanticity, mean",
-    "monosemanticity_max": "MonoSemanticity, max",
-}
 
 
 def model_card(sae: SAE, repo_id: str, folder: Path | None = None) -> str:
@@ -92,19 +83,20 @@ def _results(folder: Path | None) -> list[str]:
         for rows in _tables(folder, "evaluation", "results.csv")
     }
     measured = {
-        _label(rows[0]): {row["metric"]: float(row["value"]) for row in rows}
+        _label(rows[0]): current_names({row["metric"]: float(row["value"]) for row in rows})
         for rows in _tables(folder, "evaluation", "metrics.csv")
     }
     found = []
     if accuracies:
         columns = list(dict.fromkeys(name for one in accuracies.values() for name in one))
-        table = _table(accuracies, {name: name for name in columns}, ".2f")
+        table = _table(accuracies, {name: (name, ".2f") for name in columns})
         found.append(
             "Top-n concept classification, macro accuracy in percent (`on_n`: only the class's n "
             "latents, chosen with the image's true label):\n\n" + table
         )
     if measured:
-        found.append("Measured on the evaluated images:\n\n" + _table(measured, _METRICS, ".4g"))
+        numbers = {n.key: (n.label, n.format) for n in NUMBERS if n.headline}
+        found.append("Measured on the evaluated images:\n\n" + _table(measured, numbers))
     return found
 
 
@@ -132,13 +124,14 @@ def _column(row: dict[str, str]) -> str:
     return f"{row['setting']}_{float(row['n']):.0f}" if row["n"] else row["setting"]
 
 
-def _table(rows: dict[str, dict[str, float]], columns: dict[str, str], form: str) -> str:
+def _table(rows: dict[str, dict[str, float]], columns: dict[str, tuple[str, str]]) -> str:
+    """Columns: key -> label and format."""
     names = [name for name in columns if any(name in row for row in rows.values())]
     lines = [
-        "| dataset | " + " | ".join(columns[name] for name in names) + " |",
+        "| dataset | " + " | ".join(columns[name][0] for name in names) + " |",
         "|" + "---|" * (len(names) + 1),
     ]
     for dataset, row in rows.items():
-        cells = [format(row[name], form) if name in row else "" for name in names]
+        cells = [format(row[name], columns[name][1]) if name in row else "" for name in names]
         lines.append(f"| {dataset} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -15,11 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from clipsae.interop import saelens, sparsemax_release
-from clipsae.interop.known import PATCHSAE, SAELENS
+from clipsae.interop.known import PATCHSAE, SAELENS, refuse_others
 from clipsae.interop.plain import Imported
 from clipsae.interop.safely import Inert, Tensors, read_pickle
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
+
+# What trainings save beside the SAE, to go on from.
+_OF_TRAINING = (
+    *("optimizer", "optimizer_state_dict", "scheduler", "scheduler_state_dict", "lr_scheduler"),
+    *("epoch", "step", "global_step", "n_training_steps", "n_training_tokens", "wandb_id"),
+)
 
 _CLASSES = (
     *(
@@ -43,11 +49,15 @@ def read(path: Path) -> Imported:
     held = read_pickle(path, _CLASSES)
     if not isinstance(held, dict) or "state_dict" not in held:
         raise ValueError(f"{path} holds no 'state_dict': expected a PatchSAE or Sparsemax release")
+    refuse_others(held, ("state_dict", "cfg", "config", *_OF_TRAINING), {}, path)
     cfg = _options(held.get("cfg", held.get("config")), path)
     tensors = Tensors(path, held["state_dict"])
     if "concept" in tensors:
         return sparsemax_release.convert(cfg, tensors)
     found = saelens.convert(cfg, tensors, path, SAELENS | PATCHSAE)
+    if not cfg:
+        unsaid = f"{path} has no config: its weights are read as those of a ReLU SAE."
+        found = replace(found, lost=(*found.lost, unsaid))
     of_patchsae = set(cfg) <= PATCHSAE | {"d_in", "d_sae", "gated_sae"}
     return replace(found, format="PatchSAE") if of_patchsae else found
 

@@ -22,7 +22,7 @@ SAELENS = names(
     """
     act_store_device activations_mixing_fraction adam_beta1 adam_beta2 autocast autocast_lm
     aux_loss_coefficient b_dec_init_method cached_activations_path checkpoint_path
-    cls_token_only compile_llm compile_sae context_size d_out dataset_name dataset_path
+    cls_token_only compile_llm compile_sae context_size dataset_name dataset_path
     dataset_train_path dataset_trust_remote_code dataset_val_path dead_feature_threshold
     dead_feature_window decoder_heuristic_init decoder_init_norm decoder_orthogonal_init device
     dtype eval_batch_size_prompts eval_every_n_wandb_logs exclude_special_tokens

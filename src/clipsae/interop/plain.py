@@ -173,7 +173,7 @@ def _fixed_thresholds(sae: SAE, target: str) -> Tensor:
     why = "its codes are not the scores that pass a threshold"
     if tau.ndim > 1:
         why = "its threshold depends on all of a token's scores"
-    elif torch.equal(sae.gate(scores, tau), torch.relu(scores) * (scores > tau)):
+    elif torch.equal(sae.apply_threshold(scores, tau), torch.relu(scores) * (scores > tau)):
         return tau.detach().cpu().double().expand(sae.latents)
     raise ValueError(
         f"activation={sae.config['activation']} cannot be written for {target}: {why}, and "

@@ -28,7 +28,7 @@ ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryosh
 # What is read; with some architectures alone: what is read or decides their training.
 _READ = names(
     """
-    architecture d_in d_sae activation_fn activation_fn_str activation_fn_kwargs
+    architecture d_in d_out d_sae activation_fn activation_fn_str activation_fn_kwargs
     apply_b_dec_to_input normalize_activations reshape_activations finetuning_scaling_factor
     """
 )
@@ -128,8 +128,10 @@ def convert(
     heads = {name: about.get(name) for name in ("hook_head_index", "hook_point_head_index")}
     refuse_others(heads, (), _HARMLESS, where)
     d, m = tensors.shape("W_enc", 2)
-    d = d if cfg.get("d_in") is None else size(cfg, "d_in", where)
-    m = m if cfg.get("d_sae") is None else size(cfg, "d_sae", where)
+    for name, found in (("d_in", d), ("d_out", d), ("d_sae", m)):
+        same_size(cfg, name, found, where)
+    if k is not None and architecture == "topk" and k > m:
+        raise ValueError(f"{where}: k={k} is more than the {m} latents that there are")
     parts: dict[str, Any] = {
         "W_enc": tensors.take("W_enc", d, m).T,
         "W_dec": tensors.take("W_dec", m, d),

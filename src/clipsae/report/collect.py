@@ -13,16 +13,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from clipsae.evaluation.numbers import SETTINGS, current_names
+from clipsae.overrides import renamed
 from clipsae.report.settings import Settings, of_metrics, of_topn, settings_of
 from clipsae.store import MARK, Store
 from clipsae.store.files import read_json
 
 IDENTITY = ("model", "dataset", "clip", "latents", "k", "seed")
-SETTINGS = ("no_sae", "on", "off", "self")
 NO_K = 0  # of variants that have no k
 _RESULT_COLUMNS = (*IDENTITY, "protocol", "setting", "n", "accuracy", "images", "classes")
 _COMPETING = "competing"  # classes that an image could be given; results of older versions lack it
-_MEASUREMENT_COLUMNS = (*IDENTITY, "image_encoder", "pooling", "metric", "value")
+_METRIC_COLUMNS = (*IDENTITY, "metric", "value")
+_MEASUREMENT_COLUMNS = (*_METRIC_COLUMNS, "image_encoder", "pooling")
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -43,9 +45,9 @@ class Collected:
     figures but what `IDENTITY` says).
 
     Attributes:
-        results: a row a (evaluation, setting, n): also protocol, setting, column ("no_sae",
-            "on_5", "on_all" for all M), n (0 for no_sae), accuracy (macro, %), images, classes
-            (those with images), competing (those that an image could be given).
+        results: a row a (evaluation, setting, n): metric ("no_sae", "on_5", "on_all" for all M),
+            value (macro accuracy, %), protocol, images, classes (those with images), competing
+            (those that an image could be given).
         measurements: a row a (evaluation, metric): metric, value, image_encoder, pooling.
         origins: folder name -> {"meta": ..., "config": ...}.
         problems: a line for each folder that was left out.
@@ -88,7 +90,9 @@ def collect(root: Path | str) -> Collected:
         )
     columns = ["weights", "layer", "folder", "finished", "settings"]
     return Collected(
-        results=_stack(results, [*_RESULT_COLUMNS, "column", _COMPETING, *columns]),
+        results=_stack(
+            results, [*_METRIC_COLUMNS, "protocol", "images", "classes", _COMPETING, *columns]
+        ),
         measurements=_stack(measurements, [*_MEASUREMENT_COLUMNS, *columns]),
         origins=origins,
         problems=problems,
@@ -100,6 +104,10 @@ def _origin(folder: Path) -> dict[str, Any]:
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     if not isinstance(meta, dict) or not isinstance(config, dict):
         raise ValueError(f"{MARK} and config.yaml: expected mappings")
+    for old, (new, value) in renamed(config).items():
+        group, key = new.split(".")
+        config.setdefault(group, {})[key] = value
+        config[old.partition(".")[0]].pop(old.partition(".")[2])
     return {"meta": meta, "config": config}
 
 
@@ -129,23 +137,24 @@ def _evaluation(folder: Path) -> pd.DataFrame:
     rows = _table(folder / "results.csv", _RESULT_COLUMNS)
     unknown = set(rows.setting) - set(SETTINGS)
     if unknown:
-        raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {SETTINGS}")
+        raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {', '.join(SETTINGS)}")
     if _COMPETING not in rows:
         rows[_COMPETING] = rows.classes
-    rows["n"] = rows.n.fillna(0).astype(int)
-    rows["accuracy"] = rows.accuracy.astype(float)
-    rows["column"] = [
-        column_name(setting, n, latents)
-        for setting, n, latents in zip(rows.setting, rows.n, rows.latents, strict=True)
+    rows["value"] = rows.accuracy.astype(float)
+    counts = rows.n.astype(float)
+    rows["metric"] = [
+        "no_sae" if setting == "no_sae" else f"{setting}_{'all' if n == latents else int(n)}"
+        for setting, n, latents in zip(rows.setting, counts, rows.latents, strict=True)
     ]
     return rows
 
 
 def _measurement(folder: Path) -> pd.DataFrame:
     rows = _table(folder / "metrics.csv", _MEASUREMENT_COLUMNS)
+    rows["metric"] = list(current_names(dict.fromkeys(rows.metric, 0.0)))
     rows["value"] = rows.value.astype(float)
     for name in ("image_encoder", "pooling"):
-        rows[name] = rows[name].fillna("").astype(str)
+        rows[name] = rows[name].astype(object).fillna("").astype(str)
     return rows
 
 
@@ -163,13 +172,6 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     for name in ("model", "dataset", "clip"):
         rows[name] = rows[name].astype(str)
     return rows
-
-
-def column_name(setting: str, n: int, latents: int) -> str:
-    """A setting as the tables name it: "no_sae", "on_5", "on_all"."""
-    if setting == "no_sae":
-        return setting
-    return f"{setting}_all" if n == latents else f"{setting}_{n}"
 
 
 def _stack(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:

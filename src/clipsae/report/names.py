@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 from clipsae.data.eleven import ELEVEN
+from clipsae.evaluation.numbers import SETTINGS
 from clipsae.report.published import table_numbers
 
 SIX = ("relu", "jumprelu", "gated", "topk", "batch_topk", "sparsemax")
@@ -20,7 +22,7 @@ _MODELS = {
     "attention_relu": "Attention + ReLU",
     "linear_sparsemax": "Linear + sparsemax",
 }
-# Okabe and Ito's palette, told apart with any kind of colour vision; markers differ as well.
+# Okabe and Ito's palette, distinguishable with any kind of colour vision; markers differ as well.
 _COLOURS = {
     "relu": ("#0072b2", "o"),
     "jumprelu": ("#56b4e9", "s"),
@@ -61,6 +63,11 @@ def model_style(model: str, models: tuple[str, ...]) -> tuple[str, str]:
     return _MORE_COLOURS[unknown.index(model) % len(_MORE_COLOURS)]
 
 
+def listed(words: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+
+
 def column_title(column: str, latents: int) -> str:
     """ "on_all" by its number, such as "on_49152"; others as they are."""
     return column.replace("_all", f"_{latents}")
@@ -71,4 +78,4 @@ def column_order(column: str) -> tuple[int, float]:
     setting, _, n = column.partition("_")
     if column == "no_sae":
         return 0, 0.0
-    return 1 + ("on", "off", "self").index(setting), float("inf") if n == "all" else float(n)
+    return list(SETTINGS).index(setting), float("inf") if n == "all" else float(n)

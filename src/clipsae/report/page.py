@@ -1,20 +1,24 @@
 """The report as one HTML page that needs nothing beside it."""
 
+import io
 import math
+import re
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
+import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from clipsae.report import published
 from clipsae.report.missing import ALL
 from clipsae.report.names import dataset_title, model_style, model_title
-from clipsae.report.plots import Plot
+from clipsae.report.plots import INK, STYLE
 from clipsae.report.report import Report
-from clipsae.report.svg import inline_svg
 from clipsae.report.table import Cell, Column, Row, Table, shown
 
 _FOLDER = Path(__file__).parent / "template"
@@ -55,7 +59,7 @@ def _environment() -> Environment:
     environment.globals.update(
         cell=_cell,
         shown=shown,
-        svg=_svg,
+        svg=lambda plot: Markup(inline_svg(plot.figure, plot.name, plot.title)),
         time=_time,
         model_title=model_title,
         dataset_title=dataset_title,
@@ -74,8 +78,27 @@ def _cell(table: Table, row: Row, column: Column) -> dict[str, Any]:
     }
 
 
-def _svg(plot: Plot) -> Markup:
-    return Markup(inline_svg(plot.figure, plot.name, plot.title))
+def inline_svg(figure: Figure, name: str, title: str) -> str:
+    """The `<svg>` element of a figure: as wide as its place, text and axes in the page's colour,
+    ids of its own, no reference to anything outside.
+
+    Args:
+        name: what its ids begin with.
+        title: what a screen reader says.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    text = text.replace("xlink:href", "href").replace(INK, "currentColor")
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = text.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    size = r'<svg width="[\d.]+pt" height="[\d.]+pt"'
+    opening = f'<svg role="img" aria-label={quoteattr(title)}'
+    return re.sub(size, lambda _: opening, text, count=1)
 
 
 def _time(seconds: float) -> str:

@@ -11,10 +11,9 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from clipsae.report import published
-from clipsae.report.accuracy_tables import row_title
 from clipsae.report.collect import NO_K
 from clipsae.report.names import (
     column_order,
@@ -25,6 +24,7 @@ from clipsae.report.names import (
     slug,
 )
 from clipsae.report.select import Selection, of_line
+from clipsae.report.tables import row_title
 from clipsae.report.variants import Line
 
 WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels high
@@ -59,7 +59,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure and what is to be said about it.
+    """A figure and its caption.
 
     Attributes:
         name: of its files.
@@ -77,32 +77,30 @@ class Plot:
 
 def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
     """Accuracy over n, a line a model, published ones dashed; None: nothing of ours."""
-    cells = _accuracies(selection, dataset)
+    cells = pd.concat([selection.of(line, dataset) for line in selection.lines])
+    cells = cells[cells.metric.eq("no_sae") | cells.metric.str.startswith("on_")]
     if cells.empty:
         return None
+    keys = sorted({key for key in cells.metric if key != "no_sae"}, key=column_order)
+    position = {key: x for x, key in enumerate(keys)}
+    known = published.zero_shot()
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.4)
-        columns = sorted({c for c in cells.column if c.startswith("on_")}, key=column_order)
-        known = published.zero_shot()
-        position = {column: x for x, column in enumerate(columns)}
         for line in selection.lines:
-            colour, marker = model_style(line.model, selection.models)
-            of = of_line(cells[cells.column.isin(columns)], line)
-            of = of.assign(x=of.column.map(position))
-            _line(axes, of, colour, marker, row_title(selection, line), _rank(selection, line))
-            if _rank(selection, line):
-                continue
-            theirs = [(position[c], known.get((dataset, line.model, c))) for c in columns]
-            theirs = [(x, float(y)) for x, y in theirs if y is not None]
-            if theirs:
-                axes.plot(
-                    *zip(*theirs, strict=True), color=colour, linestyle=(0, (3, 2)), linewidth=1
-                )
-        alone = cells[cells.column == "no_sae"].accuracy
+            style, rank = model_style(line.model, selection.models), _rank(selection, line)
+            mine = of_line(cells[cells.metric.isin(keys)], line)
+            mine = mine.assign(x=mine.metric.map(position))
+            _line(axes, mine, *style, row_title(selection, line), rank)
+            theirs = {key: known.get((dataset, line.model, key)) for key in keys}
+            points = [(position[key], float(y)) for key, y in theirs.items() if y is not None]
+            if points and not rank:
+                xy = zip(*points, strict=True)
+                axes.plot(*xy, color=style[0], linestyle=(0, (3, 2)), linewidth=1)
+        alone = cells[cells.metric == "no_sae"].value
         if len(alone):
             axes.axhline(alone.mean(), color=INK, linewidth=1, linestyle=":", label="no SAE")
-        titles = [column_title(c, selection.wanted.latents).removeprefix("on_") for c in columns]
-        axes.set_xticks(range(len(columns)), titles)
+        titles = [column_title(key, selection.wanted.latents).removeprefix("on_") for key in keys]
+        axes.set_xticks(range(len(keys)), titles)
         axes.set_xlabel("latents of the class kept, n")
         axes.set_ylabel("macro accuracy, %")
         axes.set_ylim(bottom=0)
@@ -123,32 +121,31 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
     swept = [line for line in selection.lines if len(swept_k(cells, line)) > 1]
     if not swept:
         return None
-    cells = cells[cells.column.str.startswith("on_")]
+    cells = cells[cells.metric.str.startswith("on_")]
     guides = [line for line in selection.lines if line.model == "sparsemax"]
     of_swept = pd.concat([of_line(cells, line) for line in swept])
-    columns = sorted(set(of_swept.column), key=column_order)
+    columns = sorted(set(of_swept.metric), key=column_order)
     rows = -(-len(columns) // 2)
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(1.0 + 1.75 * rows, rows, 2 if len(columns) > 1 else 1)
         for axes, column in zip(panels, columns, strict=False):
-            here = cells[cells.column == column]
-            ks = sorted(set(of_swept.k[(of_swept.column == column) & (of_swept.k > NO_K)]))
+            here = cells[cells.metric == column]
             for line in swept:
-                of = of_line(here, line)
-                of = of[of.k > NO_K]
+                mine = of_line(here, line)
+                mine = mine[mine.k > NO_K]
                 style = model_style(line.model, selection.models)
-                _line(axes, of.assign(x=of.k), *style, _called(line), _rank(selection, line))
+                _line(axes, mine.assign(x=mine.k), *style, _called(line), _rank(selection, line))
             for guide in guides:
                 support = mean_support(selection, dataset, guide)
-                point = of_line(here, guide)
                 if support is None:
                     continue
+                point = of_line(here, guide)
                 colour, marker = model_style("sparsemax", selection.models)
                 axes.axvline(support, color=colour, linewidth=1, linestyle=":")
                 if len(point):
                     axes.errorbar(
                         [support],
-                        point.accuracy,
+                        point.value,
                         yerr=point["std"].fillna(0),
                         color=colour,
                         marker=marker,
@@ -157,7 +154,11 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
                         linestyle="none",
                         label=f"{_called(guide)} (mean support {support:.1f})",
                     )
-            _log_x(axes, ks)
+            ks = sorted(set(of_swept.k[(of_swept.metric == column) & (of_swept.k > NO_K)]))
+            ks = ks[:: -(-len(ks) // 5)]  # thinned where they would collide
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(ks, [str(k) for k in ks])
             axes.set_title(column_title(column, selection.wanted.latents), fontsize=10, loc="left")
         for axes in panels[len(columns) :]:
             axes.set_visible(False)
@@ -170,7 +171,7 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
         name=f"k_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: accuracy over k",
         caption=(
-            "A panel an on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
+            "A panel for each on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
             f"which needs no k; the star is its accuracy.{_spread(cells)}"
         ),
         dataset=dataset,
@@ -179,16 +180,16 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
 
 
 def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
-    """Active latents of a token against FVU, every model and k; None: nothing measured."""
-    of = selection.metrics[
-        (selection.metrics.dataset == dataset) & selection.metrics.metric.isin(["active", "fvu"])
-    ]
-    value = of.pivot_table(index=["model", "common", "own", "k"], columns="metric", values="value")
-    if not {"active", "fvu"} <= set(value.columns):
+    """L0 against FVU, every model and k; None: nothing measured."""
+    metrics = selection.metrics
+    metrics = metrics[(metrics.dataset == dataset) & metrics.metric.isin(["l0", "fvu"])]
+    by = ["model", "common", "own", "k"]
+    value = metrics.pivot_table(index=by, columns="metric", values="value")
+    if not {"l0", "fvu"} <= set(value.columns):
         return None
     value = value.dropna()
-    std = of.pivot_table(index=["model", "common", "own", "k"], columns="metric", values="std")
-    std = std.reindex(value.index).reindex(columns=["active", "fvu"]).fillna(0)
+    std = metrics.pivot_table(index=by, columns="metric", values="std")
+    std = std.reindex(value.index).reindex(columns=["l0", "fvu"]).fillna(0)
     there = set(value.index.droplevel("k"))
     shown = [x for x in selection.lines if (x.model, x.common, x.own) in there]
     if not shown:
@@ -201,9 +202,9 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
             at = (line.model, line.common, line.own)
             points, error = value.loc[at].sort_index(), std.loc[at].sort_index()
             axes.errorbar(
-                points.active,
+                points.l0,
                 points.fvu,
-                xerr=error.active,
+                xerr=error.l0,
                 yerr=error.fvu,
                 color=colour,
                 marker=marker,
@@ -213,60 +214,52 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
                 elinewidth=1,
                 label=_called(line),
             )
-            for k, point in points.iterrows():
-                if k != NO_K:
-                    axes.annotate(
-                        f"k {k}",
-                        (point.active, point.fvu),
-                        xytext=(4, 4) if above else (-4, -4),
-                        textcoords="offset points",
-                        ha="left" if above else "right",
-                        va="bottom" if above else "top",
-                        fontsize=8,
-                    )
+            for k, point in points[points.index != NO_K].iterrows():
+                axes.annotate(
+                    f"k {k}",
+                    (point.l0, point.fvu),
+                    xytext=(4, 4) if above else (-4, -4),
+                    textcoords="offset points",
+                    ha="left" if above else "right",
+                    va="bottom" if above else "top",
+                    fontsize=8,
+                )
             above ^= any(points.index != NO_K)
         axes.set_xscale("log")
-        _plain_log_ticks(axes, value.active)
-        axes.set_xlabel("active latents of a token")
-        axes.set_ylabel("FVU, corpus")
+        _plain_log_ticks(axes, value.l0)
+        axes.set_xlabel("L0: active latents per token")
+        axes.set_ylabel("FVU")
         axes.set_ylim(bottom=0)
         _legend(figure, axes)
     return Plot(
         name=f"sparsity_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: sparsity against FVU",
-        caption=f"Lower left is better.{_spread(of)}",
+        caption=f"Lower left is better.{_spread(metrics)}",
         dataset=dataset,
         figure=figure,
     )
 
 
 def mean_support(selection: Selection, dataset: str, line: Line) -> float | None:
-    """Mean number of active latents of a token of a Sparsemax SAE, over seeds."""
-    of = of_line(selection.metrics, line)
-    of = of[(of.dataset == dataset) & (of.metric == "active")]
-    return float(of.value.mean()) if len(of) else None
+    """Mean number of active latents per token of a Sparsemax SAE, over seeds."""
+    rows = of_line(selection.metrics, line)
+    rows = rows[(rows.dataset == dataset) & (rows.metric == "l0")]
+    return float(rows.value.mean()) if len(rows) else None
 
 
 def swept_k(rows: pd.DataFrame, line: Line) -> set[int]:
     """The values of k that a line has results of."""
-    return {int(k) for k in of_line(rows, line).k if k != NO_K}
+    return set(of_line(rows, line).k) - {NO_K}
 
 
 def _called(line: Line) -> str:
-    """A line's name where its k is told otherwise."""
+    """A line's name without its k."""
     return model_title(line.model) + (f", {line.variant}" if line.variant else "")
 
 
 def _rank(selection: Selection, line: Line) -> int:
     """0 for a model's first line, 1 for its second, ..."""
     return [x for x in selection.lines if x.model == line.model].index(line)
-
-
-def _accuracies(selection: Selection, dataset: str) -> pd.DataFrame:
-    """The tables' cells of one dataset: one k a line."""
-    frames = [selection.of(line, dataset) for line in selection.lines]
-    cells = pd.concat(frames) if frames else selection.cells[:0]
-    return cells[cells.column.isin(["no_sae"]) | cells.column.str.startswith("on_")]
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -277,7 +270,7 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, lis
 def _line(
     axes: Axes, cells: pd.DataFrame, colour: str, marker: str, label: str, rank: int = 0
 ) -> None:
-    """A line through `accuracy` over `x`, with a band of one standard deviation over seeds.
+    """A line through `value` over `x`, with a band of one standard deviation over seeds.
 
     Args:
         rank: 0 for a model's first line; others are dash-dotted with hollow markers.
@@ -287,7 +280,7 @@ def _line(
     cells = cells.sort_values("x")
     axes.plot(
         cells.x,
-        cells.accuracy,
+        cells.value,
         color=colour,
         marker=marker,
         markersize=8 if marker == "*" else None,
@@ -297,17 +290,8 @@ def _line(
     )
     several = cells[cells.seeds > 1]
     if len(several):
-        low, high = several.accuracy - several["std"], several.accuracy + several["std"]
+        low, high = several.value - several["std"], several.value + several["std"]
         axes.fill_between(several.x, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def _log_x(axes: Axes, ks: list[int]) -> None:
-    """A logarithmic axis with a tick at each k, thinned where they would collide."""
-    axes.set_xscale("log", base=2)
-    step = -(-len(ks) // 5)
-    axes.xaxis.set_major_locator(FixedLocator(ks[::step]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(ks[::step], [str(k) for k in ks[::step]])
 
 
 def _plain_log_ticks(axes: Axes, values: Iterable[float]) -> None:

@@ -6,17 +6,17 @@ from typing import Any
 
 import pandas as pd
 
-from clipsae.report import ablation, accuracy_tables, metric_tables, plots
+from clipsae.report import plots, tables
 from clipsae.report.collect import Collected
 from clipsae.report.findings import findings
-from clipsae.report.metric_tables import MEASURED_ON
 from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
 from clipsae.report.names import dataset_title, model_title, slug
 from clipsae.report.plots import Plot
 from clipsae.report.published import table_numbers
 from clipsae.report.select import Selection
-from clipsae.report.stability import seed_stability
+from clipsae.report.stability import Stability, seed_stability
 from clipsae.report.table import Table
+from clipsae.report.tables import MEASURED_ON
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Report:
     Attributes:
         selection: what it rests on.
         sections: in order; the first holds the averages.
-        differences: sentences on what is not alike in the results, and so shown apart.
+        differences: sentences on the settings that differ between results.
         findings: sentences.
         missing, fewer: gaps, with commands.
         notes: lines on what was left out.
@@ -80,11 +80,12 @@ def make_report(
     """Build tables, plots and sentences from a selection of what the store at `root` holds."""
     missing = missing_cells(selection, commands)
     stable, unread = seed_stability(root, found, selection)
+    swept = [plots.k_plot(selection, dataset) for dataset in selection.datasets]
     sections = [
         _overview(selection),
         *(_dataset_section(selection, dataset) for dataset in selection.datasets),
-        _ablation(selection),
-        _sweep(selection),
+        Section("ablation", "Ablation", tables.ablation_tables(selection)),
+        Section("k", "Sweep of k", plots=[plot for plot in swept if plot is not None]),
         _beyond(selection, stable),
     ]
     return Report(
@@ -95,7 +96,7 @@ def make_report(
         missing=missing,
         fewer=fewer_seeds(selection, commands),
         notes=[
-            *(f"Left out, it cannot be read: {line}" for line in [*found.problems, *unread]),
+            *(f"Skipped, unreadable: {line}" for line in [*found.problems, *unread]),
             *_counts(selection),
         ],
         origins=_origins(found, selection),
@@ -103,117 +104,90 @@ def make_report(
 
 
 def _overview(selection: Selection) -> Section:
+    eleven, others = selection.eleven, selection.others
+    called = "the eleven" if len(eleven) == 11 else f"{len(eleven)} of the eleven"
+    kinds = [
+        (eleven, "", f"{called} datasets"),
+        (others, "_others", f"the {len(others)} other datasets"),
+    ]
+    if not eleven:
+        kinds = [(others, "", f"{len(others)} datasets")]
     section = Section("overview", "Average and ranks")
-    for datasets, name, of in (
-        (selection.eleven, "average", _called(selection.eleven)),
-        (selection.others, "average_others", f"the {len(selection.others)} other datasets"),
-    ):
-        if not datasets:
-            continue
-        if name != "average" and not selection.eleven:
-            name, of = "average", f"{len(datasets)} datasets"
+    for datasets, suffix, title in kinds:
         if len(datasets) < 2:
             continue
-        suffix = "_others" if name == "average_others" else ""
-        section.tables.append(accuracy_tables.average_table(selection, datasets, name, of))
-        groups = [x for x in accuracy_tables.compared(selection, datasets) if len(x.datasets) > 1]
+        section.tables.append(tables.average_table(selection, datasets, f"average{suffix}", title))
+        groups = [x for x in tables.compared(selection, datasets) if len(x.datasets) > 1]
         for at, group in enumerate(groups, start=1):
             rank = f"rank{suffix}" + (f"_{at}" if len(groups) > 1 else "")
-            section.tables.append(accuracy_tables.rank_table(selection, group, rank))
+            section.tables.append(tables.rank_table(selection, group, rank))
     return section
-
-
-def _called(eleven: tuple[str, ...]) -> str:
-    return "the eleven datasets" if len(eleven) == 11 else f"{len(eleven)} of the eleven datasets"
 
 
 def _dataset_section(selection: Selection, dataset: str) -> Section:
     """Accuracy, sparsity and interpretability of one dataset."""
     number = table_numbers().get(dataset)
     of_paper = f" (Table {number})" if number else ""
-    section = Section(f"dataset-{slug(dataset)}", dataset_title(dataset) + of_paper)
-    accuracy = accuracy_tables.dataset_table(selection, dataset)
-    section.tables.append(accuracy)
-    others = accuracy_tables.other_settings_table(selection, dataset)
-    if others.columns:
-        section.folded.append(others)
+    accuracy = tables.dataset_table(selection, dataset)
+    others = tables.other_settings_table(selection, dataset)
     measured = [
-        *metric_tables.sparsity_tables(selection, dataset),
-        *metric_tables.interpretability_tables(selection, dataset),
+        *tables.sparsity_tables(selection, dataset),
+        *tables.interpretability_tables(selection, dataset),
     ]
-    (section.tables if dataset == MEASURED_ON else section.folded).extend(measured)
-    recovered = metric_tables.recovery_table(selection, dataset)
-    if recovered is not None:
-        section.folded.append(recovered)
-    for plot in (plots.accuracy_plot(selection, dataset), plots.sparsity_plot(selection, dataset)):
-        if plot is not None:
-            section.plots.append(plot)
-    return section
+    recovered = tables.recovery_table(selection, dataset)
+    paper = dataset == MEASURED_ON
+    folded = [others, *([] if paper else measured), recovered]
+    drawn = plots.accuracy_plot(selection, dataset), plots.sparsity_plot(selection, dataset)
+    return Section(
+        f"dataset-{slug(dataset)}",
+        dataset_title(dataset) + of_paper,
+        [accuracy, *(measured if paper else [])],
+        [plot for plot in drawn if plot is not None],
+        [table for table in folded if table.columns],
+    )
 
 
-def _ablation(selection: Selection) -> Section:
-    datasets = ablation.ablated(selection)
-    tables = [ablation.ablation_table(selection, dataset) for dataset in datasets]
-    return Section("ablation", "Ablation", tables)
-
-
-def _sweep(selection: Selection) -> Section:
-    drawn = [plots.k_plot(selection, dataset) for dataset in selection.datasets]
-    return Section("k", "Sweep of k", plots=[plot for plot in drawn if plot is not None])
-
-
-def _beyond(selection: Selection, stable: list) -> Section:
-    tables = []
-    fidelity = accuracy_tables.fidelity_table(selection)
-    if not fidelity.empty:
-        tables.append(fidelity)
-    if stable:
-        tables.append(metric_tables.stability_table(selection, stable))
-    return Section("beyond", "Beyond the paper", tables)
+def _beyond(selection: Selection, stable: list[Stability]) -> Section:
+    found = [tables.fidelity_table(selection)]
+    found = [table for table in found if not table.empty]
+    found += [tables.stability_table(selection, stable)] if stable else []
+    return Section("beyond", "Beyond the paper", found)
 
 
 def _several_k(selection: Selection) -> list[str]:
     """Which k the tables show of lines that have several."""
-    lines = []
+    sentences = []
     for line in selection.lines:
         ks = sorted(plots.swept_k(selection.cells, line))
         if len(ks) > 1:
             variant = f", {line.variant}" if line.variant else ""
-            lines.append(
+            sentences.append(
                 f"{model_title(line.model)}{variant} has results with k = "
-                f"{', '.join(str(k) for k in ks)}. The tables show k = {selection.k[line]} "
+                f"{', '.join(map(str, ks))}. The tables show k = {selection.k[line]} "
                 "(task.k chooses another), the plots over k all of them."
             )
-    return lines
+    return sentences
 
 
 def _counts(selection: Selection) -> list[str]:
-    wanted, lines = selection.wanted, []
-    if selection.superseded:
-        lines.append(
-            f"{_results(selection.superseded)} superseded by a newer one with the same settings."
-        )
-    if selection.unfitting:
-        lines.append(
-            f"{_results(selection.unfitting)} left out, being of another CLIP than {wanted.clip} "
-            f"(weights {wanted.weights_title}, layer {wanted.layer}), another protocol than "
-            f"{wanted.protocol} or another M than {wanted.latents}."
-        )
+    """How many results were not used, or only cover a part of the images."""
+    wanted = selection.wanted
     limited = {
         row.folder
         for row in selection.runs.drop_duplicates("folder").itertuples()
         if dict(row.settings).get("evaluation.limit_images", "null") != "null"
     }
-    if limited:
-        lines.append(
-            f"{_results(len(limited))} used that looked at a part of the images only "
-            "(evaluation.limit_images)."
-        )
-    return lines
-
-
-def _results(count: int) -> str:
-    return f"{count} result is" if count == 1 else f"{count} results are"
+    counts = {
+        "superseded by a newer one with the same settings.": selection.superseded,
+        f"excluded: not of the CLIP {wanted.clip} (weights {wanted.weights_title}, layer "
+        f"{wanted.layer}), the {wanted.protocol} protocol and M = {wanted.latents}.": (
+            selection.unfitting
+        ),
+        "used that cover a part of the images only (evaluation.limit_images).": len(limited),
+    }
+    return [
+        f"{n} {'result is' if n == 1 else 'results are'} {what}" for what, n in counts.items() if n
+    ]
 
 
 def _origins(found: Collected, selection: Selection) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from clipsae.report.collect import NO_K, Collected
@@ -13,6 +14,7 @@ from clipsae.report.published import ablation_parts
 from clipsae.report.variants import Line, set_apart
 
 LINE = ["model", "common", "own"]
+ENCODER = ["image_encoder", "pooling"]
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,17 @@ class Selection:
 
     Attributes:
         wanted: what it is about.
-        cells: the results, a row a (model, common, own, dataset, k, column): accuracy (mean over
+        cells: accuracies, a row a (model, common, own, dataset, k, metric): value (mean over
             seeds), std (over seeds, with n - 1; NaN for one), seeds (how many), images, classes,
             competing. For `common` and `own` see `Line`.
         runs: the same before the mean over seeds, with `seed` and `folder`.
-        metrics: a row a (model, common, own, dataset, k, metric, image_encoder, pooling): value,
-            std, seeds.
+        metrics: like `cells`, also by image_encoder and pooling.
         lines: rows of the tables, in order: models, and of each first the line with most results.
         ablated: rows of the ablation's tables.
         expected: models that should have results.
         eleven, others: datasets of the tables, in order.
         k: line -> its k in the tables, `NO_K` for those without.
-        differences: a sentence for each setting that is not alike in all results.
+        differences: a sentence for each setting that differs between results.
         folders: names of the results that are used.
         superseded: how many fitting results a newer one replaces.
         unfitting: how many results are of another CLIP, protocol or M.
@@ -103,8 +104,8 @@ class Selection:
 
     def main(self, model: str) -> Line:
         """A model's line with most results; one without any where it has none."""
-        of = (line for line in (*self.lines, *self.ablated) if line.model == model)
-        return next(of, Line(model))
+        lines = (line for line in (*self.lines, *self.ablated) if line.model == model)
+        return next(lines, Line(model))
 
     def of(self, line: Line, dataset: str | None = None) -> pd.DataFrame:
         """The cells of a line with the tables' k, and of one dataset."""
@@ -115,7 +116,7 @@ class Selection:
         found: dict[tuple[Line, str | None], pd.DataFrame] = {}
         for line in {*self.lines, *self.ablated}:
             cells = found[line, None] = self.rows(self.cells, line)
-            found |= {(line, str(d)): of for d, of in cells.groupby("dataset", sort=False)}
+            found |= {(line, str(d)): part for d, part in cells.groupby("dataset", sort=False)}
         return found
 
     def rows(self, frame: pd.DataFrame, line: Line) -> pd.DataFrame:
@@ -127,11 +128,11 @@ class Selection:
         """The lines of a table on rows of `cells` or `metrics`: those with a figure in it; of a
         model without any its first."""
         filled = {line for line in self.lines if len(self.rows(frame, line))}
-        empty = {line.model for line in self.lines} - {line.model for line in filled}
+        models = {line.model for line in filled}
         return tuple(
             line
             for line in self.lines
-            if line in filled or (line.model in empty and line == self.main(line.model))
+            if line in filled or (line.model not in models and line == self.main(line.model))
         )
 
 
@@ -145,52 +146,50 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     Results that differ in a setting are lines of their own (`variants.py`). Of several results with
     the same settings (one has more values of n, say) the newest counts, figure by figure.
     """
-    frames = [found.results, _idle_options_apart(found.measurements)]
+    # Image encoder and pooling set MonoSemanticity alone apart, which has tables by them.
+    idle = ~found.measurements.metric.astype(str).str.startswith("monosemanticity_")
+    encoders = {name: found.measurements[name].mask(idle, "") for name in ENCODER}
+    frames = [found.results, found.measurements.assign(**encoders)]
     fitting = [_of_models(_fitting(frame, wanted), wanted) for frame in frames]
     (results, measured), differences = set_apart(fitting)
-    cell = [*LINE, "dataset", "k"]
-    runs = _newest(results, [*cell, "seed", "column"])
-    metrics = _newest(measured, [*cell, "seed", "metric", "image_encoder", "pooling"])
+    cell = [*LINE, "dataset", "k", "metric"]
+    runs = _newest(results, [*cell, "seed"])
+    metrics = _newest(measured, [*cell, "seed", *ENCODER])
 
     used = {*runs.folder, *metrics.folder}
-    all_fitting = {*results.folder, *fitting[1].folder}
     unfitting = {
         folder
         for frame in (found.results, found.measurements)
         for folder in set(frame.folder) - set(_fitting(frame, wanted).folder)
     }
-    models, expected = _models(wanted, runs, metrics)
+    there = {*runs.model, *metrics.model} - set(SIX) - set(ablation_parts())
+    models = wanted.models or (*SIX, *sorted(there))
     lines = _lines(models, runs, metrics)
     ablated = _lines(ablation_parts(), runs, metrics)
-    eleven, others = _datasets(wanted, runs, metrics)
+    eleven, others = _datasets(wanted, {*runs.dataset, *metrics.dataset})
     return Selection(
         wanted=wanted,
-        cells=_over_seeds(runs, [*cell, "column"], "accuracy"),
+        cells=_over_seeds(runs, cell),
         runs=runs,
-        metrics=_over_seeds(metrics, [*cell, "metric", "image_encoder", "pooling"], "value"),
+        metrics=_over_seeds(metrics, [*cell, *ENCODER]),
         lines=lines,
         ablated=ablated,
-        expected=expected,
+        expected=wanted.models or SIX,
         eleven=eleven,
         others=others,
         k={line: _table_k(line, wanted, runs, metrics) for line in {*lines, *ablated}},
         differences=tuple(differences),
         folders=tuple(sorted(used)),
-        superseded=len(all_fitting - used),
+        superseded=len({*results.folder, *fitting[1].folder} - used),
         unfitting=len(unfitting),
     )
 
 
 def _fitting(rows: pd.DataFrame, wanted: Wanted) -> pd.DataFrame:
-    keep = (
-        rows["clip"].eq(wanted.clip)
-        & rows.weights.eq(wanted.weights)
-        & rows.layer.eq(wanted.layer)
-        & rows.latents.eq(wanted.latents)
-    )
-    if "protocol" in rows:
-        keep &= rows.protocol.eq(wanted.protocol)
-    return rows[keep]
+    """Those of the wanted CLIP, protocol and M."""
+    names = ("clip", "weights", "layer", "latents", "protocol")
+    keep = [rows[name].eq(getattr(wanted, name)) for name in names if name in rows]
+    return rows[np.logical_and.reduce(keep)]
 
 
 def _of_models(rows: pd.DataFrame, wanted: Wanted) -> pd.DataFrame:
@@ -206,55 +205,32 @@ def _newest(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return ordered.drop_duplicates(by, keep="last").sort_index()
 
 
-def _idle_options_apart(measured: pd.DataFrame) -> pd.DataFrame:
-    """Image encoder and pooling where they have tables of their own, at MonoSemanticity; empty
-    elsewhere."""
-    idle = ~measured.metric.astype(str).str.startswith("monosemanticity_")
-    options = ["image_encoder", "pooling"]
-    return measured.assign(**{name: measured[name].mask(idle, "") for name in options})
-
-
-def _over_seeds(rows: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
+def _over_seeds(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Mean, standard deviation and number over the seeds of each group."""
     kept = [name for name in ("images", "classes", "competing") if name in rows]
     if rows.empty:
-        return pd.DataFrame(columns=[*by, value, "std", "seeds", *kept])
+        return pd.DataFrame(columns=[*by, "value", "std", "seeds", *kept])
     grouped = rows.groupby(by, sort=False)
-    over = grouped[value].agg(["mean", "std", "count"])
-    over.columns = [value, "std", "seeds"]
+    over = grouped.value.agg(value="mean", std="std", seeds="count")
     return over.join(grouped[kept].min() if kept else over[[]]).reset_index()
 
 
-def _models(
-    wanted: Wanted, runs: pd.DataFrame, metrics: pd.DataFrame
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Those of the tables, and those that should have results."""
-    if wanted.models is not None:
-        return wanted.models, wanted.models
-    ablations = set(ablation_parts()) - set(SIX)
-    found = {*runs.model, *metrics.model} - set(SIX) - ablations
-    return (*SIX, *sorted(found)), SIX
-
-
 def _lines(models: Iterable[str], *frames: pd.DataFrame) -> tuple[Line, ...]:
-    return tuple(line for m in models for line in _of_model(m, *frames) or [Line(m)])
+    """The lines of each model, those with results on most datasets and of most seeds first."""
+    found = []
+    for model in models:
+        counts: dict[Line, tuple[int, ...]] = {}
+        for rank, frame in enumerate(frames):  # accuracies before metrics
+            mine = frame[frame.model == model]
+            for (common, own), rows in mine.groupby(["common", "own"], sort=False):
+                count = (rank, -rows.dataset.nunique(), -rows.folder.nunique())
+                counts.setdefault(Line(model, str(common), str(own)), count)
+        found += sorted(counts, key=lambda line: (counts[line], line)) or [Line(model)]
+    return tuple(found)
 
 
-def _of_model(model: str, *frames: pd.DataFrame) -> list[Line]:
-    """A model's lines, those with results on most datasets and of most seeds first."""
-    counts: dict[Line, tuple[int, ...]] = {}
-    for rank, frame in enumerate(frames):  # accuracies before metrics
-        of = frame[frame.model == model]
-        for (common, own), rows in of.groupby(["common", "own"], sort=False):
-            count = (-rank, rows.dataset.nunique(), rows.folder.nunique())
-            counts.setdefault(Line(model, str(common), str(own)), count)
-    return sorted(counts, key=lambda line: (*(-n for n in counts[line]), line))
-
-
-def _datasets(
-    wanted: Wanted, runs: pd.DataFrame, metrics: pd.DataFrame
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    found = {*runs.dataset, *metrics.dataset}
+def _datasets(wanted: Wanted, found: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those of the eleven, and others."""
     if wanted.datasets is not None:
         eleven = tuple(name for name in ELEVEN_NAMES if name in wanted.datasets)
         return eleven, tuple(name for name in wanted.datasets if name not in ELEVEN_NAMES)
@@ -263,19 +239,12 @@ def _datasets(
 
 
 def _table_k(line: Line, wanted: Wanted, *frames: pd.DataFrame) -> int:
-    """The k of a line's rows: the wanted one, or that with results on most datasets.
-
-    Args:
-        frames: where to look for results, one after the other.
-    """
+    """The k of a line's rows: the wanted one, or that with results on most datasets, of the first
+    frame that has any."""
     for rows in frames:
-        of = of_line(rows, line)
-        of = of[of.k != NO_K]
-        if not of.empty:
-            break
-    if of.empty:
-        return wanted.k if wanted.k is not None and line.model in WITH_K else NO_K
-    if wanted.k is not None:
-        return wanted.k
-    filled = of.groupby("k").dataset.nunique()
-    return int(filled[filled == filled.max()].index.min())
+        swept = of_line(rows, line)
+        swept = swept[swept.k != NO_K]
+        if len(swept):
+            filled = swept.groupby("k").dataset.nunique()
+            return wanted.k or int(filled[filled == filled.max()].index.min())
+    return wanted.k if wanted.k and line.model in WITH_K else NO_K

@@ -18,9 +18,14 @@ _CHOICES = ("evaluation.ns", "evaluation.settings", "measurement.metrics")
 # The image encoder's figures have tables of their own.
 _APART = ("measurement.image_encoder",)
 # Of key["training"], whose other entries are of conf/model.
-_FEATURES = ("batch_size", "shuffle_tokens", "cache", "block_images", "buffer_images")
+_FEATURES = ("batch_size", "shuffle_buffer_images", "cache", "block_images", "buffer_images")
+_OPTIMIZER = ("learning_rate", "betas", "warmup_steps", "decay")
 _TRAINER = ("max_steps", "precision", "gradient_clip_val", "batches_a_step", "seed")
-_PLACES = {**dict.fromkeys(_FEATURES, "features"), **dict.fromkeys(_TRAINER, "trainer")}
+_PLACES = {
+    **dict.fromkeys(_FEATURES, "features"),
+    **dict.fromkeys(_OPTIMIZER, "optimizer"),
+    **dict.fromkeys(_TRAINER, "trainer"),
+}
 # Of a config, for results whose SAE is no longer there to be asked: what decides nothing.
 _IDLE = re.compile(
     r"model\.(name|compile)|(.*\.)?(_target_|root|download|num_workers|pin_memory|folder)"
@@ -41,7 +46,8 @@ def settings_of(
         schema: of the key.
     """
     named = dict(_of_sae(of_sae) if of_sae else _of_config(config))
-    if "train_dataset" in config and "_target_" not in (config["train_dataset"] or {}):
+    trained_on = config.get("train_dataset", {"_target_": ""}) or {}
+    if trained_on == config.get("dataset") or "_target_" not in trained_on:
         named = _trained_on_itself(named)
     for name, value in flat({k: v for k, v in key.items() if k != "sae"}):
         named[_of_result(name)] = value
@@ -67,7 +73,7 @@ def is_of_codes(name: str) -> bool:
     """Whether a setting decides an SAE's codes on the images."""
     if name in ("evaluation.split", "evaluation.limit_images"):
         return True
-    return not name.startswith(("evaluation.", "measurement.")) and name != "model.count_threshold"
+    return not name.startswith(("evaluation.", "measurement."))
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -97,8 +103,6 @@ def _of_sae(key: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _of_result(name: str) -> str:
     """A name of an evaluation's key as the config has it."""
-    if name == "evaluation.count_threshold":
-        return "model.count_threshold"
     if name in ("split", "limit_images"):
         return f"evaluation.{name}"
     return name
@@ -115,7 +119,7 @@ def _trained_on_itself(named: dict[str, str]) -> dict[str, str]:
 
 def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
     features = {k: v for k, v in (config.get("features") or {}).items() if k in _FEATURES}
-    named = _flat_config(config, ("clip", "model", "train_dataset", "trainer"))
+    named = _flat_config(config, ("clip", "model", "optimizer", "train_dataset", "trainer"))
     return named | _flat_config({"features": features}, ("features",))
 
 

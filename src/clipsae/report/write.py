@@ -57,42 +57,24 @@ def write_report(report: Report, folder: Path | str) -> Path:
 def missing_page(report: Report) -> str:
     """Gaps and the commands that fill them, as Markdown."""
     lines = ["# What is missing", ""]
-    if not report.missing:
-        lines += ["Nothing: every expected cell has a figure.", ""]
+    if report.missing:
+        lines += [f"{len(report.missing)} commands fill the missing cells.", ""]
+        lines += _gaps(report.missing)
     else:
-        lines += [
-            f"{len(report.missing)} commands fill the missing cells.",
-            "",
-            *_gap_table(report.missing),
-            "",
-            *_block(report.missing),
-        ]
+        lines += ["Nothing: every expected cell has a figure.", ""]
     if report.fewer:
-        lines += [
-            "## Fewer seeds than the model's other datasets",
-            "",
-            *_gap_table(report.fewer),
-            "",
-        ]
-        lines += _block(report.fewer)
+        lines += ["## Fewer seeds than the model's other datasets", "", *_gaps(report.fewer)]
     return "\n".join(lines)
 
 
-def gap(entry: Missing) -> str:
-    """What a gap lacks, in words."""
-    return "everything" if entry.what == ALL else entry.what
-
-
-def _gap_table(gaps: list[Missing]) -> list[str]:
+def _gaps(gaps: list[Missing]) -> list[str]:
     rows = [
-        f"| {model_title(g.model)} | {dataset_title(g.dataset)} | {gap(g)} |".replace("_", "\\_")
-        for g in gaps
+        f"| {model_title(gap.model)} | {dataset_title(gap.dataset)} | "
+        f"{'everything' if gap.what == ALL else gap.what} |".replace("_", "\\_")
+        for gap in gaps
     ]
-    return ["| model | dataset | missing |", "| --- | --- | --- |", *rows]
-
-
-def _block(gaps: list[Missing]) -> list[str]:
-    return ["```bash", *(g.command for g in gaps), "```", ""]
+    head = ["| model | dataset | missing |", "| --- | --- | --- |"]
+    return [*head, *rows, "", "```bash", *(gap.command for gap in gaps), "```", ""]
 
 
 def _cells(report: Report) -> str:

@@ -2,7 +2,8 @@
 
 # Imported for their registration.
 from clipsae.sae import attention, batch_topk, gated, jumprelu, linear, relu, sparsemax, topk  # noqa: F401
-from clipsae.sae.base import Activation, Architecture, SAEOutput, Step
+from clipsae.sae.base import Activation, Architecture, LossInputs, SAEOutput
+from clipsae.sae.codes import SparseCodes
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
 from clipsae.sae.sae import SAE
 from clipsae.sae.sparsemax import sparsemax_threshold
@@ -13,7 +14,8 @@ __all__ = [
     "SAE",
     "Activation",
     "Architecture",
+    "LossInputs",
     "SAEOutput",
-    "Step",
+    "SparseCodes",
     "sparsemax_threshold",
 ]

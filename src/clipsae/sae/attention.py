@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from clipsae.sae.base import Architecture
 from clipsae.sae.checks import one_of, positive
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.dictionary import Dictionary, mix
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.memory import empty
-from clipsae.sae.products import Dictionary
 from clipsae.sae.registry import ARCHITECTURES
 
 QUERIES = ("identity", "learned")
@@ -57,33 +58,23 @@ class Attention(Architecture):
         self.W_V = nn.Parameter(_kaiming(d, d, fan_in=d))
 
     def dictionary(self) -> Dictionary:
-        return Dictionary(self.C, self.C)
+        return Dictionary(self.C)
 
     def query(self, x: Tensor) -> Tensor:
         q = x if self.W_Q is None else x @ self.W_Q
         # Scaled while it is [..., d], not [..., M].
         return (q @ self.W_K.T) / self.scale
 
-    def output(self, mixed: Tensor, frozen: bool = False) -> Tensor:
-        return mixed @ (self.W_V.detach() if frozen else self.W_V)
-
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         return self.query(x) @ self._rows(latents).mT
 
-    def decode(self, codes: Tensor, latents: Tensor | None = None) -> Tensor:
+    def combine(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
+        if isinstance(codes, SparseCodes) or latents is None:
+            return mix(codes, self.C) @ self.W_V
         # From the side that has fewer rows.
-        if latents is not None and codes.ndim > 1 and latents.shape[-1] < codes.shape[-2]:
+        if codes.ndim > 1 and latents.shape[-1] < codes.shape[-2]:
             return codes @ self.decoder_rows(latents)
-        return (codes @ self._rows(latents)) @ self.W_V
-
-    def decode_chosen(self, values: Tensor, indices: Tensor) -> Tensor:
-        mixed = nn.functional.embedding_bag(
-            indices, self.C, per_sample_weights=values.to(self.C.dtype), mode="sum"
-        )
-        return mixed @ self.W_V
-
-    def decode_frozen(self, codes: Tensor) -> Tensor:
-        return (codes @ self.C.detach()) @ self.W_V.detach()
+        return (codes @ self.C[latents]) @ self.W_V
 
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
         return self._rows(latents) @ self.W_V

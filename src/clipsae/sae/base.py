@@ -1,6 +1,7 @@
 """What an architecture and an activation owe an SAE, and what an SAE returns.
 
-Letters: B images or tokens, T tokens of an image, d width, M latents, n latents kept.
+Letters: B images or tokens, T tokens of an image, N tokens in all, d width, M latents, n latents
+kept, p pairs of token and latent.
 """
 
 from collections.abc import Callable
@@ -10,31 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipsae.sae.products import Dictionary
-from clipsae.sae.support import Support, above
-
-
-@dataclass(frozen=True)
-class SparseCodes:
-    """Codes [..., M] that are 0 but on a support.
-
-    Attributes:
-        values: [p].
-        support: their places, for tokens in one row.
-        shape: of the dense codes.
-    """
-
-    values: Tensor
-    support: Support
-    shape: tuple[int, ...]
-
-    def dense(self) -> Tensor:
-        """[..., M], differentiable."""
-        return self.support.dense(self.values).view(self.shape)
-
-    def fired(self) -> Tensor:
-        """LongTensor [M]: how many tokens each latent is active on."""
-        return self.support.count(self.values != 0)
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.dictionary import Dictionary
+from clipsae.sae.selection import above
 
 
 def _fired(codes: Tensor) -> Tensor:
@@ -53,22 +32,24 @@ class SAEOutput:
 
     Attributes:
         reconstruction: [..., d], in the units of the input.
-        held: codes [..., M], or in training the sparse form of them.
+        encoded: the codes [..., M], dense or, in training where few act, sparse.
         losses: named terms, scalars, each already weighted. In eval mode the reconstruction only.
     """
 
     reconstruction: Tensor
-    held: Tensor | SparseCodes
+    encoded: Tensor | SparseCodes
     losses: dict[str, Tensor]
 
     @property
     def codes(self) -> Tensor:
-        """[..., M]. In training, where `held` is sparse, made at each call."""
-        return self.held.dense() if isinstance(self.held, SparseCodes) else self.held
+        """[..., M], dense: where `encoded` is sparse, computed at each call."""
+        return self.encoded.dense() if isinstance(self.encoded, SparseCodes) else self.encoded
 
     def fired(self) -> Tensor:
         """LongTensor [M]: how many tokens each latent is active on."""
-        return self.held.fired() if isinstance(self.held, SparseCodes) else _fired(self.held)
+        if isinstance(self.encoded, SparseCodes):
+            return self.encoded.view(-1, self.encoded.latents).count()
+        return _fired(self.encoded)
 
     @property
     def loss(self) -> Tensor:
@@ -86,57 +67,26 @@ class Architecture(nn.Module):
     unit_rows = False
     """Whether decoder rows are kept at unit norm: a penalty on codes then needs no norms."""
 
-    def dictionary(self) -> Dictionary | None:
-        """What training needs to touch the active latents alone, for inputs `query(x)`.
-
-        None: only `scores` and `decode` are known, and all products are dense.
-        """
-        return None
-
-    def query(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]: what the dictionary's scores are of."""
-        return x
-
-    def output(self, mixed: Tensor, frozen: bool = False) -> Tensor:
-        """Mixed rows of the dictionary [..., d] -> tokens [..., d], *without* the bias.
-
-        Args:
-            frozen: parameters receive no gradient.
-        """
-        return mixed
-
-    def decode_at(self, codes: Tensor, support: Support | None, frozen: bool = False) -> Tensor:
-        """`decode`, or `decode_frozen`, of codes [p] on a support, or [N, M]: [N, d]."""
-        dictionary = self.dictionary()
-        assert dictionary is not None
-        out = self.output(dictionary.mixed(codes, support, frozen), frozen)
-        if self.bias is None:
-            return out
-        return out + (self.bias.detach() if frozen else self.bias)
-
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """[..., d] -> [..., M], or [..., n] of `latents` ([n], or [B, n] for x [B, T, d])."""
         raise NotImplementedError
 
-    def decode(self, codes: Tensor, latents: Tensor | None = None) -> Tensor:
-        """[..., M] (or [..., n]) -> [..., d], the bias included."""
-        raise NotImplementedError
-
-    def decode_chosen(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Decode few latents, different ones for each token, *without* the bias.
+    def combine(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
+        """What codes [..., M] (or [..., n]) add to the reconstruction, [..., d], without the bias.
 
         Args:
-            values: [tokens, n].
-            indices: LongTensor [tokens, n].
-
-        Returns:
-            [tokens, d].
+            codes: sparse ones only where there is a `dictionary`; see `clipsae.sae.dictionary.mix`.
         """
         raise NotImplementedError
 
-    def decode_frozen(self, codes: Tensor) -> Tensor:
-        """`decode` whose parameters receive no gradient; the codes do."""
-        raise NotImplementedError
+    def decode(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
+        """`combine` with the bias."""
+        combined = self.combine(codes, latents)
+        return combined if self.bias is None else combined + self.bias
+
+    def forward(self, codes: Tensor | SparseCodes) -> Tensor:
+        """`decode`, for `torch.func.functional_call`."""
+        return self.decode(codes)
 
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
         """What a latent adds to the reconstruction: [M, d], or those of `latents`."""
@@ -151,6 +101,17 @@ class Architecture(nn.Module):
         """The decoder's bias [d], None where there is none."""
         return None
 
+    def dictionary(self) -> Dictionary | None:
+        """The encoder, of which training needs the active latents alone, for inputs `query(x)`.
+
+        None: only `scores` and `combine` are known, and all products are dense.
+        """
+        return None
+
+    def query(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]: what the dictionary's scores are products with."""
+        return x
+
     def initialize(self, x: Tensor) -> None:
         """Once, before the first step, with images [N, T, d] as the encoder will see them."""
 
@@ -162,28 +123,26 @@ class Architecture(nn.Module):
 
 
 @dataclass(frozen=True)
-class Step:
+class LossInputs:
     """What a loss term may need of a training forward pass.
 
     Attributes:
-        x: the input [..., d].
-        scale: what a reconstruction is multiplied with, [..., 1] or a scalar.
-        scores, codes: [..., M], tokens as they came or in one row; or [p] on the support.
-        latents: whose they are: None (all M), or LongTensor [p].
-        tokens: their number N, what sums over them are divided by; 1 if there is none.
-        decode_frozen: codes like these -> [..., d]; the decoder receives no gradient.
+        x: the input [N, d].
+        scores, codes: both [N, M], or both sparse codes of the same pairs. `.sum()`, and `*` with
+            a factor for each latent [M], serve either.
+        tokens: N, what sums over them are divided by; 1 if there is none.
         architecture: of the SAE.
-        relative_error: (reconstruction) -> scalar, the reconstruction loss of this batch.
+        decode: (codes like these, frozen=False) -> [N, d], in units of x. Its gradients reach the
+            codes and, unless frozen, the decoder.
+        relative_error: (reconstruction [N, d]) -> scalar, the reconstruction loss of this batch.
     """
 
     x: Tensor
-    scale: Tensor
-    scores: Tensor
-    codes: Tensor
-    latents: Tensor | None
+    scores: Tensor | SparseCodes
+    codes: Tensor | SparseCodes
     tokens: int
-    decode_frozen: Callable[[Tensor], Tensor]
     architecture: Architecture
+    decode: Callable[..., Tensor]
     relative_error: Callable[[Tensor], Tensor]
 
 
@@ -199,12 +158,12 @@ class Activation(nn.Module):
     across_tokens = False
     """Whether a token's codes in training depend on the batch's other tokens."""
 
-    holds_back = True
-    """Whether a score above 0 can be held back. Where none can, a silent latent has nothing to
+    supports_auxk = True
+    """Whether a score above 0 can be without a code. Where none can, a dead latent has nothing to
     give to AuxK, which is then refused."""
 
-    ranks = 1
-    """Processes that a training batch is spread over: see `SAE.share_batches`."""
+    world_size = 1
+    """Processes that a training batch is spread over: see `SAE.world_size`."""
 
     full_precision: tuple[str, ...] = ()
     """Parameters and buffers that stay float32 (or float64) whatever the SAE is cast to."""
@@ -218,14 +177,14 @@ class Activation(nn.Module):
         precision or a higher one."""
         raise NotImplementedError
 
-    def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
+    def magnitude(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         """f: the code of a score that passes. Here the score itself."""
         return scores
 
-    def gate(self, scores: Tensor, tau: Tensor, latents: Tensor | None = None) -> Tensor:
+    def apply_threshold(self, scores: Tensor, tau: Tensor, latents: Tensor | None = None) -> Tensor:
         """Codes of scores [..., M], or [..., n] of `latents` ([n] or [B, n]), given tau."""
         tau = per_latent(tau, self.latents, latents)
-        return torch.where(above(scores, tau), self.curve(scores, tau, latents), 0)
+        return torch.where(above(scores, tau), self.magnitude(scores, tau, latents), 0)
 
     def support(self, scores: Tensor) -> Tensor | None:
         """Where codes in training, or gradients of their losses, may differ from 0.
@@ -234,27 +193,29 @@ class Activation(nn.Module):
         default is None: all.
 
         Args:
-            scores: [N, M], without gradient. They may be overwritten where codes cannot be.
+            scores: [N, M], without gradient. They may be overwritten where codes are impossible.
 
         Returns:
             LongTensor [p], token * M + latent; None where dense products are faster.
         """
         return None
 
-    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+    def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
         """Codes in training, with the gradients that the variant defines. May update buffers.
 
         Args:
-            scores: [..., M], tokens as they came or in one row; or [p] on a support.
+            scores: [..., M], or sparse where `support` says. The codes are of the same kind.
         """
-        latents = None if support is None else support.latent
-        return self.gate(scores, self.threshold(scores), latents)
+        if isinstance(scores, SparseCodes):
+            tau, latents = self.threshold(scores.values), scores.latent
+            return scores.with_values(self.apply_threshold(scores.values, tau, latents))
+        return self.apply_threshold(scores, self.threshold(scores))
 
-    def losses(self, step: Step) -> dict[str, Tensor]:
+    def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Loss terms beyond the reconstruction, weighted."""
         return {}
 
-    def candidates(self, scores: Tensor) -> Tensor:
+    def auxk_scores(self, scores: Tensor) -> Tensor:
         """How strongly latents would act if none were suppressed, >= 0: where AuxK chooses.
 
         Element by element, for scores of any shape and any latents.
@@ -273,10 +234,15 @@ class Activation(nn.Module):
         return self
 
 
-def per_latent(values: Tensor, m: int, latents: Tensor | None) -> Tensor:
-    """Align [M] values with scores of `latents`: [n] or [B, 1, n]. Others pass unchanged."""
-    if latents is None or values.ndim != 1 or values.shape[0] != m:
-        return values
+def per_latent(numbers: Tensor, m: int, latents: Tensor | None) -> Tensor:
+    """Align [M] numbers with scores of `latents`: [n] or [B, 1, n]. Others pass unchanged."""
+    if latents is None or numbers.ndim != 1 or numbers.shape[0] != m:
+        return numbers
     if latents.ndim == 1:
-        return values.index_select(0, latents)
-    return values[latents][:, None, :]
+        return numbers.index_select(0, latents)
+    return numbers[latents][:, None, :]
+
+
+def aligned(numbers: Tensor, scores: Tensor | SparseCodes) -> Tensor:
+    """Numbers of each latent [M] so that they fit dense scores [..., M], or the values [p]."""
+    return scores.at_latent(numbers) if isinstance(scores, SparseCodes) else numbers

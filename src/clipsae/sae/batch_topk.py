@@ -2,7 +2,7 @@
 
 Bussmann et al., "BatchTopK Sparse Autoencoders", 2024 (arXiv 2412.06410), in the form of
 dictionary_learning. At inference one threshold, estimated in training, stands for the batch. The
-batch is that of all ranks (`SAE.share_batches`).
+batch is that of all ranks (`SAE.world_size`).
 """
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from clipsae.sae.base import Activation
 from clipsae.sae.checks import fraction, whole
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.distributed import share, smallest
 from clipsae.sae.losses import at_least_float32
-from clipsae.sae.ranks import share, smallest
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.support import Support, positions_above, strided_maxima, too_dense
+from clipsae.sae.selection import positions_above, strided_maxima
+from clipsae.sae.sparse_ops import prefers_dense
 
 
 @ACTIVATIONS.register("batch_topk")
@@ -42,7 +44,7 @@ class BatchTopK(Activation):
         threshold_start_step: int = 1000,
     ) -> None:
         super().__init__(latents)
-        whole("k", k, most=latents, of="latents=")
+        whole("k", k, most=latents, most_name="latents")
         fraction("threshold_decay", threshold_decay, "0 <= decay < 1", zero=True, one=False)
         whole("threshold_start_step", threshold_start_step, least=0)
         self.k = k
@@ -55,8 +57,8 @@ class BatchTopK(Activation):
         return self.inference_threshold
 
     def support(self, scores: Tensor) -> Tensor | None:
-        kept = self.k * len(scores) * self.ranks
-        if too_dense(kept, scores):
+        kept = self.k * len(scores) * self.world_size
+        if prefers_dense(scores, kept):
             return None
         # The kept-th largest of any part is a lower bound, which leaves few to choose from.
         floor = at_least_float32(scores.new_zeros(()))
@@ -65,20 +67,20 @@ class BatchTopK(Activation):
             border = at_least_float32(part.topk(kept, sorted=False).values.min())
             floor = torch.nextafter(border, torch.full_like(border, -torch.inf)).clamp(min=0)
         positions = positions_above(scores, floor)
-        if positions is None or (self.ranks == 1 and len(positions) <= kept):
+        if positions is None or (self.world_size == 1 and len(positions) <= kept):
             return positions
         values = scores.flatten().index_select(0, positions)
-        here = share(values, kept, self.ranks)
+        here = share(values, kept, self.world_size)
         return positions[values.topk(here, sorted=False).indices]
 
-    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
-        if support is not None:
-            values = torch.relu(scores)
+    def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
+        if isinstance(scores, SparseCodes):
+            values = torch.relu(scores.values)
             self._update(values.detach())
-            return values
+            return scores.with_values(values)
         flat = scores.flatten()
-        kept = self.k * (len(flat) // self.latents) * self.ranks
-        here = share(flat.detach(), kept, self.ranks)
+        kept = self.k * (len(flat) // self.latents) * self.world_size
+        here = share(flat.detach(), kept, self.world_size)
         indices = flat.detach().topk(here, sorted=False).indices
         values = torch.relu(flat.gather(0, indices))
         self._update(values.detach())
@@ -90,7 +92,7 @@ class BatchTopK(Activation):
         # (In one longer than the values: there may be none.)
         positive = torch.where(values > 0, values, torch.inf)
         here = nn.functional.pad(positive, (0, 1), value=torch.inf).min().to(old.dtype)
-        found = smallest(here, self.ranks)
+        found = smallest(here, self.world_size)
         # (`torch.where` of two Python numbers would be float32.)
         average = self.threshold_decay * old + (1 - self.threshold_decay) * found
         new = torch.where(self.step > self.threshold_start_step, average, found)

@@ -4,18 +4,19 @@ Rajamanoharan et al., "Improving Dictionary Learning with Gated Sparse Autoencod
 (arXiv 2404.16014). With h = (x - b_dec) W_enc^T (the scores) and pi = h + b_gate:
 
     z = 1[pi > 0] relu(exp(r_mag) h + b_mag)
-    loss + l1 ||relu(pi)||_1 + ||x - x_hat(relu(pi)), the decoder frozen||^2
+    loss + l1_coefficient ||relu(pi)||_1 + ||x - x_hat(relu(pi)), the decoder frozen||^2
 """
 
 import torch
 from torch import Tensor, nn
 
-from clipsae.sae.base import Activation, Step, per_latent
-from clipsae.sae.blockwise import blockwise, passing
+from clipsae.sae.base import Activation, LossInputs, aligned, per_latent
 from clipsae.sae.checks import not_negative
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.elementwise import elementwise, passing
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import l1_norm
-from clipsae.sae.support import Support, positions_above
+from clipsae.sae.selection import positions_above
 
 
 @ACTIVATIONS.register("gated")
@@ -24,20 +25,22 @@ class Gated(Activation):
 
     Args:
         latents: M.
-        l1: weight of the mean over tokens of sum_m relu(pi_m).
+        l1_coefficient: weight of the mean over tokens of sum_m relu(pi_m).
         gate_weight: weight of the auxiliary reconstruction from the gate's path.
     """
 
     encoder_bias = False
-    holds_back = False
+    supports_auxk = False
     # A bias's steps are smaller than bfloat16 resolves.
     full_precision = ("b_gate", "b_mag", "r_mag")
 
-    def __init__(self, latents: int, *, l1: float = 8e-5, gate_weight: float = 1.0) -> None:
+    def __init__(
+        self, latents: int, *, l1_coefficient: float = 8e-5, gate_weight: float = 1.0
+    ) -> None:
         super().__init__(latents)
-        not_negative("l1", l1)
+        not_negative("l1_coefficient", l1_coefficient)
         not_negative("gate_weight", gate_weight)
-        self.l1 = l1
+        self.l1_coefficient = l1_coefficient
         self.gate_weight = gate_weight
         self.b_gate = nn.Parameter(torch.zeros(latents))
         self.b_mag = nn.Parameter(torch.zeros(latents))
@@ -46,7 +49,7 @@ class Gated(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return -self.b_gate
 
-    def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
+    def magnitude(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         gain = per_latent(self.r_mag, self.latents, latents)
         shift = per_latent(self.b_mag, self.latents, latents)
         return _magnitude(scores, gain, shift)
@@ -54,24 +57,19 @@ class Gated(Activation):
     def support(self, scores: Tensor) -> Tensor | None:
         return positions_above(scores, -self.b_gate)
 
-    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
-        latents = None if support is None else support.latent
+    def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
         # The gate's threshold learns from the penalty and the gate's own reconstruction alone.
-        parameters = (
-            per_latent(p, self.latents, latents)
-            for p in (self.b_gate.detach(), self.r_mag, self.b_mag)
-        )
-        return blockwise(_codes, scores, *parameters)
+        parameters = self.b_gate.detach(), self.r_mag, self.b_mag
+        return elementwise(_codes, scores, *(aligned(p, scores) for p in parameters))
 
-    def losses(self, step: Step) -> dict[str, Tensor]:
-        b_gate = per_latent(self.b_gate, self.latents, step.latents)
-        gate = blockwise(_gate, step.scores, b_gate)
+    def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
+        gate = elementwise(_gate, inputs.scores, aligned(self.b_gate, inputs.scores))
         terms = {}
-        if self.l1:
-            terms["l1"] = self.l1 * l1_norm(gate, step)
+        if self.l1_coefficient:
+            terms["l1"] = self.l1_coefficient * l1_norm(gate, inputs)
         if self.gate_weight:
-            by_gate = step.decode_frozen(gate) * step.scale
-            terms["gate_reconstruction"] = self.gate_weight * step.relative_error(by_gate)
+            error = inputs.relative_error(inputs.decode(gate, frozen=True))
+            terms["gate_reconstruction"] = self.gate_weight * error
         return terms
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipsae.sae.base import Activation, Step, per_latent
-from clipsae.sae.blockwise import blockwise, passing
+from clipsae.sae.base import Activation, LossInputs, aligned
 from clipsae.sae.checks import not_negative, positive
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.elementwise import elementwise, passing
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.support import Support, positions_above
+from clipsae.sae.selection import positions_above
 
 
 @ACTIVATIONS.register("jumprelu")
@@ -27,7 +28,7 @@ class JumpReLU(Activation):
 
     Args:
         latents: M.
-        l0: weight of the penalty.
+        l0_coefficient: weight of the penalty.
         target_l0: None: the penalty is the mean number of latents that pass (the paper); a
             number: (mean / target_l0 - 1)^2 (dictionary_learning), which also pushes back up.
         initial_threshold: theta at the start, in units of the scores.
@@ -41,18 +42,18 @@ class JumpReLU(Activation):
         self,
         latents: int,
         *,
-        l0: float = 1e-3,
+        l0_coefficient: float = 1e-3,
         target_l0: float | None = None,
         initial_threshold: float = 0.01,
         bandwidth: float = 0.05,
     ) -> None:
         super().__init__(latents)
-        not_negative("l0", l0)
+        not_negative("l0_coefficient", l0_coefficient)
         positive("initial_threshold", initial_threshold)
         positive("bandwidth", bandwidth)
         if target_l0 is not None:
             positive("target_l0", target_l0, ", or null")
-        self.l0 = l0
+        self.l0_coefficient = l0_coefficient
         self.target_l0 = target_l0
         self.bandwidth = bandwidth
         self.log_theta = nn.Parameter(torch.full((latents,), math.log(initial_threshold)))
@@ -64,24 +65,23 @@ class JumpReLU(Activation):
         # Scores a little below theta have no code, but move theta.
         return positions_above(scores, self.log_theta.exp() - 0.50001 * self.bandwidth)
 
-    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
-        theta = self._theta(None if support is None else support.latent)
-        flat = scores if support is not None else scores.flatten(0, -2)
-        codes = blockwise(lambda s, theta: _Jump.apply(s, theta, self.bandwidth), flat, theta)
-        return codes.view(scores.shape)
+    def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
+        return elementwise(
+            lambda s, theta: _Jump.apply(s, theta, self.bandwidth), scores, self._theta(scores)
+        )
 
-    def _theta(self, latents: Tensor | None) -> Tensor:
-        return per_latent(self.log_theta, self.latents, latents).exp()
+    def _theta(self, scores: Tensor | SparseCodes) -> Tensor:
+        return aligned(self.log_theta, scores).exp()
 
-    def losses(self, step: Step) -> dict[str, Tensor]:
-        if not self.l0:
+    def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
+        if not self.l0_coefficient:
             return {}
-        theta = self._theta(step.latents)
-        scores = step.scores if step.latents is not None else step.scores.flatten(0, -2)
-        active = _Step.apply(scores, theta, self.bandwidth) / step.tokens
+        scores, theta = inputs.scores, self._theta(inputs.scores)
+        values = scores.values if isinstance(scores, SparseCodes) else scores
+        active = _Step.apply(values, theta, self.bandwidth) / inputs.tokens
         if self.target_l0 is not None:
             active = (active / self.target_l0 - 1).square()
-        return {"l0": self.l0 * active}
+        return {"l0": self.l0_coefficient * active}
 
 
 def _kernel(scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:

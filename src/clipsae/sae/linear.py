@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from clipsae.sae.base import Architecture
 from clipsae.sae.checks import boolean, one_of
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.dictionary import Dictionary, mix
 from clipsae.sae.median import geometric_median
-from clipsae.sae.products import Dictionary
 from clipsae.sae.registry import ARCHITECTURES
 
 ENCODER_INITS = ("independent", "tied")
@@ -67,7 +68,7 @@ class Linear(Architecture):
                 nn.init.uniform_(self.W_enc, -math.sqrt(6 / latents), math.sqrt(6 / latents))
 
     def dictionary(self) -> Dictionary:
-        return Dictionary(self.W_enc, self.W_dec, self.b_enc, self.b_dec)
+        return Dictionary(self.W_enc, self.b_enc, self.b_dec)
 
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         u = x - self.b_dec
@@ -79,16 +80,10 @@ class Linear(Architecture):
         b = self.b_enc[latents]
         return scores + (b if latents.ndim == 1 else b[:, None, :])
 
-    def decode(self, codes: Tensor, latents: Tensor | None = None) -> Tensor:
-        return codes @ self.decoder_rows(latents) + self.b_dec
-
-    def decode_chosen(self, values: Tensor, indices: Tensor) -> Tensor:
-        return nn.functional.embedding_bag(
-            indices, self.W_dec, per_sample_weights=values.to(self.W_dec.dtype), mode="sum"
-        )
-
-    def decode_frozen(self, codes: Tensor) -> Tensor:
-        return codes @ self.W_dec.detach() + self.b_dec.detach()
+    def combine(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
+        if isinstance(codes, SparseCodes) or latents is None:
+            return mix(codes, self.W_dec)
+        return codes @ self.W_dec[latents]
 
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
         return self.W_dec if latents is None else self.W_dec[latents]

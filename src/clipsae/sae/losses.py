@@ -20,8 +20,13 @@ codes gains a factor c and a number of latents c^2.) With `normalize_input: true
 those of unit tokens, while the loss stays that of x: r then appears in the l1 row, too: l1: r / d.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from clipsae.sae.codes import SparseCodes
 
 
 def relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
@@ -39,10 +44,10 @@ def relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
     return errors.mean() if errors.numel() else errors.sum()
 
 
-def mean_over_tokens(values: Tensor, tokens: int) -> Tensor:
-    """The sum of all values over the number of tokens, a scalar, in float32 at least."""
-    dtype = torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else None
-    return values.sum(dtype=dtype) / tokens
+def mean_over_tokens(codes: "Tensor | SparseCodes", tokens: int) -> Tensor:
+    """The sum of all codes over the number of tokens, a scalar, in float32 at least."""
+    dtype = torch.float32 if codes.dtype in (torch.bfloat16, torch.float16) else None
+    return codes.sum(dtype=dtype) / tokens
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ A new variant is one file with a decorated class; from outside the package, too:
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from clipsae.sae.checks import near
 
 
-class Registry(Mapping[str, type[Any]]):
+class Registry(dict[str, type[Any]]):
     """Classes by name.
 
     Args:
@@ -24,8 +24,8 @@ class Registry(Mapping[str, type[Any]]):
     """
 
     def __init__(self, kind: str) -> None:
+        super().__init__()
         self.kind = kind
-        self._classes: dict[str, type[Any]] = {}
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: known under `name` from now on.
@@ -35,31 +35,22 @@ class Registry(Mapping[str, type[Any]]):
         """
 
         def decorate(cls: type) -> type:
-            taken = self._classes.get(name)
+            taken = self.get(name)
             # The same class again is a reloaded module, not a clash.
             if taken is not None and taken.__qualname__ != cls.__qualname__:
                 raise ValueError(f"{self.kind} '{name}' is taken by {taken.__qualname__}")
-            self._classes[name] = cls
+            self[name] = cls
             return cls
 
         return decorate
 
     def __getitem__(self, name: str) -> type[Any]:
-        if not isinstance(name, str) or name not in self._classes:
+        if not isinstance(name, str) or name not in self:
             raise ValueError(
                 f"{self.kind}={name!r} does not exist: choose one of {', '.join(sorted(self))}"
                 f"{near(name, self)}"
             )
-        return self._classes[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._classes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._classes)
-
-    def __len__(self) -> int:
-        return len(self._classes)
+        return super().__getitem__(name)
 
     def options(self, name: str) -> dict[str, Any]:
         """The options that a class declares (its keyword-only arguments), with their defaults.

@@ -1,4 +1,4 @@
-"""ReLU with an l1 penalty: z = relu(s), loss + l1 * sum(z).
+"""ReLU with an l1 penalty: z = relu(s), loss + l1_coefficient * sum(z).
 
 Bricken et al., "Towards Monosemanticity", 2023; PatchSAE (Lim et al., ICLR 2025), whose form and
 scale this is.
@@ -7,12 +7,13 @@ scale this is.
 import torch
 from torch import Tensor
 
-from clipsae.sae.base import Activation, Step, per_latent
-from clipsae.sae.blockwise import blockwise
+from clipsae.sae.base import Activation, LossInputs
 from clipsae.sae.checks import not_negative
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.elementwise import elementwise
 from clipsae.sae.losses import mean_over_tokens
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.support import Support, positions_above
+from clipsae.sae.selection import positions_above
 
 
 @ACTIVATIONS.register("relu")
@@ -21,17 +22,17 @@ class ReLU(Activation):
 
     Args:
         latents: M.
-        l1: weight of the mean over tokens of sum_m z_m. Where decoder rows are not kept at unit
-            norm, z_m is multiplied by its row's norm: otherwise the penalty is escaped by small
-            codes and long rows.
+        l1_coefficient: weight of the mean over tokens of sum_m z_m. Where decoder rows are not kept
+            at unit norm, z_m is multiplied by its row's norm: otherwise the penalty is escaped by
+            small codes and long rows.
     """
 
-    holds_back = False
+    supports_auxk = False
 
-    def __init__(self, latents: int, *, l1: float = 8e-5) -> None:
+    def __init__(self, latents: int, *, l1_coefficient: float = 8e-5) -> None:
         super().__init__(latents)
-        not_negative("l1", l1)
-        self.l1 = l1
+        not_negative("l1_coefficient", l1_coefficient)
+        self.l1_coefficient = l1_coefficient
 
     def threshold(self, scores: Tensor) -> Tensor:
         return scores.new_zeros(())
@@ -39,21 +40,17 @@ class ReLU(Activation):
     def support(self, scores: Tensor) -> Tensor | None:
         return positions_above(scores, scores.new_zeros(()))
 
-    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
-        return blockwise(torch.relu, scores)
+    def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
+        return elementwise(torch.relu, scores)
 
-    def losses(self, step: Step) -> dict[str, Tensor]:
-        return {"l1": self.l1 * l1_norm(step.codes, step)} if self.l1 else {}
+    def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
+        if not self.l1_coefficient:
+            return {}
+        return {"l1": self.l1_coefficient * l1_norm(inputs.codes, inputs)}
 
 
-def l1_norm(codes: Tensor, step: Step) -> Tensor:
-    """Mean over tokens of the sum of codes >= 0, times the decoder's norms where they vary.
-
-    Args:
-        codes: as the step's: [..., M], or [p] on its support.
-    """
-    if step.architecture.unit_rows:
-        return mean_over_tokens(codes, step.tokens)
-    norms = step.architecture.decoder_norms()
-    norms = per_latent(norms, len(norms), step.latents)
-    return mean_over_tokens(codes * norms, step.tokens)
+def l1_norm(codes: Tensor | SparseCodes, inputs: LossInputs) -> Tensor:
+    """Mean over tokens of the sum of codes >= 0, times the decoder's norms where they vary."""
+    if not inputs.architecture.unit_rows:
+        codes = codes * inputs.architecture.decoder_norms()
+    return mean_over_tokens(codes, inputs.tokens)

@@ -5,7 +5,6 @@ Letters: B images or tokens, T tokens of an image, d width, M latents, n latents
 
 import inspect
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clipsae.sae.auxk import auxk_loss, auxk_loss_at
-from clipsae.sae.base import Activation, Architecture, SAEOutput, SparseCodes, Step
+from clipsae.sae.auxk import auxk_loss, dead_codes, dead_codes_of
+from clipsae.sae.base import Activation, Architecture, LossInputs, SAEOutput
 from clipsae.sae.checks import boolean, near, not_negative, whole
-from clipsae.sae.encoding import encode_by_blocks
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.dictionary import Dictionary
+from clipsae.sae.distributed import summed
 from clipsae.sae.losses import at_least_float32, relative_error
-from clipsae.sae.ranks import summed
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
-from clipsae.sae.support import DENSE_FROM
+from clipsae.sae.selection import positions_above
+from clipsae.sae.sparse_ops import BLOCK, prefers_dense
 
 FORMAT = "clipsae.sae"
-VERSION = 1
+VERSION = 2
+RENAMED = {"l0": "l0_coefficient", "l1": "l1_coefficient"}
+"""Options of version 1 that have another name now."""
 
 
 class SAE(nn.Module):
     """z = activation(scores(x)), x_hat = decode(z).
 
     In evaluation every variant is a threshold on its scores, z_m = f(s_m) if s_m > tau else 0:
-    `encode(x)` equals `gate(scores(x), threshold(scores(x)))`.
+    `encode(x)` equals `apply_threshold(scores(x), threshold(scores(x)))`.
 
     Args:
         d: width of the tokens.
@@ -48,7 +51,7 @@ class SAE(nn.Module):
         options: those of the chosen architecture and activation; see their classes.
 
     Raises:
-        ValueError: a size, a name or an option that cannot be; it names what exists.
+        ValueError: an invalid size, name or option; it names what exists.
     """
 
     tokens_since_fired: Tensor
@@ -78,7 +81,7 @@ class SAE(nn.Module):
         not_negative("auxk", auxk)
         if auxk_k is not None and not auxk:
             raise ValueError(f"auxk_k={auxk_k} does nothing while auxk is 0: set both or neither")
-        if auxk and not ACTIVATIONS[activation].holds_back:
+        if auxk and not ACTIVATIONS[activation].supports_auxk:
             raise ValueError(
                 f"auxk={auxk} does nothing with activation={activation}, whose silent latents have "
                 "no score above 0 to learn from: set it to 0. How many stay dead is measured as "
@@ -135,43 +138,60 @@ class SAE(nn.Module):
         """Scores [..., M] -> tau: [..., 1] per token, [M] per latent, or a scalar."""
         return self.activation.threshold(scores)
 
-    def gate(self, scores: Tensor, tau: Tensor, latents: Tensor | None = None) -> Tensor:
+    def apply_threshold(self, scores: Tensor, tau: Tensor, latents: Tensor | None = None) -> Tensor:
         """Scores [..., M], or [..., n] of `latents`, and tau -> codes of the same shape."""
-        return self.activation.gate(scores, tau, latents)
+        return self.activation.apply_threshold(scores, tau, latents)
 
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [..., d] -> codes [..., M], as in evaluation."""
         scores = self.scores(x)
-        return self.gate(scores, self.threshold(scores))
+        return self.apply_threshold(scores, self.threshold(scores))
 
-    def encode_held(self, x: Tensor) -> Tensor | SparseCodes:
-        """`encode`, without gradients: codes [..., M], or the sparse form of them where few
-        latents act."""
+    @torch.no_grad()
+    def encode_sparse(self, x: Tensor) -> SparseCodes:
+        """`encode` without gradients and zeros, positions ascending. Where few latents act, only a
+        few tokens' scores are in memory together."""
         self._check(x)
-        dictionary = self.architecture.dictionary()
-        if dictionary is None or not self._knows_supports(x):
-            return self.encode(x)
-        query = self.architecture.query((x / self.input_scale(x)).flatten(0, -2))
         shape = (*x.shape[:-1], self.latents)
-        codes, support = encode_by_blocks(query, dictionary, self.activation)
-        return codes.view(shape) if support is None else SparseCodes(codes, support, shape)
+        dictionary = self._dictionary(x)
+        if dictionary is None or not x.numel():
+            return SparseCodes.from_dense(self.encode(x))
+        thresholds: list[Tensor] = []
 
-    def decode_held(self, held: Tensor | SparseCodes, scale: Tensor | float = 1.0) -> Tensor:
-        """`decode` of what `encode_held` returned."""
-        if isinstance(held, Tensor):
-            return self.decode(held, scale)
-        tokens = self.architecture.decode_at(held.values, held.support)
-        return tokens.view(*held.shape[:-1], self.d) * scale
+        def choose(scores: Tensor) -> Tensor | None:
+            thresholds.append(self.threshold(scores))
+            return positions_above(scores, thresholds[-1])
+
+        query = self.architecture.query((x / self.input_scale(x)).flatten(0, -2))
+        scores = dictionary.find(query, choose)
+        if isinstance(scores, Tensor):
+            for part in scores.split(BLOCK):
+                part.copy_(self.apply_threshold(part, self.threshold(part)))
+            return SparseCodes.from_dense(scores.view(shape))
+        tau = thresholds[0]
+        if tau.ndim == 2:
+            tau = scores.at_token(torch.cat(thresholds)[:, 0])
+        elif tau.ndim == 1:
+            tau = scores.at_latent(tau)
+        values = self.activation.magnitude(scores.values, tau, scores.latent)
+        return scores.with_values(values).view(*shape).nonzero()
 
     def decode(
-        self, codes: Tensor, scale: Tensor | float = 1.0, latents: Tensor | None = None
+        self,
+        codes: Tensor | SparseCodes,
+        scale: Tensor | float = 1.0,
+        latents: Tensor | None = None,
     ) -> Tensor:
         """Codes [..., M] -> tokens [..., d]: scale * (codes @ decoder_rows + decoder_bias).
 
         Args:
             scale: `input_scale(x)`, where inputs were normalised.
-            latents: the codes are [..., n] of these: LongTensor [n] or [B, n].
+            latents: the codes are dense [..., n] of these: LongTensor [n] or [B, n].
         """
+        if isinstance(codes, SparseCodes) and (
+            self._dictionary(codes.values) is None or codes.prefers_dense()
+        ):
+            codes = codes.dense()
         return self.architecture.decode(codes, latents) * scale
 
     def forward(self, x: Tensor) -> SAEOutput:
@@ -181,77 +201,70 @@ class SAE(nn.Module):
         the variant keeps; in eval mode `encode`, and the reconstruction loss alone.
         """
         self._check(x)
+        if self.training:
+            return self._train_forward(x)
         scale = self.input_scale(x)
-        if not self.training:
+        scores = self.architecture.scores(x / scale)
+        codes = self.apply_threshold(scores, self.threshold(scores))
+        reconstruction = self.decode(codes, scale)
+        return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, x))
+
+    def _train_forward(self, batch: Tensor) -> SAEOutput:
+        x = batch.flatten(0, -2)  # gradients of views would not be added up in place
+        scale = self.input_scale(x)
+        dictionary = self._dictionary(x)
+        scores: Tensor | SparseCodes
+        if dictionary is None:
             scores = self.architecture.scores(x / scale)
-            codes = self.gate(scores, self.threshold(scores))
-            reconstruction = self.decode(codes, scale)
-            return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, x))
-        return self._train_forward(x, scale)
-
-    def _train_forward(self, x: Tensor, scale: Tensor) -> SAEOutput:
-        shape, unit = (*x.shape[:-1], self.latents), x / scale
-        by_dictionary = self._knows_supports(x)
-        support = None
-        if by_dictionary:
-            query = self.architecture.query(unit.flatten(0, -2))
-            dictionary = self.architecture.dictionary()
-            assert dictionary is not None
-            scores, support = dictionary.find(
-                query, self.activation.support, together=self.activation.across_tokens
-            )
         else:
-            scores = self.architecture.scores(unit)
-        if support is None:
-            # (From a dictionary, tokens in one row: gradients of views are not added up in place.)
-            codes = self.activation(scores)
-            held = codes.view(shape)
-        else:
-            codes = self.activation(scores, support)
-            held = SparseCodes(codes, support, shape)
+            query = self.architecture.query(x / scale)
+            at_once = self.activation.across_tokens
+            scores = dictionary.find(query, self.activation.support, at_once=at_once)
+        codes = self.activation(scores)
 
-        def decode(codes: Tensor, frozen: bool = False) -> Tensor:
-            if not by_dictionary:
-                how = self.architecture.decode_frozen if frozen else self.architecture.decode
-                return how(codes)
-            codes = codes if support is not None else codes.flatten(0, -2)
-            return self.architecture.decode_at(codes, support, frozen).view(x.shape)
+        def decode(codes: Tensor | SparseCodes, frozen: bool = False) -> Tensor:
+            if not frozen:
+                return self.architecture.decode(codes) * scale
+            fixed = {name: p.detach() for name, p in self.architecture.named_parameters()}
+            return torch.func.functional_call(self.architecture, fixed, (codes,)) * scale
 
-        step = Step(
+        inputs = LossInputs(
             x=x,
-            scale=scale,
             scores=scores,
             codes=codes,
-            latents=None if support is None else support.latent,
-            tokens=max(1, x.numel() // self.d),
-            decode_frozen=partial(decode, frozen=True),
+            tokens=max(1, len(x)),
             architecture=self.architecture,
+            decode=decode,
             relative_error=lambda other: relative_error(other, x),
         )
         # Before the decoding: autograd goes back the other way, and then adds what these terms send
         # to the codes in the memory of the large gradient that is there already.
-        terms = self.activation.losses(step)
-        reconstruction = decode(codes) * scale
-        losses = self._reconstruction_loss(reconstruction, x) | terms
-        out = SAEOutput(reconstruction, held, losses)
-        self._count_silence(out.fired(), x.numel() // self.d)
+        terms = self.activation.losses(inputs)
+        reconstruction = decode(codes)
+        out = SAEOutput(
+            reconstruction.view(batch.shape),
+            codes.view(*batch.shape[:-1], self.latents),
+            self._reconstruction_loss(reconstruction, x) | terms,
+        )
+        self._count_silence(out.fired(), len(x))
         if self.auxk:
-            rest = self.dead, self.auxk_k, self.architecture, self.ranks
-            if by_dictionary:
-                loss = auxk_loss_at(
-                    x, reconstruction, scale, query, self.activation.candidates, *rest
-                )
+            dead, k = self.dead, self.auxk_k
+            aux: Tensor | SparseCodes | None
+            if dictionary is not None:
+                aux = dead_codes_of(dictionary, query, self.activation, dead, k)
             else:
-                candidates = self.activation.candidates(scores)
-                loss = auxk_loss(x, reconstruction, scale, candidates, *rest)
-            losses["auxk"] = self.auxk * loss
+                assert isinstance(scores, Tensor)
+                aux = dead_codes(self.activation.auxk_scores(scores), dead, k)
+            loss = at_least_float32(x.new_zeros(()))
+            if aux is not None:
+                left = at_least_float32(self.architecture.combine(aux)) * scale
+                loss = auxk_loss(x, reconstruction, left, dead.any(), self.world_size)
+            out.losses["auxk"] = self.auxk * loss
         return out
 
-    def _knows_supports(self, x: Tensor) -> bool:
-        """Whether there is a dictionary, on a device where sparse products can be faster."""
-        if torch.compiler.is_compiling() or x.device.type not in DENSE_FROM:
-            return False
-        return self.architecture.dictionary() is not None
+    def _dictionary(self, like: Tensor) -> Dictionary | None:
+        """The architecture's, on a device where sparse codes can be faster."""
+        return None if prefers_dense(like) else self.architecture.dictionary()
 
     def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
         loss = relative_error(reconstruction, x)
@@ -287,23 +300,23 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def _count_silence(self, fired: Tensor, tokens: int) -> None:
-        fired = summed(fired, self.ranks)
-        silence = torch.where(fired > 0, 0, self.tokens_since_fired + tokens * self.ranks)
+        fired = summed(fired, self.world_size)
+        silence = torch.where(fired > 0, 0, self.tokens_since_fired + tokens * self.world_size)
         self.tokens_since_fired.copy_(silence)
 
     # --- around a training step ---
 
     @property
-    def ranks(self) -> int:
-        """Processes that a training batch is spread over."""
-        return self.activation.ranks
+    def world_size(self) -> int:
+        """Processes of torch.distributed whose batches are one batch, of which each has an equal
+        part: BatchTopK then chooses among all tokens, latents are dead that are silent everywhere,
+        and AuxK's scale is that of all. (Running means are averaged by `clipsae.training.ranks`.)
+        """
+        return self.activation.world_size
 
-    def share_batches(self, ranks: int) -> None:
-        """Say that the batches of so many processes of torch.distributed are one batch, of which
-        each has an equal part: BatchTopK then chooses among all tokens, latents are dead that are
-        silent everywhere, and AuxK's scale is that of all. (Running means are averaged by
-        `clipsae.training.ranks`.)"""
-        self.activation.ranks = ranks
+    @world_size.setter
+    def world_size(self, size: int) -> None:
+        self.activation.world_size = size
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -350,8 +363,11 @@ class SAE(nn.Module):
                 f"{about.get('version')!r}: expected {FORMAT!r}, up to {VERSION}"
             )
         weights = load_file(folder / "sae.safetensors")
+        config = about["config"]
+        if about["version"] < 2:
+            config = {RENAMED.get(name, name): value for name, value in config.items()}
         with torch.device("meta"):
-            sae = cls(**about["config"])
+            sae = cls(**config)
         expected = {name: tensor.shape for name, tensor in sae.state_dict().items()}
         found = {name: tensor.shape for name, tensor in weights.items()}
         if expected != found:
@@ -380,6 +396,10 @@ def _part_options(
         )
     unknown = sorted(set(given) - set(names))
     if unknown:
+        new = RENAMED.get(unknown[0])
+        if new in names:
+            value = given[unknown[0]]
+            raise ValueError(f"{unknown[0]}={value!r}: this option is now {new}: {new}={value!r}")
         known = sorted(set(names) - {"self"})
         raise ValueError(
             f"{unknown[0]}={given[unknown[0]]!r}: architecture={architecture} with "

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsae.sae.base import Activation, per_latent
+from clipsae.sae.base import Activation
 from clipsae.sae.checks import boolean, fraction, one_of
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.elementwise import elementwise
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.support import Support, above, positions_above, strided_maxima
+from clipsae.sae.selection import above, positions_above, strided_maxima
 
 WEIGHTS = ("scores", "probabilities")
 
@@ -65,7 +67,7 @@ class Sparsemax(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return sparsemax_threshold(scores)
 
-    def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
+    def magnitude(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         if self.weights == "probabilities":
             return _less(scores, tau)
         return torch.relu(scores) if self.clamp else scores
@@ -79,33 +81,32 @@ class Sparsemax(Activation):
         found = _from_maxima(scores)
         return None if found is None else found[1]
 
-    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
+    def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
         limit = self.max_activation_frequency
-        latents = None if support is None else support.latent
         if limit is not None:
-            allowed = per_latent(self.frequency <= limit, self.latents, latents)
-            scores = scores * allowed.to(scores.dtype)
-        if support is not None:
-            codes = _probabilities(scores, support) if self.weights == "probabilities" else scores
+            scores = scores * (self.frequency <= limit).to(scores.dtype)
+        codes: Tensor | SparseCodes
+        if isinstance(scores, SparseCodes):
+            codes = _probabilities(scores) if self.weights == "probabilities" else scores
         else:
             tau = self.threshold(scores)
             function = _Probabilities if self.weights == "probabilities" else _Scores
             codes = function.apply(scores, tau)
         if self.clamp:
-            codes = torch.relu(codes)
+            codes = elementwise(torch.relu, codes)
         if limit is not None:
-            self._count(codes.detach(), support)
+            self._count(codes)
         return codes
 
     @torch.no_grad()
-    def _count(self, codes: Tensor, support: Support | None) -> None:
+    def _count(self, codes: Tensor | SparseCodes) -> None:
         # f_t = ((t - 1) f_{t-1} + share of this batch's tokens) / t
-        if (len(codes) if support is None else support.tokens) == 0:
-            return
-        if support is None:
-            count, tokens = (codes > 0).flatten(0, -2).sum(dim=0), codes.numel() // self.latents
+        if isinstance(codes, SparseCodes):
+            count, tokens = codes.count(codes.values > 0), codes.tokens
         else:
-            count, tokens = support.count(codes > 0), support.tokens
+            count, tokens = (codes > 0).flatten(0, -2).sum(dim=0), codes.numel() // self.latents
+        if tokens == 0:
+            return
         # (A quotient of whole numbers would be float32, and a tenth of it more than 0.1.)
         share = count.to(self.frequency.dtype) / tokens
         self.step += 1
@@ -212,12 +213,12 @@ def _less(scores: Tensor, tau: Tensor) -> Tensor:
     return ((wide - leading) - (tau - leading).to(wide.dtype)).to(scores.dtype)
 
 
-def _probabilities(scores: Tensor, support: Support) -> Tensor:
-    """s - tau of the scores [p] on their support; the gradient is the projection onto it."""
-    wide, token = scores.double(), support.token
-    total = wide.new_zeros(support.tokens).index_add(0, token, wide)
-    tau = (total - 1) / torch.bincount(token, minlength=support.tokens).clamp(min=1)
-    return _less(scores, tau.index_select(0, token))
+def _probabilities(scores: SparseCodes) -> SparseCodes:
+    """s - tau of the scores on their support; the gradient is the projection onto it."""
+    wide, token = scores.values.double(), scores.token
+    total = wide.new_zeros(scores.tokens).index_add(0, token, wide)
+    tau = (total - 1) / torch.bincount(token, minlength=scores.tokens).clamp(min=1)
+    return scores.with_values(_less(scores.values, scores.at_token(tau)))
 
 
 class _Scores(torch.autograd.Function):

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from clipsae.sae.base import Activation
 from clipsae.sae.checks import whole
+from clipsae.sae.codes import SparseCodes
 from clipsae.sae.losses import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.support import Support, largest, too_dense
+from clipsae.sae.selection import largest, largest_positions
+from clipsae.sae.sparse_ops import prefers_dense
 
 
 @ACTIVATIONS.register("topk")
@@ -29,7 +31,7 @@ class TopK(Activation):
 
     def __init__(self, latents: int, *, k: int = 32) -> None:
         super().__init__(latents)
-        whole("k", k, most=latents, of="latents=")
+        whole("k", k, most=latents, most_name="latents")
         self.k = k
 
     def threshold(self, scores: Tensor) -> Tensor:
@@ -47,18 +49,16 @@ class TopK(Activation):
         )
         return tau.clamp(min=0)
 
-    def curve(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
+    def magnitude(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         return torch.relu(scores)
 
     def support(self, scores: Tensor) -> Tensor | None:
-        n, m = scores.shape
-        if too_dense(self.k * n, scores):
+        if prefers_dense(scores, self.k * len(scores)):
             return None
-        indices = largest(scores, self.k)[1]
-        return (indices + m * torch.arange(n, device=scores.device)[:, None]).flatten()
+        return largest_positions(scores, self.k)
 
-    def forward(self, scores: Tensor, support: Support | None = None) -> Tensor:
-        if support is not None:
-            return torch.relu(scores)
+    def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
+        if isinstance(scores, SparseCodes):
+            return scores.with_values(torch.relu(scores.values))
         values, indices = scores.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(scores).scatter(-1, indices, torch.relu(values))

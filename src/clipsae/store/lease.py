@@ -1,19 +1,18 @@
-"""Who is making a stage: a lease that holds between machines that share a file system, without
+"""Who makes a stage: a lease that holds between machines that share a file system, without file
 locks and without comparing clocks.
 
-An unfinished stage is a home with one slot, and the slot's name says whose it is:
+    .<name>.partial/<token>/    lease.json  about.json  failed.json  staging/  scratch/
 
-    .<name>.partial/<token>/    lease.json  about.json  failed.json  work/  scratch/
+The lease is a folder. Its name is the owner's token, or `free`, and every change of hands is one
+rename, which the file system does once or not at all:
 
-Every change of hands is one rename, which the file system does once or not at all:
-
-- begin     a prepared home is renamed into its place; it fails where one is
-- take over <old token> -> <new token>; of several that try, all but one find it gone
+- begin     a prepared folder is renamed into its place; it fails where one is
+- take      <old token> -> <new token>; of several that try, one succeeds
 - release   <token> -> free
-- publish   <token>/work -> the finished folder
+- publish   <token>/staging -> the finished folder
 
-Tokens are never used twice. So an owner that was taken for dead and wakes up can do no harm: its
-paths are gone, its writes and its publishing fail.
+A token is used once. So an owner that was taken for dead and wakes up does no harm: its paths are
+gone, its writes and its publishing fail.
 
 The owner rewrites `lease.json` every `beat` seconds. Others take it for dead when they have seen
 no change for `dead_after` seconds of their own monotonic clock; at once where the token names a
@@ -22,30 +21,33 @@ process of this machine that has ended, or an earlier run of the same SLURM job.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
+import re
+import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from clipsae.errors import ConfigError
 from clipsae.store.files import read_json
-from clipsae.store.identity import (
-    TOKEN,
-    lives_here,
-    machine,
-    new_token,
-    process_group,
-    slurm_job,
-)
 
 FREE = "free"
 LEASE = "lease.json"
+TOKEN = re.compile(r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<born>\d+)-[0-9a-f]{16}")
 TAKEN = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+REMIND = 300.0  # seconds between two lines about who is waited for
+
+
+class StoreError(ConfigError):
+    """The store cannot do what it should, in one sentence that says how to go on."""
 
 
 class LeaseLost(Exception):
@@ -54,7 +56,7 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a slot, as a person wants to read it.
+    """Who holds a lease.
 
     Attributes:
         host, pid: the process.
@@ -77,26 +79,25 @@ class Owner:
 
 
 class Lease:
-    """The slot of this process, kept by a thread until it is released or lost.
+    """A lease of this process, kept by a thread until it is released or lost.
 
     Args:
-        slot: the folder that a rename has just given to this process.
+        folder: what a rename has just given to this process.
         beat: seconds between two rewritings of `lease.json`.
     """
 
-    def __init__(self, slot: Path, beat: float) -> None:
-        self.slot = slot
+    def __init__(self, folder: Path, beat: float) -> None:
+        self.folder = folder
         self.lost = False
         self._beats = 0
         self._progress: tuple[int | None, int | None] = (None, None)
-        env = os.environ
         self._owner = {
-            "token": slot.name,
+            "token": folder.name,
             "host": platform.node(),
             "pid": os.getpid(),
             "job": slurm_job(),
-            "job_id": env.get("SLURM_JOB_ID"),
-            "restart": int(env.get("SLURM_RESTART_COUNT", 0)),
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             "group": process_group(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
@@ -106,27 +107,27 @@ class Lease:
         self._thread.start()
 
     def progress(self, done: int, total: int) -> None:
-        """Say how far the work is; it is written with the next beat.
+        """Note how far the work is; it is written with the next beat.
 
         Raises:
-            LeaseLost: another has taken over.
+            LeaseLost: another process has taken over.
         """
         self._progress = (done, total)
         if self.lost:
-            raise LeaseLost(self.slot.parent.name)
+            raise LeaseLost(self.folder.parent.name)
 
     def release(self) -> None:
-        """Leave the slot to whoever comes next."""
+        """Leave the folder to whoever comes next."""
         self.stop()
         with contextlib.suppress(OSError):
-            self.slot.rename(self.slot.with_name(FREE))
+            self.folder.rename(self.folder.with_name(FREE))
 
     def discard(self) -> None:
-        """Remove the slot, which nobody needs any more."""
+        """Remove the folder, which nobody needs any more."""
         self.stop()
-        shutil.rmtree(self.slot, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.slot.parent.rmdir()
+            self.folder.parent.rmdir()
 
     def stop(self) -> None:
         """End the heartbeat, with a last word on how far the work was."""
@@ -142,20 +143,20 @@ class Lease:
         self._beats += 1
         done, total = self._progress
         content = {**self._owner, "beat": self._beats, "done": done, "total": total}
-        path, aside = self.slot / LEASE, self.slot / f".{LEASE}.tmp"
+        path, aside = self.folder / LEASE, self.folder / f".{LEASE}.tmp"
         try:
             aside.write_text(json.dumps(content))
             aside.replace(path)
         except OSError:
-            # On a full disk a new time stamp is a sign of life, too; without the slot none is.
+            # On a full disk a new time stamp is a sign of life, too; without the folder none is.
             try:
                 os.utime(path)
             except OSError:
-                self.lost = not self.slot.exists()
+                self.lost = not self.folder.exists()
 
 
 class Watch:
-    """Judges whether the owners of slots are alive by what it sees itself.
+    """Judges whether the owners of leases are alive by what it sees itself.
 
     Args:
         dead_after: seconds without a change after which an owner counts as dead.
@@ -166,42 +167,51 @@ class Watch:
         self.dead_after = dead_after
         self.clock = clock
         self._seen: dict[str, tuple[Any, float, int]] = {}
+        self._said = ("", 0.0)
 
-    def alive(self, slot: Path) -> bool | None:
+    def alive(self, folder: Path) -> bool | None:
         """True: a sign of life was seen. False: dead, or free. None: not known yet."""
-        if surely_dead(slot):
+        if surely_dead(folder):
             return False
-        sign = _sign(slot)
-        last, when, changes = self._seen.get(slot.name, (None, 0.0, -1))
+        sign = _sign(folder)
+        last, when, changes = self._seen.get(folder.name, (None, 0.0, -1))
         if changes < 0 or sign != last:
             when, changes = self.clock(), changes + 1
-            self._seen[slot.name] = (sign, when, changes)
+            self._seen[folder.name] = (sign, when, changes)
         if self.clock() - when > self.dead_after:
             return False
-        return True if changes > 0 or lives_here(slot.name) else None
+        return True if changes > 0 or lives_here(folder.name) else None
 
-
-def surely_dead(slot: Path) -> bool:
-    """Whether no waiting is needed to know that nobody works in a slot: it is free, its process
-    was one of this machine and has ended, or it is an earlier run of this same SLURM job."""
-    if slot.name == FREE:
+    def is_news(self, folder: Path) -> bool:
+        """Whether it is time to say whose lease this is."""
+        name, when = self._said
+        if name == folder.name and self.clock() - when <= REMIND:
+            return False
+        self._said = (folder.name, self.clock())
         return True
-    match = TOKEN.fullmatch(slot.name)
+
+
+def surely_dead(folder: Path) -> bool:
+    """Whether no waiting is needed to know that nobody holds a lease: it is free, its process was
+    one of this machine and has ended, or it is an earlier run of this same SLURM job."""
+    if folder.name == FREE:
+        return True
+    match = TOKEN.fullmatch(folder.name)
     if match and match["machine"] == machine():
-        return not lives_here(slot.name)
-    owner = read_json(slot / LEASE)
+        return not lives_here(folder.name)
+    owner = read_json(folder / LEASE)
     job = os.environ.get("SLURM_JOB_ID")
     return (
-        owner.get("token") == slot.name
+        owner.get("token") == folder.name
         and job is not None
         and owner.get("job_id") == job
         and owner.get("restart", 0) < int(os.environ.get("SLURM_RESTART_COUNT", 0))
     )
 
 
-def _sign(slot: Path) -> Any:
+def _sign(folder: Path) -> Any:
     """What changes with every beat."""
-    path = slot / LEASE
+    path = folder / LEASE
     try:
         found = path.stat()
         return found.st_mtime_ns, found.st_ino, path.read_bytes()
@@ -209,50 +219,57 @@ def _sign(slot: Path) -> Any:
         return None
 
 
-def owner_of(slot: Path) -> Owner | None:
-    """Who holds a slot, or held it last; None where nothing was written."""
-    lease = read_json(slot / LEASE)
+def owner_of(folder: Path) -> Owner | None:
+    """Who holds a lease, or held it last; None where nothing was written."""
+    lease = read_json(folder / LEASE)
     try:
         return Owner(*(lease[name] for name in ("host", "pid", "job", "since", "done", "total")))
     except KeyError:
         return None
 
 
-def is_my_group(slot: Path) -> bool:
-    """Whether a slot is held by the first rank of the distributed run that this process is in."""
-    lease = read_json(slot / LEASE)
-    if lease.get("token") != slot.name:
+def is_my_group(folder: Path) -> bool:
+    """Whether the first rank of the distributed run that this process is in holds a lease."""
+    lease = read_json(folder / LEASE)
+    if lease.get("token") != folder.name:
         return False
     if lease["group"] is not None and lease["group"] == process_group():
         return True
-    return slot.name.startswith(f"{machine()}-{os.getppid()}-")
+    return folder.name.startswith(f"{machine()}-{os.getppid()}-")
 
 
-def find_slot(home: Path) -> Path | None:
-    """The slot of an unfinished stage; None where there is none."""
+def find(partial: Path) -> Path | None:
+    """The lease of an unfinished stage; None where there is none."""
     try:
-        names = [path.name for path in home.iterdir()]
+        names = [path.name for path in partial.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    slots = [name for name in names if name == FREE or TOKEN.fullmatch(name)]
-    return home / slots[0] if slots else None
+    found = [name for name in names if name == FREE or TOKEN.fullmatch(name)]
+    return partial / found[0] if found else None
 
 
-def begin(home: Path, beat: float) -> Lease | None:
-    """Start a home with a slot of one's own; None where another was faster."""
+def begin(partial: Path, beat: float) -> Lease | None:
+    """Begin an unfinished stage with a lease of one's own; None where another was faster.
+
+    Raises:
+        StoreError: there are other files in its place.
+    """
     token = new_token()
-    aside = home.with_name(f"{home.name}.{token}")
+    aside = partial.with_name(f"{partial.name}.{token}")
     (aside / token).mkdir(parents=True)
-    if _rename(aside, home, home / token):
-        return Lease(home / token, beat)
+    if _rename(aside, partial, partial / token):
+        return Lease(partial / token, beat)
     shutil.rmtree(aside, ignore_errors=True)
+    names = [path.name for path in partial.iterdir()] if partial.is_dir() else []
+    if names and not any(name == FREE or TOKEN.fullmatch(name) for name in names):
+        raise StoreError(f"{partial}: not a folder of an unfinished stage ({names[0]}): remove it")
     return None
 
 
-def take(slot: Path, beat: float) -> Lease | None:
-    """Take a slot whose owner is dead; None where another was faster."""
-    mine = slot.with_name(new_token())
-    return Lease(mine, beat) if _rename(slot, mine, mine) else None
+def take(folder: Path, beat: float) -> Lease | None:
+    """Take a lease whose owner is dead; None where another was faster."""
+    mine = folder.with_name(new_token())
+    return Lease(mine, beat) if _rename(folder, mine, mine) else None
 
 
 def _rename(source: Path, target: Path, proof: Path) -> bool:
@@ -265,3 +282,64 @@ def _rename(source: Path, target: Path, proof: Path) -> bool:
             raise
         return proof.exists()
     return True
+
+
+# --- which machine and which process ---
+
+
+@cache
+def machine() -> str:
+    """Eight hex digits for what shares our process ids: host, its boot, the pid namespace."""
+    facts = [platform.node()]
+    with contextlib.suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(Path("/proc/self/ns/pid").readlink().name)
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def born(pid: int) -> int | None:
+    """When a process of this machine started, in ticks since boot (0 where there is no /proc);
+    None: it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+        try:
+            os.kill(pid, 0)
+        except OSError as error:
+            return None if isinstance(error, ProcessLookupError) else 0
+        return 0
+    state, *rest = text.rpartition(")")[2].split()
+    return None if state in "ZX" else int(rest[18])
+
+
+def new_token() -> str:
+    """A name for one making of one stage by this process."""
+    return f"{machine()}-{os.getpid()}-{born(os.getpid())}-{secrets.token_hex(8)}"
+
+
+def lives_here(token: str) -> bool:
+    """Whether a token's process is one of this machine that has not ended."""
+    match = TOKEN.fullmatch(token)
+    if match is None or match["machine"] != machine():
+        return False
+    return born(int(match["pid"])) == int(match["born"])
+
+
+def process_group() -> str | None:
+    """What the ranks of one distributed run have in common; None: unknown."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        return f"{env['TORCHELASTIC_RUN_ID']}:{env.get('MASTER_PORT')}"
+    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" in env:
+        return f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}.{env.get('SLURM_RESTART_COUNT', 0)}"
+    return None
+
+
+def slurm_job() -> str | None:
+    """This process's SLURM job as `squeue` shows it: "123", of an array "123_4"."""
+    env = os.environ
+    if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")

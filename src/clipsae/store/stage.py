@@ -5,19 +5,20 @@ import hashlib
 import json
 import logging
 import platform
+import random
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from clipsae.store import files, lease
 from clipsae.store.files import MARK, find_damage, write_json
-from clipsae.store.lease import FREE, Lease, LeaseLost
-from clipsae.store.provenance import provenance
-from clipsae.store.queue import LOOKS, OnBusy, Queue, StoreError
+from clipsae.store.lease import FREE, Lease, LeaseLost, StoreError, Watch
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +27,16 @@ ABOUT = "about.json"  # what an unfinished stage is
 FAILED = "failed.json"  # why its last making failed
 BEAT = 15.0  # seconds between two signs of life
 DEAD_AFTER = 180.0  # seconds without one; a network file system may show files a minute late
+POLLS = (0.05, 5.0)  # seconds between two checks while waiting: at first, in the end
+PACKAGES = ("clipsae", "torch", "lightning", "open_clip_torch", "torchmetrics", "hydra-core")
 
 
 class Damaged(StoreError):
     """A finished folder is not as it was sealed."""
+
+
+class Busy(StoreError):
+    """Another process is making the stage, and the caller does not wait."""
 
 
 def digest(key: Mapping[str, Any]) -> str:
@@ -62,27 +69,27 @@ class Stage:
     _joined: Path | None = field(default=None, init=False, repr=False)
 
     @property
-    def home(self) -> Path:
+    def partial(self) -> Path:
         """The folder that is there while the stage is unfinished."""
         return self.path.with_name(f".{self.path.name}.partial")
 
     @property
-    def slot(self) -> Path:
-        """Where the unfinished work lies now: its name changes with its owner."""
+    def lease_folder(self) -> Path:
+        """The folder in it that belongs to its owner, whose name changes with the owner."""
         if self._lease is not None:
-            return self._lease.slot
-        return self._joined or lease.find_slot(self.home) or self.home / FREE
+            return self._lease.folder
+        return self._joined or lease.find(self.partial) or self.partial / FREE
 
     @property
-    def work(self) -> Path:
+    def staging(self) -> Path:
         """The folder while the work is being made."""
-        return self.slot / "work"
+        return self.lease_folder / "staging"
 
     @property
     def scratch(self) -> Path:
         """A folder for checkpoints, kept until the work is finished. Its path holds while `build`
         runs."""
-        return self.slot / "scratch"
+        return self.lease_folder / "scratch"
 
     @property
     def finished(self) -> bool:
@@ -96,10 +103,10 @@ class Stage:
             Damaged: it is not there, or not as it was sealed.
         """
         if (wrong := find_damage(self.path)) is not None:
-            raise Damaged(f"{self.path}: {wrong}: run what made it again, and it is made anew")
+            raise Damaged(f"{self.path}: {wrong}: run what made it again, and it is recomputed")
 
     def progress(self, done: int, total: int) -> None:
-        """Say how far `build` is, in steps; costs nothing, call it as often as you like.
+        """Note how far `build` is, in steps; costs nothing.
 
         Raises:
             LeaseLost: this process stood still and another has taken over; let it pass.
@@ -111,7 +118,7 @@ class Stage:
         self,
         build: Callable[[Path], None],
         *,
-        on_busy: OnBusy = "wait",
+        wait: bool = True,
         check: Literal["content", "size"] = "content",
         rank: int = 0,
     ) -> Path:
@@ -120,32 +127,31 @@ class Stage:
         Args:
             build: writes the content into the folder that it is given, which is empty. It may
                 find in `scratch` what an earlier, interrupted call left.
-            on_busy: what to do while another process makes it: wait and use what it made (or go
-                on from its checkpoint if it dies), or raise.
-            check: how finished work is looked at before it is used: "content" compares checksums
+            wait: while another process makes it, wait and use what it made (or go on from its
+                checkpoint if it dies).
+            check: how finished work is verified before it is used: "content" compares checksums
                 (a second for a gigabyte or two), "size" is for what is too large for that.
             rank: of this process in a distributed run whose ranks all call `build`: the lease is
                 rank 0's, the others join it.
 
         Raises:
-            Busy: `on_busy` is "fail"; BusySkip: it is "skip".
+            Busy: another process makes it, and `wait` is False.
             StoreError: the disk is full, or the store cannot be written to.
         """
-        queue = Queue(self.path, self.home, self.beat, self.dead_after, on_busy)
+        watch, (pause, longest) = Watch(self.dead_after), POLLS
         while True:
             if self.path.exists() and find_damage(self.path, content=check == "content") is None:
                 return self.path
-            if rank > 0:
-                if self._join(build, queue):
-                    return self.path
-            elif self._lead(build, queue, check):
+            made = self._join(build, watch) if rank else self._lead(build, watch, wait, check)
+            if made:
                 return self.path
-            queue.pause()
+            time.sleep(pause * random.uniform(0.8, 1.2))  # a hundred jobs are no burden
+            pause = min(1.3 * pause, longest)
 
-    def _lead(self, build: Callable[[Path], None], queue: Queue, check: str) -> bool:
+    def _lead(self, build: Callable[[Path], None], watch: Watch, wait: bool, check: str) -> bool:
         """Make it if the lease can be had; whether it is finished now."""
         try:
-            self._lease = queue.look()
+            self._lease = self._acquire(watch, wait)
         except OSError as error:
             raise self._readable(error) from error
         if self._lease is None:
@@ -164,6 +170,31 @@ class Stage:
             self._lease = None
         return True
 
+    def _acquire(self, watch: Watch, wait: bool) -> Lease | None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = lease.find(self.partial)
+        if folder is None:
+            return lease.begin(self.partial, self.beat)
+        if self._is_held(folder, watch, wait):
+            return None
+        owner = lease.owner_of(folder)
+        taken = lease.take(folder, self.beat)
+        if taken and folder.name != FREE:
+            log.info("%s was left by %s: taking over", self.path.name, owner)
+        return taken
+
+    def _is_held(self, folder: Path, watch: Watch, wait: bool) -> bool:
+        """Whether the owner of a lease may be alive. Says who is waited for, now and then."""
+        alive = watch.alive(folder)
+        if alive is False:
+            return False
+        owner = lease.owner_of(folder) or "another process"
+        if alive and not wait:
+            raise Busy(f"{self.path.name} is being made by {owner}: run again later")
+        if watch.is_news(folder):
+            log.info("waiting for %s: made by %s", self.path.name, owner)
+        return True
+
     def _build(self, build: Callable[[Path], None], check: str) -> None:
         """Make it, holding the lease."""
         held = self._lease
@@ -174,20 +205,20 @@ class Stage:
                     held.discard()
                     return
                 aside = files.set_aside(self.path)
-                log.warning("%s: %s: set aside as %s, made anew", self.path, wrong, aside.name)
-            (held.slot / FAILED).unlink(missing_ok=True)
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir()
+                log.warning("%s: %s: set aside as %s, recomputed", self.path, wrong, aside.name)
+            (held.folder / FAILED).unlink(missing_ok=True)
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging.mkdir()
             self.scratch.mkdir(exist_ok=True)
-            write_json(held.slot / ABOUT, {"key": dict(self.key), "about": dict(self.about)})
-            wall, start = time.time(), time.monotonic()
-            build(self.work)
-            self._publish(wall, time.monotonic() - start)
+            write_json(held.folder / ABOUT, {"key": dict(self.key), "about": dict(self.about)})
+            started, clock = time.time(), time.monotonic()
+            build(self.staging)
+            self._publish(started, time.monotonic() - clock)
         except Exception as error:
-            if held.lost or not held.slot.exists():
+            if held.lost or not held.folder.exists():
                 raise LeaseLost(self.path.name) from error
             readable = self._readable(error)
-            shutil.rmtree(self.work, ignore_errors=True)  # of no use, and the disk may be full
+            shutil.rmtree(self.staging, ignore_errors=True)  # of no use, and the disk may be full
             self._note_failure(readable)
             if readable is error:
                 raise
@@ -195,7 +226,7 @@ class Stage:
 
     def _publish(self, started: float, seconds: float) -> None:
         files.seal(
-            self.work,
+            self.staging,
             {
                 "schema": SCHEMA,
                 "key": dict(self.key),
@@ -203,11 +234,14 @@ class Stage:
                 "started": started,
                 "finished": time.time(),
                 "seconds": seconds,
-                **provenance(),
+                "versions": {name: version(name) for name in PACKAGES},
+                "python": platform.python_version(),
+                "git_commit": git_commit(),
+                "host": platform.node(),
             },
         )
         try:
-            self.work.rename(self.path)
+            self.staging.rename(self.path)
         except OSError:
             # There already: finished by another, which a network file system showed late.
             if not self.finished:
@@ -217,35 +251,33 @@ class Stage:
 
     def _note_failure(self, error: Exception) -> None:
         said = str(error).strip().splitlines()
+        failure = {
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "host": platform.node(),
+            "type": type(error).__name__,
+            "message": said[-1] if said else "",
+        }
         try:
-            write_json(
-                self.slot / FAILED,
-                {
-                    "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-                    "host": platform.node(),
-                    "type": type(error).__name__,
-                    "message": said[-1] if said else "",
-                },
-            )
+            write_json(self.lease_folder / FAILED, failure)
         except OSError:
             log.debug("the failure could not be noted", exc_info=True)
 
-    def _join(self, build: Callable[[Path], None], queue: Queue) -> bool:
-        """As a rank that is not the first: build along in the first one's slot if it is there,
+    def _join(self, build: Callable[[Path], None], watch: Watch) -> bool:
+        """As a rank that is not the first: build along in the first one's folder once it is there,
         and see it published."""
-        slot = lease.find_slot(self.home)
-        if slot is None:
+        folder = lease.find(self.partial)
+        if folder is None:
             return False
-        if not lease.is_my_group(slot):
-            queue.alive(slot)
+        if not lease.is_my_group(folder):
+            self._is_held(folder, watch, wait=True)
             return False
-        if not (slot / "work").is_dir():
+        if not (folder / "staging").is_dir():
             return False
-        self._joined = slot
+        self._joined = folder
         try:
-            build(self.work)
-            while slot.exists():
-                time.sleep(LOOKS[0])
+            build(self.staging)
+            while folder.exists():
+                time.sleep(POLLS[0])
         finally:
             self._joined = None
         if not self.finished:
@@ -271,6 +303,18 @@ class Stage:
                 "paths.output_dir to a folder of your own"
             )
         return error
+
+
+def git_commit() -> str | None:
+    """The commit of the working tree that the package lies in; None outside of one."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 class Store:

@@ -99,24 +99,24 @@ def _finished(kind: str, path: Path) -> Entry:
     )
 
 
-def _unfinished(kind: str, name: str, home: Path, stale: float) -> Iterator[Entry]:
-    slot = lease.find_slot(home)
-    if slot is None:
-        yield Entry(kind, name, home, "left over", why="an empty folder")
+def _unfinished(kind: str, name: str, partial: Path, stale: float) -> Iterator[Entry]:
+    folder = lease.find(partial)
+    if folder is None:
+        yield Entry(kind, name, partial, "left over", why="an empty folder")
         return
-    told = read_json(slot / ABOUT)
-    owner = lease.owner_of(slot)
-    entry = {"owner": owner, "step": files.checkpoint_step(slot / "scratch")}
+    stage = read_json(folder / ABOUT)
+    owner = lease.owner_of(folder)
+    entry = {"owner": owner, "step": files.checkpoint_step(folder / "scratch")}
     if owner:
         entry |= {"host": owner.host, "when": owner.since}
-    failed = read_json(slot / FAILED)
+    failed = read_json(folder / FAILED)
     try:
-        late = (slot / lease.LEASE).stat().st_mtime < stale
+        late = (folder / lease.LEASE).stat().st_mtime < stale
     except OSError:
         late = False
-    if not lease.surely_dead(slot) and (lease.lives_here(slot.name) or not late):
+    if not lease.surely_dead(folder) and (lease.lives_here(folder.name) or not late):
         state = "running"
-    elif (home.parent / name / MARK).is_file():
+    elif (partial.parent / name / MARK).is_file():
         state = "left over"
         entry["why"] = "finished; its maker was killed while it tidied up"
     elif failed:
@@ -125,7 +125,7 @@ def _unfinished(kind: str, name: str, home: Path, stale: float) -> Iterator[Entr
         entry["why"] = f"{failed['type']}: {failed['message']}"
     else:
         state = "stalled"
-    yield Entry(kind, name, slot, state, told.get("about", {}), told.get("key", {}), **entry)
+    yield Entry(kind, name, folder, state, stage.get("about", {}), stage.get("key", {}), **entry)
 
 
 def _aside(kind: str, name: str, path: Path) -> Entry:

@@ -15,12 +15,13 @@ log = logging.getLogger(__name__)
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
 SIGINT_STATUS = 128 + signal.SIGINT
+LIGHT = ("clipsae.tasks.status.run", "clipsae.tasks.gc.run")  # do without torch
 
 
 def run_task(cfg: DictConfig) -> None:
     """Run the task that the config names.
 
-    A `ConfigError` is the user's to mend: it is shown as one line, without a traceback.
+    A `ConfigError` is shown as one line, without a traceback.
 
     Raises:
         SystemExit: after a SIGTERM (status 143) or Ctrl-C (130); for a `ConfigError` of a single
@@ -37,8 +38,10 @@ def run_task(cfg: DictConfig) -> None:
     try:
         options.check(cfg, HydraConfig.get().overrides.task)
         plugins.load(cfg)
+        if "torch" not in sys.modules and cfg.task._target_ not in LIGHT:
+            log.info("importing torch and Lightning")  # seconds, on a cold disk a minute
         task = get_method(cfg.task._target_)
-        if "lightning" in sys.modules:  # status and gc answer seconds sooner without
+        if "lightning" in sys.modules:
             quiet_lightning()
         task(cfg)
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
-from clipsae.data.damage import leaves_out
+from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
 from clipsae.sae import SAE
 from clipsae.store.files import sha256
@@ -23,11 +23,22 @@ from clipsae.tasks.options import unknown_key
 IMAGES_WITH_RANDOM_WEIGHTS = 64
 _clips: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
 _datasets: WeakValueDictionary[str, ImageDataset] = WeakValueDictionary()
-# Keys of conf/model that are the training's or the evaluation's, not the SAE's.
-TRAINING_KEYS = ("learning_rate", "betas", "warmup_steps", "decay", "initial_images", "compile")
-EVALUATION_KEYS = ("count_threshold",)
-# Where something lies or how fast it is read does not decide what it is.
-PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")
+TRAINING_KEYS = ("initial_images", "compile")  # of conf/model, and not the SAE's
+PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")  # where and how fast images are read
+# What identifies a result is everything in its groups of the config, options of tomorrow, too, but
+# what is listed here: where things lie, how fast they are read, what is looked at meanwhile.
+UNDECISIVE: dict[str, tuple[str, ...]] = {
+    "dataset": (*PLACE_KEYS, "on_bad_image"),
+    "model": ("name", *TRAINING_KEYS),
+    "features": ("num_workers", "pin_memory", "folder", "shard_gb"),
+    "evaluation": ("batch_size",),
+    "trainer": (
+        *("accelerator", "strategy", "log_every_n_steps", "profiler", "max_time"),
+        *("val_check_interval", "limit_val_batches", "num_sanity_val_steps", "inference_mode"),
+        *("limit_test_batches", "limit_predict_batches", "detect_anomaly"),
+        *("devices", "num_nodes", "accumulate_grad_batches"),  # their product is in the key
+    ),
+}
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
@@ -52,8 +63,6 @@ def check_keys(cfg: DictConfig) -> None:
     """
     for group in ("dataset", "train_dataset"):
         node = plain(cfg[group])
-        if "_target_" not in node:  # train_dataset=same
-            continue
         try:
             known = signature(get_object(node["_target_"])).parameters
         except (ImportError, AttributeError, ValueError) as error:
@@ -101,27 +110,28 @@ def build_dataset(node: DictConfig, split: str, image_size: int) -> ImageDataset
     return dataset
 
 
-def train_dataset_node(cfg: DictConfig) -> DictConfig:
-    """`cfg.train_dataset`, or `cfg.dataset` where that is chosen to serve both."""
-    return cfg.train_dataset if "_target_" in cfg.train_dataset else cfg.dataset
+def decisive(group: str, node: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    """What of a group of the config decides a result."""
+    options = plain(node) if isinstance(node, DictConfig) else node
+    return {key: value for key, value in options.items() if key not in UNDECISIVE[group]}
 
 
 def sae_options(cfg: DictConfig) -> dict[str, Any]:
-    """What `SAE` is built with, from `cfg.model`."""
-    skipped = ("name", *TRAINING_KEYS, *EVALUATION_KEYS)
-    return {key: value for key, value in plain(cfg.model).items() if key not in skipped}
+    """What `SAE` is built with."""
+    return decisive("model", cfg.model)
 
 
 def training_options(cfg: DictConfig) -> dict[str, Any]:
-    """What `SAEModule` is built with, from `cfg.model`."""
-    return {key: value for key, value in plain(cfg.model).items() if key in TRAINING_KEYS}
+    """What `SAEModule` is built with."""
+    of_model = {key: cfg.model[key] for key in TRAINING_KEYS if key in cfg.model}
+    return {**plain(cfg.optimizer), **of_model}
 
 
 def build_sae(cfg: DictConfig, d: int) -> SAE:
     """A new SAE for tokens of width d.
 
     Raises:
-        ConfigError: an option that does not exist or cannot be.
+        ConfigError: an option that does not exist or is invalid.
     """
     return user_error(SAE, d=d, **sae_options(cfg))
 
@@ -147,8 +157,11 @@ def dataset_key(node: DictConfig, dataset: ImageDataset) -> dict[str, Any]:
     That images which cannot be read are left out (`on_bad_image: skip`) decides nothing where there
     are none.
     """
-    key = {k: v for k, v in plain(node).items() if k not in (*PLACE_KEYS, "on_bad_image")}
-    return {**key, "fingerprint": dataset.fingerprint, "left_out": leaves_out(dataset)}
+    return {
+        **decisive("dataset", node),
+        "fingerprint": dataset.fingerprint,
+        "left_out": leaves_out(dataset),
+    }
 
 
 def cell(cfg: DictConfig) -> dict[str, Any]:
@@ -196,7 +209,7 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
 
 
 def user_error(build: Any, *args: Any, **options: Any) -> Any:
-    """Call `build`; what it refuses is the user's to mend, and shown as one line.
+    """Call `build`; what it refuses is shown to the user as one line.
 
     Raises:
         ConfigError: in place of ValueError, FileNotFoundError and NotADirectoryError.

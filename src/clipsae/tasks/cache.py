@@ -15,13 +15,13 @@ def run(cfg: DictConfig) -> None:
     """Make the cache of the training images, unless it is there.
 
     Raises:
-        ConfigError: something in the config that cannot be, or a disk that is too small.
+        ConfigError: something invalid in the config, or a disk that is too small.
     """
     if not features.cached(cfg):
         raise ConfigError("task=cache makes what features=cached reads: leave out features=online")
     build.check_keys(cfg)
     clip = build.build_clip(cfg)
-    train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
+    train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
     features.check(cfg, clip, train_set, content=cfg.task.verify)
     folder = features.make(cfg, clip, train_set, content=cfg.task.verify)
     log.info("the feature cache is in %s", folder)

@@ -14,17 +14,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from clipsae.errors import ConfigError
+from clipsae.evaluation.numbers import SETTINGS
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 log = logging.getLogger(__name__)
 
-SETTINGS = {"on": "only the class's n latents", "off": "all but those", "self": "label-free"}
 CURVES = {
     "train/loss": "loss",
     "val/fvu": "fraction of variance unexplained, held out",
-    "val/active": "active latents of a token, held out",
+    "val/l0": "active latents per token (L0), held out",
     "val/dead_fraction": "dead latents",
     "train/tokens_per_second": "tokens per second",
     "train/learning_rate": "learning rate",
@@ -126,6 +126,7 @@ def workspace(
             ],
         )
         for setting, meaning in SETTINGS.items()
+        if setting != "no_sae"
     ]
     scatter = [
         ws.Section(
@@ -146,11 +147,11 @@ def workspace(
             is_open=True,
             panels=[
                 wr.ScatterPlot(
-                    title=title, x=wr.SummaryMetric("val/active"), y=wr.SummaryMetric(y), log_x=True
+                    title=title, x=wr.SummaryMetric("val/l0"), y=wr.SummaryMetric(y), log_x=True
                 )
                 for y, title in (
-                    ("val/fvu", "variance unexplained over active latents"),
-                    ("measure/cknna", "CKNNA over active latents"),
+                    ("val/fvu", "variance unexplained over L0"),
+                    ("measure/cknna", "CKNNA over L0"),
                 )
             ],
         ),

@@ -62,7 +62,12 @@ def bring_in(
             f"{cfg.task.sae} is for tokens of width {found.sae.d}, and those of {clip.name} have "
             f"{clip.width}: choose the clip= and clip.layer= that it was trained on"
         )
-    log.info("an SAE of %s: %s", found.format, found.reads or "it does not say of which tokens")
+    said = ", ".join(f"{name}={value}" for name, value in found.reads.items())
+    log.info(
+        "an SAE of %s, trained on tokens of %s; it is given those of %s (%s), block %d",
+        *(found.format, said or "a model that its file does not name"),
+        *(clip.name, Path(cfg.clip.pretrained or "random weights").name, clip.layer),
+    )
     for sentence in found.lost:
         log.warning("%s", sentence)
     stage = store.stage(
@@ -86,10 +91,12 @@ def as_if_composed(cfg: DictConfig, found: Imported) -> DictConfig:
         "name": options["task"].get("name") or last,
         "latents": found.sae.latents,
         "k": found.sae.config.get("k"),
-        "count_threshold": options["task"].get("count_threshold", COUNT_THRESHOLD),
         "imported": {"from": found.format, "reads": found.reads, "config": found.sae.config},
     }
+    threshold = options["task"].get("count_threshold", COUNT_THRESHOLD)
+    options["evaluation"]["count_threshold"] = threshold
     options["train_dataset"] = {"name": "elsewhere"}
+    del options["optimizer"]
     options["seed"] = 0  # of a training that was not ours
     return OmegaConf.create(options, flags={"struct": True})
 

@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
-from clipsae.data.damage import refuse_damaged
-from clipsae.store import Busy, Stage, Store
-from clipsae.store.lease import owner_of
-from clipsae.tasks import build, slurm, together, watch
+from clipsae.data.reader import refuse_damaged
+from clipsae.store import Stage, Store
+from clipsae.tasks import build, together, watch
 from clipsae.tasks.guidance import resolve_k
+from clipsae.tasks.options import set_by_recipe
 from clipsae.tasks.stages import classifier, evaluation, features, sae
-from clipsae.tasks.table import logged_as, print_results
+from clipsae.tasks.table import print_results
 from clipsae.training.logging import (
     finish,
     has_rows,
@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> None:
     """Train, evaluate, measure, show. What is finished is used, what was interrupted is continued.
 
     Raises:
-        ConfigError: something in the config that cannot be; before anything slow has begun.
+        ConfigError: an invalid config; before anything slow has begun.
     """
     store = Store(cfg.paths.output_dir)
     check(cfg)
@@ -48,25 +48,25 @@ def run(cfg: DictConfig) -> None:
     resolve_k(cfg, store)
     clip = build.build_clip(cfg)
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
-    train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
+    train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
     sae.check(cfg, clip, train_set)
     trained = sae.stage(cfg, store, train_set)
+    if not trained.finished and (line := set_by_recipe(cfg)):
+        log.info("%s", line)
 
     def train(logger: Callable[[], Logger | None]) -> None:
         def make(folder: Path) -> None:
-            node = build.train_dataset_node(cfg)
-            held_out = build.build_dataset(node, "test", clip.image_size)
-            own, looks = None, []
+            held_out = build.build_dataset(cfg.train_dataset, "test", clip.image_size)
+            own, callbacks = None, []
             if rank_zero_only.rank == 0:
-                own, looks = logger(), watch.callbacks(cfg, store, clip, held_out)
-            sae.make(cfg, clip, train_set, held_out, own, trained, folder, looks)
+                own, callbacks = logger(), watch.callbacks(cfg, store, clip, held_out)
+            sae.make(cfg, clip, train_set, held_out, own, trained, folder, callbacks)
 
-        make_sae(trained, make)
+        together.make(trained, make, rank_zero_only.rank)
 
     read = [train_set]
     if not trained.finished:  # which looks at held-out images, too
-        node = build.train_dataset_node(cfg)
-        read.append(build.build_dataset(node, "test", clip.image_size))
+        read.append(build.build_dataset(cfg.train_dataset, "test", clip.image_size))
     benchmark(cfg, store, clip, test_set, trained, train, read)
 
 
@@ -132,7 +132,7 @@ def benchmark(
         if not rows.empty:
             evaluation.check_zero_shot(cfg, test_set, rows)
             cells = table_cells(rows)
-        return rows, metrics, cells | {f"measure/{logged_as(m)}": v for m, v in metrics.items()}
+        return rows, metrics, cells | {f"measure/{m}": value for m, value in metrics.items()}
 
     finished = all(stage.finished for stage in stages)
     results = evaluated or trained
@@ -159,32 +159,10 @@ def benchmark(
     print_results(rows, metrics, [stage.path for stage in stages])
 
 
-def make_sae(trained: Stage, build_it: Callable[[Path], None]) -> None:
-    """Train the SAE unless it is there. While another SLURM job trains it, this one gives its
-    place back; anywhere else it waits.
-
-    Raises:
-        SystemExit: this job is queued again.
-    """
-    rank = rank_zero_only.rank
-
-    def give_way() -> None:
-        owner = owner_of(trained.slot)
-        if owner is not None and owner.job is not None and slurm.can_give_way():
-            slurm.give_way(owner.job, trained.path.name)
-
-    if rank == 0 and slurm.can_give_way() and not together.is_shared():
-        try:
-            trained.make(build_it, on_busy="fail")
-        except Busy:
-            give_way()
-    together.make(trained, build_it, rank, give_way)
-
-
 @contextmanager
 def tracked(cfg: DictConfig, stage: Stage, job_type: str) -> Iterator[Callable[[], Logger | None]]:
     """A stage's run in W&B or a CSV file, opened when it is first asked for, closed with the right
-    exit code. A job that gives its place back opens none.
+    exit code.
 
     Args:
         job_type: "train" for an SAE's own run, which names the dataset that it is trained on;
@@ -192,7 +170,7 @@ def tracked(cfg: DictConfig, stage: Stage, job_type: str) -> Iterator[Callable[[
     """
     if job_type == "train":
         cfg = OmegaConf.merge(cfg)  # a copy
-        OmegaConf.update(cfg, "dataset", build.train_dataset_node(cfg), merge=False)
+        OmegaConf.update(cfg, "dataset", cfg.train_dataset, merge=False)
 
     @cache
     def logger() -> Logger | None:
@@ -214,7 +192,7 @@ def tracked(cfg: DictConfig, stage: Stage, job_type: str) -> Iterator[Callable[[
         if rank_zero_only.rank == 0:
             log_failure(logger(), error)  # to be seen there, however early it is
         raise
-    except SystemExit:  # told to leave
+    except SystemExit:  # preempted
         coming_back = True
         raise
     finally:

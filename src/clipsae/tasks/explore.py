@@ -1,11 +1,13 @@
 """`task=explore`: a page to walk through a trained dictionary."""
 
+import hashlib
 import logging
 import os
 import shutil
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -22,7 +24,8 @@ from clipsae.evaluation.ranking import top_latents
 from clipsae.evaluation.truth import has_truth
 from clipsae.progress import Bar
 from clipsae.sae import SAE
-from clipsae.store import Stage, Store
+from clipsae.store import Stage, Store, write_json
+from clipsae.store.files import read_json
 from clipsae.tasks import build
 from clipsae.tasks.evaluate import bring_in
 from clipsae.tasks.experiment import tracked
@@ -30,6 +33,7 @@ from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, pictures
 from clipsae.tasks.table import terminal
 from clipsae.training.logging import log_page, log_sae
+from clipsae.visualization import page
 from clipsae.visualization.collector import TOP
 from clipsae.visualization.page import Words, write_page
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
@@ -42,6 +46,7 @@ from clipsae.visualization.references import References
 log = logging.getLogger(__name__)
 
 WORDS_SHOWN = 6
+KEY = "key.json"  # beside the page: what it was made of
 _WORD_PROMPTS = ("{}", "a photo of {}")  # of words that come from a file
 
 
@@ -67,15 +72,20 @@ def run(cfg: DictConfig) -> None:
     stage = pictures.stage(cfg, store, trained, dataset, cfg.task.split)
     pictures.make_all([cfg], clip, [trained], [stage], dataset, cfg.task.split)
     folder = Path(cfg.paths.output_dir) / "explore" / f"{trained.path.name}-{cfg.dataset.name}"
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    aside.mkdir(parents=True)
-    try:
-        write(cfg, store, clip, dataset, trained, References.load(stage.path), aside)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    made_of = page_key(cfg, store, clip, trained, stage)
+    if read_json(folder / KEY) == made_of:
+        log.info("using the finished %s", folder)
+    else:
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        aside.mkdir(parents=True)
+        try:
+            write(cfg, store, clip, dataset, trained, References.load(stage.path), aside)
+            write_json(aside / KEY, made_of)
+            if folder.exists():
+                shutil.rmtree(folder)
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     console = terminal()
     console.print(f"page        {folder / 'index.html'}", soft_wrap=True, highlight=False)
     if cfg.task.upload or cfg.logger.get("upload_sae"):
@@ -86,6 +96,30 @@ def run(cfg: DictConfig) -> None:
                 log_page(logger(), folder, [*aliases, cfg.dataset.name])
     if cfg.task.serve:
         serve(cfg, store, clip, dataset, trained, folder, console)
+
+
+def page_key(
+    cfg: DictConfig, store: Store, clip: FrozenCLIP, trained: Stage, stage: Stage
+) -> dict[str, Any]:
+    """What decides a page's content: one with the same key need not be written again."""
+    names = ("pages", "thumbnails", "effect_images", "neighbours")
+    test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
+    return {
+        "pictures": stage.path.name,
+        "task": {name: cfg.task[name] for name in names},
+        "words": None if cfg.task.words is None else read_words(cfg.task.words),
+        "ranked": evaluation.stage(cfg, store, trained, test_set).finished,
+        "code": _digest(Path(page.__file__).parent),
+    }
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of the files in a folder."""
+    hashed = hashlib.sha256()
+    for file in sorted(folder.rglob("*.*")):
+        if file.suffix != ".pyc" and file.is_file():
+            hashed.update(file.read_bytes())
+    return hashed.hexdigest()
 
 
 def check(cfg: DictConfig) -> None:
@@ -322,7 +356,7 @@ def about(
     return {
         "SAE": f"{cfg.model.name}, {references.latents:,} latents, {of}",
         "CLIP": f"{cfg.clip.name}, {weights}, layer {cfg.clip.layer}",
-        "Trained on": (cfg.train_dataset if imported else build.train_dataset_node(cfg)).name,
+        "Trained on": cfg.train_dataset.name,
         "Shown on": f"{shown.dataset}, {pictures.split_name(dataset, shown.split)}, "
         f"{shown.images:,}{few} images",
         "Dead latents": f"{int((~references.alive).sum()):,}",

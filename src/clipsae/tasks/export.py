@@ -53,7 +53,7 @@ def _trained_here(cfg: DictConfig) -> str:
     store = Store(cfg.paths.output_dir)
     resolve_k(cfg, store)
     clip = build.build_clip(cfg)
-    train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
+    train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
     stage = training.stage(cfg, store, train_set)
     if not stage.finished:
         raise ConfigError(

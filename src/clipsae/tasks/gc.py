@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from clipsae.store import MARK, SCHEMA, find_damage
-from clipsae.store.lease import Watch, find_slot
+from clipsae.store import MARK, SCHEMA, find_damage, lease
+from clipsae.store.lease import Watch
 from clipsae.store.stage import DEAD_AFTER
 from clipsae.store.survey import Entry, size, survey
 from clipsae.tasks.table import terminal
@@ -113,19 +113,19 @@ def remove(entries: list[Entry], root: Path, dead_after: float = DEAD_AFTER) -> 
     whoever would take it over does.
     """
     watch = Watch(dead_after)
-    slots = {entry.path: _slot(entry.path, root / entry.kind) for entry in entries}
-    waiting = {slot for slot in slots.values() if slot is not None}
+    leases = {entry.path: _lease(entry.path, root / entry.kind) for entry in entries}
+    waiting = {folder for folder in leases.values() if folder is not None}
     alive = set()
     while waiting:
-        judged = {slot: watch.alive(slot) for slot in waiting}
-        alive |= {slot for slot, lives in judged.items() if lives}
-        waiting = {slot for slot, lives in judged.items() if lives is None}
+        judged = {folder: watch.alive(folder) for folder in waiting}
+        alive |= {folder for folder, lives in judged.items() if lives}
+        waiting = {folder for folder, lives in judged.items() if lives is None}
         if waiting:
             log.info("watching %d unfinished stages of other machines", len(waiting))
             time.sleep(min(10, dead_after / 4))
     removed = []
     for entry in entries:
-        if slots[entry.path] in alive:
+        if leases[entry.path] in alive:
             log.warning("%s has come to life: left alone", entry.name)
         elif _remove(entry, root / entry.kind):
             removed.append(entry)
@@ -134,24 +134,24 @@ def remove(entries: list[Entry], root: Path, dead_after: float = DEAD_AFTER) -> 
     return removed
 
 
-def _slot(path: Path, kind: Path) -> Path | None:
-    """Whose life decides whether a folder may go: of unfinished work its slot."""
-    return path if path.parent != kind else find_slot(path)
+def _lease(path: Path, kind: Path) -> Path | None:
+    """The lease whose owner's life decides whether a folder may go."""
+    return path if path.parent != kind else lease.find(path)
 
 
 def _remove(entry: Entry, kind: Path) -> bool:
     """Whether it is gone. It leaves its place by one rename, so that it is never seen half gone,
     and which fails where another has taken it over in this moment."""
-    path, home = entry.path, kind / f".{entry.name}.partial"
+    path, partial = entry.path, kind / f".{entry.name}.partial"
     try:
-        if path == home:  # without a slot; one that another begins now makes this fail
+        if path == partial:  # without a lease; one that another begins now makes this fail
             path.rmdir()
             return True
         if path.name == entry.name and entry.state == "damaged" and not find_damage(path):
-            return False  # made anew meanwhile
+            return False  # recomputed meanwhile
         gone = path.rename(kind / f".{entry.name}.gone-{secrets.token_hex(4)}")
         with contextlib.suppress(OSError):
-            home.rmdir()
+            partial.rmdir()
     except OSError:
         return False
     shutil.rmtree(gone, ignore_errors=True)

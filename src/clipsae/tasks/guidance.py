@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipsae.errors import ConfigError
 from clipsae.store import MARK, Store
-from clipsae.tasks import build
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ def resolve_k(cfg: DictConfig, store: Store) -> None:
     if not found:
         raise ConfigError(
             f"model.k=auto: no finished Sparsemax SAE of {cfg.model.latents} latents on "
-            f"{cfg.clip.name} and {build.train_dataset_node(cfg).name} (seed {cfg.seed}) in "
+            f"{cfg.clip.name} and {cfg.train_dataset.name} (seed {cfg.seed}) in "
             f"{store.root}: run the same command with model=sparsemax first, or give k a number"
         )
     newest = max(found, key=lambda folder: json.loads((folder / MARK).read_text())["finished"])
@@ -44,11 +43,12 @@ def _serves(folder: Path, cfg: DictConfig) -> bool:
     return (
         of.model.name == "sparsemax"
         and all(OmegaConf.select(of, key) == OmegaConf.select(cfg, key) for key in same)
-        and build.train_dataset_node(of).name == build.train_dataset_node(cfg).name
+        and (of.train_dataset.get("name") or of.dataset.name) == cfg.train_dataset.name
         and _mean_support(folder) is not None
     )
 
 
 def _mean_support(folder: Path) -> float | None:
     """Mean number of active latents of a held-out token at the end of the training."""
-    return json.loads((folder / "training.json").read_text()).get("val/active")
+    numbers = json.loads((folder / "training.json").read_text())
+    return numbers.get("val/l0", numbers.get("val/active"))  # as clipsae 0.1 called it

@@ -8,76 +8,34 @@ what else they may hold, their classes know.
 
 import ast
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from clipsae.errors import ConfigError
-from clipsae.overrides import near
+from clipsae.overrides import near, renamed
+from clipsae.rules import (
+    FLAG,
+    NAME,
+    TEXT,
+    Rule,
+    either,
+    is_number,
+    is_whole,
+    list_of,
+    number,
+    one_of,
+    or_null,
+    share,
+    whole,
+)
 
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value may be, as a test and in words."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
-def whole(least: int | None = None) -> Rule:
-    more = "" if least is None else f", {least} or more"
-    return Rule(f"a whole number{more}", lambda v: _is_whole(v) and (least is None or v >= least))
-
-
-def number(least: float | None = None, above: float | None = None) -> Rule:
-    more = f", {least:g} or more" if least is not None else ""
-    more += f" above {above:g}" if above is not None else ""
-    return Rule(
-        f"a number{more}",
-        lambda v: _is_number(v) and (least is None or v >= least) and (above is None or v > above),
-    )
-
-
-def one_of(*choices: Any) -> Rule:
-    said = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
-    words = list(dict.fromkeys(said))
-    # By type, too: 1 is not true.
-    return Rule(
-        f"{', '.join(words[:-1])} or {words[-1]}",
-        lambda v: any(v == choice and type(v) is type(choice) for choice in choices),
-    )
-
-
-def or_null(rule: Rule) -> Rule:
-    return Rule(f"{rule.expected}, or null", lambda v: v is None or rule.holds(v))
-
-
-def either(one: Rule, other: Rule) -> Rule:
-    return Rule(f"{one.expected}, or {other.expected}", lambda v: one.holds(v) or other.holds(v))
-
-
-def list_of(rule: Rule, least: int = 0) -> Rule:
-    more = f" of at least {least}" if least else ""
-    return Rule(
-        f"a list{more}, each {rule.expected}",
-        lambda v: isinstance(v, list) and len(v) >= least and all(map(rule.holds, v)),
-    )
-
-
-FLAG = one_of(True, False)
-TEXT = Rule("text", lambda v: isinstance(v, str) and v != "")
-NAME = Rule("a name", lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "")
 SPLIT = one_of("train", "test")
 
 TRAINER = {
@@ -131,9 +89,20 @@ CLOSED: dict[str, Mapping[str, Any]] = {
         "seed": whole(0),
         "image_size": or_null(whole(1)),
     },
+    "optimizer": {
+        "learning_rate": number(above=0),
+        "betas": Rule(
+            "two numbers from 0 to below 1",
+            lambda v: (
+                isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v)
+            ),
+        ),
+        "warmup_steps": whole(0),
+        "decay": one_of("constant", "cosine", "linear"),
+    },
     "features": {
         "batch_size": whole(1),
-        "shuffle_tokens": whole(0),
+        "shuffle_buffer_images": whole(0),
         "num_workers": whole(0),
         "block_images": whole(1),
         "buffer_images": whole(0),
@@ -156,6 +125,7 @@ CLOSED: dict[str, Mapping[str, Any]] = {
         "protocol": one_of("paper", "heldout"),
         "ns": list_of(whole(1), least=1),
         "settings": list_of(one_of("no_sae", "on", "off", "self")),
+        "count_threshold": number(least=0),
         "split": SPLIT,
         "batch_size": whole(1),
         "limit_images": or_null(whole(1)),
@@ -168,7 +138,7 @@ CLOSED: dict[str, Mapping[str, Any]] = {
         "sample_tokens": whole(1),
         "sample_images": whole(1),
         "k": whole(1),
-        "threshold": Rule("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+        "threshold": share("a number from 0 to 1"),
         "seed": whole(0),
     },
     "logger": {
@@ -214,7 +184,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "words": or_null(TEXT),
         "upload": FLAG,
         "serve": FLAG,
-        "port": Rule("a port, 0 to 65535", lambda v: _is_whole(v) and 0 <= v <= 65535),
+        "port": Rule("a port, 0 to 65535", lambda v: is_whole(v) and 0 <= v <= 65535),
     },
     "export": {
         "sae": or_null(TEXT),
@@ -224,33 +194,6 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "private": FLAG,
     },
     "gc": {"delete": FLAG, "unused": FLAG},
-    "pretrain": {
-        "steps": whole(1),
-        "batch_size": whole(1),
-        "curriculum_steps": whole(0),
-        "patch_steps": whole(0),
-        "patch_weight": number(least=0),
-        "counts": list_of(number(least=0), least=3),
-        "weights": dict.fromkeys(
-            (
-                *("caption", "shape", "colour", "pattern", "size", "shape_colour"),
-                *("position", "background", "count"),
-            ),
-            number(least=0),
-        ),
-        "muon_lr": number(above=0),
-        "adamw_lr": number(above=0),
-        "weight_decay": number(least=0),
-        "warmup_steps": whole(0),
-        "cooldown": Rule("a share, 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
-        "max_logit_scale": number(above=0),
-        "precision": one_of("bf16", "fp32"),
-        "threads": or_null(whole(1)),
-        "log_every": whole(1),
-        "checkpoint_every": whole(1),
-        "evaluate_every": whole(1),
-        "evaluate_images": whole(1),
-    },
     "report": {
         "clip": TEXT,
         "weights": or_null(TEXT),
@@ -273,12 +216,12 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "references": whole(1),
         "mask_references": FLAG,
         "filter": one_of("frequency", "strength", "none"),
-        "max_frequency": Rule("a share, 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+        "max_frequency": share("a share, 0 to 1"),
         "max_strength": number(least=0),
     },
 }
 # These look at what is there, and need no dataset.
-WITHOUT_DATASET = ("dashboard", "data", "gc", "report", "status", "pretrain")
+WITHOUT_DATASET = ("dashboard", "data", "gc", "report", "status")
 
 # Groups whose classes may have more keys.
 MODEL = {
@@ -286,18 +229,8 @@ MODEL = {
     "architecture": TEXT,
     "activation": TEXT,
     "latents": whole(1),
-    "learning_rate": number(above=0),
-    "betas": Rule(
-        "two numbers from 0 to below 1",
-        lambda v: (
-            isinstance(v, list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v)
-        ),
-    ),
-    "warmup_steps": whole(0),
-    "decay": one_of("constant", "cosine", "linear"),
     "initial_images": whole(1),
     "compile": FLAG,
-    "count_threshold": number(least=0),
     "k": Rule("a whole number, 1 or more, or auto", lambda v: v == "auto" or whole(1).holds(v)),
 }
 DATASET = {
@@ -319,13 +252,13 @@ DATASET = {
             lambda v: (
                 isinstance(v, dict)
                 and set(v) == {"train", "test"}
-                and all(_is_whole(n) and n >= 1 for n in v.values())
+                and all(is_whole(n) and n >= 1 for n in v.values())
             ),
         ),
     ),
 }
 TOP = {
-    "seed": Rule("a whole number, 0 to 4294967295", lambda v: _is_whole(v) and 0 <= v < 2**32),
+    "seed": Rule("a whole number, 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
     "plugins": list_of(TEXT),
     "together": FLAG,
     "sweep_name": NAME,
@@ -354,6 +287,11 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         key, _, value = override.lstrip("+").partition("=")
         if override.startswith("+") and "." not in key and not isinstance(node.get(key), dict):
             raise unknown_key("", key, [one for one in node if one != key], value)
+    for old, (new, value) in renamed(node).items():
+        raise ConfigError(f"{old}={_shown(value)}: {old} is now {new}")
+    for group in ("dataset", "train_dataset"):
+        if "_target_" not in node[group]:
+            raise ConfigError(f"{group} has no _target_: with train_dataset=same set dataset's")
     for name, rule in TOP.items():
         _check_value(name, node[name], rule)
     for group, rules in CLOSED.items():
@@ -374,6 +312,20 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     for group in ("dataset", "train_dataset"):
         if _own(node[group]):
             _check_group(group, node[group], DATASET)
+
+
+def set_by_recipe(cfg: DictConfig) -> str | None:
+    """What the recipe of this CLIP and model sets, in a line; None: there is none."""
+    choice = HydraConfig.get().runtime.choices.get("recipe")
+    if not GlobalHydra.instance().is_initialized():  # called as a library
+        return None
+    try:
+        node = compose(f"recipe/{choice}")
+    except MissingConfigException:
+        return None
+    values = [(f"{group}.{key}", value) for group in node for key, value in node[group].items()]
+    kept = [f"{key}={value}" for key, value in values if OmegaConf.select(cfg, key) == value]
+    return f"recipe={choice} sets {' '.join(kept)}" if kept else None
 
 
 def _own(node: Mapping[str, Any], function: str | None = None) -> str | None:

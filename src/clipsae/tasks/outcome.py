@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clipsae.tasks.sweep import Cell
 
 EXPERIMENT = "clipsae.tasks.experiment.run"
+TRAIN_ONLY = ("evaluation.settings=[]", "measurement.metrics=[]")
 log = logging.getLogger(__name__)
 
 
@@ -39,6 +40,36 @@ class Outcome:
 
     def __str__(self) -> str:
         return f"{self.cell}: {'done' if self.why is None else f'FAILED: {self.why}'}"
+
+
+@dataclass(eq=False)
+class Job:
+    """What a launcher starts as one process.
+
+    Attributes:
+        name: for messages.
+        cells: the numbers of the sweep's cells that it runs; of a training those that need it.
+        numbers: Hydra's job numbers, and
+        overrides: the overrides of what it runs, one for each.
+        after: the training that it waits for.
+        trains: whether it only trains an SAE, which several cells need.
+        handle: submitit's job, once it is submitted.
+        outcome: once it is over.
+    """
+
+    name: str
+    cells: list[int]
+    numbers: list[int]
+    overrides: list[list[str]]
+    after: "Job | None" = None
+    trains: bool = False
+    handle: Any = None
+    outcome: Outcome | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is yet to be submitted."""
+        return self.handle is None and self.outcome is None
 
 
 def cells(job_overrides: Sequence[Sequence[str]]) -> list[str]:
@@ -80,6 +111,52 @@ class Sweep:
             self._cells = cells_of(*self._jobs)
             print(forecast(self._cells), flush=True)
 
+    def plan(
+        self, groups: Sequence[list[int]], *, again: bool = False
+    ) -> tuple[list[Job], list[list[int]]]:
+        """The jobs of a sweep: an SAE that is missing and that several cells need is trained by a
+        job of its own, which theirs wait for.
+
+        Args:
+            groups: the cells by number, those of one job together.
+            again: which SAE these cells need was unknown (model.k=auto) and is asked again; those
+                for which it still is get jobs that say why.
+
+        Returns:
+            The jobs in the order in which to submit them, and the groups whose SAE is unknown.
+        """
+        if again:
+            from clipsae.tasks.sweep import cells_of
+
+            self._cells = cells_of(*self._jobs)
+        overrides = [list(some) for some in self._jobs[1]]
+        jobs, unknown, by_sae = [], [], {}
+        for group in groups:
+            cell = self._cells[group[0]] if self._cells and len(group) == 1 else None
+            if cell is not None and cell.why and not again:
+                unknown.append(group)
+                continue
+            names = ", ".join(self.names[i] for i in group)
+            job = Job(names, group, group, [overrides[i] for i in group])
+            jobs.append(job)
+            if cell is not None and cell.stages and not cell.stages[0].finished:
+                by_sae.setdefault(cell.stages[0].path, []).append(job)
+        trainings = []
+        for path, some in by_sae.items():
+            if len(some) > 1:
+                first = some[0].cells[0]
+                training = Job(
+                    f"training {path.name}",
+                    [i for job in some for i in job.cells],
+                    [len(overrides) + first],
+                    [[*overrides[first], *TRAIN_ONLY]],
+                    trains=True,
+                )
+                trainings.append(training)
+                for job in some:
+                    job.after = training
+        return trainings + jobs, unknown
+
     def conclude(
         self, outcomes: list[Outcome], groups: Sequence[Sequence[int]] | None = None
     ) -> None:
@@ -94,11 +171,11 @@ class Sweep:
         if self._cells:
             from clipsae.tasks.sweep import cells_of, duration, print_summary
 
-            if any(cell.why for cell in self._cells):  # k=auto can be told now
+            if any(cell.why for cell in self._cells):  # k=auto is known now
                 self._cells = cells_of(*self._jobs)
             groups = groups or [[i] for i in range(len(outcomes))]
-            of = zip(outcomes, groups, strict=True)
-            failed = {i for outcome, group in of if outcome.why is not None for i in group}
+            ends = zip(outcomes, groups, strict=True)
+            failed = {i for outcome, group in ends if outcome.why is not None for i in group}
             print_summary(self._cells, [i in failed for i in range(len(self._cells))])
             print(f"in {duration(time.monotonic() - self._begun)}", flush=True)
         conclude(outcomes)

@@ -143,18 +143,28 @@ def nothing_there(
         return (
             f"{folder / 'evaluation'} holds no finished evaluation{unread}: run `{command}` first"
         )
-    keys = ["clip", "weights", "layer", "latents", "protocol"]
-    there = found.results[keys].drop_duplicates().head(3).to_dict("records")
-    have = "; ".join(
-        f"clip.name={of['clip']} "
-        f"clip.pretrained={'null' if of['weights'] == 'None' else of['weights']} "
-        f"clip.layer={of['layer']} model.latents={of['latents']} "
-        f"evaluation.protocol={of['protocol']}"
-        for of in there
-    )
+    keys = {
+        "clip": "clip.name",
+        "weights": "clip.pretrained",
+        "layer": "clip.layer",
+        "latents": "model.latents",
+        "protocol": "evaluation.protocol",
+    }
+    asked = dict(zip(keys, map(vars(wanted).get, keys), strict=True))
+    groups = [
+        " ".join(
+            f"{keys[name]}={'null' if value == 'None' else value}"
+            for name, value in group.items()
+            if value != asked[name]
+        )
+        for group in found.results[list(keys)].drop_duplicates().to_dict("records")
+    ]
+    # Those that need the fewest changes first; none: the wanted models or datasets are missing.
+    groups = sorted(filter(None, groups), key=lambda words: words.count("="))[:3]
+    others = f", or report on what is there with {' or with '.join(groups)}" if groups else ""
     return (
-        f"{folder / 'evaluation'} holds no finished evaluation {what}, but {have}: report on those "
-        f"by these overrides, or run `{command}` first"
+        f"{folder / 'evaluation'} holds no finished evaluation {what}: run `{command}` first"
+        f"{others}"
     )
 
 
@@ -187,7 +197,7 @@ def print_report(report: Report, page: Path) -> None:
     """The first table, what is missing, and where the page lies."""
     console = terminal()
     if report.differences:
-        console.print("not alike, and so in rows of their own:", highlight=False)
+        console.print("settings that differ, each in rows of its own:", highlight=False)
         for sentence in report.differences:
             console.print(f"- {sentence}", markup=False, highlight=False)
     console.print(_rich(report.tables[0]))

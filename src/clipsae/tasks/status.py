@@ -60,23 +60,22 @@ def show(cfg: DictConfig, cells: "list[Cell]") -> None:
         for kind in dict.fromkeys(entry.kind for entry in entries):
             console.print(stage_table([entry for entry in entries if entry.kind == kind]))
     else:
-        told = [(cell, *cell.state(by_path(entries))) for cell in cells]
-        console.print(cell_table(told))
-        counts = Counter(state for _, state, _ in told)
+        states = [(cell, *cell.state(by_path(entries))) for cell in cells]
+        console.print(cell_table(states))
+        counts = Counter(state for _, state, _ in states)
         console.print(", ".join(f"{n} {state}" for state, n in counts.most_common()))
         for why in dict.fromkeys(cell.why for cell in cells if cell.why):
-            console.print(f"cannot be told: {why}", markup=False, highlight=False)
+            console.print(f"not known: {why}", markup=False, highlight=False)
 
 
 def by_path(entries: list[Entry]) -> dict[Path, Entry]:
     """The entries by the folder of the finished work; finished ones before what was left over."""
     found: dict[Path, Entry] = {}
     for entry in entries:
-        home = next(p for p in (entry.path, *entry.path.parents) if p.name == entry.kind)
-        if entry.state != "left over" and (
-            entry.state != "damaged" or home / entry.name not in found
-        ):
-            found[home / entry.name] = entry
+        kind = next(p for p in (entry.path, *entry.path.parents) if p.name == entry.kind)
+        path = kind / entry.name
+        if entry.state != "left over" and (entry.state != "damaged" or path not in found):
+            found[path] = entry
     return found
 
 
@@ -89,8 +88,8 @@ def detail(entry: Entry) -> str:
     if entry.state == "stalled":
         if entry.step is None:
             return "no checkpoint"
-        of = f" of {owner.total:,}" if owner is not None and owner.total else ""
-        return f"checkpoint at step {entry.step:,}{of}"
+        total = f" of {owner.total:,}" if owner is not None and owner.total else ""
+        return f"checkpoint at step {entry.step:,}{total}"
     return entry.why or ""
 
 
@@ -99,7 +98,7 @@ def stage_table(entries: list[Entry]) -> Group:
     rows = []
     for entry in entries:
         known = {n: entry.about[n] for n in KNOWN if entry.about.get(n) is not None}
-        rows.append((known or {"name": entry.name}) | _told(entry.state, entry))
+        rows.append((known or {"name": entry.name}) | _shown(entry.state, entry))
     return _table(f"{entries[0].kind}: {len(entries)}", rows)
 
 
@@ -107,18 +106,18 @@ def cell_table(cells: "list[tuple[Cell, str, Entry | None]]") -> Group:
     """One row a cell of the sweep."""
     rows = []
     for cell, state, entry in cells:
-        told = _told(state, entry)
+        shown = _shown(state, entry)
         if state == "missing" and entry is not None:
-            told |= {"host": "", "when": "", "": "its SAE is trained"}
-        elif entry is not None and state != "done" and told[""]:
-            told[""] = f"{entry.kind}: {told['']}"
-        rows.append(dict(cell.about) | told)
+            shown |= {"host": "", "when": "", "": "its SAE is trained"}
+        elif entry is not None and state != "done" and shown[""]:
+            shown[""] = f"{entry.kind}: {shown['']}"
+        rows.append(dict(cell.about) | shown)
     return _table(f"cells of the sweep: {len(cells)}", rows)
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Group:
     """A title and a table; of several rows what is the same in all is said in the title, once."""
-    last = list(_told("done", None))
+    last = list(_shown("done", None))
     about = {name for row in rows for name in row} - set(last)
     order = {name: at for at, name in enumerate(("name", *KNOWN))}
     columns = [*sorted(about, key=lambda name: (order.get(name, len(order)), name)), *last[:-1]]
@@ -136,18 +135,18 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Group:
     return Group(", ".join([f"[bold]{title}[/]", *map(escape, said)]), table)
 
 
-def _told(state: str, entry: Entry | None) -> dict[str, str]:
-    told = {"state": f"[{COLOURS[state]}]{state}[/]", "host": "", "when": "", "": ""}
+def _shown(state: str, entry: Entry | None) -> dict[str, str]:
+    shown = {"state": f"[{COLOURS[state]}]{state}[/]", "host": "", "when": "", "": ""}
     if entry is None:
-        return told
+        return shown
     when = (entry.when or "")[5:16]  # without the year and the seconds
-    return told | {"host": entry.host or "", "when": when, "": escape(detail(entry))}
+    return shown | {"host": entry.host or "", "when": when, "": escape(detail(entry))}
 
 
 def as_json(root: str, entries: list[Entry], cells: "list[Cell]") -> dict[str, Any]:
     """The same for a program: every stage, every cell with its stage's name, and the counts."""
     places = by_path(entries)
-    told = [(cell, *cell.state(places)) for cell in cells]
+    states = [(cell, *cell.state(places)) for cell in cells]
     return {
         "store": str(root),
         "stages": [
@@ -161,7 +160,7 @@ def as_json(root: str, entries: list[Entry], cells: "list[Cell]") -> dict[str, A
                 "stage": entry and f"{entry.kind}/{entry.name}",
                 "detail": cell.why or (detail(entry) if entry else ""),
             }
-            for cell, state, entry in told
+            for cell, state, entry in states
         ],
-        "counts": dict(Counter(state for _, state, _ in told)),
+        "counts": dict(Counter(state for _, state, _ in states)),
     }

@@ -25,7 +25,7 @@ from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import evaluation, sae
 from clipsae.tasks.table import terminal
 
-BEST = ("running", "failed", "stalled")  # of the unfinished stages of a cell the one to be told
+BEST = ("running", "failed", "stalled")  # of a cell's unfinished stages the one shown
 SHOWN = 10  # latents kept, of the accuracy that a sweep's summary shows
 _ANY_SIZE = 224  # pixels; no key of a stage depends on it
 
@@ -37,7 +37,7 @@ class Cell:
     Attributes:
         about: what sets it apart: the sweep's overrides, by their last names.
         stages: of the store, in the order in which they are made: an SAE and what is made of it.
-        why: why its stages cannot be told; None: they can.
+        why: why its stages are not known; None: they are.
     """
 
     about: Mapping[str, str]
@@ -60,10 +60,10 @@ class Cell:
 def cells_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list[Cell]:
     """What each job of a sweep makes, by the very configs that it would run with.
 
-    The datasets are looked at, as a run would do, and each once; no weights are loaded.
+    Each dataset is opened once, as a run would do; no weights are loaded.
 
     Raises:
-        ConfigError: a value of one of them that cannot be, before any of them begins.
+        ConfigError: an invalid value of one of them, before any of them begins.
     """
     load = launcher.hydra_context.config_loader.load_sweep_config
     labels = labels_of(job_overrides)
@@ -73,7 +73,7 @@ def cells_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> list
     try:
         for overrides, label in zip(job_overrides, labels, strict=True):
             cfg = load(launcher.config, list(overrides))
-            HydraConfig.instance().set_config(cfg)  # plugins are looked for where it says
+            HydraConfig.instance().set_config(cfg)  # which says where plugins are
             options.check(cfg, overrides)
             try:
                 cells.append(Cell(label, stages_of(cfg, found)))
@@ -88,7 +88,7 @@ def stages_of(cfg: DictConfig, found: dict[str, ImageDataset]) -> tuple[Stage, .
     """The stages of one job of `task=experiment`.
 
     Args:
-        found: the datasets by config and split; what is looked at is added.
+        found: the datasets by config and split; those opened here are added.
 
     Raises:
         ConfigError: the dataset is not there, or `model.k=auto` has nothing to learn from yet.
@@ -103,7 +103,7 @@ def stages_of(cfg: DictConfig, found: dict[str, ImageDataset]) -> tuple[Stage, .
 
     store = Store(cfg.paths.output_dir)
     resolve_k(cfg, store)
-    trained = sae.stage(cfg, store, dataset(build.train_dataset_node(cfg), "train"))
+    trained = sae.stage(cfg, store, dataset(cfg.train_dataset, "train"))
     test_set = dataset(cfg.dataset, cfg.evaluation.split)
     evaluated = evaluation.stage(cfg, store, trained, test_set)
     return (trained,) if evaluated is None else (trained, evaluated)
@@ -115,17 +115,16 @@ def labels_of(job_overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     parsed = []
     for overrides in job_overrides:
         parts = OverridesParser.create().parse_overrides(list(overrides))
-        of = {p.key_or_group: str(p.get_value_element_as_str()) for p in parts}
-        parsed.append({k: v for k, v in of.items() if not k.startswith("hydra")})
-    names = dict.fromkeys(name for of in parsed for name in of)
-    told = [
+        values = {p.key_or_group: str(p.get_value_element_as_str()) for p in parts}
+        parsed.append({k: v for k, v in values.items() if not k.startswith("hydra")})
+    names = [
         name
-        for name in names
-        if name in ("model", "dataset") or len({of.get(name) for of in parsed}) > 1
+        for name in dict.fromkeys(name for values in parsed for name in values)
+        if name in ("model", "dataset") or len({values.get(name) for values in parsed}) > 1
     ]
-    last = [name.rpartition(".")[2] for name in told]
-    short = {n: end if last.count(end) == 1 else n for n, end in zip(told, last, strict=True)}
-    return [{short[name]: of.get(name, "") for name in told} for of in parsed]
+    last = [name.rpartition(".")[2] for name in names]
+    short = {n: end if last.count(end) == 1 else n for n, end in zip(names, last, strict=True)}
+    return [{short[name]: values.get(name, "") for name in names} for values in parsed]
 
 
 # --- before and after ---
@@ -143,8 +142,8 @@ def forecast(cells: list[Cell]) -> str:
         f"{_count(len(cells), 'cell')}, {len(cells) - len(open_cells)} of them finished; "
         f"{_count(len(saes), 'SAE')}, {to_train} to train"
     )
-    if untold := [cell.why for cell in cells if cell.why]:
-        return f"{said}; not known yet for {_count(len(untold), 'cell')} ({untold[0]})"
+    if unknown := [cell.why for cell in cells if cell.why]:
+        return f"{said}; not known yet for {_count(len(unknown), 'cell')} ({unknown[0]})"
     if not missing:
         return said
     seconds = [estimate(stage) for stage in missing]
@@ -208,9 +207,9 @@ def summary(cells: list[Cell], failed: Sequence[bool]) -> tuple[str, Table]:
     for name in datasets:
         table.add_column(escape(name), justify="right", overflow="fold")
     table.add_column("time", justify="right")
-    for row, of in rows.items():
+    for row, found in rows.items():
         took = duration(sum(work[row].values())) if row in work else ""
-        table.add_row(escape(row), *(of.get(name, "") for name in datasets), took)
+        table.add_row(escape(row), *(found.get(name, "") for name in datasets), took)
     return f"{done} of {len(cells)} cells are finished{what}", table
 
 

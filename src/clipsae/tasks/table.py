@@ -7,31 +7,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-SETTINGS = {
-    "no_sae": "CLIP without an SAE",
-    "on": "only the class's n latents",
-    "off": "all but the class's n latents",
-    "self": "only the image's own n latents (label-free)",
-}
-
-
-# What a line beside the table shows of a measurement: name, label, format.
-MEASURED = (
-    ("active", "active latents a token", ".1f"),
-    ("l0", "L0", ".4f"),
-    ("fvu", "FVU", ".3f"),
-    ("cosine", "cosine", ".3f"),
-    ("cknna", "CKNNA", ".3f"),
-    ("dead_fraction", "silent latents", ".1%"),
-    ("monosemanticity_mean", "MonoSemanticity mean", ".3f"),
-    ("monosemanticity_max", "max", ".3f"),
-    ("patch_coverage", "concepts found", ".0%"),
-)
-
-
-def logged_as(metric: str) -> str:
-    """What a measured number is called in W&B: the share of concepts found as it is everywhere."""
-    return metric.replace("_coverage", "_concepts_found")
+from clipsae.evaluation.numbers import SETTINGS
 
 
 def terminal(width: int = 110) -> Console:
@@ -50,8 +26,14 @@ def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: lis
     console = terminal()
     if not rows.empty:
         console.print(accuracy_table(rows))
-    shown = [f"{label} {metrics[name]:{form}}" for name, label, form in MEASURED if name in metrics]
-    if shown:
+    if metrics:
+        from clipsae.evaluation.metrics import NUMBERS  # takes seconds without torch
+
+        shown = [
+            f"{number.label} {metrics[number.key]:{number.format}}"
+            for number in NUMBERS
+            if number.headline and number.key in metrics
+        ]
         console.print(", ".join(shown), highlight=False)
     for folder in folders:
         console.print(f"{folder.parent.name:<12}{folder}", soft_wrap=True, highlight=False)
@@ -60,7 +42,7 @@ def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: lis
 def accuracy_table(rows: pd.DataFrame) -> Table:
     """Top-n accuracies, n across, of the tidy rows of one evaluation."""
     first = rows.iloc[0]
-    ns = sorted({int(n) for n in rows.n.dropna()})
+    columns = sorted({int(n) for n in rows.n.fillna(0)})  # 0: without an SAE
     k = "" if pd.isna(first.get("k")) else f" k={int(first.k)}"
     seed = f" seed={int(first.seed)}" if "seed" in first else ""
     classes = f"{int(first.classes):,}"
@@ -75,17 +57,13 @@ def accuracy_table(rows: pd.DataFrame) -> Table:
     )
     table.add_column("setting")
     table.add_column("")
-    for n in ns:
+    for n in columns:
         label = f"n = {n}" if n < int(first.latents) else f"all {n}"
-        table.add_column(label, justify="right")
+        table.add_column(label if n else "no SAE", justify="right")
     for setting, meaning in SETTINGS.items():
         chosen = rows[rows.setting == setting]
         if chosen.empty:
             continue
-        if setting == "no_sae":
-            cells = [""] * (len(ns) - 1) + [f"{chosen.accuracy.iloc[0]:.2f}"]
-        else:
-            by_n = {int(r.n): f"{r.accuracy:.2f}" for r in chosen.itertuples()}
-            cells = [by_n.get(n, "") for n in ns]
-        table.add_row(setting, meaning, *cells)
+        by_n = {0 if pd.isna(r.n) else int(r.n): f"{r.accuracy:.2f}" for r in chosen.itertuples()}
+        table.add_row(setting, meaning, *(by_n.get(n, "") for n in columns))
     return table

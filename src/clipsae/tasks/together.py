@@ -1,10 +1,10 @@
 """`together=true`: the cells of a sweep that train on the same tokens run in one process.
 
-Each cell runs as it does alone, in a thread of its own, and one thread at a time: they take turns.
-Where one piece of work serves several of them (the tokens of a batch, a pass over the evaluated
-images), a cell says what it needs and waits. When all wait, what comes first is made once, for all
-who need it. So a cell's results cannot depend on who its neighbours are, whether they begin, end
-or fail with it, or at which steps they were interrupted.
+Each cell runs as it does alone, in a thread of its own, and one thread at a time. Where one piece
+of work serves several cells (the tokens of a batch, a pass over the evaluated images), a cell says
+what it needs and waits. When all wait, what comes first is made once, for all who need it. So a
+cell's results do not depend on its neighbours: whether they begin, end or fail with it, or at which
+steps they were interrupted.
 """
 
 import json
@@ -29,8 +29,8 @@ from clipsae.tasks import build
 log = logging.getLogger(__name__)
 
 # What is made first where cells need different things.
-TRAIN, AGAIN, EVALUATE, LAST = range(4)
-LOOK_EVERY = 2.0  # seconds between two looks at what another process makes
+TRAIN, RETRY, EVALUATE, WAIT = range(4)
+POLL_SECONDS = 2.0  # between two checks of what another process makes
 
 _this = threading.local()
 
@@ -40,22 +40,22 @@ class Need:
     """What a cell waits for.
 
     Attributes:
-        order: (one of TRAIN, ..., and what tells it from others of that kind): the least is made
+        order: (one of TRAIN, ..., and what identifies it among those): the least is made
             first, equal ones are made at once.
-        of: what is the cell's own in it.
-        serve: what makes it: the `of` of all cells that need it -> what each of them gets.
+        own: what the cell contributes.
+        serve: makes it: the `own` of all cells that need it -> what each of them gets.
         save: writes a checkpoint, or None.
     """
 
     order: tuple[Any, ...]
-    of: Any
+    own: Any
     serve: Callable[[list[Any]], Sequence[Any]]
     save: Callable[[], None] | None = None
 
 
 def stream_key(cfg: DictConfig) -> str:
     """The same for cells that train on the same tokens in the same order."""
-    nodes = cfg.clip, build.train_dataset_node(cfg), cfg.features
+    nodes = cfg.clip, cfg.train_dataset, cfg.features
     return json.dumps([*map(build.plain, nodes), cfg.seed, str(cfg.trainer.accelerator)])
 
 
@@ -75,7 +75,7 @@ def is_shared() -> bool:
 def meet(need: Need) -> Any:
     """What is needed, made at once for all cells that need it; for a cell alone, right away."""
     if not is_shared():
-        return need.serve([need.of])[0]
+        return need.serve([need.own])[0]
     return _this.cell.wait(need)
 
 
@@ -101,17 +101,17 @@ def source(
 
 
 def in_one_pass(
-    kind: str, cfg: DictConfig, of: Any, run: Callable[[dict[str, Any]], Any]
+    kind: str, cfg: DictConfig, own: Any, run: Callable[[dict[str, Any]], Any]
 ) -> tuple[str, Any]:
-    """What a pass over the images of `cfg.dataset` finds, of all SAEs that are due for it.
+    """One pass over the images of `cfg.dataset` for all SAEs that are due for it.
 
     Args:
         kind: what the pass is for; all have the config's evaluation and measurement in common.
-        of: what is this cell's own.
-        run: makes the pass, given each cell's own by a name.
+        own: what this cell contributes.
+        run: makes the pass, given each cell's `own` by a name.
 
     Returns:
-        The name of this cell in it, and what `run` returned.
+        The name of this cell in the pass, and what `run` returned.
     """
 
     def serve(cells: list[Any]) -> list[tuple[str, Any]]:
@@ -120,47 +120,39 @@ def in_one_pass(
         return [(name, found) for name in named]
 
     nodes = cfg.clip, cfg.dataset, cfg.evaluation, cfg.measurement
-    key = json.dumps([*map(build.plain, nodes), build.limit_images(cfg)])
-    return meet(Need((EVALUATE, kind, key), of, serve))
+    common = [build.plain(node) for node in nodes]
+    for options in common:
+        options.pop("count_threshold", None)  # each cell's own
+    key = json.dumps([*common, build.limit_images(cfg)])
+    return meet(Need((EVALUATE, kind, key), own, serve))
 
 
-def make(
-    stage: Stage,
-    build: Callable[[Path], None],
-    rank: int = 0,
-    give_way: Callable[[], None] = lambda: None,
-) -> Path:
-    """`stage.make`, but a cell does not stand in the way of its neighbours while another, or
-    another process, makes it.
-
-    Args:
-        give_way: called when nothing is left to do but to wait for another process.
-    """
+def make(stage: Stage, build: Callable[[Path], None], rank: int = 0) -> Path:
+    """`stage.make`, but while another cell or process makes it, this cell's neighbours go on."""
     if not is_shared():
         return stage.make(build, rank=rank)
 
-    def nothing_else(cells: list[Any]) -> list[Any]:
-        give_way()
-        time.sleep(LOOK_EVERY)
+    def pause(cells: list[Any]) -> list[Any]:
+        time.sleep(POLL_SECONDS)
         return cells
 
-    later = Need((AGAIN,), None, list)
+    need = Need((RETRY,), None, list)
     while True:
         try:
-            return stage.make(build, on_busy="fail")
+            return stage.make(build, wait=False)
         except Busy:
-            if later.order == (AGAIN,):
+            if need.order == (RETRY,):
                 log.info("%s is being made already: waiting for it", stage.path.name)
-            meet(later)
-            later = Need((LAST,), None, nothing_else)
+            meet(need)
+            need = Need((WAIT,), None, pause)
 
 
 class Turns:
     """Runs cells that take turns.
 
-    SIGTERM and Ctrl-C: every cell ends between two of its steps, with a checkpoint. Where someone
-    listens to SIGUSR2, what `training.signals` says holds: all write checkpoints, then SIGUSR2 is
-    passed on, while SIGTERM changes nothing else.
+    SIGTERM and Ctrl-C: every cell ends between two of its steps, with a checkpoint. Where SIGUSR2
+    has a handler, all write checkpoints, as `training.signals` says; the work then goes on, and
+    SIGUSR2 is passed on.
     """
 
     def __init__(self) -> None:
@@ -213,7 +205,7 @@ class Turns:
 
     def _give(self, some: list["_Cell"]) -> None:
         try:
-            given = some[0].need.serve([cell.need.of for cell in some])
+            given = some[0].need.serve([cell.need.own for cell in some])
         except Exception as error:
             if len(some) == 1:
                 some[0].give(error=error)

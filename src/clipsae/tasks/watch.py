@@ -24,7 +24,7 @@ def callbacks(
     Args:
         held_out: the test split of the training dataset.
     """
-    name = build.train_dataset_node(cfg).name
+    name = cfg.train_dataset.name
     options, found = cfg.callbacks, []
     if options.prediction_images and clip.has_text:
         indices = evenly_spaced(held_out.labels, options.prediction_images)

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class BetweenSteps(Callback):
-    """Calls `between_steps` after every optimizer step; where held-out images are looked at after
-    it, after that look, which a run that goes on from a checkpoint does not repeat."""
+    """Calls `between_steps` after every optimizer step; where a validation follows, after that,
+    so that a run that goes on from a checkpoint does not repeat it."""
 
     _seen = -1
 
@@ -33,7 +33,7 @@ class BetweenSteps(Callback):
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if not _looks_next(trainer):
+        if not _validates_next(trainer):
             self._call(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,8 +45,8 @@ class BetweenSteps(Callback):
             self.between_steps(trainer)
 
 
-def _looks_next(trainer: Trainer) -> bool:
-    """Whether held-out images are looked at before the next batch."""
+def _validates_next(trainer: Trainer) -> bool:
+    """Whether a validation comes before the next batch."""
     every = trainer.val_check_batch
     if not trainer.enable_validation or every is None:
         return False
@@ -64,7 +64,7 @@ class ResumeCheckpoint(BetweenSteps, Checkpoint):
     Args:
         path: where the checkpoint lies.
         every_n_steps: optimizer steps between checkpoints.
-        every_n_seconds: a checkpoint at least this often, too; the time is looked at between
+        every_n_seconds: a checkpoint at least this often, too; the time is checked between
             steps, and does not change what is trained.
     """
 
@@ -72,7 +72,7 @@ class ResumeCheckpoint(BetweenSteps, Checkpoint):
         self, path: Path, every_n_steps: int = 500, every_n_seconds: float = 300.0
     ) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: expected 1 or more")
+            raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1")
         self.path = Path(path)
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
@@ -161,7 +161,7 @@ class ReportProgress(Callback):
 
 
 class TokenRate(Callback):
-    """Logs `train/tokens_per_second` between two looks, validation and checkpoints left out."""
+    """Logs `train/tokens_per_second` since the last time, validation and checkpoints left out."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -225,7 +225,7 @@ class StepProgress(Callback):
         name: of the training.
     """
 
-    SHOWN = ("fvu", "active", "dead_fraction", "tokens_per_second")
+    SHOWN = ("fvu", "l0", "dead_fraction", "tokens_per_second")
 
     def __init__(self, name: str) -> None:
         self.bar = Bar(f"training {name}")

@@ -77,7 +77,7 @@ class SAEModule(LightningModule):
         # The first step whose loss was NaN or infinite, -1: none. It is read now and then only: a
         # GPU that is asked after every step waits. (No buffer: DDP would overwrite it.)
         self.bad_step = torch.tensor(-1, device=self.device)
-        self.sae.share_batches(self.trainer.world_size)
+        self.sae.world_size = self.trainer.world_size
         fresh = self.trainer.ckpt_path is None and self.global_step == 0
         if fresh:
             log.info("initialising from the tokens of %d images", self.initial_images)

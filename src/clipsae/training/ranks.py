@@ -10,7 +10,7 @@ from clipsae.sae import SAE
 def average_statistics(sae: SAE) -> None:
     """Make the SAE's running means (Sparsemax's `frequency`) what one process would have, after
     each rank's forward pass: exact for equal batches. Counters are the SAE's own matter
-    (`SAE.share_batches`).
+    (`SAE.world_size`).
 
     Args:
         sae: the same on all ranks before the forward pass.

@@ -71,8 +71,8 @@ class TokenSums(Metric):
             setattr(self, name, value.to(self.tokens.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss`, `loss/<term>`, `fvu`, `explained_variance` (1 - fvu), `active` (mean number of
-        active latents of a token)."""
+        """`loss`, `loss/<term>`, `fvu`, `explained_variance` (1 - fvu), `l0` (mean number of
+        active latents per token)."""
         total = self.squared_norm - self.token_sum.square().sum() / self.tokens
         fvu = self.squared_error / total
         terms = {
@@ -85,5 +85,5 @@ class TokenSums(Metric):
             **{f"loss/{name}": value for name, value in terms.items()},
             "fvu": fvu,
             "explained_variance": 1 - fvu,
-            "active": self.active / self.tokens,
+            "l0": self.active / self.tokens,
         }

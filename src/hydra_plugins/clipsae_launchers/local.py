@@ -19,7 +19,7 @@ class Local(BasicLauncher):
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.outcome import Sweep, outcome_of
 
-        if looked_at(self, job_overrides):
+        if shows_status(self, job_overrides):
             return []
         sweep = Sweep(self, job_overrides)
         if self.config.together:
@@ -42,9 +42,8 @@ class Local(BasicLauncher):
         return [returns[i] for i in range(len(job_overrides))]
 
 
-def looked_at(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> bool:
-    """Whether the sweep is only to be looked at, by `task=status`: then it is shown here, and
-    nothing is started."""
+def shows_status(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> bool:
+    """Whether this is `task=status`: then the sweep's state is printed here, and nothing starts."""
     from clipsae.tasks import status
 
     if launcher.config.task.get("_target_") != status.TARGET:

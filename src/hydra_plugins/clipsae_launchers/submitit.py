@@ -22,7 +22,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from hydra_plugins.clipsae_launchers.local import groups_of, looked_at
+from hydra_plugins.clipsae_launchers.local import groups_of, shows_status
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -33,26 +33,25 @@ except ImportError:  # the extra `slurm` is not installed: Hydra says that there
 if TYPE_CHECKING:
     import submitit
 
-    from clipsae.tasks.outcome import Outcome
+    from clipsae.tasks.outcome import Job, Outcome
 
 log = logging.getLogger("clipsae.launcher")
 
-LOOK_EVERY = 2.0  # seconds between two looks at the jobs
-LARGEST_ARRAY = 1000  # SLURM's MaxArraySize where it does not tell
+POLL_SECONDS = 2.0
+LARGEST_ARRAY = 1000  # SLURM's MaxArraySize where `scontrol` does not show it
 # Until submitit listens to them, seconds after the start, these would end a job that is only asked
 # to leave, and it would count as failed.
 DEAF = """sh -c 'trap "" TERM USR2; exec "$@"' sh """
 
 
 class _Awaited(BaseSubmititLauncher):
-    """Submits all jobs, waits for every one of them, however it ends.
+    """Submits all jobs and waits for every one of them, however it ends.
 
-    Pickled with each job, and again in the job when it is preempted: by then Hydra has loaded this
-    module anew, so that the class is pickled, too. It must hold nothing that cannot be (a
-    `cached_property` has a lock).
+    Pickled with each job, and again in the job when it is preempted: by then Hydra has reloaded
+    this module, so that the class is pickled, too, with all it refers to (no locks, no `cache`).
     """
 
-    leaving = False  # asked to, and queued again
+    leaving = False  # preempted, and queued again
 
     def __call__(
         self, overrides: list[list[str]], numbers: list[int], *rest: Any
@@ -115,69 +114,62 @@ class _Awaited(BaseSubmititLauncher):
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.outcome import Sweep
 
-        if looked_at(self, job_overrides):
+        if shows_status(self, job_overrides):
             return []
         self._require()
         sweep = Sweep(self, job_overrides)
-        groups = groups_of(self, job_overrides)
-        contents = [[list(job_overrides[i]) for i in group] for group in groups]
-        every = sweep.names
-        names = [", ".join(every[i] for i in group) for group in groups]
-        jobs: dict[int, submitit.Job] = self._submitted(contents)
-        waiting = [i for i in range(len(names)) if i not in jobs]
-        outcomes: dict[int, Outcome] = {}
-        with _no_allocation():
-            executor = self._executor()
-            largest = self._array()
+        jobs, unknown = sweep.plan(groups_of(self, job_overrides))
+        self._find(jobs)
         log.info("logs in %s", str(self.params["submitit_folder"]).removesuffix("/%j"))
         try:
-            while len(outcomes) < len(names):
-                some = waiting[: min(largest, self._places - len(jobs) + len(outcomes))]
-                if some:
-                    del waiting[: len(some)]
-                    numbers = [[initial_job_idx + i for i in groups[g]] for g in some]
-                    submitted = self._submit(executor, [contents[g] for g in some], numbers)
-                    jobs |= zip(some, submitted, strict=True)
-                    continue
-                for i in sorted(jobs.keys() - outcomes.keys()):
-                    if jobs[i].done():
-                        outcomes[i] = _outcome(jobs[i], names[i])
-                        log.info("%d of %d: %s", len(outcomes), len(names), outcomes[i])
-                time.sleep(LOOK_EVERY)
+            while unknown or any(job.outcome is None for job in jobs):
+                if unknown and all(job.outcome for job in jobs if job.after is None):
+                    more, unknown = sweep.plan(unknown, again=True)
+                    self._find(more)
+                    jobs += more
+                ready = [job for job in jobs if job.is_open and self._may_start(job)]
+                if ready and (places := self._places(jobs)):
+                    same = [job for job in ready if job.after is ready[0].after]
+                    self._submit(same[:places], initial_job_idx)
+                elif not _collect(jobs):
+                    time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             log.warning(
                 "stopped waiting; the jobs go on: %s ends them, task=status shows them", self._end
             )
             raise
-        sweep.conclude([outcomes[i] for i in range(len(names))], groups)
-        returns = {}
-        for i, group in enumerate(groups):
-            returns |= zip(group, jobs[i].results()[0], strict=True)
-        return [returns[i] for i in range(len(every))]
+        jobs = [job for job in jobs if not job.trains]
+        sweep.conclude([job.outcome for job in jobs], [job.cells for job in jobs])
+        returns: dict[int, JobReturn] = {}
+        for job in jobs:
+            returns |= zip(job.cells, job.handle.results()[0], strict=True)
+        return [returns[i] for i in range(len(job_overrides))]
 
-    def _submit(
-        self, executor: "submitit.Executor", groups: list[list[list[str]]], numbers: list[list[int]]
-    ) -> list["submitit.Job"]:
-        """Submit a job for each group of cells, as one array.
-
-        Args:
-            groups: the overrides of each cell of each group.
-            numbers: of the cells.
-        """
+    def _submit(self, jobs: "list[Job]", initial_job_idx: int) -> None:
+        """Submit jobs that wait for the same training, as one array."""
+        numbers = [[initial_job_idx + n for n in job.numbers] for job in jobs]
         with _no_allocation():
-            jobs = executor.map_array(
+            handles = self._executor(jobs[0].after).map_array(
                 self,
-                groups,
+                [job.overrides for job in jobs],
                 numbers,
                 [f"job_id_for_{some[0]}" for some in numbers],
-                [Singleton.get_state()] * len(groups),
+                [Singleton.get_state()] * len(jobs),
             )
-        log.info("submitted %d jobs, %s ...", len(jobs), jobs[0].job_id)
-        return jobs
+        for job, handle in zip(jobs, handles, strict=True):
+            job.handle = handle
+        log.info("submitted %d jobs, %s ...", len(jobs), handles[0].job_id)
 
-    def _submitted(self, groups: list[list[list[str]]]) -> dict[int, "submitit.Job"]:
-        """The jobs that are there already, by the number of their group."""
-        return {}
+    def _find(self, jobs: "list[Job]") -> None:
+        """Set the handles of jobs that an earlier command has submitted and that are not over."""
+
+    def _may_start(self, job: "Job") -> bool:
+        """Whether a job can be submitted yet."""
+        return job.after is None or job.after.outcome is not None
+
+    def _places(self, jobs: "list[Job]") -> int:
+        """How many more jobs can be submitted now, in one array."""
+        raise NotImplementedError
 
     def _require(self) -> None:
         """Refuse to begin where the jobs cannot be submitted.
@@ -188,13 +180,14 @@ class _Awaited(BaseSubmititLauncher):
 
     _end = "scancel"
 
-    def _executor(self) -> "submitit.Executor":
+    def _executor(self, after: "Job | None") -> "submitit.Executor":
+        """What submits jobs that wait for the job `after`."""
         import submitit
 
         common = set(BaseQueueConf.__dataclass_fields__)
         options = {
             name if name in common else f"{self._EXECUTOR}_{name}": value
-            for name, value in self.params.items()
+            for name, value in {**self.params, **self._dependency(after)}.items()
         }
         at_start = {
             name: options.pop(name)
@@ -209,14 +202,9 @@ class _Awaited(BaseSubmititLauncher):
         executor.update_parameters(**options)
         return executor
 
-    def _array(self) -> int:
-        """Jobs in one array, at most."""
-        return 1
-
-    @property
-    def _places(self) -> int:
-        """Jobs that are submitted and not over."""
-        return sys.maxsize
+    def _dependency(self, after: "Job | None") -> dict[str, Any]:
+        """Parameters that let the scheduler start a job after another, which is not over."""
+        return {}
 
 
 class Slurm(_Awaited):
@@ -233,57 +221,53 @@ class Slurm(_Awaited):
                 "several jobs at a time on this machine"
             )
 
-    def _submit(
-        self, executor: "submitit.Executor", groups: list[list[list[str]]], numbers: list[list[int]]
-    ) -> list["submitit.Job"]:
-        from clipsae.store import write_json
+    def _submit(self, jobs: "list[Job]", initial_job_idx: int) -> None:
+        from clipsae.store.files import read_json, write_json
 
-        jobs = super()._submit(executor, groups, numbers)
-        ids = [job.job_id for job in jobs]
-        write_json(self._list, self._known() | dict(zip(self._digests(groups), ids, strict=True)))
-        return jobs
+        super()._submit(jobs, initial_job_idx)
+        submitted = zip(self._digests(jobs), (job.handle.job_id for job in jobs), strict=True)
+        write_json(self._list, read_json(self._list) | dict(submitted))
 
-    def _submitted(self, groups: list[list[list[str]]]) -> dict[int, "submitit.Job"]:
+    def _find(self, jobs: "list[Job]") -> None:
         import submitit
 
-        known = self._known()
-        ids = [known.get(name) for name in self._digests(groups)] if known else []
-        queued = _queued() if any(ids) else set()
+        from clipsae.store.files import read_json
+
+        known = read_json(self._list)
+        squeue = "squeue", "--me", "--noheader", "--array", "--format=%i"
+        queued = set(_output(*squeue).split()) if known else set()
         tasks = range(max(1, self.params["nodes"]) * max(1, self.params["tasks_per_node"]))
-        found = {
-            i: submitit.SlurmJob(self.params["submitit_folder"], job, list(tasks))
-            for i, job in enumerate(ids)
-            if job in queued
+        for job, digest in zip(jobs, self._digests(jobs), strict=True) if queued else ():
+            if (number := known.get(digest)) in queued:
+                job.handle = submitit.SlurmJob(self.params["submitit_folder"], number, list(tasks))
+        if found := sum(job.handle is not None for job in jobs):
+            log.info("%d jobs of an earlier command go on: waiting for them", found)
+
+    def _may_start(self, job: "Job") -> bool:
+        return job.after is None or job.after.handle is not None  # SLURM keeps the order
+
+    def _dependency(self, after: "Job | None") -> dict[str, Any]:
+        if after is None or after.outcome is not None:
+            return {}
+        waits = {"dependency": f"afterok:{after.handle.job_id}", "kill-on-invalid-dep": "yes"}
+        return {
+            "additional_parameters": {**(self.params.get("additional_parameters") or {}), **waits}
         }
-        if found:
-            log.info("%d jobs of an earlier command go on: waiting for them", len(found))
-        return found
 
     @property
     def _list(self) -> Path:
-        """Which job was submitted last for which cells."""
+        """Which job was submitted last for which cells: digest -> number."""
         return Path(str(self.params["submitit_folder"]).removesuffix("%j"), "jobs.json")
 
-    def _known(self) -> dict[str, str]:
-        from clipsae.store.files import read_json
-
-        return read_json(self._list)
-
-    def _digests(self, groups: list[list[list[str]]]) -> list[str]:
+    def _digests(self, jobs: "list[Job]") -> list[str]:
         """For each job everything that it is submitted with, but the command's own folder."""
         config = OmegaConf.masked_copy(self.config, [k for k in self.config if k != "hydra"])
         common = json.dumps([OmegaConf.to_yaml(config), self.params], sort_keys=True)
-        jobs = [f"{common}\0{json.dumps(group)}" for group in groups]
-        return [hashlib.sha256(job.encode()).hexdigest()[:16] for job in jobs]
+        texts = [f"{common}\0{json.dumps(job.overrides)}" for job in jobs]
+        return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
 
-    def _array(self) -> int:
-        try:
-            told = subprocess.run(
-                ["scontrol", "show", "config"], capture_output=True, text=True, timeout=30
-            ).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            told = ""
-        match = re.search(r"MaxArraySize\s*=\s*(\d+)", told)
+    def _places(self, jobs: "list[Job]") -> int:
+        match = re.search(r"MaxArraySize\s*=\s*(\d+)", _output("scontrol", "show", "config"))
         return max(1, int(match[1]) - 1) if match else LARGEST_ARRAY
 
 
@@ -301,23 +285,18 @@ class ManyCores(_Awaited):
         super().__init__(**params)
         self.parallel = parallel
 
-    @property
-    def _places(self) -> int:
-        return self.parallel or os.cpu_count() or 1
+    def _places(self, jobs: "list[Job]") -> int:
+        running = sum(job.handle is not None and job.outcome is None for job in jobs)
+        return int(running < (self.parallel or os.cpu_count() or 1))
 
 
-def _queued() -> set[str]:
-    """The user's jobs that run or are to run, as "123" or "123_4"."""
+def _output(*command: str) -> str:
+    """What a command of SLURM prints; empty where it fails."""
     try:
-        listed = subprocess.run(
-            ["squeue", "--me", "--noheader", "--array", "--format=%i"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        ).stdout
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return set()
-    return set(listed.split())
+        return ""
+    return done.stdout
 
 
 @contextmanager
@@ -332,6 +311,30 @@ def _no_allocation() -> Iterator[None]:
     with submitit.helpers.clean_env():
         os.environ.update(keep)
         yield
+
+
+def _collect(jobs: "list[Job]") -> bool:
+    """Note the outcome of every job that is over by now; whether there was one. A failed training
+    fails the jobs that wait for it."""
+    from clipsae.tasks.outcome import Outcome
+
+    before = sum(job.outcome is not None for job in jobs)
+    over = before
+    for job in jobs:
+        if job.outcome is not None:
+            continue
+        training = job.after and job.after.outcome
+        if training and training.why is not None:
+            if job.handle is not None:  # SLURM cancels it, too, but later
+                job.handle.cancel(check=False)
+            why = f"the training of its SAE failed: {training.why}"
+            job.outcome = Outcome(job.name, why, training.log)
+        elif job.handle is not None and job.handle.done():
+            job.outcome = _outcome(job.handle, job.name)
+        if job.outcome is not None:
+            over += 1
+            log.info("%d of %d: %s", over, len(jobs), job.outcome)
+    return over > before
 
 
 def _outcome(job: "submitit.Job", cell: str) -> "Outcome":

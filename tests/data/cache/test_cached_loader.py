@@ -146,7 +146,7 @@ def test_a_resumed_training_sees_the_very_next_batch(tmp_path, stream, shuffle, 
     """27 batches an epoch: within a mixing block, within a buffer, at its end, at an epoch's."""
 
     def data():
-        return stream(shuffle_tokens=shuffle, buffer_images=buffer)
+        return stream(shuffle_buffer_images=shuffle, buffer_images=buffer)
 
     whole = fit(60, data(), save=tmp_path).seen
     assert len(whole) == 60
@@ -197,7 +197,7 @@ def test_blocks_of_one_image_come_in_the_online_order(stream, counting, indices)
 
 
 def test_validation_and_first_batch(stream, indices):
-    data = stream(val_dataset=indices(6), shuffle_tokens=8)
+    data = stream(val_dataset=indices(6), shuffle_buffer_images=8)
     seen = fit(10, data)
     assert len(seen.validated) == 4
     assert sorted(chain(*seen.validated[:2])) == list(range(24))
@@ -209,12 +209,12 @@ def test_validation_and_first_batch(stream, indices):
     assert data._train_loader._stream is None
 
 
-def test_tokens_are_mixed_with_shuffle_tokens_and_images_stay_whole_without(stream):
+def test_tokens_are_mixed_with_shuffle_buffer_images_and_images_stay_whole_without(stream):
     def images_of(batch):
         return len({token // 4 for token in batch})
 
     assert all(images_of(batch) == 4 for batch in fit(27, stream()).seen)
-    assert min(images_of(batch) for batch in fit(20, stream(shuffle_tokens=40)).seen) > 8
+    assert min(images_of(batch) for batch in fit(20, stream(shuffle_buffer_images=40)).seen) > 8
 
 
 def spread(order: torch.Tensor, b: int) -> float:
@@ -256,7 +256,7 @@ def test_images_are_mixed():
 
 def test_tokens_are_mixed(stream):
     """A batch of 32 x 4 tokens out of 1,024 images holds a few more than one of most of them."""
-    seen = fit(32, stream(1100, batch_size=32, shuffle_tokens=1024, block_images=64)).seen
+    seen = fit(32, stream(1100, batch_size=32, shuffle_buffer_images=1024, block_images=64)).seen
     images = [len({token // 4 for token in batch}) for batch in seen]
     expected = 1024 * (1 - (1 - 1 / 1024) ** 128)  # 120.3
     assert sum(images) / len(images) == pytest.approx(expected, abs=2)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from clipsae.evaluation.metrics import CKNNA, cknna
-from clipsae.evaluation.metrics.rows import SparseRows
 from tests.evaluation.batches import batch_of, options, sae_of
 
 
@@ -133,18 +132,6 @@ def test_processes_put_their_rests_together(merged):
     metrics[2].update(batch_of(z[:20], tokens=x[:20]))  # the second has seen nothing
     found = merged(*metrics)["cknna"]
     assert found.item() == pytest.approx(cknna(x, z, 4).item(), rel=1e-12)
-
-
-def test_sparse_rows_are_the_codes():
-    _, z = sample(9)
-    z[2] = 0
-    rows = SparseRows.from_dense(z)
-    assert torch.equal(rows.dense(), z.double())
-    assert torch.equal(rows[2:5].dense(), z[2:5].double())
-    assert torch.equal(rows.csr().to_dense(), z.double())
-    assert len(rows[9:]) == 0
-    order = torch.tensor([7, 2, 0, 7])
-    assert torch.equal(rows.permuted(order).dense(), z[order].double())
 
 
 def test_what_cannot_be_is_refused():

@@ -25,7 +25,7 @@ def test_it_is_the_relu_of_the_scores_and_holds_the_code(options):
     sae(x)  # a threshold that is learned from training steps
     sae.eval()
     scores = sae.scores(x)
-    code = sae.gate(scores, sae.threshold(scores))
+    code = sae.apply_threshold(scores, sae.threshold(scores))
     dense = code_without_selection(sae, scores, sae.threshold(scores))
     assert torch.equal(dense, scores.relu())
     assert torch.equal(dense[code != 0], code[code != 0])

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
 from clipsae.evaluation.metrics import ConceptRecovery, concept_recovery
-from clipsae.evaluation.metrics.auroc import LatentEntries, auroc, best_f1
-from clipsae.evaluation.metrics.rows import SparseRows
+from clipsae.evaluation.metrics.auroc import auroc, best_f1
 from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names
+from clipsae.sae import SparseCodes
 from tests.evaluation.batches import batch_of, options, sae_of
 
 
@@ -65,7 +65,7 @@ def sample(n=40, latents=15, concepts=6):
 
 
 def entries(codes):
-    return LatentEntries.of(SparseRows.from_dense(codes))
+    return SparseCodes.from_dense(codes.float()).by_latent()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,11 +114,11 @@ def test_best_latents_counts_and_purity():
     assert found["latents"].tolist() == [*good.sum(0).tolist(), 0, 0]
     assert found["latents"][0] >= 2  # split between latents 5 and 6
     assert found["concepts"].tolist() == good.sum(1).tolist()
-    assert found["coverage"].item() == pytest.approx(good.any(0).float().mean().item())
+    assert found["concepts_found"].item() == pytest.approx(good.any(0).float().mean().item())
     assert found["splitting"].item() == pytest.approx(
         (good.sum(0)[good.any(0)].float().mean()).item()
     )
-    assert found["absorption"].item() == pytest.approx(
+    assert found["merging"].item() == pytest.approx(
         ((good.sum(1) > 1).sum() / (good.sum(1) > 0).sum()).item()
     )
     for m in range(codes.shape[1]):
@@ -139,7 +139,7 @@ def test_a_latent_that_swallows_two_concepts():
     codes = torch.stack((truth[:, 0].float(), torch.zeros(30)), dim=1)
     found = concept_recovery(codes, truth)
     assert found["concepts"].tolist() == [2, 0]
-    assert found["absorption"] == 1
+    assert found["merging"] == 1
     assert found["splitting"] == 1
     assert found["purity"][0] == 1
 
@@ -148,11 +148,11 @@ def test_all_zero_codes():
     _, truth = sample()
     found = concept_recovery(torch.zeros(40, 3), truth)
     assert found["auroc"][:4].tolist() == [0.5] * 4
-    assert found["coverage"] == 0
+    assert found["concepts_found"] == 0
     assert found["mean_f1"] == 0
     assert found["live"] == 0
     assert found["splitting"].isnan()
-    assert found["absorption"].isnan()
+    assert found["merging"].isnan()
     assert found["mean_purity"].isnan()
 
 
@@ -186,7 +186,7 @@ def test_levels_samples_and_processes(merged):
     for at, (level, of) in enumerate(expected):
         found = merged(*(metric.levels[at] for metric in metrics))
         assert found[f"{level}_auroc"].item() == pytest.approx(of["mean_auroc"].item())
-        assert found[f"{level}_coverage"] == of["coverage"]
+        assert found[f"{level}_concepts_found"] == of["concepts_found"]
         rows = metrics[0].levels[at].concepts
         assert [row["auroc_latent"] for row in rows] == of["auroc_latent"].tolist()
         assert {row["level"] for row in rows} == {level}

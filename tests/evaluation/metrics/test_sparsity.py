@@ -23,8 +23,8 @@ def plain(x, reconstruction, codes):
     per_token = [((a - b).var() / a.var()).item() for a, b in zip(x, reconstruction, strict=True)]
     fvu = (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
     return {
-        "l0": (1 - active.mean()).item(),
-        "active": active.sum(1).mean().item(),
+        "zero_fraction": (1 - active.mean()).item(),
+        "l0": active.sum(1).mean().item(),
         "fvu": fvu.item(),
         "explained_variance": 1 - fvu.item(),
         "fvu_per_token": sum(per_token) / len(per_token),

@@ -1,4 +1,4 @@
-"""Stability of dictionaries, on ones whose partners are known, and against full searches."""
+"""Stability of dictionaries against a full search."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_max_cosines(monkeypatch):
     assert mean_max_cosine(a, b).item() == pytest.approx(best[keep].mean().item())
 
 
-def test_different_widths_are_refused():
+def test_dictionaries_of_other_widths_are_refused():
     with pytest.raises(ValueError, match=r"\[M, d\]"):
         max_cosines(rows(3), rows(3, d=5))
 

@@ -3,12 +3,12 @@
 A plain ViT of open_clip (64 pixels, patch 8, 4 blocks of width 128), a text tower of 2 blocks,
 1.37 M parameters. `register()` makes open_clip know it under the name `clipsae-tiny`.
 
-The weights are those of `python run.py task=pretrain` (seed 0, 2,000 steps of 256 scenes; some
+The weights are those of `python -m clipsae.pretraining` (seed 0, 2,000 steps of 256 scenes; some
 40 minutes on one core). Zero-shot accuracy in percent on 4,000 held-out scenes of each kind, with
 open_clip's own classifier: shape 99.8, colour 100.0, pattern 99.75, size 100.0, shape_colour
 99.7, position 100.0, background 100.0, count 99.98. What they owe to supervision: the losses take
 the classes' prompts of every kind from the scenes' ground truth, and for as long as
-`task.patch_steps`, with falling weight, patches too are trained to name the shape, colour and
+`patch_steps`, with falling weight, patches too are trained to name the shape, colour and
 pattern of the object that covers them.
 """
 

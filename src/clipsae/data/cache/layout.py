@@ -33,7 +33,7 @@ class Layout:
         shard_images: images of every shard but the last, which has the rest.
 
     Raises:
-        ValueError: an unknown dtype, or a size that cannot be.
+        ValueError: an unknown dtype, or an invalid size.
     """
 
     images: int
@@ -48,14 +48,14 @@ class Layout:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
         for name in ("images", "tokens", "width", "shard_images"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
 
     @classmethod
     def of_shards(cls, shard_gb: float, **sizes: Any) -> "Layout":
         """A layout with shards of about so many gigabytes (10^9 bytes) each.
 
         Raises:
-            ValueError: a size that cannot be.
+            ValueError: an invalid size.
         """
         if not shard_gb > 0:
             raise ValueError(f"shard_gb={shard_gb}: expected a number of gigabytes above 0")
@@ -135,14 +135,14 @@ def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any], list[int]]:
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(
                 f"{path} is of {content['format']!r}, version {content['version']}: expected "
-                f"{FORMAT!r}, version {VERSION}; remove the folder, and it is made anew"
+                f"{FORMAT!r}, version {VERSION}; remove the folder, and it is recomputed"
             )
         layout = Layout(**{name: content[name] for name in Layout.__dataclass_fields__})
         counts = [shard["images"] for shard in content["shards"]]
         if counts != [layout.count(i) for i in range(layout.shards)]:
             raise ValueError(
                 f"{path} lists shards that are not {layout.images} images: remove the folder, and "
-                "it is made anew"
+                "it is recomputed"
             )
         return layout, dict(content["of"]), [shard["bytes"] for shard in content["shards"]]
     except FileNotFoundError as error:
@@ -150,5 +150,5 @@ def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any], list[int]]:
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is no manifest of a feature cache ({error!r}): remove the folder, and it is "
-            "made anew"
+            "recomputed"
         ) from error

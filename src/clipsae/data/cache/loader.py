@@ -19,15 +19,15 @@ Window = list[tuple[Tensor, int, int]]  # of each mixing block: positions, its s
 
 
 def check_reading(block_images: int, buffer_images: int) -> None:
-    """Refuse sizes that cannot be.
+    """Refuse invalid sizes.
 
     Raises:
         ValueError: such sizes.
     """
     if block_images < 1:
-        raise ValueError(f"block_images={block_images}: expected 1 or more")
+        raise ValueError(f"block_images={block_images}: must be at least 1")
     if buffer_images < 0:
-        raise ValueError(f"buffer_images={buffer_images}: expected 0 or more")
+        raise ValueError(f"buffer_images={buffer_images}: must be at least 0")
 
 
 class CachedLoader(ResumableLoader):
@@ -49,7 +49,7 @@ class CachedLoader(ResumableLoader):
         options: seed, shuffle_images, rank, world_size, pin_memory of `ResumableLoader`.
 
     Raises:
-        ValueError: a size that cannot be.
+        ValueError: an invalid size.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class TokenCache:
             if (found := self.of.get(name)) != wanted:
                 raise ValueError(
                     f"{self.folder} holds tokens of {name}={found}, expected {wanted}: choose "
-                    "another features.cache.folder, or remove it, and it is made anew"
+                    "another features.cache.folder, or remove it, and it is recomputed"
                 )
         self._lock = threading.Lock()  # files have one position each
         self._files: list[BinaryIO] = []
@@ -52,7 +52,7 @@ class TokenCache:
         if not torch.equal(self.images.sort().values, torch.arange(self.layout.images)):
             raise ValueError(
                 f"{self.folder} does not hold each of {self.layout.images} images once: remove it, "
-                "and it is made anew"
+                "and it is recomputed"
             )
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class TokenCache:
                     file.seek(self._starts[shard] + row * layout.image_bytes)
                 if file.readinto(rows[place]) != layout.image_bytes:
                     raise ValueError(
-                        f"{file.name} ends within image {row}: run task=cache, and it is made anew"
+                        f"{file.name} ends within image {row}: run task=cache, and it is recomputed"
                     )
                 last = position
         return out
@@ -108,7 +108,7 @@ class TokenCache:
         try:
             file = path.open("rb", buffering=0)
         except FileNotFoundError as error:
-            raise ValueError(f"{path} is missing: run task=cache, and it is made anew") from error
+            raise ValueError(f"{path} is missing: run task=cache, and it is recomputed") from error
         expected, n = self.layout.header(shard), self.layout.count(shard)
         header = file.read(8)
         header += file.read(int.from_bytes(header, "little") if len(header) == 8 else 0)
@@ -116,7 +116,7 @@ class TokenCache:
         if there != size or _fields(header) != _fields(expected):
             raise ValueError(
                 f"{path} has {there} of {size} bytes, or another header than the manifest says: "
-                "run task=cache, and it is made anew"
+                "run task=cache, and it is recomputed"
             )
         self._files.append(file)
         self._starts.append(len(header))

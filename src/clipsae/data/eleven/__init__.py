@@ -5,8 +5,7 @@ Each file states its dataset's source, layout and licence. `ELEVEN` is their tab
 holds the published sizes.
 """
 
-from clipsae.data.eleven.about import About
-from clipsae.data.eleven.base import Place, PublishedDataset
+from clipsae.data.eleven.base import PublishedDataset
 from clipsae.data.eleven.caltech101 import Caltech101
 from clipsae.data.eleven.dtd import DTD
 from clipsae.data.eleven.eurosat import EuroSAT
@@ -40,7 +39,6 @@ __all__ = [
     "ELEVEN",
     "SUN397",
     "UCF101",
-    "About",
     "Caltech101",
     "EuroSAT",
     "FGVCAircraft",
@@ -48,7 +46,6 @@ __all__ = [
     "ImageNet",
     "ImageNetSketch",
     "OxfordPets",
-    "Place",
     "PublishedDataset",
     "StanfordCars",
 ]

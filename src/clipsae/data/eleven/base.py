@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from clipsae.data.dataset import ImageList, OnBadImage
-from clipsae.data.eleven.about import COOP, About
 from clipsae.data.eleven.files import (
     as_they_lie,
     folders_below,
@@ -15,11 +14,12 @@ from clipsae.data.eleven.files import (
     unwrapped,
     unwrapped_path,
 )
-from clipsae.data.eleven.splits import Listing, read_coop_split
+from clipsae.data.eleven.splits import Split, read_coop_split
 from clipsae.data.listing import folders_in
 
 log = logging.getLogger(__name__)
 
+COOP = "DATASETS.md of github.com/KaiyangZhou/CoOp"
 _CHOICES = {
     "split": ("train", "test"),
     "split_source": ("auto", "coop", "official"),
@@ -29,7 +29,49 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class DatasetInfo:
+    """Facts of one dataset.
+
+    Attributes:
+        name: of `conf/dataset/<name>.yaml`, and of its folder under `paths.data_dir`.
+        title: as its authors call it.
+        layout: what is expected in its folder, for the sentence that says it is not there.
+        source: where to get it.
+        licence: in a word.
+        classes: published number of classes.
+        official: published sizes (train, test) of its own split.
+        coop: published sizes (train, test) of CoOp's split; None where that is the official one.
+        split_file: CoOp's split; None where that is the official one.
+        prompt: CoOp's one hand-written prompt for it.
+        zero_shot: top-1 accuracy in percent of OpenAI's ViT-B/16 on CoOp's test split with the 80
+            ImageNet templates, as quoted from TPT (Shu et al., 2022, arXiv 2209.07511).
+        own_split: what "official" means, for the line that says it.
+    """
+
+    name: str
+    title: str
+    layout: str
+    source: str
+    licence: str
+    classes: int
+    official: tuple[int, int]
+    prompt: str
+    zero_shot: float
+    coop: tuple[int, int] | None = None
+    split_file: str | None = None
+    own_split: str = "official split"
+
+    def where(self) -> str:
+        """What is expected and where to get it, as part of a sentence."""
+        return f"expected {self.layout}; get it from {self.source} (licence: {self.licence})"
+
+    def sizes(self, split_source: str) -> tuple[int, int]:
+        """Published sizes (train, test) of "coop" or "official"."""
+        return self.coop if split_source == "coop" and self.coop else self.official
+
+
+@dataclass(frozen=True)
+class Location:
     """Where a dataset was found.
 
     Attributes:
@@ -86,7 +128,7 @@ class PublishedDataset(ImageList):
         ValueError: an unknown option, an annotation that cannot be read.
     """
 
-    about: ClassVar[About]
+    about: ClassVar[DatasetInfo]
     # Its folder under the data folder by other names; capitals, "-" and "_" do not matter.
     other_folders: ClassVar[tuple[str, ...]] = ()
     in_data_folder: ClassVar[bool] = False
@@ -152,7 +194,7 @@ class PublishedDataset(ImageList):
         """Where one of its own files lies, or where it is expected."""
         return self.place.file(name) or self.place.home / name
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         """The dataset's own split, read from `self.place`."""
         raise NotImplementedError
 
@@ -179,14 +221,14 @@ class PublishedDataset(ImageList):
         return not cls.published.isdisjoint(folders_in(folder))
 
     @classmethod
-    def find(cls, root: Path) -> Place | None:
+    def find(cls, root: Path) -> Location | None:
         """Where the dataset lies; None where it is not there."""
         for folder in cls._roots(root):
             # Of the data folder itself what lies in it directly: the others are other datasets.
             for home in folders_below(folder, depth=0 if folder == root.parent else 3):
                 images = cls.images_of(home)
                 if images is not None:
-                    return Place(folder, home, images)
+                    return Location(folder, home, images)
         return None
 
     @classmethod
@@ -200,7 +242,7 @@ class PublishedDataset(ImageList):
             found += [root.parent / n for n in folders_in(root.parent) if _letters(n) in names]
         return list(dict.fromkeys(found))
 
-    def _locate(self, root: Path, download: bool) -> Place:
+    def _locate(self, root: Path, download: bool) -> Location:
         found = self.find(root)
         if found is None and download:
             self._download(root)
@@ -233,7 +275,7 @@ class PublishedDataset(ImageList):
                 f"hand, into {root}"
             ) from error
 
-    def _listing(self, split: str, split_source: str) -> Listing:
+    def _listing(self, split: str, split_source: str) -> Split:
         name = self.about.split_file
         file = self.place.file(name) if name else None
         self.split_source = "official"
@@ -252,7 +294,7 @@ class PublishedDataset(ImageList):
         self.split_source = "coop"
         return read_coop_split(file, split, self.raw_name)
 
-    def _present(self, listing: Listing, on_bad_image: str) -> tuple[list[str], list[int]]:
+    def _present(self, listing: Split, on_bad_image: str) -> tuple[list[str], list[int]]:
         """Files and labels of the listing, checked to be there."""
         images, labels = self.place.images, list(listing.labels)
         if listing.source is None:

@@ -9,9 +9,8 @@ The benchmark counts 100 classes, as CoOp does: neither the background's picture
 first; the paper's code paired them with names in another order.
 """
 
-from clipsae.data.eleven.about import About
-from clipsae.data.eleven.base import PublishedDataset
-from clipsae.data.eleven.splits import Listing, split_by_rule
+from clipsae.data.eleven.base import DatasetInfo, PublishedDataset
+from clipsae.data.eleven.splits import Split, split_by_rule
 
 LEFT_OUT = ("BACKGROUND_Google", "Faces_easy")
 SINGULAR = {
@@ -39,7 +38,7 @@ yin_yang
 class Caltech101(PublishedDataset):
     """See the module. Without CoOp's file the split is `split_by_rule`'s."""
 
-    about = About(
+    about = DatasetInfo(
         name="caltech101",
         title="Caltech101",
         layout="101_ObjectCategories/<class>/<image>.jpg, better with split_zhou_Caltech101.json",
@@ -57,7 +56,7 @@ class Caltech101(PublishedDataset):
     published = frozenset(CLASSES)
     torchvision_class = "Caltech101"
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         return split_by_rule(self.place.images, split, left_out=LEFT_OUT)
 
     def clean(self, raw: str) -> str:

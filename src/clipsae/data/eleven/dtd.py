@@ -5,16 +5,15 @@ Source: https://www.robots.ox.ac.uk/~vgg/data/dtd (research only). Layout: the a
 first is the usual one.
 """
 
-from clipsae.data.eleven.about import About
-from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.base import DatasetInfo, PublishedDataset
 from clipsae.data.eleven.files import read_lines
-from clipsae.data.eleven.splits import Listing
+from clipsae.data.eleven.splits import Split
 
 
 class DTD(PublishedDataset):
     """See the module. The official split is partition 1: 40 images a class each."""
 
-    about = About(
+    about = DatasetInfo(
         name="dtd",
         title="DTD",
         layout="images/<class>/<image>.jpg and labels/train1.txt, or "
@@ -31,10 +30,10 @@ class DTD(PublishedDataset):
     other_folders = ("dtd-r1.0.1", "describable textures dataset dtd")
     torchvision_class = "DTD"
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         path = self.annotation(f"labels/{split}1.txt")
         files = read_lines(path)
         folders = [file.split("/")[0] for file in files]
         classes = sorted(set(folders))
         index = {name: label for label, name in enumerate(classes)}
-        return Listing(files, [index[name] for name in folders], classes, source=path)
+        return Split(files, [index[name] for name in folders], classes, source=path)

@@ -7,10 +7,9 @@ its own.
 
 from pathlib import Path
 
-from clipsae.data.eleven.about import About
-from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.base import DatasetInfo, PublishedDataset
 from clipsae.data.eleven.files import names_in
-from clipsae.data.eleven.splits import Listing, split_by_rule
+from clipsae.data.eleven.splits import Split, split_by_rule
 from clipsae.data.listing import folders_in
 
 NAMES = {
@@ -30,7 +29,7 @@ NAMES = {
 class EuroSAT(PublishedDataset):
     """See the module. Without CoOp's file the split is `split_by_rule`'s."""
 
-    about = About(
+    about = DatasetInfo(
         name="eurosat",
         title="EuroSAT",
         layout="2750/<class>/<image>.jpg, better with split_zhou_EuroSAT.json",
@@ -56,7 +55,7 @@ class EuroSAT(PublishedDataset):
         names = (name.lower() for inside in classes for name in names_in(folder / inside))
         return any(name.endswith((".jpg", ".jpeg", ".png")) for name in names)
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         return split_by_rule(self.place.images, split)
 
     def clean(self, raw: str) -> str:

@@ -6,16 +6,15 @@ archive's folder `data/` with `images/<number>.jpg`, `variants.txt` and
 split, and the variants as they are named.
 """
 
-from clipsae.data.eleven.about import About
-from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.base import DatasetInfo, PublishedDataset
 from clipsae.data.eleven.files import read_fields, read_lines
-from clipsae.data.eleven.splits import Listing
+from clipsae.data.eleven.splits import Split
 
 
 class FGVCAircraft(PublishedDataset):
     """See the module."""
 
-    about = About(
+    about = DatasetInfo(
         name="fgvc_aircraft",
         title="FGVC-Aircraft",
         layout="images/<number>.jpg, variants.txt and images_variant_{train,test}.txt, "
@@ -30,7 +29,7 @@ class FGVCAircraft(PublishedDataset):
     other_folders = ("fgvc-aircraft-2013b",)
     torchvision_class = "FGVCAircraft"
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         variants = self.annotation("variants.txt")
         classes = read_lines(variants)
         index = {name: label for label, name in enumerate(classes)}
@@ -40,7 +39,7 @@ class FGVCAircraft(PublishedDataset):
         if unknown:
             raise ValueError(f"{path} has the variant {unknown[0]!r}, which {variants} has not")
         files = [f"{number}.jpg" for number, _ in rows]
-        return Listing(files, [index[name] for _, name in rows], classes, source=path)
+        return Split(files, [index[name] for _, name in rows], classes, source=path)
 
     def clean(self, raw: str) -> str:
         return raw

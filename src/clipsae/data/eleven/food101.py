@@ -6,16 +6,15 @@ scientific fair use). Layout: the archive's `images/<class>/<number>.jpg` and
 test images.
 """
 
-from clipsae.data.eleven.about import About
-from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.base import DatasetInfo, PublishedDataset
 from clipsae.data.eleven.files import read_json
-from clipsae.data.eleven.splits import Listing
+from clipsae.data.eleven.splits import Split
 
 
 class Food101(PublishedDataset):
     """See the module. Classes are in sorted order."""
 
-    about = About(
+    about = DatasetInfo(
         name="food101",
         title="Food-101",
         layout="images/<class>/<number>.jpg and meta/{train,test}.json, or "
@@ -31,11 +30,11 @@ class Food101(PublishedDataset):
     )
     torchvision_class = "Food101"
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         path = self.annotation(f"meta/{split}.json")
         content = read_json(path)
         if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
             raise ValueError(f"{path} is not a list of images for each class: get it anew")
         classes = sorted(content)
         pairs = [(f"{f}.jpg", label) for label, c in enumerate(classes) for f in content[c]]
-        return Listing([f for f, _ in pairs], [n for _, n in pairs], classes, source=path)
+        return Split([f for f, _ in pairs], [n for _, n in pairs], classes, source=path)

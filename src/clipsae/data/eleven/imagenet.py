@@ -18,10 +18,9 @@ from pathlib import Path
 
 from open_clip import IMAGENET_CLASSNAMES
 
-from clipsae.data.eleven.about import About
-from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.base import DatasetInfo, PublishedDataset
 from clipsae.data.eleven.files import images_in, read_lines, unwrapped
-from clipsae.data.eleven.splits import Listing
+from clipsae.data.eleven.splits import Split
 from clipsae.data.image_folder import wnids
 from clipsae.data.listing import folders_in
 
@@ -34,7 +33,7 @@ SOLUTION = "LOC_val_solution.csv"
 class ImageNet(PublishedDataset):
     """See the module. Some of the classes may be missing: labels stay 0..999."""
 
-    about = About(
+    about = DatasetInfo(
         name="imagenet",
         title="ImageNet",
         layout="train/<wnid>/<image>.JPEG and val/<wnid>/<image>.JPEG, there or in images/",
@@ -51,7 +50,7 @@ class ImageNet(PublishedDataset):
     def images_of(cls, home: Path) -> Path | None:
         return home if any(_holds(unwrapped(home / name)) for name in FOLDERS.values()) else None
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         folder = unwrapped(self.place.images / FOLDERS[split])
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -71,7 +70,7 @@ class ImageNet(PublishedDataset):
 class ImageNetSketch(ImageNet):
     """See the module."""
 
-    about = About(
+    about = DatasetInfo(
         name="imagenet_sketch",
         title="ImageNet-Sketch",
         layout="<wnid>/<image>.JPEG, there or in images/ or sketch/",
@@ -89,7 +88,7 @@ class ImageNetSketch(ImageNet):
         folders = [home / "images", home / "sketch", home]
         return next((f for f in folders if f.is_dir() and _wnids_in(f)), None)
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         if split == "train":
             log.warning(
                 "imagenet_sketch has one split: train holds the same images as test, so that "
@@ -98,7 +97,7 @@ class ImageNetSketch(ImageNet):
         return list_wnids(self.place.images)
 
 
-def list_wnids(folder: Path, prefix: str = "") -> Listing:
+def list_wnids(folder: Path, prefix: str = "") -> Split:
     """The images in folders of wnids, paths prefixed.
 
     One directory read a class and no `stat` of an image: seconds for 1.28 million on a local disk.
@@ -123,10 +122,10 @@ def list_wnids(folder: Path, prefix: str = "") -> Listing:
         images = images_in(folder / name)
         files += [f"{prefix}{name}/{image}" for image in images]
         labels += [index[name]] * len(images)
-    return Listing(files, labels, wnids())
+    return Split(files, labels, wnids())
 
 
-def read_solution(path: Path, prefix: str) -> Listing:
+def read_solution(path: Path, prefix: str) -> Split:
     """Kaggle's list of the validation images, whose lines after the first are
     "ILSVRC2012_val_00048981,n03995372 85 1 499 272 ".
 
@@ -142,7 +141,7 @@ def read_solution(path: Path, prefix: str) -> Listing:
             raise ValueError(f"{path}: the line {line!r} is not '<image>,<wnid> ...': get it anew")
         files.append(f"{prefix}{image}.JPEG")
         labels.append(index[wnid])
-    return Listing(files, labels, wnids(), source=path)
+    return Split(files, labels, wnids(), source=path)
 
 
 def _wnids_in(folder: Path) -> list[str]:

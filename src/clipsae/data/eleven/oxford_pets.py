@@ -5,10 +5,9 @@ and `annotations/{trainval,test}.txt`, whose lines are image, class from 1, spec
 Cats are written with a capital, dogs without; CoOp's names are all in small letters.
 """
 
-from clipsae.data.eleven.about import About
-from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.base import DatasetInfo, PublishedDataset
 from clipsae.data.eleven.files import read_fields
-from clipsae.data.eleven.splits import Listing
+from clipsae.data.eleven.splits import Split
 
 FILES = {"train": "trainval.txt", "test": "test.txt"}
 
@@ -16,7 +15,7 @@ FILES = {"train": "trainval.txt", "test": "test.txt"}
 class OxfordPets(PublishedDataset):
     """See the module. Official train is `trainval`; CoOp's is four fifths of that."""
 
-    about = About(
+    about = DatasetInfo(
         name="oxford_pets",
         title="Oxford-IIIT Pet",
         layout="images/<Breed>_<n>.jpg and annotations/{trainval,test}.txt",
@@ -32,7 +31,7 @@ class OxfordPets(PublishedDataset):
     other_folders = ("oxford-iiit-pet", "oxford-iiit-pets", "pets")
     torchvision_class = "OxfordIIITPet"
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         path = self.annotation(f"annotations/{FILES[split]}")
         rows = read_fields(path, "image class species breed")
         names: dict[int, str] = {}
@@ -43,7 +42,7 @@ class OxfordPets(PublishedDataset):
         absent = set(range(1, max(names) + 1)) - set(names)
         if absent:
             raise ValueError(f"{path}: no image has class {min(absent)}: get it anew")
-        return Listing(
+        return Split(
             files=[f"{image}.jpg" for image, *_ in rows],
             labels=[int(number) - 1 for _, number, *_ in rows],
             raw=[names[number] for number in sorted(names)],

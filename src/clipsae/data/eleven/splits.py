@@ -10,7 +10,7 @@ from clipsae.data.listing import folders_in
 
 
 @dataclass(frozen=True)
-class Listing:
+class Split:
     """One split, as its annotations give it.
 
     Attributes:
@@ -28,7 +28,7 @@ class Listing:
     source: Path | None = None
 
 
-def read_coop_split(path: Path, split: str, raw_name: Callable[[str, str], str]) -> Listing:
+def read_coop_split(path: Path, split: str, raw_name: Callable[[str, str], str]) -> Split:
     """One split of CoOp's `split_zhou_*.json`.
 
     The file holds lists "train", "val" and "test" of [path, label, class name]; "val" is in
@@ -66,7 +66,7 @@ def read_coop_split(path: Path, split: str, raw_name: Callable[[str, str], str])
     if not chosen or unnamed or min(names) < 0:
         about = f"no image has label {min(unnamed)}" if unnamed else f"nothing in {split!r}"
         raise ValueError(f"{path}: {about}: expected labels 0, 1, ... and images of each split")
-    return Listing(
+    return Split(
         files=[file for file, _ in chosen],
         labels=[label for _, label in chosen],
         raw=[raw[label] for label in sorted(raw)],
@@ -75,7 +75,7 @@ def read_coop_split(path: Path, split: str, raw_name: Callable[[str, str], str])
     )
 
 
-def split_by_rule(folder: Path, split: str, left_out: Sequence[str] = ()) -> Listing:
+def split_by_rule(folder: Path, split: str, left_out: Sequence[str] = ()) -> Split:
     """A split of class folders that come with none: half to train, three tenths to test.
 
     CoOp's proportions and rounding, so that the sizes are the published ones; which images they
@@ -99,4 +99,4 @@ def split_by_rule(folder: Path, split: str, left_out: Sequence[str] = ()) -> Lis
         chosen = sorted(images[:train] if split == "train" else images[train + val :])
         files += chosen
         labels += [label] * len(chosen)
-    return Listing(files, labels, classes)
+    return Split(files, labels, classes)

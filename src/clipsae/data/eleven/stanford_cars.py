@@ -8,10 +8,9 @@ and the year ends a name; CoOp puts it first.
 
 from pathlib import Path
 
-from clipsae.data.eleven.about import COOP, About
-from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.base import COOP, DatasetInfo, PublishedDataset
 from clipsae.data.eleven.files import read_mat
-from clipsae.data.eleven.splits import Listing
+from clipsae.data.eleven.splits import Split
 
 FILES = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
 
@@ -19,7 +18,7 @@ FILES = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withla
 class StanfordCars(PublishedDataset):
     """See the module."""
 
-    about = About(
+    about = DatasetInfo(
         name="stanford_cars",
         title="Stanford Cars",
         layout="cars_train/, cars_test/, devkit/cars_train_annos.mat, devkit/cars_meta.mat and "
@@ -40,7 +39,7 @@ class StanfordCars(PublishedDataset):
         """CoOp's paths begin with cars_train/ or cars_test/."""
         return home if any((home / f"cars_{split}").is_dir() for split in FILES) else None
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         meta = self.annotation("devkit/cars_meta.mat")
         classes = [str(name) for name in read_mat(meta, "class_names")]
         path = self.annotation(FILES[split])
@@ -55,7 +54,7 @@ class StanfordCars(PublishedDataset):
         if wrong:
             raise ValueError(f"{path}: class {wrong[0]} is none of the {len(classes)} of {meta}")
         files = [f"cars_{split}/{file}" for file, _ in rows]
-        return Listing(files, [number - 1 for _, number in rows], classes, source=path)
+        return Split(files, [number - 1 for _, number in rows], classes, source=path)
 
     def clean(self, raw: str) -> str:
         """The year first: "Acura RL Sedan 2012" -> "2012 Acura RL Sedan"."""

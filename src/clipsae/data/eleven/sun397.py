@@ -8,10 +8,9 @@ The first of the ten partitions is CoOp's, too.
 
 from pathlib import Path
 
-from clipsae.data.eleven.about import About
-from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.base import DatasetInfo, PublishedDataset
 from clipsae.data.eleven.files import read_lines, unwrapped
-from clipsae.data.eleven.splits import Listing
+from clipsae.data.eleven.splits import Split
 
 FILES = {"train": "Training_01.txt", "test": "Testing_01.txt"}
 
@@ -19,7 +18,7 @@ FILES = {"train": "Training_01.txt", "test": "Testing_01.txt"}
 class SUN397(PublishedDataset):
     """See the module. The official split is partition 1: 50 images a class each."""
 
-    about = About(
+    about = DatasetInfo(
         name="sun397",
         title="SUN397",
         layout="SUN397/<letter>/<scene>/<image>.jpg, and split_zhou_SUN397.json or the "
@@ -44,7 +43,7 @@ class SUN397(PublishedDataset):
                 return folder
         return None
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         classes = [line.lstrip("/") for line in read_lines(self._annotation("ClassName.txt"))]
         index = {name: label for label, name in enumerate(classes)}
         path = self._annotation(FILES[split])
@@ -54,7 +53,7 @@ class SUN397(PublishedDataset):
         if unknown:
             raise ValueError(f"{path} has the scene {unknown[0]!r}, which ClassName.txt has not")
         raw = [name.partition("/")[2] for name in classes]
-        return Listing(files, [index[folder] for folder in folders], raw, source=path)
+        return Split(files, [index[folder] for folder in folders], raw, source=path)
 
     def _annotation(self, name: str) -> Path:
         found = self.place.file(name) or self.place.file(f"Partitions/{name}")

@@ -9,17 +9,16 @@ official lists `ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt`, which n
 import re
 from pathlib import Path
 
-from clipsae.data.eleven.about import COOP, About
-from clipsae.data.eleven.base import PublishedDataset
+from clipsae.data.eleven.base import COOP, DatasetInfo, PublishedDataset
 from clipsae.data.eleven.files import read_fields, read_lines
-from clipsae.data.eleven.splits import Listing
+from clipsae.data.eleven.splits import Split
 from clipsae.data.listing import folders_in
 
 
 class UCF101(PublishedDataset):
     """See the module. The official split is the first of three."""
 
-    about = About(
+    about = DatasetInfo(
         name="ucf101",
         title="UCF101 (middle frames)",
         layout="UCF-101-midframes/<Action_Name>/<video>.jpg, and split_zhou_UCF101.json or "
@@ -35,7 +34,7 @@ class UCF101(PublishedDataset):
     )
     image_folders = ("UCF-101-midframes",)
 
-    def official(self, split: str) -> Listing:
+    def official(self, split: str) -> Split:
         lists = self.annotation("ucfTrainTestlist/classInd.txt").parent
         if not lists.is_dir():
             raise FileNotFoundError(
@@ -53,7 +52,7 @@ class UCF101(PublishedDataset):
                 raise ValueError(f"{path} has the action {action!r}, which classInd.txt has not")
             files.append(f"{folder.get(action, action)}/{Path(video).stem}.jpg")
             labels.append(index[action])
-        return Listing(files, labels, classes, source=path)
+        return Split(files, labels, classes, source=path)
 
     def clean(self, raw: str) -> str:
         """The words of a CamelCase name: "ApplyEyeMakeup" -> "Apply Eye Makeup"."""

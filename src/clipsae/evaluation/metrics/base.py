@@ -3,9 +3,12 @@
 A new one is one file with a decorated class; from a plugin, too:
 
     from clipsae.evaluation.metrics import METRICS, Measurement
+    from clipsae.evaluation.numbers import Number
 
     @METRICS.register("largest_code")
     class LargestCode(Measurement):
+        numbers = (Number("largest_code", "largest code"),)
+
         def __init__(self, sae, options):
             super().__init__(sae, options)
             self.add_state("largest", torch.zeros(()), dist_reduce_fx="max")
@@ -24,6 +27,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torchmetrics import Metric
 
+from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.sae import SAE
 from clipsae.sae.registry import Registry
@@ -68,6 +72,7 @@ class Measurement(Metric):
     """One measurement of one SAE, in torchmetrics' manner: states, `update`, `compute`.
 
     Attributes:
+        numbers: what is known of each number that it yields.
         needs: some of `NEEDS`. All else that a `Batch` has is always there.
         progress: of `compute`, where that takes long: called with (done, in all, of what).
         per_latent: after `compute`, numbers [M] by name, for `latents.safetensors`.
@@ -75,6 +80,7 @@ class Measurement(Metric):
     """
 
     full_state_update = False
+    numbers: ClassVar[tuple[Number, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     progress: Callable[[int, int, str], None] | None = None
 

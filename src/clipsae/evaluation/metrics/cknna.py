@@ -21,11 +21,21 @@ import torch
 from torch import Tensor
 
 from clipsae.evaluation.metrics.base import METRICS, Options
-from clipsae.evaluation.metrics.rows import Progress, Sample, SampledCodes, SparseRows
+from clipsae.evaluation.metrics.rows import Progress, Sample, SampledCodes
+from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.ranking import top_latents
-from clipsae.sae import SAE
+from clipsae.sae import SAE, SparseCodes
 
+NUMBERS = (
+    Number(
+        "cknna",
+        "CKNNA",
+        "alignment of the nearest neighbours of tokens and codes",
+        paper="cknna",
+        headline=True,
+    ),
+)
 _BLOCK_BYTES = 2**27
 # Dense products do fifty times the work of sparse ones in the same time.
 _DENSE_FROM = 1 / 50
@@ -44,7 +54,7 @@ class _Edges(NamedTuple):
 
 
 def cknna(
-    x: Tensor, codes: Tensor | SparseRows, k: int = 10, progress: Progress | None = None
+    x: Tensor, codes: Tensor | SparseCodes, k: int = 10, progress: Progress | None = None
 ) -> Tensor:
     """Alignment of one batch of tokens and their codes.
 
@@ -67,12 +77,12 @@ def cknna(
             f"k={k} neighbours of {n} tokens: expected 4 tokens or more and k < tokens"
         )
     if isinstance(codes, Tensor):
-        codes = SparseRows.from_dense(codes)
+        codes = SparseCodes.from_dense(codes.float())
     if len(codes) != n:
         raise ValueError(f"codes of {len(codes)} tokens with {n} tokens: expected as many")
     x = x.double()
-    dense = _fits(n, codes.width) and len(codes.values) > _DENSE_FROM * n * codes.width
-    matrix = codes.dense() if dense else codes.csr()
+    dense = _fits(n, codes.latents) and len(codes.values) > _DENSE_FROM * n * codes.latents
+    matrix = codes.dense().double() if dense else codes.csr()
 
     def kernel_x(start: int, stop: int) -> Tensor:
         return x[start:stop] @ x.T
@@ -80,10 +90,10 @@ def cknna(
     def kernel_z(start: int, stop: int) -> Tensor:
         if dense:
             return matrix[start:stop] @ matrix.T
-        return (matrix @ codes[start:stop].dense().T).T
+        return (matrix @ codes[start:stop].dense().double().T).T
 
     of_x = _neighbours(kernel_x, n, d=x.shape[1], k=k)
-    of_z = _neighbours(kernel_z, n, d=codes.width, k=k, progress=progress)
+    of_z = _neighbours(kernel_z, n, d=codes.latents, k=k, progress=progress)
     own_x, own_z = _edges(*of_x), _edges(*of_z)
     shared_x, shared_z = _shared(*of_x, *of_z)
     product = _hsic(own_x, own_x, n) * _hsic(own_z, own_z, n)
@@ -100,6 +110,7 @@ class CKNNA(SampledCodes):
     (`SampledCodes`), and logs how many: the time grows with their square.
     """
 
+    numbers = NUMBERS
     what = "tokens"
     batch_rows = 10_000  # MSAE's
 

@@ -22,8 +22,35 @@ import torch
 from torch import Tensor
 
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.sae import SAE
+
+NUMBERS = (
+    Number(
+        "monosemanticity_mean",
+        "mean MonoSemanticity",
+        format=".4f",
+        table="interpretability",
+        paper="mean_ms",
+        headline=True,
+    ),
+    Number(
+        "monosemanticity_max",
+        "max MonoSemanticity",
+        format=".4f",
+        table="interpretability",
+        paper="max_ms",
+        headline=True,
+    ),
+    Number(
+        "monosemanticity_live",
+        "live latents",
+        format=".0f",
+        better="",
+        table="interpretability",
+    ),
+)
 
 
 def two_largest(stacked: Tensor) -> Tensor:
@@ -120,6 +147,7 @@ class MonoSemanticity(Measurement):
     Holds M x e float64 numbers, whatever the number of images: 200 MB at M = 49,152, e = 512.
     """
 
+    numbers = NUMBERS
     needs = ("embeddings",)
 
     def __init__(self, sae: SAE, options: Options) -> None:

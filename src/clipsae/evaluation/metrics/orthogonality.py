@@ -11,8 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.sae import SAE
+
+NUMBERS = (
+    Number(
+        "decoder_orthogonality",
+        "decoder orthogonality",
+        "mean squared cosine of different decoder rows, which the published DO fits",
+        ".4f",
+        "min",
+        paper="do",
+    ),
+)
 
 
 def decoder_orthogonality(rows: Tensor) -> Tensor:
@@ -29,6 +41,7 @@ def decoder_orthogonality(rows: Tensor) -> Tensor:
 class Orthogonality(Measurement):
     """`decoder_orthogonality` of the dictionary, which no image changes."""
 
+    numbers = NUMBERS
     value: Tensor
 
     def __init__(self, sae: SAE, options: Options) -> None:

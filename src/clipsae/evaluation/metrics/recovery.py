@@ -2,32 +2,65 @@
 
 Where ground truth exists (`clipsae.evaluation.truth`), each concept, such as
 "colour=red", asks: is there one latent that tells where it is? And each latent: does it stand for
-one concept? The questions follow the field's vocabulary of splitting and absorption (Bricken et
-al., "Towards Monosemanticity", 2023; Chanin et al., "A is for Absorption", 2024).
+one concept? The questions follow the field: is a concept split over several latents (Bricken et
+al., "Towards Monosemanticity", 2023), are several concepts merged in one latent?
 
 N rows (patches or images), M latents, V concepts.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from clipsae.evaluation.metrics.auroc import LatentEntries, auroc, best_f1
+from clipsae.evaluation.metrics.auroc import auroc, best_f1, latent_blocks, sum_rows
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
-from clipsae.evaluation.metrics.rows import Progress, Sample, SampledCodes, SparseRows
+from clipsae.evaluation.metrics.rows import Progress, Sample, SampledCodes
+from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names
-from clipsae.sae import SAE
+from clipsae.sae import SAE, SparseCodes
 
+_CONCEPTS = (
+    Number(
+        "concepts_found",
+        "concepts found",
+        "share of the known concepts that a single latent detects, by an AUROC of "
+        "measurement.threshold (0.9 unless set) or above",
+        ".1%",
+    ),
+    Number("auroc", "AUROC", "of a concept's best latent, mean over concepts"),
+    Number("f1", "F1", "of a concept's best latent, mean over concepts"),
+    Number(
+        "purity",
+        "purity",
+        "largest share of a latent's activation on one concept, mean over latents",
+    ),
+    Number("splitting", "splitting", "good latents per concept that is found", better=""),
+    Number(
+        "merging", "merging", "share of good latents that are good for several concepts", better=""
+    ),
+)
+NUMBERS = tuple(
+    replace(
+        number,
+        key=f"{level}_{number.key}",
+        label=f"{number.label}, {level}",
+        table="recovery",
+        headline=(level, number.key) == ("patch", "concepts_found"),
+    )
+    for level in ("patch", "image")
+    for number in _CONCEPTS
+)
 # Scalars of `concept_recovery` and what they are called after "patch_" and "image_".
 SCALARS = {
-    "coverage": "coverage",
+    "concepts_found": "concepts_found",
     "mean_auroc": "auroc",
     "mean_f1": "f1",
     "mean_purity": "purity",
     "splitting": "splitting",
-    "absorption": "absorption",
+    "merging": "merging",
 }
 # Of each concept, in `concepts.csv`.
 COLUMNS = ("positives", "auroc", "auroc_latent", "f1", "f1_latent", "latents")
@@ -39,7 +72,7 @@ _ENTRIES = 2**24
 
 
 def concept_recovery(
-    codes: Tensor | SparseRows,
+    codes: Tensor | SparseCodes,
     truth: Tensor,
     threshold: float = 0.9,
     progress: Progress | None = None,
@@ -69,15 +102,16 @@ def concept_recovery(
         active everywhere has the share of the commonest concept, max(positives) / N.
 
         Over the concepts that are defined, resp. live latents, scalars:
-        `mean_auroc`, `mean_f1`, `mean_purity`; `coverage`: share of concepts with a good latent;
-        `splitting`: mean number of good latents of a covered concept; `absorption`: share of the
-        good latents that are good for two concepts or more; `live`: latents with positive codes.
+        `mean_auroc`, `mean_f1`, `mean_purity`; `concepts_found`: share of concepts with a good
+        latent; `splitting`: mean number of good latents of a concept that is found; `merging`:
+        share of good latents that are good for two concepts or more; `live`: latents with positive
+        codes.
 
     Raises:
         ValueError: shapes that do not fit, or a threshold outside 0.5..1.
     """
     if isinstance(codes, Tensor):
-        codes = SparseRows.from_dense(codes)
+        codes = SparseCodes.from_dense(codes.float())
     if truth.ndim != 2 or truth.dtype != torch.bool or len(truth) != len(codes):
         raise ValueError(
             f"truth {truth.dtype} {tuple(truth.shape)} with {len(codes)} rows of codes: expected "
@@ -92,7 +126,7 @@ def concept_recovery(
     latents = torch.zeros_like(positives)
     per_latent = []
     room = max(1, _BLOCK_ELEMENTS // max(v, 1))
-    for first, block in LatentEntries.of(codes).blocks(entries=room, latents=room):
+    for first, block in latent_blocks(codes, pairs=room, latents=room):
         score = auroc(block, truth)
         best["auroc"].add(first, score)
         best["f1"].add(first, best_f1(block, truth))
@@ -100,7 +134,7 @@ def concept_recovery(
         latents += good.sum(dim=0)
         per_latent.append((good.sum(dim=1), *_purity(block, truth)))
         if progress is not None:
-            progress(first + len(block), codes.width)
+            progress(first + block.latents, codes.latents)
     concepts, purity, purest = (torch.cat(parts) for parts in zip(*per_latent, strict=True))
 
     defined = (positives > 0) & (positives < len(truth))
@@ -109,14 +143,14 @@ def concept_recovery(
     for name, of in best.items():
         found[name] = torch.where(defined, of.value, torch.nan)
         found[f"{name}_latent"] = torch.where(defined, of.latent, -1)
-    covered = (latents > 0)[defined].double()
+    recovered = (latents > 0)[defined].double()
     return found | {
         "mean_auroc": found["auroc"].nanmean(),
         "mean_f1": found["f1"].nanmean(),
         "mean_purity": purity.nanmean(),
-        "coverage": covered.mean(),
+        "concepts_found": recovered.mean(),
         "splitting": latents[latents > 0].double().mean(),
-        "absorption": (concepts[concepts > 0] > 1).double().mean(),
+        "merging": (concepts[concepts > 0] > 1).double().mean(),
         "live": (~purity.isnan()).sum(),
     }
 
@@ -183,6 +217,7 @@ class ConceptRecovery(Measurement):
     (`SampledCodes`), and logs how many. `concepts` has each concept's best latents.
     """
 
+    numbers = NUMBERS
     needs = ("truth",)
 
     def __init__(self, sae: SAE, options: Options) -> None:
@@ -224,10 +259,10 @@ class _Best:
         self.latent = torch.where(better, row + first, self.latent)
 
 
-def _purity(block: LatentEntries, truth: Tensor) -> tuple[Tensor, Tensor]:
+def _purity(block: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor]:
     activation = block.values.double().clamp(min=0)
-    mass = activation.new_zeros(len(block)).index_add(0, block.latents, activation)
-    shares = block.times(activation, truth) / mass[:, None]
+    mass = block.sum_tokens(activation)
+    shares = sum_rows(block, activation, truth) / mass[:, None]
     purity, purest = shares.max(dim=1)
     live = mass > 0
     return torch.where(live, purity, torch.nan), torch.where(live, purest, -1)

@@ -5,93 +5,20 @@ N rows (tokens, patches or images), M latents.
 
 import logging
 import random
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from clipsae.evaluation.metrics.base import Measurement, Options
-from clipsae.sae import SAE
+from clipsae.sae import SAE, SparseCodes
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
-
-
-@dataclass(frozen=True)
-class SparseRows:
-    """Codes [N, M] without their zeros, row by row.
-
-    Attributes:
-        counts: LongTensor [N], entries of each row.
-        columns: LongTensor [nnz], their latents, ascending within a row.
-        values: float32 [nnz]; negative ones are possible.
-        width: M.
-    """
-
-    counts: Tensor
-    columns: Tensor
-    values: Tensor
-    width: int
-
-    @classmethod
-    def from_dense(cls, codes: Tensor) -> "SparseRows":
-        """From codes [..., M] of any float dtype; what is not float32 is made so."""
-        codes = codes.detach().reshape(-1, codes.shape[-1])
-        rows, columns = codes.nonzero(as_tuple=True)
-        counts = torch.bincount(rows, minlength=len(codes))
-        return cls(counts, columns, codes[rows, columns].float(), codes.shape[-1])
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def __getitem__(self, rows: slice) -> "SparseRows":
-        """Consecutive rows."""
-        start, stop, _ = rows.indices(len(self))
-        edges = self._edges()
-        entries = slice(int(edges[start]), int(edges[stop]))
-        return SparseRows(
-            self.counts[start:stop], self.columns[entries], self.values[entries], self.width
-        )
-
-    def permuted(self, order: Tensor) -> "SparseRows":
-        """The rows LongTensor [n], in that order."""
-        counts = self.counts[order]
-        first = torch.repeat_interleave(self._edges()[order] - counts.cumsum(0) + counts, counts)
-        entries = first + torch.arange(len(first), device=first.device)
-        return SparseRows(counts, self.columns[entries], self.values[entries], self.width)
-
-    def dense(self) -> Tensor:
-        """float64 [N, M]."""
-        out = self.values.new_zeros(len(self), self.width, dtype=torch.float64)
-        out[self.rows(), self.columns] = self.values.double()
-        return out
-
-    def rows(self) -> Tensor:
-        """The row of each entry, LongTensor [nnz]."""
-        return torch.repeat_interleave(self.counts)
-
-    def csr(self) -> Tensor:
-        """A sparse CSR matrix [N, M] in float64."""
-        return csr(self._edges(), self.columns, self.values.double(), self.width)
-
-    def _edges(self) -> Tensor:
-        return torch.cat((self.counts.new_zeros(1), self.counts.cumsum(0)))
-
-
-def csr(edges: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
-    """A sparse CSR matrix [R, width] whose row r holds the entries edges[r] .. edges[r + 1]."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        # Columns need not ascend within a row for products; checking them would cost a pass.
-        return torch.sparse_csr_tensor(
-            edges, columns, values, (len(edges) - 1, width), check_invariants=False
-        )
 
 
 class SampledCodes(Measurement):
@@ -116,7 +43,7 @@ class SampledCodes(Measurement):
     compared: int | None = None
     halvings: Tensor
     seen: Tensor
-    numbers: list[Tensor]
+    drawn: list[Tensor]
     beside: list[Tensor]
     counts: list[Tensor]
     columns: list[Tensor]
@@ -129,7 +56,7 @@ class SampledCodes(Measurement):
             "counts": torch.empty(0, dtype=torch.long),
             "columns": torch.empty(0, dtype=torch.long),
             "values": torch.empty(0),
-            "numbers": torch.empty(0, dtype=torch.long),
+            "drawn": torch.empty(0, dtype=torch.long),
         }
         for name in self._empty:
             self.add_state(name, [], dist_reduce_fx="cat")
@@ -157,37 +84,39 @@ class SampledCodes(Measurement):
         kept = _hash(numbers) < 2**31 >> int(self.halvings)
         if not kept.all():
             numbers, beside, codes = numbers[kept], beside[kept], codes[kept]
-        rows = SparseRows.from_dense(codes)
-        self.numbers.append(numbers)
+        rows = SparseCodes.from_dense(codes.float())
+        self.drawn.append(numbers)
         self.beside.append(beside.detach().to(self._empty["beside"].dtype))
-        self.counts.append(rows.counts)
-        self.columns.append(rows.columns)
+        self.counts.append(rows.row_counts())
+        self.columns.append(rows.latent)
         self.values.append(rows.values)
         while self._is_too_much():
             self.halvings += 1
             numbers, beside, rows = self._rows()
-            self.numbers, self.beside, self.counts = [numbers], [beside], [rows.counts]
-            self.columns, self.values = [rows.columns], [rows.values]
+            self.drawn, self.beside, self.counts = [numbers], [beside], [rows.row_counts()]
+            self.columns, self.values = [rows.latent], [rows.values]
 
     def _is_too_much(self) -> bool:
         rows = sum(map(len, self.counts))
         return rows > 1 and self.too_much(rows, sum(map(len, self.columns)))
 
-    def _rows(self) -> tuple[Tensor, Tensor, SparseRows]:
+    def _rows(self) -> tuple[Tensor, Tensor, SparseCodes]:
         """All that is kept, by number: numbers, beside and codes; after a reduction that is of all
         processes."""
-        numbers, beside = dim_zero_cat(self.numbers), dim_zero_cat(self.beside)
-        codes = SparseRows(
-            dim_zero_cat(self.counts),
-            dim_zero_cat(self.columns),
-            dim_zero_cat(self.values),
-            self.latents,
-        )
+        numbers, beside = dim_zero_cat(self.drawn), dim_zero_cat(self.beside)
+        counts, columns = dim_zero_cat(self.counts), dim_zero_cat(self.columns)
         order = numbers.argsort()
         order = order[_hash(numbers[order]) < 2**31 >> int(self.halvings)]
-        return numbers[order], beside[order], codes.permuted(order)
+        row = torch.full_like(numbers, -1)
+        row[order] = torch.arange(len(order), device=order.device)
+        row = torch.repeat_interleave(row, counts)
+        kept = row >= 0
+        positions, ascending = (row[kept] * self.latents + columns[kept]).sort()
+        values = dim_zero_cat(self.values)[kept][ascending]
+        codes = SparseCodes(values, positions, (len(order), self.latents))
+        return numbers[order], beside[order], codes
 
-    def _note(self, codes: SparseRows) -> None:
+    def _note(self, codes: SparseCodes) -> None:
         """Where rows were dropped: how many are left, in the log and for whoever asks."""
         if self.halvings:
             self.compared = len(codes)

@@ -1,7 +1,8 @@
 """How sparse the codes are and how faithful the reconstruction: sums over the corpus.
 
-FVU per token and L0 as the share of zeros follow MSAE (Zaigrajew et al., ICML 2025); the other FVU
-is the usual one, over the corpus. Codes are counted with `!= 0`: they can be negative.
+FVU per token and the share of zeros (there and in the paper called L0) follow MSAE (Zaigrajew et
+al., ICML 2025); the other FVU is the usual one, over the corpus. Codes are counted with `!= 0`:
+they can be negative.
 
 T tokens of a batch, d width, M latents.
 """
@@ -10,8 +11,45 @@ import torch
 from torch import Tensor
 
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.numbers import Number, suffixed
 from clipsae.evaluation.passes import Batch
 from clipsae.sae import SAE
+
+NUMBERS: tuple[Number, ...] = (
+    Number("l0", "L0", "mean number of active latents per token", ".1f", "", headline=True),
+    Number(
+        "zero_fraction",
+        "zero fraction",
+        "share of zeros among a token's M codes, the paper's L0 (higher is sparser)",
+        ".4f",
+        paper="l0",
+        headline=True,
+    ),
+    Number(
+        "fvu_per_token",
+        "FVU per token",
+        "mean over tokens of var(x - x_hat) / var(x), which the published figure is",
+        better="min",
+        paper="fvu",
+    ),
+    Number(
+        "fvu",
+        "FVU",
+        "over the corpus, sum |x - x_hat|² / sum |x - mean x|²",
+        better="min",
+        headline=True,
+    ),
+    Number("cosine", "cosine", "mean cosine of x and x_hat", paper="cs", headline=True),
+    Number("explained_variance", "explained variance", "1 - FVU", table=""),
+    Number(
+        "dead_fraction",
+        "dead latents",
+        "share of latents that were active on no token, which the paper's text calls DO",
+        ".2%",
+        "min",
+        headline=True,
+    ),
+)
 
 
 def sparsity_sums(x: Tensor, reconstruction: Tensor, fired: Tensor) -> dict[str, Tensor]:
@@ -48,8 +86,8 @@ def sparsity_values(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Metrics from sums over the corpus.
 
     Returns:
-        l0: share of zeros among the codes (higher is sparser).
-        active: mean number of active latents of a token.
+        zero_fraction: share of zeros among the codes (higher is sparser).
+        l0: mean number of active latents per token.
         fvu: sum ||x - x_hat||^2 / sum ||x - mean x||^2.
         explained_variance: 1 - fvu.
         fvu_per_token: mean over tokens of var(x - x_hat) / var(x), variances over the features.
@@ -57,12 +95,12 @@ def sparsity_values(sums: dict[str, Tensor]) -> dict[str, Tensor]:
         dead_fraction: share of latents that were never active.
     """
     tokens, fired = sums["tokens"], sums["fired"]
-    active = fired.sum().double() / tokens
+    l0 = fired.sum().double() / tokens
     about_mean = sums["squared_norm"] - sums["token_sum"].square().sum() / tokens
     fvu = sums["squared_error"] / about_mean
     return {
-        "l0": 1 - active / len(fired),
-        "active": active,
+        "zero_fraction": 1 - l0 / len(fired),
+        "l0": l0,
         "fvu": fvu,
         "explained_variance": 1 - fvu,
         "fvu_per_token": sums["variance_ratio"] / sums["varied_tokens"],
@@ -75,6 +113,7 @@ def sparsity_values(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 class Sparsity(Measurement):
     """`sparsity_values` of the codes."""
 
+    numbers = NUMBERS
     suffix = ""
 
     def __init__(self, sae: SAE, options: Options) -> None:
@@ -104,6 +143,7 @@ class Sparsity(Measurement):
 class Dense(Sparsity):
     """`sparsity_values` of the code without its selection, with the suffix _dense."""
 
+    numbers = suffixed(NUMBERS, "_dense")
     needs = ("scores",)
     suffix = "_dense"
 
@@ -122,4 +162,4 @@ def code_without_selection(sae: SAE, scores: Tensor, tau: Tensor) -> Tensor:
     zero stays (a Gated SAE's, with a positive bias of its gate; Sparsemax's of a token whose
     scores are small): the code's own latents are always among these.
     """
-    return sae.gate(scores, tau.clamp(max=0))
+    return sae.apply_threshold(scores, tau.clamp(max=0))

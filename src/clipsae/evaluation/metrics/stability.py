@@ -19,7 +19,7 @@ def max_cosines(a: Tensor, b: Tensor) -> Tensor:
     a, b = _checked(a, b)
     found = torch.full((len(a),), torch.nan, dtype=a.dtype, device=a.device)
     directed = a.any(dim=-1)
-    found[directed] = _best(_unit(a[directed]), _unit(b[b.any(dim=-1)]))[0]
+    found[directed] = _best(_unit(a[directed]), _unit(b[b.any(dim=-1)]))
     return found
 
 
@@ -44,13 +44,8 @@ def _unit(rows: Tensor) -> Tensor:
     return nn.functional.normalize(rows, dim=-1, eps=0)
 
 
-def _best(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest cosine [m] of unit rows a [m, d] with b, and the row of b; NaN if b is empty."""
+def _best(a: Tensor, b: Tensor) -> Tensor:
+    """Largest cosine [m] of unit rows a [m, d] with unit rows b; NaN if b is empty."""
     if not len(b):
-        return a.new_full((len(a),), torch.nan), a.new_zeros(len(a), dtype=torch.long)
-    parts = [
-        (part @ b.T).max(dim=1) for part in a.split(max(1, _BLOCK_ELEMENTS // len(b))) if len(part)
-    ]
-    if not parts:
-        return a.new_zeros(0), a.new_zeros(0, dtype=torch.long)
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+        return a.new_full((len(a),), torch.nan)
+    return torch.cat([(part @ b.T).amax(dim=1) for part in a.split(_BLOCK_ELEMENTS // len(b) + 1)])

@@ -66,9 +66,9 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
     }
     name = [cfg.model.name, cfg.clip.name, cfg.dataset.name]
     if cfg.evaluation.settings:
-        others = ("batch_size", "split", "limit_images")
-        options = {k: v for k, v in build.plain(cfg.evaluation).items() if k not in others}
-        key["evaluation"] = {**options, "count_threshold": cfg.model.count_threshold}
+        options = build.decisive("evaluation", cfg.evaluation)
+        of_images = ("split", "limit_images")
+        key["evaluation"] = {k: v for k, v in options.items() if k not in of_images}
         name.append(cfg.evaluation.protocol)
     if measures(cfg):
         encoder = {"image_encoder": encoder_name(cfg, test_set)}
@@ -185,7 +185,7 @@ def make(
                 progress=bar,
             )
 
-    own = trained.path, cfg.model.count_threshold
+    own = trained.path, cfg.evaluation.count_threshold
     name, result = together.in_one_pass("evaluation", cfg, own, run)
     if options.settings:
         write_topn(cfg, result, name, folder)

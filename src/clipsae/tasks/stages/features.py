@@ -25,9 +25,9 @@ from clipsae.data.cache import (
     write_shard,
 )
 from clipsae.data.cache.loader import check_reading
-from clipsae.data.damage import leaves_out
+from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
-from clipsae.store import MARK, BusySkip, Stage, Store, find_damage
+from clipsae.store import MARK, Busy, Stage, Store, find_damage
 from clipsae.store.files import read_json, sha256
 from clipsae.tasks import build
 
@@ -41,17 +41,12 @@ def cached(cfg: DictConfig) -> bool:
     return cfg.features.get("cache") is not None
 
 
-# Where the cache lies, and how fast it and the images are read, changes no token.
-UNDECISIVE = ("num_workers", "pin_memory", "folder", "shard_gb")
-
-
 def training_key(cfg: DictConfig) -> dict[str, Any]:
-    """What of `cfg.features` decides an SAE's weights: all but what is listed."""
-    options = build.plain(cfg.features)
+    """What of `cfg.features` decides an SAE's weights."""
+    options = build.decisive("features", cfg.features)
     if cached(cfg):
-        cache = options["cache"]
-        options["cache"] = {k: v for k, v in cache.items() if k not in UNDECISIVE}
-    return {k: v for k, v in options.items() if k not in UNDECISIVE}
+        options["cache"] = build.decisive("features", cfg.features.cache)
+    return options
 
 
 def layout(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> Layout:
@@ -70,7 +65,7 @@ def content_key(cfg: DictConfig, train_set: ImageDataset) -> dict[str, Any]:
     """What the tokens are of: all that decides them but how they are written."""
     return {
         "clip": build.clip_key(cfg),
-        "dataset": build.train_dataset_node(cfg).name,
+        "dataset": cfg.train_dataset.name,
         "fingerprint": train_set.fingerprint,
         "on_bad_image": "skip" if leaves_out(train_set) else "error",
         "split": SPLIT,
@@ -135,10 +130,10 @@ def make(
     if not _is_there(whole, content):
         clip.to(build.best_device())
         # First whatever nobody works on; then what others have not finished.
-        for on_busy in ("skip", "wait"):
+        for wait in (False, True):
             for i in range(sizes.shards):
                 if content or not whole.finished:
-                    _make_shard(cfg, clip, train_set, whole, shards[i], sizes, i, on_busy)
+                    _make_shard(cfg, clip, train_set, whole, shards[i], sizes, i, wait)
         of = content_key(cfg, train_set)
         whole.make(
             lambda folder: _assemble(folder, sizes, of, shards),
@@ -200,7 +195,7 @@ def _make_shard(
     shard: Stage,
     sizes: Layout,
     i: int,
-    on_busy: str,
+    wait: bool,
 ) -> None:
     def write(folder: Path) -> None:
         found = _found(whole, sizes, i)
@@ -221,8 +216,8 @@ def _make_shard(
         log.info("shard %d of %d written: %.0f images/s", i + 1, sizes.shards, rate)
 
     try:
-        shard.make(write, on_busy=on_busy, check="size")
-    except BusySkip:
+        shard.make(write, wait=wait, check="size")
+    except Busy:
         log.info("shard %d of %d is another job's", i + 1, sizes.shards)
 
 
@@ -292,12 +287,12 @@ def _written(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _words(cfg: DictConfig) -> list[str]:
-    name = build.train_dataset_node(cfg).name
+    name = cfg.train_dataset.name
     return [name, SPLIT, cfg.clip.name, cfg.features.cache.dtype]
 
 
 def _about(cfg: DictConfig) -> dict[str, Any]:
-    return {"dataset": build.train_dataset_node(cfg).name, "clip": cfg.clip.name}
+    return {"dataset": cfg.train_dataset.name, "clip": cfg.clip.name}
 
 
 def _existing(folder: Path) -> Path:

@@ -56,7 +56,7 @@ def finished_sae(cfg: DictConfig, store: Store, clip: FrozenCLIP) -> Stage:
     Raises:
         ConfigError: it is not trained yet.
     """
-    train_set = build.build_dataset(build.train_dataset_node(cfg), "train", clip.image_size)
+    train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
     trained = sae.stage(cfg, store, train_set)
     if not trained.finished:
         kept = [f"model={cfg.model.name}"]

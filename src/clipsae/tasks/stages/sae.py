@@ -43,17 +43,8 @@ TRAINER_OPTIONS = {
 }
 
 
-# Keys of Lightning's Trainer that do not change the weights: where it runs, what is looked at
-# meanwhile, and when it pauses. All others are in the key, those of tomorrow, too.
-UNDECISIVE = (
-    *("accelerator", "strategy", "log_every_n_steps", "profiler", "max_time"),
-    *("val_check_interval", "limit_val_batches", "num_sanity_val_steps", "inference_mode"),
-    *("limit_test_batches", "limit_predict_batches", "detect_anomaly"),
-)
-# Of them and of the others, those that can end a training before its last step.
+# Keys of Lightning's Trainer that can end a training before its last step.
 ENDING = ("max_time", "limit_train_batches", "overfit_batches")
-# In the key as their product: the batches that make a step.
-BATCHES = ("devices", "num_nodes", "accumulate_grad_batches")
 
 
 def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
@@ -62,15 +53,11 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
     devices = trainer["devices"] if isinstance(trainer["devices"], int) else len(trainer["devices"])
     key = {
         "clip": build.clip_key(cfg),
-        "train_dataset": build.dataset_key(build.train_dataset_node(cfg), train_set),
+        "train_dataset": build.dataset_key(cfg.train_dataset, train_set),
         "sae": build.sae_options(cfg),
         "training": {
             **build.training_options(cfg),
-            "trainer": {
-                name: value
-                for name, value in trainer.items()
-                if name not in (*UNDECISIVE, *BATCHES)
-            },
+            "trainer": build.decisive("trainer", trainer),
             "batches_a_step": trainer["accumulate_grad_batches"] * trainer["num_nodes"] * devices,
             "features": features.training_key(cfg),
             "seed": cfg.seed,
@@ -78,7 +65,7 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
     }
     if plugged := plugins.digests(cfg):
         key["plugins"] = plugged
-    name = [cfg.model.name, cfg.clip.name, build.train_dataset_node(cfg).name]
+    name = [cfg.model.name, cfg.clip.name, cfg.train_dataset.name]
     about = {**build.cell(cfg), "dataset": name[2]}
     return store.stage("sae", [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"], key, about)
 
@@ -87,7 +74,7 @@ def check_options(cfg: DictConfig) -> None:
     """Refuse what the config alone shows cannot be trained.
 
     Raises:
-        ConfigError: an option of the SAE, its training or Lightning's Trainer that cannot be.
+        ConfigError: an invalid option of the SAE, its training or Lightning's Trainer.
     """
     check_devices(cfg)
     options = build.training_options(cfg)
@@ -107,16 +94,14 @@ def check_options(cfg: DictConfig) -> None:
         hint = ""
         if cfg.trainer.accelerator != "auto":
             hint = " (trainer.accelerator=auto takes what is there)"
-        raise ConfigError(
-            f"Lightning's Trainer cannot be had with {given}: {said}{hint}"
-        ) from error
+        raise ConfigError(f"Lightning's Trainer refuses {given}: {said}{hint}") from error
 
 
 def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
     """Refuse now, at no cost, what would be refused in the midst of the training.
 
     Raises:
-        ConfigError: an option of the SAE or its features that cannot be with this CLIP and these
+        ConfigError: an option of the SAE or its features that is invalid with this CLIP and these
             images.
     """
     with torch.device("meta"):
@@ -127,7 +112,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
 
 
 def check_devices(cfg: DictConfig) -> None:
-    """Refuse devices that cannot be counted, and those whose processes cannot be had.
+    """Refuse devices that cannot be counted, or whose processes cannot be started.
 
     Raises:
         ConfigError: such devices.
@@ -165,7 +150,7 @@ def make(
 
     Args:
         held_out: images for validation.
-        watch: callbacks that look at the training and leave it as it is.
+        watch: callbacks that observe the training.
     """
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     module = SAEModule(build.build_sae(cfg, clip.width), **build.training_options(cfg))
@@ -208,8 +193,8 @@ def make(
         kept = checkpoint_step(stage.scratch)
         raise ConfigError(
             f"{error}: the last good checkpoint "
-            + ("is none" if kept is None else f"is that of step {kept:,}, kept in {stage.home}")
-            + "; lower model.learning_rate, or set trainer.gradient_clip_val=1"
+            + ("is none" if kept is None else f"is that of step {kept:,}, kept in {stage.partial}")
+            + "; lower optimizer.learning_rate, or set trainer.gradient_clip_val=1"
         ) from error
     if trainer.global_step < trainer.max_steps:
         kept = checkpoint_step(stage.scratch)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from clipsae.sae import ranks
-from clipsae.sae.ranks import share
+from clipsae.sae import distributed
+from clipsae.sae.distributed import share
 
 
 class Told(Exception):
@@ -24,14 +24,14 @@ def shares(parts, kept, monkeypatch):
         for place, value in zip(of_all, told, strict=True):
             place.copy_(value)
 
-    monkeypatch.setattr(ranks.dist, "all_gather", tell)
+    monkeypatch.setattr(distributed.dist, "all_gather", tell)
     for part in parts:
         with pytest.raises(Told):
             share(part, kept, len(parts))
-    monkeypatch.setattr(ranks.dist, "all_gather", hear)
+    monkeypatch.setattr(distributed.dist, "all_gather", hear)
     found = []
     for rank, part in enumerate(parts):
-        monkeypatch.setattr(ranks.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed.dist, "get_rank", lambda rank=rank: rank)
         found.append(share(part, kept, len(parts)))
     return found
 

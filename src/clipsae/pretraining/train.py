@@ -1,4 +1,4 @@
-"""Pretraining of the built-in CLIP on rendered scenes: `python run.py task=pretrain`.
+"""Pretraining of the built-in CLIP on rendered scenes.
 
 A plain loop. Everything random is a function of (seed, step), and a checkpoint holds model,
 optimizers and step, so that the same command continues where it was stopped and ends with the
@@ -11,18 +11,16 @@ shape, colour and pattern, through the text tower like everything else, with a w
 to zero.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
-from omegaconf import DictConfig
 from open_clip.model import CLIP
 from open_clip.pos_embed import get_2d_sincos_pos_embed
 from open_clip.tokenizer import SimpleTokenizer
@@ -34,8 +32,9 @@ from clipsae.data.scenes import KINDS, ScenesDataset
 from clipsae.data.scenes.dataset import patch_labels
 from clipsae.data.scenes.renderer import patch_coverage, render
 from clipsae.data.scenes.world import Distribution, Scenes, sample_scenes
+from clipsae.pretraining.losses import scene_losses
+from clipsae.sae.checks import one_of, whole
 from clipsae.store import put_checkpoint, whole_checkpoint
-from clipsae.training.contrastive import scene_losses
 
 log = logging.getLogger(__name__)
 
@@ -43,40 +42,51 @@ _STREAM = 0x79A1  # of scenes that no dataset shows
 _PATCH_COVERAGE = 0.25  # a patch shows an object that covers this much of it
 
 
+def _option(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Options of the task; `conf/task/pretrain.yaml` documents each."""
+    """Options of the tool; lengths are in steps."""
 
-    steps: int
-    batch_size: int
-    curriculum_steps: int
-    patch_steps: int
-    patch_weight: float
-    counts: tuple[float, float, float]
-    weights: dict[str, float]
-    muon_lr: float
-    adamw_lr: float
-    weight_decay: float
-    warmup_steps: int
-    cooldown: float
-    max_logit_scale: float
-    precision: str
-    threads: int | None
-    log_every: int
-    checkpoint_every: int
-    evaluate_every: int
-    evaluate_images: int
+    steps: int = _option(2000, "of batch_size scenes each; every scene is seen once")
+    batch_size: int = _option(256, "scenes a step")
+    curriculum_steps: int = _option(1000, "from one large object to several of both sizes")
+    patch_steps: int = _option(2000, "in which patch_weight falls to zero")
+    patch_weight: float = _option(1.0, "of the warm start's loss, on what a patch shows")
+    counts: tuple[float, float, float] = _option(
+        (0.7, 0.15, 0.15), "shares of scenes with one, two and three objects"
+    )
+    weights: dict[str, float] = field(
+        default_factory=lambda: {
+            **{"caption": 0.5, "shape": 2.0, "colour": 0.5, "pattern": 1.5, "size": 0.5},
+            **{"shape_colour": 1.0, "position": 0.5, "background": 0.5, "count": 0.5},
+        },
+        metadata={"help": "of the losses: caption, and each kind of class"},
+    )
+    muon_lr: float = _option(0.02, "learning rate of the blocks' matrices")
+    adamw_lr: float = _option(0.002, "learning rate of the rest")
+    weight_decay: float = _option(0.1, "of Muon's matrices, times the learning rate")
+    warmup_steps: int = _option(100, "of linear warm-up")
+    cooldown: float = _option(0.4, "last share of the steps, in which the rates fall to zero")
+    max_logit_scale: float = _option(100.0, "ceiling of exp(logit_scale), as in CLIP")
+    precision: str = _option("bf16", "bf16 (autocast) or fp32")
+    threads: int | None = _option(None, "of torch; torch's own choice if not given", type=int)
+    log_every: int = _option(50, "steps between two lines of losses")
+    checkpoint_every: int = _option(200, "steps between two checkpoints, with exported weights")
+    evaluate_every: int = _option(400, "steps between two zero-shot classifications")
+    evaluate_images: int = _option(512, "test scenes of each kind that are classified")
 
-    @classmethod
-    def from_config(cls, task: DictConfig) -> PretrainConfig:
-        values = {f.name: task[f.name] for f in fields(cls)}
-        values |= {"counts": tuple(task.counts), "weights": dict(task.weights)}
-        unknown = set(values["weights"]) ^ {"caption", *KINDS}
+    def __post_init__(self) -> None:
+        unknown = set(self.weights) ^ {"caption", *KINDS}
         if unknown:
-            raise ValueError(f"task.weights must name caption and every kind once; see {unknown}")
-        if values["precision"] not in ("bf16", "fp32"):
-            raise ValueError(f"task.precision must be bf16 or fp32, got {values['precision']}")
-        return cls(**values)
+            raise ValueError(f"weights must name caption and every kind once; see {unknown}")
+        one_of("precision", self.precision, ("bf16", "fp32"))
+        for name in ("curriculum_steps", "patch_steps", "warmup_steps"):
+            whole(name, getattr(self, name), least=0)
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every"):
+            whole(name, getattr(self, name))
 
 
 # --- model and optimizers ---
@@ -269,11 +279,5 @@ def train(cfg: PretrainConfig, seed: int, output_dir: Path) -> CLIP:
             named = "  ".join(f"{k} {100 * a:.1f}" for k, a in accuracy.items())
             log.info("step %d  zero-shot accuracy in %%:  %s", done, named)
             began = time.perf_counter()
-    return model
-
-
-def run(cfg: DictConfig) -> None:
-    """The Hydra task: the weights end in `<paths.output_dir>/pretrain/weights.safetensors`."""
-    output_dir = Path(cfg.paths.output_dir) / "pretrain"
-    train(PretrainConfig.from_config(cfg.task), cfg.seed, output_dir)
     log.info("the weights are in %s", output_dir / "weights.safetensors")
+    return model

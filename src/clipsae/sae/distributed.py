@@ -11,42 +11,42 @@ from torch import Tensor
 from clipsae.sae.losses import at_least_float32
 
 
-def summed(values: Tensor, ranks: int) -> Tensor:
+def summed(values: Tensor, world_size: int) -> Tensor:
     """The sum over all ranks, without gradient through the others' values."""
-    if ranks > 1:
+    if world_size > 1:
         values = values.clone()
         dist.all_reduce(values, dist.ReduceOp.SUM)
     return values
 
 
-def smallest(values: Tensor, ranks: int) -> Tensor:
+def smallest(values: Tensor, world_size: int) -> Tensor:
     """The smallest of all ranks', element by element."""
-    if ranks > 1:
+    if world_size > 1:
         values = values.clone()
         dist.all_reduce(values, dist.ReduceOp.MIN)
     return values
 
 
-def share(values: Tensor, kept: int, ranks: int) -> int:
+def share(values: Tensor, kept: int, world_size: int) -> int:
     """How many of this rank's `values` are among the `kept` largest of all ranks'.
 
-    Each rank tells its `kept` largest: more than those of one rank can never be among them. Where
+    Each rank sends its `kept` largest: more than those of one rank can never be among them. Where
     the last places are for equal values, the first ranks have them.
 
     Args:
         values: [p], without gradient. Only those above 0 are sure to be counted.
         kept: the same on all ranks.
     """
-    if ranks == 1:
+    if world_size == 1:
         return min(kept, len(values))
     mine = at_least_float32(values.new_zeros(kept))
     largest = values.topk(min(kept, len(values))).values
     mine[: len(largest)] = largest
-    of_all = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(of_all, mine)
-    told = torch.stack(of_all)
-    border = told.flatten().topk(kept, sorted=False).values.min()
-    above, equal = (told > border).sum(1), (told == border).sum(1)
+    parts = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(parts, mine)
+    gathered = torch.stack(parts)
+    border = gathered.flatten().topk(kept, sorted=False).values.min()
+    above, equal = (gathered > border).sum(1), (gathered == border).sum(1)
     places = kept - above.sum() - (equal.cumsum(0) - equal)  # left for each rank's equal ones
     rank = dist.get_rank()
     count = above[rank] + places[rank].clamp(min=0).minimum(equal[rank])

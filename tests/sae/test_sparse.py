@@ -1,4 +1,5 @@
-"""Training on the support against training in dense products, and the support's own products."""
+"""Sparse codes: training with them against training in dense products; their operations against the
+dense reference; encoding with them against `encode` and `decode`."""
 
 import contextlib
 import copy
@@ -6,11 +7,10 @@ import copy
 import pytest
 import torch
 
-from clipsae.sae import SAE, SAEOutput
-from clipsae.sae import blockwise as blockwise_module
-from clipsae.sae import support as support_module
-from clipsae.sae.base import SparseCodes
-from clipsae.sae.support import Support, largest, positions_above
+from clipsae.sae import SAE, SAEOutput, SparseCodes, sparse_ops
+from clipsae.sae import elementwise as elementwise_module
+from clipsae.sae.selection import largest, positions_above
+from clipsae.sae.sparse_ops import CPU, Reference
 from tests.sae.conftest import D, M, build, tokens
 
 HARD = {
@@ -22,10 +22,16 @@ HARD = {
     "many blocks": lambda: tokens(600, D),
 }
 OPTIONS = {
-    "attention_relu": [{"l1": 0.03}],
-    "relu": [{"l1": 0.03}, {"l1": 0.03, "unit_decoder": False, "normalize_input": True}],
-    "gated": [{"l1": 0.03}],
-    "jumprelu": [{"l0": 0.02, "bandwidth": 0.7}, {"l0": 0.1, "target_l0": 3.0, "auxk": 0.3}],
+    "attention_relu": [{"l1_coefficient": 0.03}],
+    "relu": [
+        {"l1_coefficient": 0.03},
+        {"l1_coefficient": 0.03, "unit_decoder": False, "normalize_input": True},
+    ],
+    "gated": [{"l1_coefficient": 0.03}],
+    "jumprelu": [
+        {"l0_coefficient": 0.02, "bandwidth": 0.7},
+        {"l0_coefficient": 0.1, "target_l0": 3.0, "auxk": 0.3},
+    ],
     "topk": [{"auxk": 0.3, "auxk_k": 3}, {"k": M}, {"k": 1, "encoder_init": "independent"}],
     "batch_topk": [{"auxk": 0.3, "auxk_k": 3}, {"k": 20}],
     "sparsemax": [
@@ -40,12 +46,12 @@ OPTIONS = {
 @contextlib.contextmanager
 def dense_from(share: float):
     """Dense products where more than this share of pairs is active: -1 is always, 2 never."""
-    before = support_module.DENSE_FROM["cpu"]
-    support_module.DENSE_FROM["cpu"] = share
+    before = sparse_ops.DENSE_FROM["cpu"]
+    sparse_ops.DENSE_FROM["cpu"] = share
     try:
         yield
     finally:
-        support_module.DENSE_FROM["cpu"] = before
+        sparse_ops.DENSE_FROM["cpu"] = before
 
 
 def two_steps(sae: SAE, x: torch.Tensor, share: float) -> tuple[SAEOutput, dict]:
@@ -67,8 +73,8 @@ def test_both_ways_give_the_same(recipe, case, dtype):
             continue  # equal scores, of which each way may keep others
         out, gradients = two_steps(sparse, x, 2)
         expected, expected_gradients = two_steps(dense, x, -1)
-        assert isinstance(out.held, SparseCodes)
-        assert isinstance(expected.held, torch.Tensor)
+        assert isinstance(out.encoded, SparseCodes)
+        assert isinstance(expected.encoded, torch.Tensor)
         tolerance = {
             torch.float64: {"rtol": 1e-9, "atol": 1e-11},
             torch.float32: {"rtol": 1e-4, "atol": 1e-5},
@@ -99,7 +105,7 @@ def test_dense_codes_in_blocks_are_those_in_one_piece(recipe, dtype, monkeypatch
         parts, x = copy.deepcopy(whole), tokens(3, 5, D, dtype=dtype)
         expected, expected_gradients = two_steps(whole, x, -1)
         with monkeypatch.context() as patch:
-            patch.setattr(blockwise_module, "_BLOCK", 4 * M)  # four tokens, the last ones three
+            patch.setattr(elementwise_module, "_BLOCK", 4 * M)  # four tokens, the last ones three
             out, gradients = two_steps(parts, x, -1)
         assert torch.equal(out.codes, expected.codes)
         tolerance = (
@@ -114,11 +120,11 @@ def test_dense_codes_in_blocks_are_those_in_one_piece(recipe, dtype, monkeypatch
 
 def test_each_way_is_taken_by_density():
     sae, x = build("relu", latents=2048), tokens(40, D)
-    assert isinstance(sae(x).held, torch.Tensor)  # half of the scores are positive
+    assert isinstance(sae(x).encoded, torch.Tensor)  # half of the scores are positive
     with torch.no_grad():
         sae.architecture.b_enc -= 5.0
     sparse = sae(x)
-    assert not isinstance(sparse.held, torch.Tensor)
+    assert not isinstance(sparse.encoded, torch.Tensor)
     assert sparse.codes.shape == (40, 2048)
     assert torch.equal(sparse.codes, sae.eval()(x).codes)
 
@@ -157,7 +163,7 @@ def test_an_empty_batch_has_no_loss_and_moves_nothing(recipe, shape):
                 out = sae(torch.zeros(shape))
                 out.loss.backward()
             # (An l0 that should be 3 is missed by all of it.)
-            assert out.loss == (options["l0"] if "target_l0" in options else 0)
+            assert out.loss == (options["l0_coefficient"] if "target_l0" in options else 0)
             assert out.reconstruction.shape == shape
             assert out.codes.shape == (*shape[:-1], M)
             for name, parameter in sae.named_parameters():
@@ -165,7 +171,7 @@ def test_an_empty_batch_has_no_loss_and_moves_nothing(recipe, shape):
             for name, buffer in sae.named_buffers():
                 assert torch.equal(buffer, before[name]) or name == "activation.step", name
             assert sae.eval()(torch.zeros(shape)).loss == 0
-            assert sae.encode_held(torch.zeros(shape)).shape == (*shape[:-1], M)
+            assert sae.encode_sparse(torch.zeros(shape)).shape == (*shape[:-1], M)
 
 
 def test_codes_made_dense_carry_their_gradient():
@@ -180,31 +186,92 @@ def test_codes_made_dense_carry_their_gradient():
     torch.testing.assert_close(found, sae.architecture.W_enc.grad)
 
 
+def random_codes(share: float, shape=(9, 40), ordered: bool = True) -> SparseCodes:
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) < share)
+    codes = SparseCodes.from_dense(codes)
+    if ordered:
+        return codes
+    order = torch.randperm(len(codes.values), generator=g)
+    return SparseCodes(codes.values[order], codes.positions[order], shape)
+
+
 @pytest.mark.parametrize("chunk", [1024, 4, 1])
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.03, 1.0])
-def test_products_on_a_support(share, ordered, chunk, monkeypatch):
-    monkeypatch.setattr(support_module, "_TILE", 7)  # some tiles, the last one shorter
-    monkeypatch.setattr(support_module, "_CHUNK", chunk)
-    monkeypatch.setattr(support_module, "_PAIRS_A_ROW", 0)
-    g = torch.Generator().manual_seed(0)
-    mask = torch.rand(9, 40, generator=g) < share
-    positions = mask.flatten().nonzero()[:, 0]
-    if not ordered:
-        positions = positions[torch.randperm(len(positions), generator=g)]
-    support = Support(positions, 9, 40)
-    values = torch.randn(len(positions), generator=g)
-    z = torch.zeros(9 * 40).index_put((positions,), values).view(9, 40)
-    rows, x = torch.randn(40, D, generator=g), torch.randn(9, D, generator=g)
-    assert len(support._chunks) == (0 if chunk > 9 else -(-9 // chunk))
-    torch.testing.assert_close(support.dense(values), z)
-    torch.testing.assert_close(support.times_rows(values, rows), z @ rows)
-    torch.testing.assert_close(support.transposed_times((values, x)), z.T @ x)
-    both = support.transposed_times((values, x), (2 * values, 3 * x))
-    torch.testing.assert_close(both, 7 * z.T @ x)
-    torch.testing.assert_close(support.sampled(x, rows), (x @ rows.T).flatten()[positions])
-    torch.testing.assert_close(support.per_latent(values), z.sum(0))
-    assert torch.equal(support.count(values > 0), (z > 0).sum(0))
+def test_the_fast_operations_are_the_reference(share, ordered, chunk, monkeypatch):
+    monkeypatch.setattr(sparse_ops, "_TILE", 7)  # some tiles, the last one shorter
+    monkeypatch.setattr(sparse_ops, "_CHUNK", chunk)
+    monkeypatch.setattr(sparse_ops, "_PAIRS_A_ROW", 0)
+    codes = random_codes(share, ordered=ordered)
+    z, rows, x = codes.dense(), torch.randn(40, D), torch.randn(9, D)
+    assert len(sparse_ops._chunks(codes)) == (0 if chunk > 9 else -(-9 // chunk))
+    expected = {"mix": z @ rows, "accumulate": z.T @ x, "sample": (x @ rows.T).flatten()}
+    expected["sample"] = expected["sample"][codes.positions]
+    for ops in (Reference, CPU):
+        torch.testing.assert_close(ops.mix(codes, rows), expected["mix"])
+        torch.testing.assert_close(ops.accumulate(codes, x), expected["accumulate"])
+        torch.testing.assert_close(ops.sample(codes, x, rows), expected["sample"])
+        assert torch.equal(ops.count(codes, codes.values > 0), (z > 0).sum(0))
+    torch.testing.assert_close(codes.sum_tokens(codes.values), z.sum(0))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("dense_from_token", [None, 0, 15])
+def test_finding_block_by_block_is_finding_at_once(at_once, dense_from_token, monkeypatch):
+    monkeypatch.setattr(sparse_ops, "BLOCK", 7)
+    x, rows = tokens(20, D), tokens(40, D, seed=1)
+    seen = [0]
+
+    def choose(scores):
+        seen[0] += len(scores)
+        if dense_from_token is not None and seen[0] > dense_from_token:
+            return None
+        return (scores > 1).flatten().nonzero()[:, 0]
+
+    found = {}
+    for ops in (Reference, CPU):
+        seen[0] = 0
+        found[ops] = ops.find(x, lambda part, buffer: part @ rows.T, choose, at_once)
+    torch.testing.assert_close(found[CPU], found[Reference])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_counts_and_lookups_of_images(share):
+    codes = random_codes(share, (4, 6, 30))
+    z = codes.dense()
+    for ops in (Reference, CPU):
+        assert torch.equal(ops.count(codes, codes.values > 0.5), (z > 0.5).sum(1))
+        for latents in (torch.tensor([29, 0, 7]), torch.randint(0, 30, (4, 5))):
+            index = latents if latents.ndim == 1 else latents[:, None]
+            expected = z.gather(-1, index.expand(4, 6, -1))
+            assert torch.equal(ops.lookup(codes, latents), expected)
+    assert torch.equal(codes.count(), (z != 0).sum(1))
+    torch.testing.assert_close(codes.totals(), z.double().sum(1))
+
+
+def test_a_part_of_the_codes_is_that_part_of_the_dense_ones():
+    codes = random_codes(0.2, (5, 6, 30))
+    z, mask = codes.dense(), torch.tensor([True, False, False, True, True])
+    assert torch.equal(codes[3].dense(), z[3])
+    assert torch.equal(codes[1:4].dense(), z[1:4])
+    assert torch.equal(codes[mask].dense(), z[mask])
+    assert len(codes[5:]) == 0
+    small = codes[3].compact()
+    assert small.positions.dtype == torch.int32
+    assert small.nbytes == 8 * len(small.values)
+    assert torch.equal(small.dense(), z[3])
+    assert torch.equal(small.lookup(torch.tensor([2, 5])), z[3][:, [2, 5]])
+    assert torch.equal(codes.view(30, 30).dense(), z.view(30, 30))
+    assert torch.equal(codes.view(30, 30).csr().to_dense(), z.view(30, 30).double())
+    assert torch.equal((codes * torch.arange(30)).dense(), z * torch.arange(30))
+    assert torch.equal(
+        (codes * (torch.arange(30) < 9)).nonzero().dense(), z * (torch.arange(30) < 9)
+    )
+    by_latent = codes.view(30, 30).by_latent()
+    assert torch.equal(by_latent.dense(), z.view(30, 30))
+    assert (by_latent.latent.diff() >= 0).all()
+    assert torch.equal(by_latent.latent_edges().diff(), (z != 0).flatten(0, 1).sum(0))
 
 
 @pytest.mark.parametrize("m", [40, 39, 2048])
@@ -231,3 +298,43 @@ def test_largest_is_topk(m, k):
     assert torch.equal(values.sort().values, scores.topk(k).values.sort().values)
     assert torch.equal(values, scores.gather(1, indices))
     assert all(len(row.unique()) == k for row in indices)
+
+
+def evaluated(recipe: str) -> tuple[SAE, torch.Tensor]:
+    sae = build(recipe).double()
+    for parameter in sae.parameters():
+        if parameter.ndim == 1:  # biases start at 0, where one that is left out does not show
+            torch.nn.init.uniform_(parameter.data, -0.1, 0.1)
+    x = tokens(4, 5, D, dtype=torch.float64)
+    sae(x)
+    if recipe == "batch_topk":  # its threshold is one of these scores, which rounding may move
+        sae.activation.inference_threshold.mul_(1 - 1e-6)
+    return sae.eval(), x
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@torch.no_grad()
+def test_codes_and_reconstruction_are_those_of_encode_and_decode(recipe, sparse, monkeypatch):
+    monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", 1.0 if sparse else 0.0)
+    monkeypatch.setattr(sparse_ops, "BLOCK", 7)  # 20 tokens in three blocks
+    sae, x = evaluated(recipe)
+    found, codes, scale = sae.encode_sparse(x), sae.encode(x), sae.input_scale(x)
+    assert (found.positions.diff() > 0).all()
+    assert found.values.all()
+    assert (codes != 0).any()
+    assert found.shape == (4, 5, M)
+    torch.testing.assert_close(found.dense(), codes)
+    torch.testing.assert_close(sae.decode(found, scale), sae.decode(codes, scale))
+
+
+@torch.no_grad()
+def test_a_late_block_with_many_active_latents_makes_all_dense(monkeypatch):
+    monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", 0.5)
+    monkeypatch.setattr(sparse_ops, "BLOCK", 8)
+    sae = SAE(D, M, "linear", "relu", bias_init="zero").eval()
+    few, many = -sae.decoder_rows()[:1], sae.decoder_rows()[:1]
+    sae.architecture.W_enc.copy_(many.expand(M, -1) + 0.01 * torch.randn(M, D))
+    x = torch.cat([few.expand(16, -1), many.expand(4, -1)])[None]
+    found = sae.encode_sparse(x).dense()
+    torch.testing.assert_close(found, sae.encode(x))
+    assert (found[0, :16] != 0).float().mean() < 0.5 < (found[0, 16:] != 0).float().mean()

@@ -14,6 +14,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.evaluation.encoders import image_encoder as encoder_by_name
 from clipsae.evaluation.metrics import METRICS, Options
 from clipsae.evaluation.metrics.base import NEEDS
+from clipsae.evaluation.numbers import SETTINGS
 from clipsae.evaluation.passes import (
     POOLINGS,
     Batch,
@@ -25,7 +26,6 @@ from clipsae.evaluation.passes import (
 )
 from clipsae.evaluation.topn import (
     NO_SAE,
-    SETTINGS,
     Key,
     Predictions,
     TopN,
@@ -89,7 +89,7 @@ def evaluate(
     protocol: str = "paper",
     count_dataset: Any = None,
     count_threshold: float | Mapping[str, float] = 0.2,
-    settings: Sequence[str] = SETTINGS,
+    settings: Sequence[str] = tuple(SETTINGS),
     memory_gb: float = 4.0,
     metrics: Sequence[str] | None = None,
     image_encoder: str | Encoder | None = None,
@@ -121,11 +121,11 @@ def evaluate(
         memory_gb: bound on what waits for its class to be complete. The images of a class that
             needs more are encoded a second time instead, with the same results.
         metrics: names in `METRICS`, such as
-            "sparsity": l0, active, fvu, explained_variance, fvu_per_token, cosine, dead_fraction;
+            "sparsity": what `sparsity_values` returns;
             "dense": the same, with the suffix _dense, of the code without its selection;
             "cknna"; "orthogonality" (of the decoder);
             "monosemanticity": its mean, max and number of live latents;
-            "recovery": coverage, auroc, ... with the prefixes patch_ and image_.
+            "recovery": concepts_found, auroc, ... with the prefixes patch_ and image_.
             None: all for which there is what they need.
         image_encoder: for MonoSemanticity: a name (`encoders.image_encoder`), or a callable
             (images uint8 [B, 3, S, S], indices [B]) -> [B, e].
@@ -349,8 +349,8 @@ def _thresholds(saes: Mapping[str, SAE], given: float | Mapping[str, float]) -> 
     for name, value in given.items():
         if not value >= 0:
             raise ValueError(
-                f"count_threshold={value} for {name}: must be at least 0, or latents that are not "
-                "active would count"
+                f"count_threshold={value} for {name}: expected at least 0, or latents that are "
+                "not active would count"
             )
     return {name: float(given[name]) for name in saes}
 

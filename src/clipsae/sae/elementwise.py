@@ -10,18 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsae.sae.codes import SparseCodes
 from clipsae.sae.memory import empty
 
 _BLOCK = 2**20  # scores
 
 
-def blockwise(function: Callable[..., Tensor], scores: Tensor, *parameters: Tensor) -> Tensor:
-    """function(scores, *parameters), with its gradients, for scores [..., M] or [p].
+def elementwise(
+    function: Callable[..., Tensor], scores: Tensor | SparseCodes, *parameters: Tensor
+) -> Tensor | SparseCodes:
+    """function(scores, *parameters), with its gradients, of dense scores [..., M] or of the values
+    of sparse ones.
 
     Args:
         function: element by element, of scores [n, M] and parameters that fit them; of the scores'
             shape and dtype. It is called again for the gradients.
+        parameters: see `clipsae.sae.base.aligned`.
     """
+    if isinstance(scores, SparseCodes):
+        return scores.with_values(function(scores.values, *parameters))
     few = scores.numel() <= _BLOCK or scores.ndim < 2
     if few or scores.device.type != "cpu" or torch.compiler.is_compiling():
         return function(scores, *parameters)
@@ -60,8 +67,8 @@ class _Blockwise(torch.autograd.Function):
                     p.detach().requires_grad_(n) for p, n in zip(parameters, needed, strict=True)
                 ]
                 value = ctx.function(part, *own)
-            of = [part, *(p for p, n in zip(own, needed, strict=True) if n)]
-            found = torch.autograd.grad(value, of, g)
+            wanted = [part, *(p for p, n in zip(own, needed, strict=True) if n)]
+            found = torch.autograd.grad(value, wanted, g)
             result.copy_(found[0])
             for total, more in zip((s for s in sums if s is not None), found[1:], strict=True):
                 total += more

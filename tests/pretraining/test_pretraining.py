@@ -7,19 +7,17 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 
 from clipsae.clip import tiny
 from clipsae.data.scenes import KINDS
-from clipsae.training import contrastive, pretrain
-from clipsae.training.pretrain import PretrainConfig
-from run import ROOT
-
-TASK = OmegaConf.load(ROOT / "conf/task/pretrain.yaml").task
+from clipsae.pretraining import losses as contrastive
+from clipsae.pretraining import train as pretrain
+from clipsae.pretraining.__main__ import parse
+from clipsae.pretraining.train import PretrainConfig
 
 
 def small(**options) -> PretrainConfig:
-    cfg = PretrainConfig.from_config(TASK)
+    cfg = PretrainConfig()
     sizes = {"batch_size": 8, "steps": 4, "curriculum_steps": 3, "patch_steps": 3}
     every = {"checkpoint_every": 2, "evaluate_every": 1000, "evaluate_images": 8, "log_every": 2}
     return replace(cfg, **{**sizes, **every, "warmup_steps": 2, **options})
@@ -144,11 +142,25 @@ def test_the_model_is_a_function_of_the_seed():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("change", [{"precision": "fp16"}, {"weights": {"shape": 1.0}}])
-def test_wrong_options_are_refused(change):
-    options = {**OmegaConf.to_container(TASK), **change}
-    with pytest.raises(ValueError, match=f"task.{next(iter(change))}"):
-        PretrainConfig.from_config(OmegaConf.create(options))
+def test_options_of_the_command(tmp_path):
+    assert parse([])[:2] == (PretrainConfig(), 0)
+    cfg, seed, folder = parse(
+        f"--steps 3 --weights shape=1 --counts 1 0 0 --seed 7 --output {tmp_path}".split()
+    )
+    assert cfg == replace(
+        PretrainConfig(),
+        steps=3,
+        weights=PretrainConfig().weights | {"shape": 1.0},
+        counts=(1, 0, 0),
+    )
+    assert (seed, folder) == (7, tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["--precision fp16", "--weights form=1", "--steps 0"])
+def test_wrong_options_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        parse(wrong.split())
+    assert wrong.split()[0][2:] in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- stopping and continuing ---
@@ -192,17 +204,9 @@ def test_a_damaged_checkpoint_is_named_and_not_gone_on_from(tmp_path, caplog):
 
 
 def test_exported_weights_load_in_open_clip(tmp_path):
-    cfg = OmegaConf.create(
-        {
-            "task": {**OmegaConf.to_container(TASK), "steps": 2, "batch_size": 8},
-            "seed": 0,
-            "paths": {"output_dir": str(tmp_path)},
-        }
-    )
-    cfg.task.evaluate_images = 8
-    pretrain.run(cfg)
-    path = tmp_path / "pretrain" / "weights.safetensors"
+    pretrain.train(small(steps=2), 0, tmp_path)
+    path = tmp_path / "weights.safetensors"
     model = open_clip.create_model(tiny.register(), pretrained=str(path))
-    trained = torch.load(tmp_path / "pretrain" / "pretrain.ckpt", weights_only=True)["model"]
+    trained = torch.load(tmp_path / "pretrain.ckpt", weights_only=True)["model"]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, trained[name].half().float(), msg=name)

@@ -1,0 +1,70 @@
+"""What is known of each number that an evaluation yields: everything that shows one reads it here.
+
+A metric declares its numbers beside itself, as `NUMBERS`; `clipsae.evaluation.metrics.NUMBERS` has
+them all. This file needs no torch.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+# Settings of top-n classification.
+SETTINGS = {
+    "no_sae": "CLIP without an SAE",
+    "on": "only the class's n latents",
+    "off": "all but the class's n latents",
+    "self": "the image's own n latents (label-free)",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of a result.
+
+    Attributes:
+        key: its name in `metrics.csv`, and with the prefix `measure/` in W&B.
+        label: its name for a reader.
+        meaning: a definition; "": the label says it.
+        format: such as ".3f" or ".1%".
+        better: "max", "min", or "" where neither end is better by itself.
+        table: the report's table that has it: "sparsity" (the paper's Table 5), "interpretability"
+            (Table 6), "recovery"; "": none.
+        paper: its column in the paper's Table 5 or 6; "": the paper does not have it.
+        headline: whether the terminal and the model card show it.
+    """
+
+    key: str
+    label: str
+    meaning: str = ""
+    format: str = ".3f"
+    better: str = "max"
+    table: str = "sparsity"
+    paper: str = ""
+    headline: bool = False
+
+    @property
+    def digits(self) -> int:
+        """After the point, where it is not shown in percent."""
+        digits = int(self.format.strip(".%f"))
+        return digits + 2 if self.format.endswith("%") else digits
+
+
+def suffixed(numbers: Iterable[Number], suffix: str) -> tuple[Number, ...]:
+    """The same numbers of another code: keys with a suffix."""
+    return tuple(replace(n, key=f"{n.key}{suffix}", headline=False) for n in numbers)
+
+
+def current_names(values: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a result by the names that they have now.
+
+    In clipsae 0.1 `l0` was the share of zeros and `active` the number of active latents. Its
+    results have no `zero_fraction`, which stands beside every `l0` of today.
+    """
+    new = {
+        f"{level}_{old}": f"{level}_{name}"
+        for level in ("patch", "image")
+        for old, name in (("coverage", "concepts_found"), ("absorption", "merging"))
+    }
+    for suffix in ("", "_dense"):
+        if f"zero_fraction{suffix}" not in values:
+            new |= {f"l0{suffix}": f"zero_fraction{suffix}", f"active{suffix}": f"l0{suffix}"}
+    return {new.get(name, name): value for name, value in values.items()}

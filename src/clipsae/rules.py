@@ -1,0 +1,91 @@
+"""What a value may be, as a test and in words: the rules that options are checked by."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value may be, in words and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def require(name: str, value: Any, rule: Rule, hint: str = "") -> None:
+    """Raises ValueError unless the rule holds for an option's value; `hint` ends the message."""
+    if not rule.holds(value):
+        raise ValueError(f"{name}={value!r}: expected {rule.expected}{hint}")
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def whole(least: int | None = None, most: int | None = None, most_name: str = "") -> Rule:
+    """A whole number; `most_name` is what `most` is called."""
+    limits = "" if least is None else f", {least} or more"
+    if most is not None:
+        limits = f" from {least} to {most_name}{most}"
+    low, high = (-math.inf if least is None else least), (math.inf if most is None else most)
+    return Rule(f"a whole number{limits}", lambda v: is_whole(v) and low <= v <= high)
+
+
+def number(least: float | None = None, above: float | None = None) -> Rule:
+    limits = f", {least:g} or more" if least is not None else ""
+    limits += f" above {above:g}" if above is not None else ""
+    return Rule(
+        f"a number{limits}",
+        lambda v: is_number(v) and (least is None or v >= least) and (above is None or v > above),
+    )
+
+
+def share(expected: str, *, zero: bool = True, one: bool = True) -> Rule:
+    """A number from 0 to 1, with or without these; `expected` says so."""
+    return Rule(
+        expected, lambda v: is_number(v) and 0 <= v <= 1 and (zero or v > 0) and (one or v < 1)
+    )
+
+
+def one_of(*choices: Any) -> Rule:
+    said = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
+    words = list(dict.fromkeys(said))
+    # By type, too: 1 is not true.
+    return Rule(
+        f"{', '.join(words[:-1])} or {words[-1]}",
+        lambda v: any(v == choice and type(v) is type(choice) for choice in choices),
+    )
+
+
+def or_null(rule: Rule) -> Rule:
+    return Rule(f"{rule.expected}, or null", lambda v: v is None or rule.holds(v))
+
+
+def either(one: Rule, other: Rule) -> Rule:
+    return Rule(f"{one.expected}, or {other.expected}", lambda v: one.holds(v) or other.holds(v))
+
+
+def list_of(rule: Rule, least: int = 0) -> Rule:
+    more = f" of at least {least}" if least else ""
+    return Rule(
+        f"a list{more}, each {rule.expected}",
+        lambda v: isinstance(v, list) and len(v) >= least and all(map(rule.holds, v)),
+    )
+
+
+FLAG = one_of(True, False)
+TEXT = Rule("text", lambda v: isinstance(v, str) and v != "")
+NAME = Rule("a name", lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "")
+
+
+def near(word: Any, names: Iterable[str]) -> str:
+    """ " (did you mean NAME?)" where a name resembles the word, else nothing."""
+    found = get_close_matches(str(word), list(names), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -1,0 +1,224 @@
+"""Codes without their zeros: the one format that training, evaluation, metrics and pictures share.
+
+N tokens in all, M latents, p pairs of a token and a latent.
+"""
+
+import warnings
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipsae.sae.sparse_ops import backend, prefers_dense
+
+
+class SparseCodes:
+    """Codes [..., M] as pairs of a token and a latent, with a value each. All other codes are 0.
+
+        codes = sae.encode_sparse(x)         # x [B, T, d] -> codes [B, T, M]
+        sae.decode(codes, sae.input_scale(x))
+        codes.values, codes.token, codes.latent        # [p] each
+        codes.count(codes.values > 0.2)      # per image and latent: LongTensor [B, M]
+        codes.lookup(latents)                # LongTensor [B, n] -> their codes [B, T, n]
+        codes[3].compact()                   # one image [T, M], a copy of 8 bytes a pair
+
+    Args:
+        values: [p]. Zeros are allowed; negative values, too.
+        positions: [p], integers, token * M + latent, none twice. In any order; ascending where they
+            come from `SAE.encode_sparse` or `from_dense`, which `lookup` and indexing need.
+        shape: of the dense codes, (..., M). Tokens are counted through all but the last.
+    """
+
+    def __init__(self, values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> None:
+        self.values = values
+        self.positions = positions
+        self.shape = tuple(shape)
+        self._derived: dict[str, Any] = {}
+
+    @classmethod
+    def from_dense(cls, codes: Tensor) -> "SparseCodes":
+        """Of codes [..., M], without gradient."""
+        flat = codes.detach().reshape(-1)
+        positions = flat.nonzero()[:, 0]
+        return cls(flat[positions], positions, codes.shape)
+
+    def with_values(self, values: Tensor) -> "SparseCodes":
+        """The same pairs with other values [p]; what was derived from the pairs is shared."""
+        new = SparseCodes(values, self.positions, self.shape)
+        new._derived = self._derived
+        return new
+
+    def derived(self, name: str, make: Callable[[], Any]) -> Any:
+        """make(), a function of the pairs alone (such as a sorted order), kept by name."""
+        if name not in self._derived:
+            self._derived[name] = make()
+        return self._derived[name]
+
+    @property
+    def latents(self) -> int:
+        """M."""
+        return self.shape[-1]
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return prod(self.shape[:-1])
+
+    @property
+    def token(self) -> Tensor:
+        """Each pair's token among all N, [p]."""
+        return self.derived(
+            "token", lambda: torch.div(self.positions, self.latents, rounding_mode="floor")
+        )
+
+    @property
+    def latent(self) -> Tensor:
+        """Each pair's latent, [p]."""
+        return self.derived("latent", lambda: self.positions % self.latents)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.positions.nbytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def prefers_dense(self) -> bool:
+        """Whether dense products with `dense()` are faster."""
+        return prefers_dense(self.values, len(self.values), prod(self.shape))
+
+    def dense(self) -> Tensor:
+        """[..., M], differentiable."""
+        flat = self.values.new_zeros(prod(self.shape))
+        return flat.scatter(0, self.positions.long(), self.values).view(self.shape)
+
+    def sum(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Of all codes, a scalar."""
+        return self.values.sum(dtype=dtype)
+
+    def __mul__(self, factors: Tensor) -> "SparseCodes":
+        """Times a factor for each latent [M], such as a mask."""
+        return self.with_values(self.values * self.at_latent(factors))
+
+    def at_latent(self, numbers: Tensor) -> Tensor:
+        """[M] -> [p], each pair's by its latent; differentiable."""
+        return numbers.index_select(0, self.latent)
+
+    def at_token(self, numbers: Tensor) -> Tensor:
+        """[N] -> [p], each pair's by its token; differentiable."""
+        return numbers.index_select(0, self.token)
+
+    def sum_tokens(self, values: Tensor) -> Tensor:
+        """Sums of values [p] over each latent's tokens, [M]."""
+        return values.new_zeros(self.latents).index_add_(0, self.latent, values)
+
+    def count(self, where: Tensor | None = None) -> Tensor:
+        """Pairs of each latent, LongTensor [M] of codes [N, M], [B, M] of codes [B, T, M].
+
+        Args:
+            where: BoolTensor [p], which pairs; None: those whose value is not 0.
+        """
+        return backend(self.values).count(self, self.values != 0 if where is None else where)
+
+    def row_counts(self) -> Tensor:
+        """Pairs of each token, LongTensor [N]."""
+        return torch.bincount(self.token, minlength=self.tokens)
+
+    def totals(self) -> Tensor:
+        """Each latent's codes summed over tokens, float64 [M], or [B, M] of codes [B, T, M].
+
+        float64 sums of some hundred float32 values are exact unless the values differ by 2^20:
+        equal latents have equal totals in whatever order a device adds.
+        """
+        shape = (*self.shape[:-2], self.latents)
+        sums = torch.bincount(self.cell, self.values.double(), prod(shape))
+        return sums.double().view(shape)  # (whole numbers, where there is nothing to add)
+
+    @property
+    def cell(self) -> Tensor:
+        """Each pair's image and latent, image * M + latent; of codes [N, M] the latent, [p]."""
+        if len(self.shape) == 2:
+            return self.latent
+        image = torch.div(self.token, self.shape[-2], rounding_mode="floor")
+        return image * self.latents + self.latent
+
+    def lookup(self, latents: Tensor) -> Tensor:
+        """The codes of some latents: LongTensor [n] -> [..., n]; [B, n] -> [B, T, n], other ones
+        for each image."""
+        return backend(self.values).lookup(self, latents)
+
+    def __getitem__(self, index: int | slice | Tensor) -> "SparseCodes":
+        """One, consecutive, or by BoolTensor chosen images (or tokens, of codes [N, M])."""
+        if isinstance(index, Tensor):
+            new = index.cumsum(0) - 1
+            size = prod(self.shape[1:])
+            row = torch.div(self.positions, size, rounding_mode="floor")
+            kept = index[row]
+            positions = self.positions[kept] + (new[row[kept]] - row[kept]) * size
+            return SparseCodes(self.values[kept], positions, (int(index.sum()), *self.shape[1:]))
+        if isinstance(index, int):
+            start, stop, shape = index, index + 1, self.shape[1:]
+        else:
+            start, stop, _ = index.indices(len(self))
+            shape = (max(0, stop - start), *self.shape[1:])
+        size = prod(self.shape[1:])
+        ends = torch.tensor([start * size, stop * size], device=self.positions.device)
+        first, last = torch.searchsorted(self.positions, ends.to(self.positions.dtype)).tolist()
+        return SparseCodes(
+            self.values[first:last], self.positions[first:last] - start * size, shape
+        )
+
+    def view(self, *shape: int) -> "SparseCodes":
+        """The same codes in another shape with the same M; (-1, M) is all tokens in one row."""
+        new = self.with_values(self.values)
+        new.shape = (self.tokens, *shape[1:]) if shape[0] == -1 else shape
+        return new
+
+    def compact(self) -> "SparseCodes":
+        """A copy with int32 positions where they fit, that keeps no larger tensor alive."""
+        small = prod(self.shape) <= torch.iinfo(torch.int32).max
+        positions = self.positions.to(torch.int32 if small else torch.int64, copy=True)
+        return SparseCodes(self.values.clone(), positions, self.shape)
+
+    def nonzero(self) -> "SparseCodes":
+        """Without the pairs whose value is 0."""
+        kept = self.values.nonzero()[:, 0]
+        if len(kept) == len(self.values):
+            return self
+        return SparseCodes(self.values[kept], self.positions[kept], self.shape)
+
+    def csr(self) -> Tensor:
+        """A float64 sparse CSR matrix [N, M]; for ascending positions."""
+        edges = _edges(self.token, self.tokens)
+        return csr(edges, self.latent, self.values.double(), self.latents)
+
+    def by_latent(self) -> "SparseCodes":
+        """The same pairs sorted by latent, and by value within one."""
+        by_value = self.values.argsort(stable=True)
+        order = by_value[self.latent[by_value].argsort(stable=True)]
+        return SparseCodes(self.values[order], self.positions[order], self.shape)
+
+    def latent_edges(self) -> Tensor:
+        """Where each latent's pairs begin and end, LongTensor [M + 1]; of `by_latent`."""
+        return self.derived("latent edges", lambda: _edges(self.latent, self.latents))
+
+
+def _edges(index: Tensor, size: int) -> Tensor:
+    counts = torch.bincount(index, minlength=size)
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def csr(edges: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
+    """A sparse CSR matrix [R, width] whose row r holds the entries edges[r] .. edges[r + 1]."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        # Columns need not ascend within a row for products; checking them would cost a pass.
+        return torch.sparse_csr_tensor(
+            edges, columns, values, (len(edges) - 1, width), check_invariants=False
+        )

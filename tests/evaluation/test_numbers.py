@@ -1,0 +1,39 @@
+"""The record of each number, and the names that it once had."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from clipsae.evaluation.metrics import NUMBERS
+from clipsae.evaluation.numbers import current_names
+
+
+def test_keys_and_the_papers_columns_are_each_there_once():
+    assert len({n.key for n in NUMBERS}) == len(NUMBERS)
+    assert sorted(n.paper for n in NUMBERS if n.paper and not n.key.endswith("_dense")) == sorted(
+        ("l0", "fvu", "cs", "cknna", "do", "mean_ms", "max_ms")
+    )
+    for n in NUMBERS:
+        assert format(0.5, n.format)
+        assert n.better in ("max", "min", "")
+
+
+def test_results_of_0_1_are_read_with_the_right_meaning():
+    old = {"l0": 0.99, "active": 32.0, "l0_dense": 0.5, "active_dense": 512.0, "fvu": 0.1}
+    new = {"zero_fraction": 0.99, "l0": 32.0, "zero_fraction_dense": 0.5, "l0_dense": 512.0}
+    assert current_names(old) == {**new, "fvu": 0.1}
+    assert current_names(new) == new
+    assert current_names({"patch_coverage": 0.5, "image_absorption": 0.25}) == {
+        "patch_concepts_found": 0.5,
+        "image_merging": 0.25,
+    }
+
+
+def test_the_documentation_defines_each_headline_number():
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "numbers.md").read_text()
+    assert [n.key for n in NUMBERS if n.headline and f"`{n.key}`" not in page] == []
+
+
+def test_the_record_needs_no_torch():
+    code = "import sys, clipsae.evaluation.numbers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
