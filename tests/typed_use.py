@@ -8,7 +8,7 @@ from torch import Tensor
 from clipsae import SAE, FrozenCLIP, load
 from clipsae.clip import text_classifier
 from clipsae.data import ImageFolder
-from clipsae.evaluation import TopNResult, evaluate_topn
+from clipsae.evaluation import Evaluation, evaluate
 from clipsae.sae import ACTIVATIONS, Activation
 
 
@@ -29,8 +29,8 @@ def without_the_strongest(images: Tensor) -> Tensor:
     return clip.tail(sae.decode(codes, sae.input_scale(tokens)))
 
 
-def accuracy(folder: str) -> TopNResult:
+def accuracy(folder: str) -> Evaluation:
     clip = FrozenCLIP.load("clipsae-tiny", "builtin")
     dataset = ImageFolder(folder, image_size=clip.image_size)
     names = text_classifier(clip, dataset.classnames)
-    return evaluate_topn(clip, {"mine": load("my_sae")}, dataset, names, ns=(1, 5))
+    return evaluate(clip, {"mine": load("my_sae")}, dataset, names, ns=(1, 5))

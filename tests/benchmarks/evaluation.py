@@ -12,8 +12,7 @@ from torch.nn.functional import normalize
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.result import TopNResult
-from clipsae.evaluation.topn import evaluate_topn
+from clipsae.evaluation import Evaluation, evaluate
 from clipsae.sae import SAE
 from tests.benchmarks.images import images
 from tests.benchmarks.plain_topn import PlainTopN
@@ -44,10 +43,10 @@ def measure_evaluation(setup: Setup, report: Callable[[str], None]) -> dict[str,
         saes: dict[str, SAE],
         settings: Sequence[str] = ("no_sae", "on", "off"),
         ns: Sequence[int] = ns,
-    ) -> TopNResult:
-        return evaluate_topn(
+    ) -> Evaluation:
+        return evaluate(
             clip, saes, dataset, classifier,
-            ns=ns, settings=settings, count_threshold=0.0, batch_size=BATCH,
+            ns=ns, settings=settings, count_threshold=0.0, metrics=(), batch_size=BATCH,
         )  # fmt: skip
 
     one = {"sparsemax": sparsemax}
@@ -83,7 +82,7 @@ def measure_evaluation(setup: Setup, report: Callable[[str], None]) -> dict[str,
         "photos": setup.images is not None,
         "latents": sizes.latents,
         "ns": list(ns),
-        "active": found.l0["sparsemax"],
+        "active": _active(clip, sparsemax, dataset),
         "settings": len(same),
         "equal_settings": sum(same),
         "ours": ours["ours"],
@@ -95,6 +94,12 @@ def measure_evaluation(setup: Setup, report: Callable[[str], None]) -> dict[str,
         "another_sae": ours["two"] - ours["ours"],
         "rounds": times,
     }
+
+
+def _active(clip: FrozenCLIP, sae: SAE, dataset: Any) -> float:
+    """Mean number of active latents of a token."""
+    found = evaluate(clip, {"sae": sae}, dataset, metrics=["sparsity"], batch_size=BATCH)
+    return next(row["value"] for row in found.metrics if row["metric"] == "active")
 
 
 def _key(key: tuple[str, int | None]) -> tuple[str | None, str, int | None]:

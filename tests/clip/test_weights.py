@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clipsae.clip import FrozenCLIP, published
 from clipsae.clip.weights import Inert, read_weights
 from clipsae.errors import ConfigError
-from clipsae.evaluation.metrics.encoders import image_encoder
+from clipsae.evaluation.encoders import image_encoder
 
 NAMES = {True: "clipsae-test-w-quickgelu", False: "clipsae-test-w"}
 

@@ -132,7 +132,7 @@ def test_the_card_tells_the_results_of_its_store(tmp_path, make):
     put(tmp_path / "evaluation" / "one", folder.name, "results.csv", results)
     put(tmp_path / "evaluation" / "other", "another-sae", "results.csv", results)
     metrics = "dataset,images,metric,value\nshapes,50,fvu,0.125\nshapes,50,active,4.0\n"
-    put(tmp_path / "measurement" / "one", folder.name, "metrics.csv", metrics)
+    put(tmp_path / "evaluation" / "one", folder.name, "metrics.csv", metrics)
 
     card = model_card(sae, "someone/topk", folder)
     front = yaml.safe_load(card.split("---")[1])
@@ -147,7 +147,7 @@ def test_the_card_tells_the_results_of_its_store(tmp_path, make):
 
 
 def put(folder, sae, name, text):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").write_text(json.dumps({"key": {"sae": sae}}))
     (folder / name).write_text(text)
 

@@ -20,7 +20,7 @@ METRICS = {
 
 
 class FakeStore:
-    """Writes finished folders: `evaluation` and `measurement`."""
+    """Writes finished evaluations: of accuracies and numbers, or of numbers alone."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -61,9 +61,8 @@ class FakeStore:
             )
         folder = self._folder("evaluation", model, dataset, seed)
         pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
-        sparsity = METRICS if metrics is None else metrics
-        content = {"l0": sparsity.get("l0", 4.0), "sparsity": sparsity}
-        (folder / "diagnostics.json").write_text(json.dumps(content))
+        numbers = METRICS if metrics is None else metrics
+        self._metrics(folder, about, numbers, image_encoder="tiny", pooling="mean")
         return self._finish(folder, about, finished, more)
 
     def measurement(
@@ -80,22 +79,17 @@ class FakeStore:
         pooling: str = "mean",
         **more: Any,
     ) -> Path:
-        """A measurement with metrics by name."""
+        """An evaluation without accuracies: metrics by name."""
         about = self._about(model, dataset, latents, k, seed, more)
-        rows = [
-            {
-                **about,
-                "images": 1000,
-                "image_encoder": image_encoder,
-                "pooling": pooling,
-                "metric": name,
-                "value": value,
-            }
-            for name, value in values.items()
-        ]
-        folder = self._folder("measurement", model, dataset, seed)
-        pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
+        folder = self._folder("evaluation", model, dataset, seed)
+        self._metrics(folder, about, values, image_encoder=image_encoder, pooling=pooling)
         return self._finish(folder, about, finished, more)
+
+    def _metrics(self, folder: Path, about: dict[str, Any], values: dict[str, float], **more: Any):
+        about = {**about, "images": 1000, **more}
+        rows = [{**about, "metric": name, "value": value} for name, value in values.items()]
+        if rows:
+            pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
 
     def sae(self, name: str, key: dict[str, Any]) -> str:
         """The record of a trained SAE."""

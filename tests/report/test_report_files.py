@@ -150,20 +150,24 @@ def test_files_of_an_earlier_report_go_and_other_files_stay(store):
     assert (store.root / "evaluation").is_dir()
 
 
+def sparsity(l0, fvu):
+    return {"l0": l0, "zero_fraction": 1 - l0 / 128, "fvu": fvu}
+
+
 def test_findings_follow_the_data(store):
     accuracies = {"a": (10.0, 30.0), "b": (20.0, 16.0), "c": (15.0, 23.0)}
     for dataset, (relu, sparse) in accuracies.items():
         store.evaluation(
-            "relu", dataset, {"on_5": relu, "on_10": 50.0}, metrics={"l0": 100.0, "fvu": 0.1}
+            "relu", dataset, {"on_5": relu, "on_10": 50.0}, metrics=sparsity(100.0, 0.1)
         )
         store.evaluation(
             "sparsemax",
             dataset,
             {"on_5": sparse, "on_10": 40.0},
-            metrics={"l0": 15, "fvu": 0.2},
+            metrics=sparsity(15, 0.2),
         )
     for k, accuracy in ((8, 30.0), (16, 33.0), (32, 35.0)):
-        store.evaluation("topk", "a", {"on_10": accuracy}, k=k, metrics={"l0": k, "fvu": 0.3})
+        store.evaluation("topk", "a", {"on_10": accuracy}, k=k, metrics=sparsity(k, 0.3))
     report, _ = write(store)
     text = " ".join(report.findings)
     # TopK, which has one of the datasets, takes the other two away from nobody.

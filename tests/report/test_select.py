@@ -96,27 +96,30 @@ def test_the_eleven_are_expected_once_one_of_them_has_a_result(store):
     assert choose(store, datasets=("dtd",)).datasets == ("dtd",)
 
 
-def test_metrics_of_0_1_have_todays_names_and_meanings(store):
-    folder = store.evaluation("relu", "scenes", {"on_5": 1.0})
-    old = {"active": 5.0, "sparsity": {"l0": 0.96, "active": 5.0, "fvu": 0.5}}
-    (folder / "diagnostics.json").write_text(json.dumps(old))
-    store.measurement("topk", "scenes", {"l0": 0.75, "active": 32.0}, k=32)
-    metrics = choose(store).metrics.set_index(["model", "metric"]).value.to_dict()
-    assert metrics == {
-        ("relu", "l0"): 5.0,
-        ("relu", "zero_fraction"): 0.96,
-        ("relu", "fvu"): 0.5,
-        ("topk", "zero_fraction"): 0.75,
-        ("topk", "l0"): 32.0,
-    }
-
-
-def test_measurements_win_over_the_evaluations_own_metrics(store):
-    store.evaluation("relu", "scenes", {"on_5": 1.0}, metrics={"cosine": 0.5, "fvu": 0.25})
-    store.measurement("relu", "scenes", {"cosine": 0.75, "cknna": 0.5}, finished=1)
+def test_the_newest_of_each_number_counts(store):
+    first = {"cosine": 0.5, "fvu": 0.25}
+    store.evaluation("relu", "scenes", {"on_5": 1.0}, metrics=first, finished=1)
+    store.measurement("relu", "scenes", {"cosine": 0.75, "cknna": 0.5}, finished=2)
     store.measurement("relu", "scenes", {"cknna": 0.25}, finished=9)
     metrics = choose(store).metrics.set_index("metric").value
-    assert metrics.to_dict() == {"cosine": 0.75, "cknna": 0.25, "fvu": 0.25, "l0": 4.0}
+    assert metrics.to_dict() == {"cosine": 0.75, "cknna": 0.25, "fvu": 0.25}
+
+
+def test_measurements_of_an_earlier_version_are_named_in_one_line(store):
+    folder = store.measurement("relu", "scenes", {"l0": 0.75})
+    old = store.root / "measurement" / folder.name
+    old.parent.mkdir()
+    folder.rename(old)
+    found = collect(store.root)
+    (line,) = found.problems
+    assert "1 of an earlier version" in line
+    assert found.measurements.empty
+
+
+def test_metrics_of_0_1_have_todays_names_and_meanings(store):
+    store.measurement("topk", "scenes", {"l0": 0.75, "active": 32.0}, k=32)
+    metrics = choose(store).metrics.set_index("metric").value
+    assert metrics.to_dict() == {"zero_fraction": 0.75, "l0": 32.0}
 
 
 @pytest.mark.parametrize(
@@ -125,8 +128,7 @@ def test_measurements_win_over_the_evaluations_own_metrics(store):
         ("results.csv", "model,dataset\nrelu,scenes\n", "lacks the columns clip"),
         ("results.csv", "", "No columns"),
         ("results.csv", "\x00\x01,,\n\n", ""),
-        ("diagnostics.json", "{", "Expecting"),
-        ("diagnostics.json", "{}", "l0"),
+        ("metrics.csv", "model,dataset\nrelu,scenes\n", "lacks the columns clip"),
         ("config.yaml", "a: [", ""),
         ("config.yaml", "- 1\n", "expected mappings"),
         ("meta.json", "[]", "expected mappings"),
@@ -146,7 +148,7 @@ def test_a_folder_that_cannot_be_read_is_named_in_one_line(store, name, content,
 
 
 def test_a_missing_file_and_text_in_place_of_a_number_are_problems_too(store):
-    folder = store.evaluation("relu", "scenes", {"on_5": 1.0})
+    folder = store.evaluation("relu", "scenes", {"on_5": 1.0}, metrics={})
     (folder / "results.csv").unlink()
     folder = store.measurement("relu", "scenes", {"fvu": 1.0})
     text = (folder / "metrics.csv").read_text().replace("1.0", "much")

@@ -97,7 +97,7 @@ def numbers(store: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for file in store.glob("sae/[!.]*/sae.safetensors"):
         found[f"sae/{file.parent.name}"] = file.read_bytes()
-    for kind, name in (("evaluation", "results.csv"), ("measurement", "metrics.csv")):
-        for file in store.glob(f"{kind}/[!.]*/{name}"):
-            found[f"{kind}/{file.parent.name}"] = pd.read_csv(file).to_csv()
+    for name in ("results.csv", "metrics.csv"):
+        for file in store.glob(f"evaluation/[!.]*/{name}"):
+            found[f"{file.parent.name}/{name}"] = pd.read_csv(file).to_csv()
     return found

@@ -48,14 +48,13 @@ ALL = [
     "dataset.size=60",
     "evaluation.settings=[no_sae,on]",
 ]
-KINDS = ("features", "sae", "classifier", "evaluation", "measurement")
+KINDS = ("features", "sae", "classifier", "evaluation")
 # What is killed -> the kinds whose unfinished folder shows that it is being made, the overrides.
 WORK = {
     "cache": (("shards", "features"), ["task=cache", *CACHE]),
     "training": (("sae",), ALL),
     "checkpoint": (("sae",), [*ALL, "callbacks.checkpoint_every_n_steps=1"]),
     "evaluation": (("evaluation",), ALL),
-    "measurement": (("measurement",), ALL),
 }
 
 

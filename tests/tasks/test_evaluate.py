@@ -60,7 +60,7 @@ def test_the_benchmark_on_a_foreign_sae_gives_the_numbers_of_the_same_sae_of_our
     assert [set(table.model) for table in tables] == [{"ours"}, {"theirs"}]
     assert tables[0].accuracy.tolist() == tables[1].accuracy.tolist()
     assert set(tables[0].latents) == {64}
-    numbers = [pd.read_csv(f).set_index("metric") for f in out.glob("measurement/*/metrics.csv")]
+    numbers = [pd.read_csv(f).set_index("metric") for f in out.glob("evaluation/*/metrics.csv")]
     assert numbers[0].value["l0"] == numbers[1].value["l0"] == pytest.approx(6)
     # The imported SAE lies in the store as a trained one does, and may be imported again.
     for stored in out.glob("sae/*"):

@@ -38,8 +38,11 @@ def evaluation(root: Path, model: str, dataset: str, accuracy: float, **more) ->
         for setting, n in (("no_sae", None), ("on", 5), ("on", 2048))
     ]
     pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
-    sparsity = {"zero_fraction": 0.9, "l0": 5.0, "fvu": 0.1}
-    (folder / "diagnostics.json").write_text(json.dumps({"l0": 5.0, "sparsity": sparsity}))
+    about = {**rows[0], "image_encoder": "tiny", "pooling": "mean"}
+    numbers = {"zero_fraction": 0.9, "l0": 5.0, "fvu": 0.1}.items()
+    pd.DataFrame([{**about, "metric": m, "value": v} for m, v in numbers]).to_csv(
+        folder / "metrics.csv", index=False
+    )
     config = {"clip": {"name": "clipsae-tiny", "pretrained": "builtin", "layer": -2}}
     if dataset == "photos":
         target = "clipsae.data.ImageFolder"

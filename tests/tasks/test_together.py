@@ -16,7 +16,7 @@ from clipsae.store import Stage, Store
 from clipsae.store.files import checkpoint_step
 from clipsae.store.lease import begin
 from clipsae.tasks import build, together
-from clipsae.tasks.stages import evaluation, measurement, sae
+from clipsae.tasks.stages import evaluation, sae
 from clipsae.tasks.together import EVALUATE, RETRY, TRAIN, Need, Turns, by_stream, meet
 from run import ROOT
 
@@ -234,10 +234,7 @@ def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, make):
     ) == [[0, 2], [1, 7], [3], [4], [5], [6]]
 
 
-@pytest.mark.parametrize("kind", ["evaluation", "measurement"])
-def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(
-    tmp_path, make, clip, monkeypatch, kind
-):
+def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(tmp_path, make, clip, monkeypatch):
     images = ScenesDataset(kind="shape", split="test", size=24)
     classifier = torch.randn(8, clip.embed_dim, generator=torch.Generator().manual_seed(0))
     few = ["evaluation.ns=[1,5]", "measurement.metrics=[sparsity,cknna,monosemanticity]"]
@@ -250,23 +247,21 @@ def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(
         )
     ]
     passes = []
-    stage, name = {
-        "evaluation": (evaluation, "evaluate_topn"),
-        "measurement": (measurement, "measure"),
-    }[kind]
-    run = getattr(stage, name)
-    monkeypatch.setattr(
-        stage, name, lambda c, saes, *a, **k: passes.append(len(saes)) or run(c, saes, *a, **k)
-    )
+    run = evaluation.evaluate
+
+    def counted(clip, saes, *args, **options):
+        passes.append(len(saes))
+        return run(clip, saes, *args, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", counted)
 
     def job(i: int, folder: Path):
-        text = [classifier] if kind == "evaluation" else []
         folder.mkdir()
         trained, own = (
             Store(tmp_path).stage("sae", [str(i)], {}),
-            Store(tmp_path).stage(kind, [], {}),
+            Store(tmp_path).stage("evaluation", [], {}),
         )
-        return lambda: stage.make(cells[i].cfg, clip, trained, *text, images, own, folder)
+        return lambda: evaluation.make(cells[i].cfg, clip, trained, classifier, images, own, folder)
 
     for i, cell in enumerate(cells):
         of = SAE(d=clip.width, **build.sae_options(cell.cfg))
@@ -276,7 +271,7 @@ def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(
     assert passes == [1, 1, 1, 3]
     for i in range(3):
         found = {path.name: path.read_bytes() for path in (tmp_path / f"shared{i}").iterdir()}
-        assert len(found) >= 3
+        assert len(found) == 6
         for path in (tmp_path / f"alone{i}").iterdir():
             assert found[path.name] == path.read_bytes(), path
 

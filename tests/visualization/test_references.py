@@ -9,7 +9,7 @@ import torch
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
 from clipsae.evaluation.metrics import monosemanticity
-from clipsae.evaluation.metrics.truth import (
+from clipsae.evaluation.truth import (
     PATCH_ATTRIBUTES,
     concept_names,
     image_concepts,
@@ -19,6 +19,7 @@ from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
 from clipsae.visualization.collector import NAMED, Collector, bits_over_chance
 from clipsae.visualization.references import BIN_EDGES, BINS, Shown
+from tests.evaluation.batches import batch_of, sae_of
 
 B, P, M, K = 23, 6, 15, 4
 SHOWN = Shown("made up", "test", B, (2, 3), ["a", "b", "c"], [], None)
@@ -42,8 +43,8 @@ def test_patches_are_the_last_tokens_however_many_come_before(others):
     patches = codes[:, 1:]
     before = torch.full((B, others, M), 0.0)
     before[..., 2:] = 0.25  # the same on every image: the order stays that of the patches
-    collector = Collector(M, P, top=K)
-    collector.update(torch.cat([before, patches], dim=1), labels, torch.arange(B))
+    collector = Collector(sae_of(M), P, top=K)
+    collector.update(batch_of(torch.cat([before, patches], dim=1), labels=labels))
     found = collector.references(SHOWN)
     assert found.alive.any()
     for m in range(M):
@@ -65,9 +66,9 @@ def test_patches_are_the_last_tokens_however_many_come_before(others):
 def test_a_stream_of_batches_gives_what_a_full_sort_gives(seed, ties, sizes):
     codes, labels = made_up(seed, ties)
     indices = torch.arange(B) * 3  # not every image of the dataset
-    collector = Collector(M, P, top=K)
+    collector = Collector(sae_of(M), P, top=K)
     for part in torch.arange(B).split(sizes):
-        collector.update(codes[part], labels[part], indices[part])
+        collector.update(batch_of(codes[part], labels=labels[part], indices=indices[part]))
     found = collector.references(SHOWN)
 
     means = codes.mean(dim=1)
@@ -121,8 +122,8 @@ def check_labels(found, m, top, means, labels):
 
 def test_files_hold_everything(tmp_path):
     codes, labels = made_up(0, ties=False)
-    collector = Collector(M, P, top=K)
-    collector.update(codes, labels, torch.arange(B))
+    collector = Collector(sae_of(M), P, top=K)
+    collector.update(batch_of(codes, labels=labels))
     found = collector.references(SHOWN)
     found.save(tmp_path)
     again = References.load(tmp_path)
@@ -182,13 +183,12 @@ def named(active: list[list[float]]) -> list[tuple[str | None, float, float]]:
         truth[i, :6, int(plain)] = True
         truth[i, :6, 3 - int(small)] = True
         truth[i, 6:, 4] = True
-    collector = Collector(
-        len(active), 10, top=2, patch_concepts=NAMES, image_concepts=["count=one"]
-    )
+    concepts = {"patch_concepts": NAMES, "image_concepts": ["count=one"]}
+    collector = Collector(sae_of(len(active)), 10, top=2, **concepts)
     for part in torch.arange(40).split(7):
-        zero = torch.zeros(len(part), dtype=torch.long)
         one = torch.ones(len(part), 1, dtype=torch.bool)
-        collector.update(codes[part], zero, part, None, truth[part], one)
+        known = {"patch_truth": truth[part], "image_truth": one}
+        collector.update(batch_of(codes[part], indices=part, **known))
     concepts = [*NAMES, "count=one"]
     of = collector.references(Shown("made up", "test", 40, (2, 5), ["a"], concepts, None))
     assert of.base.tolist() == pytest.approx([0.2, 0.8, 0.25, 0.75, 1.0, 1.0])
@@ -303,14 +303,14 @@ def test_an_interrupted_pass_goes_on_to_the_same_result(world, tmp_path):
     class Cut(RuntimeError):
         pass
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, what: str) -> None:
         if done >= 24:
             raise Cut
 
     with pytest.raises(Cut):
         collect(world, scratch=scratch, save_every_seconds=0, progress=stop)
     seen = []
-    again = collect(world, scratch=scratch, progress=lambda done, total: seen.append(done))
+    again = collect(world, scratch=scratch, progress=lambda done, total, what: seen.append(done))
     assert seen == [24, 30]  # the batches of the first 16 images are not read again
     for name, of in whole.items():
         for field in ("values", "index", "maps", "histogram", "frequency", "concept"):

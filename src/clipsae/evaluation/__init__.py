@@ -1,15 +1,12 @@
-"""What an SAE's concepts are worth: top-n classification, sparsity, reconstruction."""
+"""What an SAE's concepts are worth: top-n classification, sparsity, fidelity, monosemanticity."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipsae.evaluation.result import TopNResult
-    from clipsae.evaluation.sparsity import SparsityMetrics
-    from clipsae.evaluation.topn import check_topn_options, evaluate_topn
+    from clipsae.evaluation.run import Evaluation, check_metrics, evaluate
+    from clipsae.evaluation.topn import check_topn_options
 
-__all__ = ["SparsityMetrics", "TopNResult", "check_topn_options", "evaluate_topn"]
-
-_WHERE = {"SparsityMetrics": "sparsity", "TopNResult": "result"}
+__all__ = ["Evaluation", "check_metrics", "check_topn_options", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +15,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_WHERE.get(name, 'topn')}"), name)
+    module = "topn" if name == "check_topn_options" else "run"
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -15,152 +15,31 @@ and decoder run once per image. The few latents' codes are looked up (found agai
 with their rows, one that lies at the threshold could change sides); off_n is the whole less on_n,
 as decoding is linear. All that runs per setting is the tail, a sixth of a block at layer -2.
 
-B images, T tokens of an image, d width, e embedding size, M latents, C classes, n latents kept.
+B images, T tokens of an image, d width, M latents, C classes, N images of the split, n latents
+kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipsae.clip import FrozenCLIP
-from clipsae.data.loader import image_batches
 from clipsae.evaluation.numbers import SETTINGS
-from clipsae.evaluation.passes import evenly_spaced, in_eval_mode
-from clipsae.evaluation.result import NO_SAE, TopNResult, make_rows, per_class_accuracy
-from clipsae.evaluation.single import Predictions, SingleSAE
-from clipsae.sae import SAE
+from clipsae.evaluation.passes import Batch, Stream, predict
+from clipsae.evaluation.ranking import ClassRankings, top_latents
+from clipsae.sae import SAE, SparseCodes
 
 PROTOCOLS = ("paper", "heldout")
 
-Progress = Callable[[int, int], None]
-
-
-@torch.no_grad()
-def evaluate_topn(
-    clip: FrozenCLIP,
-    saes: Mapping[str, SAE],
-    dataset: Any,
-    classifier: Tensor,
-    *,
-    ns: Sequence[int] = (1, 5, 10, 50),
-    protocol: str = "paper",
-    count_dataset: Any = None,
-    count_threshold: float | Mapping[str, float] = 0.2,
-    settings: Sequence[str] = tuple(SETTINGS),
-    batch_size: int = 32,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
-    limit_images: int | None = None,
-    memory_gb: float = 4.0,
-    sparsity: bool = False,
-    progress: Progress | None = None,
-) -> TopNResult:
-    """Evaluate SAEs of one layer of one CLIP on one dataset, all on the same stream of images.
-
-    Args:
-        saes: by name; each has its own M and reads tokens of `clip.prefix`.
-        dataset: the evaluated split: `labels` LongTensor [N], items (uint8 [3, S, S], label).
-        classifier: [C, e], a row per class index, of unit length or not (then longer rows win).
-        ns: how many latents are kept; M is added for `on` and `off`.
-        protocol: "paper" counts on the evaluated split itself, which is the published number;
-            "heldout" counts on `count_dataset`.
-        count_threshold: a (token, latent) pair counts if its code is larger; one for all SAEs or
-            one for each by name. 0.2 was tuned for codes of unnormalised tokens.
-        settings: which of no_sae, on, off, self.
-        device: moves the models there; None: where `clip` is.
-        limit_images: that many images only, evenly spaced over the classes (both splits).
-        memory_gb: bound on what waits for its class to be complete. The images of a class that
-            needs more are encoded a second time instead, with the same results.
-        sparsity: also collect the corpus metrics of `SparsityMetrics` on the evaluated split.
-        progress: called with (images done, images in all), over the passes known so far.
-
-    Raises:
-        ValueError: an unknown protocol or setting, n < 1, a missing or superfluous
-            `count_dataset`, thresholds for SAEs that are not there, labels beyond the classifier,
-            no images.
-    """
-    thresholds = _thresholds(saes, count_threshold)
-    check_topn_options(ns, protocol, settings)
-    if (protocol == "heldout") != (count_dataset is not None):
-        raise ValueError(
-            f"protocol={protocol!r} with count_dataset={count_dataset!r}: heldout counts on "
-            "another split, given as count_dataset; paper counts on the evaluated one"
-        )
-    device = clip.device if device is None else torch.device(device)
-    clip.to(device)
-    classes = len(classifier)
-    indices = _by_class(dataset, limit_images, classes)
-    counted = [] if count_dataset is None else _by_class(count_dataset, limit_images, classes)
-    predictions = Predictions(clip, classifier.to(device), len(dataset.labels))
-    runs = [
-        SingleSAE(
-            name,
-            sae.to(device),
-            predictions,
-            ns=ns,
-            settings=settings,
-            count_threshold=thresholds[name],
-            batch_size=batch_size,
-            memory=memory_gb * 2**30 / len(saes),
-            sparsity=sparsity,
-        )
-        for name, sae in saes.items()
-        if set(settings) - {"no_sae"}
-    ]
-
-    done = total = 0
-
-    def batches(source: Any, of: list[int]) -> Iterator[tuple[Tensor, list[int], Tensor]]:
-        nonlocal done, total
-        total += len(of)
-        for images, labels, found in image_batches(source, batch_size, num_workers, of):
-            yield clip.prefix(clip.normalize(images)), labels.tolist(), found
-            done += len(found)
-            if progress is not None:
-                progress(done, total)
-
-    with in_eval_mode(saes.values()):
-        if protocol == "heldout" and runs:
-            for tokens, labels, _ in batches(count_dataset, counted):
-                for run in runs:
-                    run.count(tokens, labels)
-            for run in runs:
-                run.pass_is_over()
-        for tokens, labels, found in batches(dataset, indices):
-            if "no_sae" in settings:
-                predictions.add(NO_SAE, tokens, found)
-            for run in runs:
-                run.evaluate(tokens, labels, found, counting=protocol == "paper")
-        for run in runs:
-            run.pass_is_over()
-        again = {index for run in runs for index in run.postponed}
-        if again:
-            for tokens, labels, found in batches(dataset, [i for i in indices if i in again]):
-                for run in runs:
-                    run.evaluate_ranked(tokens, labels, found)
-    return _result(predictions, runs, torch.as_tensor(dataset.labels), settings, protocol)
-
-
-def _thresholds(saes: Mapping[str, SAE], given: float | Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(given, Mapping):
-        given = dict.fromkeys(saes, given)
-    if set(given) != set(saes):
-        raise ValueError(
-            f"count_threshold for {sorted(given)}: expected one for each SAE, {sorted(saes)}"
-        )
-    for name, value in given.items():
-        if not value >= 0:
-            raise ValueError(
-                f"count_threshold={value} for {name}: expected at least 0, or latents that are "
-                "not active would count"
-            )
-    return {name: float(given[name]) for name in saes}
+# (sae, setting, n), such as ("topk", "on", 5).
+Key = tuple[str | None, str, int | None]
+NO_SAE: Key = (None, "no_sae", None)
 
 
 def check_topn_options(ns: Sequence[int], protocol: str, settings: Sequence[str]) -> None:
-    """Refuse what `evaluate_topn` would, without anything else at hand.
+    """Refuse what a top-n evaluation would, without anything else at hand.
 
     Raises:
         ValueError: no or wrong numbers of latents, an unknown protocol or setting.
@@ -174,43 +53,219 @@ def check_topn_options(ns: Sequence[int], protocol: str, settings: Sequence[str]
         raise ValueError(f"settings={list(settings)}: expected some of {', '.join(SETTINGS)}")
 
 
-def _by_class(dataset: Any, limit: int | None, classes: int) -> list[int]:
-    """Indices of the images to visit, class by class, in their own order within a class."""
-    labels = torch.as_tensor(dataset.labels)
-    if not len(labels):
-        raise ValueError("the dataset has no images: expected at least one")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"labels from {int(labels.min())} to {int(labels.max())} with a classifier of "
-            f"{classes} classes: expected 0..{classes - 1}"
-        )
-    chosen = torch.tensor(evenly_spaced(labels, limit))
-    return chosen[labels[chosen].argsort(stable=True)].tolist()
+class Predictions:
+    """The predicted class of each of N images in every setting; -1 where there is none."""
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+        self.by_key: dict[Key, Tensor] = {}
+
+    def add(self, key: Key, predicted: Tensor, indices: Tensor) -> None:
+        """Of the images `indices`, LongTensor [B]."""
+        if key not in self.by_key:
+            self.by_key[key] = torch.full((self.images,), -1)
+        self.by_key[key][indices] = predicted.cpu()
 
 
-def _result(
-    predictions: Predictions,
-    runs: list[SingleSAE],
+@dataclass(frozen=True)
+class _Waiting:
+    """An image whose settings are yet to be run."""
+
+    label: int
+    index: int
+    reconstruction: Tensor
+    scale: Tensor
+    own: Tensor | None
+    codes: SparseCodes | None
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.reconstruction, self.scale, self.own, self.codes)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+class TopN:
+    """The settings of one SAE.
+
+    Args:
+        ns: numbers of latents; those below M are ranked, M is the whole dictionary.
+        settings: those of `on`, `off`, `self` that are wanted.
+        count_threshold: a (token, latent) pair counts if its code is larger.
+        counting: the evaluated images are what is counted, too. Otherwise `count` comes first.
+        memory: bytes that images which wait for their class may take. The images of a class that
+            needs more are listed in `postponed`, to be given to `update` again, after `close`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sae: SAE,
+        stream: Stream,
+        predictions: Predictions,
+        *,
+        ns: Sequence[int],
+        settings: Sequence[str],
+        count_threshold: float,
+        counting: bool,
+        memory: float,
+    ) -> None:
+        assert stream.classifier is not None
+        self.name = name
+        self.sae = sae
+        self.stream = stream
+        self.predictions = predictions
+        self.settings = settings
+        self.count_threshold = count_threshold
+        self.counting = counting
+        self.memory = memory
+        device = stream.classifier.device
+        self.latents: int = sae.config["latents"]
+        self.ns = sorted({n for n in ns if n < self.latents})
+        self.most = max(self.ns, default=0)
+        self.ranks = bool(self.ns) and bool({"on", "off"} & set(settings))
+        self.rankings = ClassRankings(len(stream.classifier), self.latents, self.most, device)
+        self.postponed: set[int] = set()
+        self._too_large: int | None = None
+        self._waiting: list[_Waiting] = []
+        self._above, self._active = torch.zeros(2, dtype=torch.long, device=device).unbind()
+
+    @property
+    def keys(self) -> list[Key]:
+        """All settings in the order of the result's rows."""
+        ns = {"on": [*self.ns, self.latents], "off": [*self.ns, self.latents], "self": self.ns}
+        return [(self.name, s, n) for s in ns if s in self.settings for n in ns[s]]
+
+    @property
+    def share_above_threshold(self) -> float:
+        """Of the active pairs that were counted; 0 of none."""
+        return (self._above / self._active.clamp(min=1)).item()
+
+    def count(self, batch: Batch) -> None:
+        """Count the latents of images, given in the order of their classes."""
+        counts = batch.counts(self.count_threshold)
+        self._above += counts.sum()
+        self._active += len(batch.sparse.values)
+        self.rankings.add(batch.labels.tolist(), counts, batch.sums)
+
+    def update(self, batch: Batch) -> None:
+        """Run the settings on images, given in the order of their classes, or have them wait."""
+        if self.counting:
+            self.count(batch)
+        own: list[Tensor | None] = [None] * len(batch.labels)
+        codes: list[SparseCodes | None] = [None] * len(batch.labels)
+        if self.ns and {"on", "off", "self"} & set(self.settings):
+            codes = [*batch.image_codes()]
+            if "self" in self.settings:
+                own = list(top_latents(batch.sums, self.most))
+        places = zip(batch.labels.tolist(), batch.indices.tolist(), own, codes, strict=True)
+        for i, (label, index, best, of) in enumerate(places):
+            if label == self._too_large:
+                self.postponed.add(index)
+            else:
+                # Copies of the rows: views would hold the whole batch.
+                streams = batch.reconstruction[i].clone(), batch.scale[i].clone()
+                self._waiting.append(_Waiting(label, index, *streams, best, of))
+        self._run(at_least=self.stream.batch_size)
+        if self._bytes() > self.memory:
+            self._run(at_least=1)
+        if self._bytes() > self.memory:
+            self.postponed |= {image.index for image in self._waiting}
+            self._too_large = self.rankings.open
+            self._waiting = []
+
+    def close(self) -> None:
+        """The last class is complete: all that waits is run, and nothing is counted any more."""
+        self.rankings.close()
+        self._run(at_least=1)
+        self.counting, self._too_large = False, None
+
+    def _bytes(self) -> int:
+        return sum(image.nbytes for image in self._waiting)
+
+    def _run(self, at_least: int) -> None:
+        """Run the images whose class is complete, in batches across classes."""
+        size = self.stream.batch_size
+        waits = self.rankings.open if self.ranks else None
+        ready = sum(image.label != waits for image in self._waiting)
+        while ready >= at_least:
+            batch, self._waiting = (
+                self._waiting[: min(ready, size)],
+                self._waiting[min(ready, size) :],
+            )
+            ready -= len(batch)
+            self._predict(batch)
+
+    def _predict(self, batch: list[_Waiting]) -> None:
+        indices = torch.tensor([image.index for image in batch])
+        whole = torch.stack([image.reconstruction for image in batch])
+        scale = torch.stack([image.scale for image in batch])
+        bias = self.sae.decoder_bias
+        nothing = torch.zeros_like(scale) if bias is None else bias * scale
+
+        def add(setting: str, n: int, tokens: Tensor) -> None:
+            if setting in self.settings:
+                predicted = predict(self.stream, tokens)
+                self.predictions.add((self.name, setting, n), predicted, indices)
+
+        add("on", self.latents, whole)
+        add("off", self.latents, nothing.expand_as(whole))
+        chosen = []
+        if self.ranks:
+            of_classes = self.rankings.latents[[image.label for image in batch]]
+            chosen.append((of_classes, "on", "off"))
+        if self.ns and "self" in self.settings:
+            own = [image.own for image in batch if image.own is not None]
+            chosen.append((torch.stack(own), "self", ""))
+        for latents, on, off in chosen:
+            # The first n latents, and their codes [B, T, n], serve n.
+            images = [image.codes for image in batch if image.codes is not None]
+            codes = torch.stack([of.lookup(n) for of, n in zip(images, latents, strict=True)])
+            for n in self.ns:
+                few = self.sae.decode(codes[..., :n].contiguous(), scale, latents[:, :n])
+                add(on, n, few)
+                if off in self.settings:
+                    add(off, n, whole - few + nothing)  # the bias is in both
+
+
+def per_class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Share of right predictions of each class in percent, float64 [C]; NaN without images.
+
+    Args:
+        predictions, labels: LongTensor [N]; images with prediction -1 are left out.
+    """
+    seen = predictions >= 0
+    images = torch.bincount(labels[seen], minlength=classes)
+    right = torch.bincount(labels[seen & (predictions == labels)], minlength=classes)
+    return 100 * right.double() / images  # 0/0 is NaN
+
+
+def make_rows(
+    predictions: dict[Key, Tensor],
+    by_class: dict[Key, Tensor],
     labels: Tensor,
-    settings: Sequence[str],
+    saes: Sequence[str],
     protocol: str,
-) -> TopNResult:
-    keys = [NO_SAE] if "no_sae" in settings else []
-    keys += [key for run in runs for key in run.keys]
-    found = {key: predictions.of(key) for key in keys}
-    by_class = {
-        key: per_class_accuracy(found[key], labels, len(predictions.classifier)) for key in keys
-    }
-    diagnostics = {run.name: run.diagnostics() for run in runs}
-    return TopNResult(
-        rows=make_rows(found, by_class, labels, [run.name for run in runs], protocol),
-        class_accuracy=by_class,
-        predictions=found,
-        labels=labels,
-        latents={run.name: run.rankings.latents.cpu() for run in runs},
-        counted_images=runs[0].rankings.images if runs else torch.zeros(0, dtype=torch.long),
-        count_threshold={run.name: run.count_threshold for run in runs},
-        share_above_threshold={name: share for name, (share, _) in diagnostics.items()},
-        l0={name: l0 for name, (_, l0) in diagnostics.items()},
-        sparsity={run.name: run.sparsity_values() for run in runs if run.sparsity is not None},
-    )
+) -> list[dict[str, Any]]:
+    """The tidy rows: for each SAE `no_sae` and then its own settings, in the given order."""
+    rows = []
+    names: Sequence[str | None] = saes or [None]
+    for name in names:
+        for key in [key for key in predictions if key[0] in (None, name)]:
+            predicted = predictions[key]
+            seen = predicted >= 0
+            rows.append(
+                {
+                    "sae": name,
+                    "protocol": protocol,
+                    "setting": key[1],
+                    "n": key[2],
+                    # Over the classes that have images: torchmetrics' macro average would count
+                    # one that is predicted but absent as 0.
+                    "accuracy": by_class[key].nanmean().item(),
+                    "micro_accuracy": 100 * (predicted == labels)[seen].double().mean().item(),
+                    "images": int(seen.sum()),
+                    "classes": int((~by_class[key].isnan()).sum()),
+                    "competing": len(by_class[key]),
+                }
+            )
+    return rows

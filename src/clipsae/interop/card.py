@@ -16,8 +16,8 @@ def model_card(sae: SAE, repo_id: str, folder: Path | None = None) -> str:
 
     Args:
         repo_id: what `clipsae.load` will be called with.
-        folder: the SAE's own in a store: its config, and the evaluations and measurements of it
-            that lie in the same store.
+        folder: the SAE's own in a store: its config, and the evaluations of it that lie in the
+            same store.
     """
     config = _config(folder)
     clip = config.get("clip", {})
@@ -83,7 +83,7 @@ def _results(folder: Path | None) -> list[str]:
     }
     measured = {
         _label(rows[0]): current_names({row["metric"]: float(row["value"]) for row in rows})
-        for rows in _tables(folder, "measurement", "metrics.csv")
+        for rows in _tables(folder, "evaluation", "metrics.csv")
     }
     found = []
     if accuracies:

@@ -1,4 +1,4 @@
-"""What the store holds: all finished evaluations and measurements as tidy frames.
+"""What the store holds: all finished evaluations as tidy frames.
 
 Any number, of any age. A folder that cannot be read is named in one line and left out.
 """
@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from clipsae.evaluation.numbers import SETTINGS, current_names
 from clipsae.overrides import renamed
-from clipsae.report.settings import Settings, of_the_codes, settings_of
+from clipsae.report.settings import Settings, of_metrics, of_topn, settings_of
 from clipsae.store import MARK, Store
 from clipsae.store.files import read_json
 
@@ -48,48 +48,51 @@ class Collected:
         results: a row a (evaluation, setting, n): metric ("no_sae", "on_5", "on_all" for all M),
             value (macro accuracy, %), protocol, images, classes (those with images), competing
             (those that an image could be given).
-        diagnostics: a row a (evaluation, metric): metric, value; also protocol.
-        measurements: a row a (measurement, metric): metric, value, image_encoder, pooling.
+        measurements: a row a (evaluation, metric): metric, value, image_encoder, pooling.
         origins: folder name -> {"meta": ..., "config": ...}.
         problems: a line for each folder that was left out.
     """
 
     results: pd.DataFrame
-    diagnostics: pd.DataFrame
     measurements: pd.DataFrame
     origins: dict[str, dict[str, Any]]
     problems: list[str]
 
 
 def collect(root: Path | str) -> Collected:
-    """Read all finished evaluations and measurements of the store at `root`."""
+    """Read all finished evaluations of the store at `root`."""
     store = Store(root)
-    results, diagnostics, measurements = [], [], []
+    results, measurements = [], []
     origins: dict[str, dict[str, Any]] = {}
     problems = []
-    for kind in ("evaluation", "measurement"):
-        for folder in store.finished(kind):
-            try:
-                origin = _origin(folder)
-                common = _common(origin, folder)
-                settings = _settings(store.root, origin)
-                if kind == "evaluation":
-                    rows, metrics = _evaluation(folder)
-                    results.append(_with(rows, common, settings))
-                    diagnostics.append(_with(metrics, common, of_the_codes(settings)))
-                else:
-                    measurements.append(_with(_measurement(folder), common, settings))
-            except _UNREADABLE as error:
-                why = " ".join(str(error).split()) or type(error).__name__
-                problems.append(f"{kind}/{folder.name}: {why.replace(f'{folder}/', '')}")
-            else:
-                origins[folder.name] = origin
+    for folder in store.finished("evaluation"):
+        try:
+            origin = _origin(folder)
+            common = _common(origin, folder)
+            settings = _settings(store.root, origin)
+            parts = []
+            if (folder / "results.csv").exists() or not (folder / "metrics.csv").exists():
+                parts.append((results, _with(_evaluation(folder), common, of_topn(settings))))
+            if (folder / "metrics.csv").exists():
+                found = _with(_measurement(folder), common, of_metrics(settings))
+                parts.append((measurements, found))
+        except _UNREADABLE as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            problems.append(f"evaluation/{folder.name}: {why.replace(f'{folder}/', '')}")
+        else:
+            origins[folder.name] = origin
+            for frames, frame in parts:
+                frames.append(frame)
+    if old := len(list(store.finished("measurement"))):
+        problems.append(
+            f"measurement: {old} of an earlier version, ignored; the commands that made them make "
+            "them again, as a part of the evaluation"
+        )
     columns = ["weights", "layer", "folder", "finished", "settings"]
     return Collected(
         results=_stack(
             results, [*_METRIC_COLUMNS, "protocol", "images", "classes", _COMPETING, *columns]
         ),
-        diagnostics=_stack(diagnostics, [*_METRIC_COLUMNS, "protocol", *columns]),
         measurements=_stack(measurements, [*_MEASUREMENT_COLUMNS, *columns]),
         origins=origins,
         problems=problems,
@@ -130,7 +133,7 @@ def _with(rows: pd.DataFrame, common: dict[str, Any], settings: Settings) -> pd.
     return rows.assign(**common, settings=same)
 
 
-def _evaluation(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _evaluation(folder: Path) -> pd.DataFrame:
     rows = _table(folder / "results.csv", _RESULT_COLUMNS)
     unknown = set(rows.setting) - set(SETTINGS)
     if unknown:
@@ -143,12 +146,7 @@ def _evaluation(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         "no_sae" if setting == "no_sae" else f"{setting}_{'all' if n == latents else int(n)}"
         for setting, n, latents in zip(rows.setting, counts, rows.latents, strict=True)
     ]
-    content = json.loads((folder / "diagnostics.json").read_text())
-    l0 = content["active"] if "active" in content else content["l0"]  # clipsae 0.1: active
-    metrics = {"l0": l0, **current_names(content.get("sparsity") or {})}
-    first = {name: rows[name].iloc[0] for name in (*IDENTITY, "protocol")}
-    found = [{**first, "metric": name, "value": float(v)} for name, v in metrics.items()]
-    return rows, pd.DataFrame(found)
+    return rows
 
 
 def _measurement(folder: Path) -> pd.DataFrame:

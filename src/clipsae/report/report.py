@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from clipsae.report import plots, tables
 from clipsae.report.collect import Collected
 from clipsae.report.findings import findings
@@ -190,23 +192,23 @@ def _counts(selection: Selection) -> list[str]:
 
 
 def _origins(found: Collected, selection: Selection) -> list[dict[str, Any]]:
+    columns = ["folder", "model", "dataset", "k", "seed", "finished"]
+    every = pd.concat([frame[columns] for frame in (found.results, found.measurements)])
     rows = []
-    for kind, frame in (("evaluation", found.results), ("measurement", found.measurements)):
-        used = frame[frame.folder.isin(selection.folders)].drop_duplicates("folder")
-        for row in used.itertuples():
-            meta = found.origins[row.folder]["meta"]
-            rows.append(
-                {
-                    "kind": kind,
-                    "name": row.folder,
-                    "model": row.model,
-                    "dataset": row.dataset,
-                    "k": row.k or "",
-                    "seed": row.seed,
-                    "finished": row.finished,
-                    "commit": meta.get("git_commit") or "",
-                    "versions": meta.get("versions") or {},
-                    "host": meta.get("host") or "",
-                }
-            )
+    for row in every[every.folder.isin(selection.folders)].drop_duplicates("folder").itertuples():
+        meta = found.origins[row.folder]["meta"]
+        rows.append(
+            {
+                "kind": "evaluation",
+                "name": row.folder,
+                "model": row.model,
+                "dataset": row.dataset,
+                "k": row.k or "",
+                "seed": row.seed,
+                "finished": row.finished,
+                "commit": meta.get("git_commit") or "",
+                "versions": meta.get("versions") or {},
+                "host": meta.get("host") or "",
+            }
+        )
     return rows

@@ -61,8 +61,7 @@ class Selection:
             seeds), std (over seeds, with n - 1; NaN for one), seeds (how many), images, classes,
             competing. For `common` and `own` see `Line`.
         runs: the same before the mean over seeds, with `seed` and `folder`.
-        metrics: like `cells`, also by image_encoder and pooling; metrics that no measurement has
-            come from the evaluations.
+        metrics: like `cells`, also by image_encoder and pooling.
         lines: rows of the tables, in order: models, and of each first the line that is most like
             `wanted.usual`, of several such that with most results.
         ablated: rows of the ablation's tables.
@@ -168,20 +167,14 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     # Image encoder and pooling set MonoSemanticity alone apart, which has tables by them.
     idle = ~found.measurements.metric.astype(str).str.startswith("monosemanticity_")
     encoders = {name: found.measurements[name].mask(idle, "") for name in ENCODER}
-    frames = [found.results, found.diagnostics, found.measurements.assign(**encoders)]
+    frames = [found.results, found.measurements.assign(**encoders)]
     fitting = [_of_models(_fitting(frame, wanted), wanted) for frame in frames]
-    (results, diagnostics, measured), differences = set_apart(fitting)
+    (results, measured), differences = set_apart(fitting)
     cell = [*LINE, "dataset", "k", "metric"]
     runs = _newest(results, [*cell, "seed"])
-    measured = _newest(measured, [*cell, "seed", *ENCODER])
-    # The evaluations' metrics that no measurement of the same cell has.
-    diagnostics = _newest(diagnostics, [*cell, "seed"])
-    known = set(map(tuple, measured[[*cell, "seed"]].to_numpy().tolist()))
-    new = [tuple(row) not in known for row in diagnostics[[*cell, "seed"]].to_numpy().tolist()]
-    unmeasured = diagnostics[np.array(new, dtype=bool)].assign(image_encoder="", pooling="")
-    metrics = pd.concat([measured, unmeasured], ignore_index=True)
+    metrics = _newest(measured, [*cell, "seed", *ENCODER])
 
-    used = {*runs.folder, *measured.folder}
+    used = {*runs.folder, *metrics.folder}
     unfitting = {
         folder
         for frame in (found.results, found.measurements)
@@ -205,7 +198,7 @@ def select(found: Collected, wanted: Wanted) -> Selection:
         k={line: _table_k(line, wanted, runs, metrics) for line in {*lines, *ablated}},
         differences=tuple(differences),
         folders=tuple(sorted(used)),
-        superseded=len({*results.folder, *fitting[2].folder} - used),
+        superseded=len({*results.folder, *fitting[1].folder} - used),
         unfitting=len(unfitting),
     )
 

@@ -41,7 +41,7 @@ def settings_of(
     """Everything that decides a result but its cell's model, k, M and seed.
 
     Args:
-        key: of the evaluation or measurement.
+        key: of the evaluation.
         of_sae: key of its SAE; empty: not known, the config's settings stand for it.
         config: resolved, of the run that made it.
         schema: of the key.
@@ -60,12 +60,18 @@ def settings_of(
     return tuple(sorted((n, v) for n, v in named.items() if n not in left_out))
 
 
-def of_the_codes(settings: Settings) -> Settings:
-    """Those that decide an SAE's codes on the images, which classification has no part in."""
-    return tuple((name, value) for name, value in settings if is_of_codes(name))
+def of_topn(settings: Settings) -> Settings:
+    """Those that decide accuracies."""
+    return tuple((name, value) for name, value in settings if not name.startswith("measurement."))
+
+
+def of_metrics(settings: Settings) -> Settings:
+    """Those that decide what is measured."""
+    return tuple((n, v) for n, v in settings if is_of_codes(n) or n.startswith("measurement."))
 
 
 def is_of_codes(name: str) -> bool:
+    """Whether a setting decides an SAE's codes on the images."""
     if name in ("evaluation.split", "evaluation.limit_images"):
         return True
     return not name.startswith(("evaluation.", "measurement."))
@@ -84,9 +90,9 @@ def _of_sae(key: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _of_result(name: str) -> str:
-    """A name of an evaluation's or measurement's key as the config has it."""
-    if name in ("split", "measurement.limit_images"):
-        return f"evaluation.{name.rpartition('.')[2]}"
+    """A name of an evaluation's key as the config has it."""
+    if name in ("split", "limit_images"):
+        return f"evaluation.{name}"
     return name
 
 

@@ -22,7 +22,7 @@ from clipsae.store import Stage, Store
 from clipsae.tasks import build, together, watch
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.options import set_by_recipe
-from clipsae.tasks.stages import classifier, evaluation, features, measurement, sae
+from clipsae.tasks.stages import classifier, evaluation, features, sae
 from clipsae.tasks.table import print_results
 from clipsae.training.logging import (
     finish,
@@ -74,13 +74,10 @@ def check(cfg: DictConfig) -> None:
     """Refuse what the config alone shows cannot be evaluated or measured.
 
     Raises:
-        ConfigError: see `evaluation.check_options`, `measurement.check_options`.
+        ConfigError: see `evaluation.check_options`.
     """
     build.check_keys(cfg)
-    if cfg.evaluation.settings:
-        evaluation.check_options(cfg)
-    if cfg.measurement.metrics != []:
-        measurement.check_options(cfg)
+    evaluation.check_options(cfg)
 
 
 def benchmark(
@@ -104,15 +101,10 @@ def benchmark(
         ConfigError: something in the config that cannot be, or an image that cannot be read;
             before the SAE is made.
     """
-    evaluated = measured = None
-    if cfg.evaluation.settings:
-        evaluation.check(cfg, clip, test_set)
-        evaluated = evaluation.stage(cfg, store, trained, test_set)
-    if cfg.measurement.metrics != []:
-        measured = measurement.stage(cfg, store, trained, test_set)
-        if not measured.finished:
-            measurement.check(cfg, clip, test_set)
-    stages = [stage for stage in (trained, evaluated, measured) if stage is not None]
+    evaluated = evaluation.stage(cfg, store, trained, test_set)
+    if evaluated is not None:
+        evaluation.check(cfg, clip, test_set, finished=evaluated.finished)
+    stages = [stage for stage in (trained, evaluated) if stage is not None]
     for stage in stages:
         if stage.finished:
             log.info("using the finished %s", stage.path)
@@ -124,30 +116,26 @@ def benchmark(
             refuse_damaged(images, cfg.features.num_workers)
 
     def evaluate(folder: Path) -> None:
-        classes = classifier.embeddings(cfg, store, clip, test_set)
+        classes = None
+        if cfg.evaluation.settings:
+            classes = classifier.embeddings(cfg, store, clip, test_set)
         evaluation.make(cfg, clip, trained, classes, test_set, evaluated, folder)
 
     def look() -> tuple[pd.DataFrame, dict[str, float], dict[str, float]]:
-        """Make what is missing: the rows of the evaluation, the numbers of the measurement, and
-        both as the logger takes them."""
-        rows, cells = pd.DataFrame(), {}
-        if evaluated is not None:
-            together.make(evaluated, evaluate)
-            rows = evaluation.read(evaluated.path)
+        """Make what is missing: the rows of top-n classification, the measured numbers, and both
+        as the logger takes them."""
+        if evaluated is None:
+            return pd.DataFrame(), {}, {}
+        together.make(evaluated, evaluate)
+        rows, metrics = evaluation.read(evaluated.path)
+        cells = {}
+        if not rows.empty:
             evaluation.check_zero_shot(cfg, test_set, rows)
             cells = table_cells(rows)
-        metrics: dict[str, float] = {}
-        if measured is not None:
-            together.make(
-                measured,
-                lambda folder: measurement.make(cfg, clip, trained, test_set, measured, folder),
-            )
-            metrics = measurement.read(measured.path)
-            cells |= {f"measure/{name}": value for name, value in metrics.items()}
-        return rows, metrics, cells
+        return rows, metrics, cells | {f"measure/{m}": value for m, value in metrics.items()}
 
     finished = all(stage.finished for stage in stages)
-    results = evaluated or measured or trained
+    results = evaluated or trained
 
     def tell(logger: Callable[[], Logger | None]) -> tuple[pd.DataFrame, dict[str, float]]:
         rows, metrics, cells = look()

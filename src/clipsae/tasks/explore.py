@@ -19,9 +19,9 @@ from clipsae.clip.text import text_classifier
 from clipsae.data import ImageDataset
 from clipsae.data.scenes import KINDS
 from clipsae.errors import ConfigError
-from clipsae.evaluation.metrics.truth import has_truth
 from clipsae.evaluation.passes import evenly_spaced
 from clipsae.evaluation.ranking import top_latents
+from clipsae.evaluation.truth import has_truth
 from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
@@ -301,8 +301,7 @@ def ranking(
     """Class -> its latents as the config's top-n evaluation ranks them; None if it has yet to be
     made."""
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
-    evaluated = evaluation.stage(cfg, store, trained, test_set)
-    return evaluation.read_ranking(evaluated.path) if evaluated.finished else None
+    return evaluation.ranking(cfg, store, trained, test_set)
 
 
 def best_words(

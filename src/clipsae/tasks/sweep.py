@@ -23,7 +23,7 @@ from clipsae.store.survey import Entry
 from clipsae.tasks import build
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.outcome import duration
-from clipsae.tasks.stages import evaluation, measurement, sae
+from clipsae.tasks.stages import evaluation, sae
 from clipsae.tasks.table import terminal
 
 BEST = ("running", "failed", "stalled")  # of a cell's unfinished stages the one shown
@@ -104,12 +104,8 @@ def stages_of(cfg: DictConfig, found: dict[str, ImageDataset]) -> tuple[Stage, .
     resolve_k(cfg, store)
     trained = sae.stage(cfg, store, dataset(cfg.train_dataset, "train"))
     test_set = dataset(cfg.dataset, cfg.evaluation.split)
-    stages = [trained]
-    if cfg.evaluation.settings:
-        stages.append(evaluation.stage(cfg, store, trained, test_set))
-    if cfg.measurement.metrics != []:
-        stages.append(measurement.stage(cfg, store, trained, test_set))
-    return tuple(stages)
+    evaluated = evaluation.stage(cfg, store, trained, test_set)
+    return (trained,) if evaluated is None else (trained, evaluated)
 
 
 def labels_of(job_overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:

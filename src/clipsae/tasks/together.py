@@ -106,7 +106,7 @@ def in_one_pass(
     """One pass over the images of `cfg.dataset` for all SAEs that are due for it.
 
     Args:
-        kind: "evaluation" or "measurement", a group of the config that they have in common.
+        kind: what the pass is for; all have the config's evaluation and measurement in common.
         own: what this cell contributes.
         run: makes the pass, given each cell's `own` by a name.
 
@@ -119,7 +119,8 @@ def in_one_pass(
         found = run(named)
         return [(name, found) for name in named]
 
-    common = [build.plain(node) for node in (cfg.clip, cfg.dataset, cfg.evaluation, cfg[kind])]
+    nodes = cfg.clip, cfg.dataset, cfg.evaluation, cfg.measurement
+    common = [build.plain(node) for node in nodes]
     for options in common:
         options.pop("count_threshold", None)  # each cell's own
     key = json.dumps([*common, build.limit_images(cfg)])

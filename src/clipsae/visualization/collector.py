@@ -13,8 +13,10 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from clipsae.evaluation.metrics import MonoSemanticity, pool_codes
+from clipsae.evaluation.metrics import MonoSemanticity, Options
+from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.ranking import top_latents
+from clipsae.sae import SAE
 from clipsae.visualization.references import (
     BIN_EDGES,
     BINS,
@@ -47,26 +49,31 @@ class Collector(nn.Module):
     A module, so that its buffers are its state: saved and loaded, it goes on where it was.
 
     Args:
-        latents: M.
+        sae: whose M latents these are.
         patches: P.
         top: K.
         embed_dim: of the separate image encoder; 0: MonoSemanticity is not measured.
         patch_concepts, image_concepts: the concepts that are known of patches and of images, named
             "attribute=value", those of an attribute side by side.
+        image_columns: where `image_concepts` are among the columns of a batch's `image_truth`;
+            None: they are all.
     """
 
     def __init__(
         self,
-        latents: int,
+        sae: SAE,
         patches: int,
         *,
         top: int = TOP,
         embed_dim: int = 0,
         patch_concepts: Sequence[str] = (),
         image_concepts: Sequence[str] = (),
+        image_columns: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.latents, self.patches, self.top = latents, patches, top
+        self.latents = latents = sae.config["latents"]
+        self.patches, self.top = patches, top
+        self.image_columns = slice(None) if image_columns is None else list(image_columns)
         long = {"dtype": torch.long}
         self.register_buffer("position", torch.zeros((), **long))  # in the list of images
         self.register_buffer("images", torch.zeros((), **long))
@@ -96,54 +103,34 @@ class Collector(nn.Module):
             self.register_buffer(f"{level}_total", torch.zeros(latents, **double))
         self.monosemanticity = None
         if embed_dim:
-            self.monosemanticity = MonoSemanticity(latents, embed_dim)
+            self.monosemanticity = MonoSemanticity(sae, Options(0, 0, embed_dim))
             self.monosemanticity.persistent(True)
 
-    def update(
-        self,
-        codes: Tensor,
-        labels: Tensor,
-        indices: Tensor,
-        embeddings: Tensor | None = None,
-        patch_truth: Tensor | None = None,
-        image_truth: Tensor | None = None,
-    ) -> None:
-        """Add images, in ascending order of their indices over all calls.
-
-        Args:
-            codes: [B, T, M], dense, the patches last.
-            labels, indices: LongTensor [B].
-            embeddings: [B, e] of the separate image encoder.
-            patch_truth: bool [B, P, V].
-            image_truth: bool [B, V'].
-        """
-        means = pool_codes(codes)
+    def update(self, batch: Batch) -> None:
+        """Add images, in ascending order of their indices over all calls."""
+        means, codes = batch.pooled, batch.codes
         active = means > 0
         self.images += len(codes)
         self.tokens += codes.shape[:2].numel()
         self.active_images += active.sum(dim=0)
         self.strength += (means * active).double().sum(dim=0)
-        self._count_codes(codes)
-        if self.monosemanticity is not None:
-            self.monosemanticity.update(means, embeddings)
-        if patch_truth is not None:
-            patches = codes[:, -self.patches :]
-            self._count_hits("patch", patches.flatten(0, 1), patch_truth.flatten(0, 1))
-            self._count_hits("image", means, image_truth)
-        # Against an equal value the earlier image stays, which has the smaller index.
-        entering = (means.amax(dim=0) > self.values[:, -1]).nonzero().squeeze(1)
-        for rows in entering.split(_ROWS):
-            self._enter(rows, means, codes, labels, indices)
-
-    def _count_codes(self, codes: Tensor) -> None:
-        flat = codes.reshape(-1)
-        keys = flat.nonzero().squeeze(1)
-        values, latent = flat[keys], keys % self.latents
-        self.active_tokens += torch.bincount(latent, minlength=self.latents)
+        self.active_tokens += batch.fired
+        keys, values = batch.pairs
         positive = values > 0
         bins = torch.bucketize(values[positive].float(), BIN_EDGES.to(values.device), right=True)
-        cells = latent[positive] * BINS + bins
+        cells = keys[positive] % self.latents * BINS + bins
         self.histogram.view(-1).index_add_(0, cells, torch.ones_like(cells))
+        if self.monosemanticity is not None:
+            self.monosemanticity.update(batch)
+        if self.attributes["patch"]:
+            patches = codes[:, -self.patches :]
+            self._count_hits("patch", patches.flatten(0, 1), batch.patch_truth.flatten(0, 1))
+            self._count_hits("image", means, batch.image_truth[:, self.image_columns])
+        # Against an equal value the earlier image stays, which has the smaller index.
+        entering = (means.amax(dim=0) > self.values[:, -1]).nonzero().squeeze(1)
+        labels, indices = batch.labels.to(means.device), batch.indices.to(means.device)
+        for rows in entering.split(_ROWS):
+            self._enter(rows, means, codes, labels, indices)
 
     def _count_hits(self, level: str, values: Tensor, truth: Tensor) -> None:
         """Values [n, M] and truth [n, V]; float32 counts are exact below 2^24 rows."""
@@ -200,7 +187,7 @@ class Collector(nn.Module):
             "top_label": top_label,
         }
         if self.monosemanticity is not None:
-            found["monosemanticity"] = self.monosemanticity.compute()["scores"].float()
+            found["monosemanticity"] = self.monosemanticity.scores().float()
         if self.attributes["patch"]:
             found |= self._best_concept()
         return References(**{name: value.cpu() for name, value in found.items()}, shown=shown)

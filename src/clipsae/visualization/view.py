@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
-from clipsae.evaluation.metrics import pool_codes
+from clipsae.evaluation.passes import pool_codes
 from clipsae.evaluation.ranking import top_latents
 from clipsae.visualization.references import References
 

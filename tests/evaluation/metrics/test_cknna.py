@@ -1,12 +1,14 @@
 """CKNNA against the double sums of its definition."""
 
 import math
+import random
 import sys
 
 import pytest
 import torch
 
 from clipsae.evaluation.metrics import CKNNA, cknna
+from tests.evaluation.batches import batch_of, options, sae_of
 
 
 def plain_hsic(k, l):  # noqa: E741
@@ -79,36 +81,57 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     assert cknna(x, z, 6).item() == pytest.approx(whole.item(), rel=1e-12)
 
 
-def test_mean_over_full_batches_however_they_come():
+def metric_of(x, images=1000, **more):
+    metric = CKNNA(sae_of(14, 6), options(images, k=4, **more))
+    metric.batch_rows = 30
+    return metric
+
+
+def fill(metric, x, z, *parts):
+    for part in parts:
+        metric.update(batch_of(z[part], part.start, tokens=x[part]))
+    return metric.compute()["cknna"].item()
+
+
+@pytest.mark.parametrize("cuts", [[70], [1, 29, 70], [30, 60, 70], [60, 1, 70, 29]])
+def test_mean_over_full_batches_in_the_order_of_positions_however_they_come(cuts):
     x, z = sample(70)
     expected = sum(cknna(x[s], z[s], 4) for s in (slice(0, 30), slice(30, 60))) / 2
-    for sizes in ([70], [1, 28, 41], [30, 30, 10]):
-        metric = CKNNA(6, 14, k=4, batch_rows=30)
-        for part in zip(x.split(sizes), z.split(sizes), strict=True):
-            metric.update(*part)
-        assert len(metric._rows()[0]) == 10  # memory: never more than a batch waits
-        assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-12)
+    edges = [0, *sorted(cuts)]
+    parts = [slice(edges[i], edges[i + 1]) for i in range(len(cuts))]
+    parts = [parts[sorted(cuts).index(cut)] for cut in cuts]
+    assert fill(metric_of(x), x, z, *parts) == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_a_rest_counts_only_where_there_is_no_full_batch():
     x, z = sample(25)
-    metric = CKNNA(6, 14, k=4, batch_rows=30)
-    metric.update(x[:3], z[:3])
-    assert metric.compute().isnan()
-    metric.update(x[3:], z[3:])
-    assert metric.compute().item() == pytest.approx(cknna(x, z, 4).item(), rel=1e-12)
+    metric = metric_of(x)
+    assert math.isnan(fill(metric, x, z, slice(0, 3)))
+    expected = cknna(x, z, 4).item()
+    assert fill(metric, x, z, slice(3, 25)) == pytest.approx(expected, rel=1e-12)
     metric.reset()
-    metric.update(x[:20], z[:20])
-    assert metric.compute().item() == pytest.approx(cknna(x[:20], z[:20], 4).item(), rel=1e-12)
+    expected = cknna(x[:20], z[:20], 4).item()
+    assert fill(metric, x, z, slice(0, 20)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_sample_is_drawn_by_position():
+    x, z = sample(40)
+    drawn = sorted(random.Random(3).sample(range(40), 12))
+    expected = cknna(x[drawn], z[drawn], 4).item()
+    metric = metric_of(x, 40, sample_tokens=12, seed=3)
+    assert fill(metric, x, z, slice(20, 40), slice(0, 20)) == pytest.approx(expected, rel=1e-12)
+    images = CKNNA(sae_of(14, 6), options(8, 5, k=4, sample_tokens=12, seed=3))  # of five tokens
+    images.update(batch_of(z.view(8, 5, -1), tokens=x.view(8, 5, -1)))
+    assert images.compute()["cknna"].item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_processes_put_their_rests_together(merged):
-    x, z = sample(50)
-    metrics = [CKNNA(6, 14, k=4, batch_rows=30) for _ in range(3)]
-    metrics[0].update(x[:20], z[:20])
-    metrics[2].update(x[20:30], z[20:30])  # the second has seen nothing
-    found = merged(*metrics)
-    assert found.item() == pytest.approx(cknna(x[:30], z[:30], 4).item(), rel=1e-12)
+    x, z = sample(30)
+    metrics = [metric_of(x) for _ in range(3)]
+    metrics[0].update(batch_of(z[20:], 20, tokens=x[20:]))
+    metrics[2].update(batch_of(z[:20], tokens=x[:20]))  # the second has seen nothing
+    found = merged(*metrics)["cknna"]
+    assert found.item() == pytest.approx(cknna(x, z, 4).item(), rel=1e-12)
 
 
 def test_what_cannot_be_is_refused():
@@ -117,7 +140,3 @@ def test_what_cannot_be_is_refused():
         cknna(x, z, 10)
     with pytest.raises(ValueError, match="expected as many"):
         cknna(x, z[:9], 3)
-    with pytest.raises(ValueError, match="more than k"):
-        CKNNA(6, 14, k=10, batch_rows=10)
-    with pytest.raises(ValueError, match=r"expected \[10, 15\]"):
-        CKNNA(6, 15).update(x, z)

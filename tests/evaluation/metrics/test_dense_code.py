@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clipsae.evaluation.metrics.single import code_without_selection
+from clipsae.evaluation.metrics.sparsity import code_without_selection
 from clipsae.sae import SAE
 
 VARIANTS = [

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from clipsae.evaluation.metrics import MonoSemanticity, monosemanticity, pool_codes
+from clipsae.evaluation.metrics import MonoSemanticity, monosemanticity
+from clipsae.evaluation.passes import pool_codes
+from tests.evaluation.batches import batch_of, options, sae_of
 
 
 def plain(activations, embeddings):
@@ -61,58 +63,49 @@ def test_known_values():
     assert monosemanticity(a, e).tolist() == pytest.approx([0, 1, math.nan], nan_ok=True)
 
 
+def measurement():
+    return MonoSemanticity(sae_of(12), options(embed_dim=5))
+
+
+def batch(a, e):
+    return batch_of(a, embeddings=e)
+
+
 @pytest.mark.parametrize("sizes", [[24], [1, 3, 20], [1] * 24])
 def test_batches_of_any_size(sizes):
     a, e = images()
-    metric = MonoSemanticity(12, 5)
+    metric = measurement()
     for part in zip(a.split(sizes), e.split(sizes), strict=True):
-        metric.update(*part)
+        metric.update(batch(*part))
     found = metric.compute()
     expected = plain(a, e)
     live = [score for score in expected if not math.isnan(score)]
-    assert found["scores"].tolist() == pytest.approx(expected, rel=1e-8, nan_ok=True)
-    assert found["mean"].item() == pytest.approx(sum(live) / len(live))
-    assert found["max"].item() == pytest.approx(max(live))
-    assert found["live"] == len(live) == 8
+    scores = metric.per_latent["monosemanticity"]
+    assert scores.tolist() == pytest.approx(expected, rel=1e-8, nan_ok=True)
+    assert found["monosemanticity_mean"].item() == pytest.approx(sum(live) / len(live))
+    assert found["monosemanticity_max"].item() == pytest.approx(max(live))
+    assert found["monosemanticity_live"] == len(live) == 8
 
 
 def test_processes(merged):
     a, e = images()
-    metrics = [MonoSemanticity(12, 5) for _ in range(3)]
-    metrics[0].update(a[:6], e[:6])
-    metrics[2].update(a[6:], e[6:])
-    assert merged(*metrics)["scores"].tolist() == pytest.approx(plain(a, e), rel=1e-8, nan_ok=True)
-
-
-def test_forward_gives_the_batch_and_keeps_the_sum():
-    a, e = images()
-    metric = MonoSemanticity(12, 5)
-    first = metric(a[:10], e[:10])
-    metric(a[10:], e[10:])
-    assert first["scores"].tolist() == pytest.approx(plain(a[:10], e[:10]), rel=1e-8, nan_ok=True)
-    assert metric.compute()["scores"].tolist() == pytest.approx(plain(a, e), rel=1e-8, nan_ok=True)
-    metric.reset()
-    metric.update(a, e)
-    assert metric.compute()["live"] == 8
+    metrics = [measurement() for _ in range(3)]
+    metrics[0].update(batch(a[:6], e[:6]))
+    metrics[2].update(batch(a[6:], e[6:]))
+    merged(*metrics)
+    scores = metrics[0].per_latent["monosemanticity"]
+    assert scores.tolist() == pytest.approx(plain(a, e), rel=1e-8, nan_ok=True)
 
 
 def test_one_image_and_no_image():
     a, e = images()
-    metric = MonoSemanticity(12, 5)
-    metric.update(a[:1], e[:1])
+    metric = measurement()
+    metric.update(batch(a[:1], e[:1]))
     found = metric.compute()
-    assert found["scores"].isnan().all()
-    assert found["mean"].isnan()
-    assert found["live"] == 0
+    assert metric.scores().isnan().all()
+    assert found["monosemanticity_mean"].isnan()
+    assert found["monosemanticity_live"] == 0
     assert monosemanticity(a[:0], e[:0]).isnan().all()
-
-
-def test_memory_does_not_grow_with_images():
-    a, e = images()
-    metric = MonoSemanticity(12, 5)
-    shapes = {name: getattr(metric, name).shape for name in metric._defaults}
-    metric.update(a, e)
-    assert shapes == {name: getattr(metric, name).shape for name in metric._defaults}
 
 
 def test_pooling():

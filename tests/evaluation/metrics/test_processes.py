@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from clipsae.evaluation.metrics import (
-    CKNNA,
-    ConceptRecovery,
-    MonoSemanticity,
-    cknna,
-    concept_recovery,
-    monosemanticity,
-)
+from clipsae.evaluation.metrics import CKNNA, MonoSemanticity, cknna, monosemanticity
+from tests.evaluation.batches import batch_of, options, sae_of
 
 
 def _work(rank, store):
@@ -22,23 +16,17 @@ def _work(rank, store):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 6, generator=generator)
     codes = torch.relu(torch.randn(50, 14, generator=generator) - 0.5)
-    truth = torch.rand(50, 3, generator=generator) < 0.4
-    aligned, mono, found = (
-        CKNNA(6, 14, k=4, batch_rows=50),
-        MonoSemanticity(14, 6),
-        ConceptRecovery(14, 3),
-    )
-    mine = (slice(0, 20), None, slice(20, 50))[rank]
+    aligned = CKNNA(sae_of(14, 6), options(k=4))
+    mono = MonoSemanticity(sae_of(14), options(embed_dim=6))
+    mine = (slice(20, 50), None, slice(0, 20))[rank]
     if mine is not None:
-        aligned.update(x[mine], codes[mine])
-        mono.update(codes[mine], x[mine])
-        found.update(codes[mine], truth[mine])
-    assert torch.allclose(aligned.compute(), cknna(x, codes, 4))
+        batch = batch_of(codes[mine], mine.start, tokens=x[mine], embeddings=x[mine])
+        aligned.update(batch)
+        mono.update(batch)
+    assert torch.allclose(aligned.compute()["cknna"], cknna(x, codes, 4))
+    mono.compute()
     scores = monosemanticity(codes, x)
-    assert torch.allclose(mono.compute()["scores"], scores, equal_nan=True)
-    expected = concept_recovery(codes, truth)
-    for name, value in found.compute().items():
-        assert torch.equal(value.nan_to_num(-9), expected[name].nan_to_num(-9)), name
+    assert torch.allclose(mono.per_latent["monosemanticity"], scores, equal_nan=True)
     distributed.barrier()
     distributed.destroy_process_group()
 

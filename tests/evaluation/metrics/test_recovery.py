@@ -1,6 +1,7 @@
 """Concept recovery against loops over pairs of rows and over thresholds."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from scipy.stats import mannwhitneyu
 
 from clipsae.evaluation.metrics import ConceptRecovery, concept_recovery
 from clipsae.evaluation.metrics.auroc import auroc, best_f1
+from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names
 from clipsae.sae import SparseCodes
+from tests.evaluation.batches import batch_of, options, sae_of
 
 
 def plain_auroc(codes, truth):
@@ -161,15 +164,32 @@ def test_blocks_of_latents_change_nothing(monkeypatch):
         assert torch.equal(value.nan_to_num(-9), whole[name].nan_to_num(-9)), name
 
 
-def test_batches_and_processes(merged):
-    codes, truth = sample()
-    whole = concept_recovery(codes, truth)
-    metrics = [ConceptRecovery(15, 6) for _ in range(3)]
-    metrics[0].update(codes[:9], truth[:9])
-    metrics[0].update(codes[9:13], truth[9:13])
-    metrics[1].update(codes[13:], truth[13:])
-    for name, value in merged(*metrics).items():
-        assert value.nan_to_num(-9).tolist() == pytest.approx(whole[name].nan_to_num(-9).tolist())
+def test_levels_samples_and_processes(merged):
+    """Patches and images of those images that are drawn, in whatever order they come."""
+    g = torch.Generator().manual_seed(1)
+    patches, images = len(concept_names(PATCH_ATTRIBUTES)), len(concept_names(IMAGE_ATTRIBUTES))
+    codes = torch.relu(torch.randn(20, 5, 15, generator=g))
+    of_patches = torch.rand(20, 4, patches, generator=g) < 0.3
+    of_images = torch.rand(20, images, generator=g) < 0.3
+    metrics = [ConceptRecovery(sae_of(15), options(20, sample_images=9)) for _ in range(3)]
+    for metric, part in ((metrics[2], slice(0, 7)), (metrics[0], slice(7, 20))):
+        known = {"patch_truth": of_patches[part], "image_truth": of_images[part]}
+        metric.update(batch_of(codes[part], part.start, **known))
+    drawn = sorted(random.Random(0).sample(range(20), 9))
+    expected = (
+        (
+            "patch",
+            concept_recovery(codes[drawn, 1:].flatten(0, 1), of_patches[drawn].flatten(0, 1)),
+        ),
+        ("image", concept_recovery(codes[drawn].mean(dim=1), of_images[drawn])),
+    )
+    for at, (level, of) in enumerate(expected):
+        found = merged(*(metric.levels[at] for metric in metrics))
+        assert found[f"{level}_auroc"].item() == pytest.approx(of["mean_auroc"].item())
+        assert found[f"{level}_concepts_found"] == of["concepts_found"]
+        rows = metrics[0].levels[at].concepts
+        assert [row["auroc_latent"] for row in rows] == of["auroc_latent"].tolist()
+        assert {row["level"] for row in rows} == {level}
 
 
 def test_what_cannot_be_is_refused():

@@ -20,10 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipsae.evaluation.metrics.rows import Progress, SampledCodes
+from clipsae.evaluation.metrics.base import METRICS, Options
+from clipsae.evaluation.metrics.rows import Progress, Sample, SampledCodes
 from clipsae.evaluation.numbers import Number
+from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.ranking import top_latents
-from clipsae.sae import SparseCodes
+from clipsae.sae import SAE, SparseCodes
 
 NUMBERS = (
     Number(
@@ -99,69 +101,52 @@ def cknna(
     return torch.where(product > 0, aligned / product.sqrt(), torch.nan)
 
 
+@METRICS.register("cknna")
 class CKNNA(SampledCodes):
-    """Mean of `cknna` over full batches of tokens, in the order they come.
+    """Mean of `cknna` over full batches of a sample of tokens, in the dataset's order.
 
-    A batch is worked off as soon as it is full; of a rest too small for a batch nothing counts,
-    unless there is no full batch at all: then the rest is the batch. Processes add their full
-    batches and put their rests together. So with a sample of at most `batch_rows` tokens in all
-    the result does not depend on how it came in. Of SAEs with very many active latents it compares
-    a part of the tokens (`SampledCodes`), and logs how many: the time grows with their square.
-
-    Args:
-        d: width of the tokens.
-        latents: M.
-        k: neighbours.
-        batch_rows: tokens of a batch (MSAE: 10,000).
+    Of a rest too small for a batch nothing counts, unless there is no full batch at all: then the
+    rest is the batch. Of SAEs with very many active latents it compares a part of the tokens
+    (`SampledCodes`), and logs how many: the time grows with their square.
     """
 
+    numbers = NUMBERS
     what = "tokens"
-    total: Tensor
-    batches: Tensor
+    batch_rows = 10_000  # MSAE's
 
-    def __init__(self, d: int, latents: int, k: int = 10, batch_rows: int = 10_000) -> None:
-        if batch_rows <= max(k, 3):
-            raise ValueError(f"batch_rows={batch_rows}: expected more than k={k}, and at least 4")
-        super().__init__(latents, d, torch.float32)
-        self.k = k
-        self.batch_rows = batch_rows
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("batches", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+    def __init__(self, sae: SAE, options: Options) -> None:
+        super().__init__(sae, options, sae.config["d"], torch.float32)
+        self.sample = Sample(options.images, options.tokens, options.sample_tokens, options.seed)
 
     def too_much(self, rows: int, entries: int) -> bool:
-        tokens = min(rows, self.batch_rows)  # that each is compared with
-        slow = tokens * entries > _WORK and not _fits(tokens, self.latents)
-        return tokens > 16 * self.k and (entries > _ENTRIES or slow)
+        batch = min(rows, self.batch_rows)  # tokens that each is compared with
+        slow = batch * entries * batch / rows > _WORK and not _fits(batch, self.latents)
+        return rows > 16 * self.options.k and (entries > _ENTRIES or slow)
 
-    def update(self, x: Tensor, codes: Tensor) -> None:
-        """Add tokens [n, d] and their dense codes [n, M]."""
-        self._add(x, codes)
-        if sum(map(len, self.counts)) >= self.batch_rows:
-            total, batches, rest = self._full_batches()
-            self.total += total
-            self.batches += batches
-            self._keep(*rest)
+    def update(self, batch: Batch) -> None:
+        """Add those of the tokens that are in the sample."""
+        rows, numbers = self.sample.among(batch.positions)
+        if rows:
+            x, codes = batch.tokens.flatten(0, 1)[rows], batch.codes.flatten(0, 1)[rows]
+            self._add(torch.tensor(numbers, device=x.device), x, codes)
 
-    def compute(self) -> Tensor:
-        """float64 scalar; NaN with fewer tokens than k + 1 or 4."""
-        total, batches, (x, codes, _) = self._full_batches()
+    def compute(self) -> dict[str, Tensor]:
+        """`cknna`; NaN with fewer tokens than k + 1 or 4."""
+        _, x, codes = self._rows()
         self._note(codes)
-        total = self.total + total
-        every = self.batches + batches
-        if every == 0 and len(x) > max(self.k, 3):
-            return cknna(x, codes, self.k, self.progress)
-        return total / every  # 0/0 is NaN
+        size = self.batch_rows if len(x) >= self.batch_rows else len(x)
+        starts = range(0, len(x) - size + 1, size) if size > max(self.options.k, 3) else ()
+        batches = [slice(start, start + size) for start in starts]
+        values = [cknna(x[at], codes[at], self.options.k, self._told) for at in batches]
+        value = torch.stack(values).mean() if values else x.new_tensor(torch.nan).double()
+        found = {"cknna": value}
+        if self.compared is not None:
+            found["cknna_compared"] = torch.tensor(float(self.compared))
+        return found
 
-    def _full_batches(self) -> tuple[Tensor, int, tuple[Tensor, SparseCodes, Tensor]]:
-        """Sum over the full batches that wait, their number, and the rest."""
-        x, codes, drawn = self._rows()
-        full = len(x) // self.batch_rows
-        total = torch.zeros_like(self.total)
-        for start in range(0, full * self.batch_rows, self.batch_rows):
-            batch = slice(start, start + self.batch_rows)
-            total += cknna(x[batch], codes[batch], self.k, self.progress)
-        rest = slice(full * self.batch_rows, None)
-        return total, full, (x[rest], codes[rest], drawn[rest])
+    def _told(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total, "CKNNA")
 
 
 def _fits(tokens: int, latents: int) -> bool:

@@ -17,13 +17,14 @@ N images, T tokens of an image, M latents, e embedding size.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.numbers import Number
+from clipsae.evaluation.passes import Batch
+from clipsae.sae import SAE
 
 NUMBERS = (
     Number(
@@ -50,28 +51,6 @@ NUMBERS = (
         table="interpretability",
     ),
 )
-
-POOLINGS = ("mean", "max", "cls")
-
-
-def pool_codes(codes: Tensor, pooling: str = "mean") -> Tensor:
-    """Token codes [B, T, M] -> image codes [B, M].
-
-    Args:
-        pooling: "mean" or "max" over all T tokens, or "cls": the first token's alone (what Pach
-            et al. use).
-
-    Raises:
-        ValueError: another pooling.
-    """
-    if pooling == "mean":
-        # In float32 at least: a sum of bfloat16 loses the small codes.
-        return codes.mean(dim=1, dtype=torch.promote_types(codes.dtype, torch.float32))
-    if pooling == "max":
-        return codes.amax(dim=1)
-    if pooling == "cls":
-        return codes[:, 0]
-    raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
 
 
 def two_largest(stacked: Tensor) -> Tensor:
@@ -161,50 +140,53 @@ def monosemanticity(activations: Tensor, embeddings: Tensor) -> Tensor:
     return monosemanticity_scores(monosemanticity_sums(activations, embeddings))
 
 
-class MonoSemanticity(Metric):
-    """`monosemanticity` over all batches and processes.
+@METRICS.register("monosemanticity")
+class MonoSemanticity(Measurement):
+    """`monosemanticity` of the pooled codes.
 
     Holds M x e float64 numbers, whatever the number of images: 200 MB at M = 49,152, e = 512.
-
-    Args:
-        latents: M.
-        embed_dim: e.
     """
 
-    full_state_update = False
+    numbers = NUMBERS
+    needs = ("embeddings",)
 
-    def __init__(self, latents: int, embed_dim: int) -> None:
-        super().__init__()
+    def __init__(self, sae: SAE, options: Options) -> None:
+        super().__init__(sae, options)
         double = partial(torch.full, dtype=torch.float64)
+        m, e = self.latents, options.embed_dim
         start = {
             "images": torch.zeros((), dtype=torch.long),
-            "activation": double((latents,), 0.0),
-            "squared": double((latents,), 0.0),
-            "weighted": double((latents, embed_dim), 0.0),
-            "embedding": double((embed_dim,), 0.0),
-            "lowest": double((latents,), torch.inf),
-            "highest": double((2, latents), -torch.inf),
+            "activation": double((m,), 0.0),
+            "squared": double((m,), 0.0),
+            "weighted": double((m, e), 0.0),
+            "embedding": double((e,), 0.0),
+            "lowest": double((m,), torch.inf),
+            "highest": double((2, m), -torch.inf),
         }
         for name, value in start.items():
             self.add_state(name, value, dist_reduce_fx=MERGE[name])
 
-    def update(self, activations: Tensor, embeddings: Tensor) -> None:
-        """Add images: their codes [B, M] (see `pool_codes`) and embeddings [B, e]."""
-        for name, new in monosemanticity_sums(activations, embeddings).items():
+    def update(self, batch: Batch) -> None:
+        """Add images by their pooled codes and embeddings."""
+        for name, new in monosemanticity_sums(batch.pooled, batch.embeddings).items():
             state = getattr(self, name)
             if MERGE[name] is total:
                 state += new  # in place: the largest is hundreds of megabytes
             else:
                 setattr(self, name, MERGE[name](torch.stack((state, new))))
 
-    def compute(self) -> dict[str, Any]:
-        """`scores` [M] with NaN for dead latents, their `mean` and `max`, and `live`: how many."""
-        scores = monosemanticity_scores({name: getattr(self, name) for name in MERGE})
+    def scores(self) -> Tensor:
+        """Of each latent, float64 [M]; NaN for dead ones."""
+        return monosemanticity_scores({name: getattr(self, name) for name in MERGE})
+
+    def compute(self) -> dict[str, Tensor]:
+        """Mean and maximum over the live latents, and how many those are."""
+        scores = self.scores()
+        self.per_latent = {"monosemanticity": scores}
         live = scores[~scores.isnan()]
         nothing = scores.new_tensor(torch.nan)
         return {
-            "scores": scores,
-            "mean": live.mean() if len(live) else nothing,
-            "max": live.max() if len(live) else nothing,
-            "live": torch.tensor(len(live), device=scores.device),
+            "monosemanticity_mean": live.mean() if len(live) else nothing,
+            "monosemanticity_max": live.max() if len(live) else nothing,
+            "monosemanticity_live": torch.tensor(len(live), device=scores.device),
         }

@@ -10,7 +10,10 @@ With unit rows it is (||D^T D||_F^2 - M) / (M (M - 1)): a d x d matrix in place 
 import torch
 from torch import Tensor, nn
 
+from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.numbers import Number
+from clipsae.evaluation.passes import Batch
+from clipsae.sae import SAE
 
 NUMBERS = (
     Number(
@@ -25,11 +28,30 @@ NUMBERS = (
 
 
 def decoder_orthogonality(rows: Tensor) -> Tensor:
-    """Mean squared cosine of different rows [M, d], float64 scalar; rows of zeros are left out. NaN
-    with fewer than two rows."""
+    """Mean squared cosine of different rows [M, d], float64 scalar; rows of zeros, which have no
+    direction, are left out. NaN with fewer than two rows."""
     rows = rows.detach().double()
     rows = nn.functional.normalize(rows[rows.any(dim=-1)], dim=-1, eps=0)
-    m = len(rows)
-    if m < 2:
-        return rows.new_tensor(torch.nan)
-    return ((rows.T @ rows).square().sum() - m) / (m * (m - 1))
+    m = torch.tensor(len(rows), dtype=torch.float64, device=rows.device)
+    mean = ((rows.T @ rows).square().sum() - m) / (m * (m - 1))
+    return torch.where(m > 1, mean, torch.nan)
+
+
+@METRICS.register("orthogonality")
+class Orthogonality(Measurement):
+    """`decoder_orthogonality` of the dictionary, which no image changes."""
+
+    numbers = NUMBERS
+    value: Tensor
+
+    def __init__(self, sae: SAE, options: Options) -> None:
+        super().__init__(sae, options)
+        start = decoder_orthogonality(sae.decoder_rows())
+        self.add_state("value", start, dist_reduce_fx="mean")
+
+    def update(self, batch: Batch) -> None:
+        """Nothing: the decoder is all that counts."""
+
+    def compute(self) -> dict[str, Tensor]:
+        """`decoder_orthogonality`."""
+        return {"decoder_orthogonality": self.value}

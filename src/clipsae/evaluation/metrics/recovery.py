@@ -1,6 +1,6 @@
 """Concept recovery: which of the concepts that are known to be there did the SAE find?
 
-Where ground truth exists (`clipsae.evaluation.metrics.truth`), each concept, such as
+Where ground truth exists (`clipsae.evaluation.truth`), each concept, such as
 "colour=red", asks: is there one latent that tells where it is? And each latent: does it stand for
 one concept? The questions follow the field: is a concept split over several latents (Bricken et
 al., "Towards Monosemanticity", 2023), are several concepts merged in one latent?
@@ -8,15 +8,19 @@ al., "Towards Monosemanticity", 2023), are several concepts merged in one latent
 N rows (patches or images), M latents, V concepts.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipsae.evaluation.metrics.auroc import auroc, best_f1, latent_blocks, sum_rows
-from clipsae.evaluation.metrics.rows import Progress, SampledCodes
+from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.metrics.rows import Progress, Sample, SampledCodes
 from clipsae.evaluation.numbers import Number
-from clipsae.sae import SparseCodes
+from clipsae.evaluation.passes import Batch
+from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names
+from clipsae.sae import SAE, SparseCodes
 
 _CONCEPTS = (
     Number(
@@ -49,6 +53,17 @@ NUMBERS = tuple(
     for level in ("patch", "image")
     for number in _CONCEPTS
 )
+# Scalars of `concept_recovery` and what they are called after "patch_" and "image_".
+SCALARS = {
+    "concepts_found": "concepts_found",
+    "mean_auroc": "auroc",
+    "mean_f1": "f1",
+    "mean_purity": "purity",
+    "splitting": "splitting",
+    "merging": "merging",
+}
+# Of each concept, in `concepts.csv`.
+COLUMNS = ("positives", "auroc", "auroc_latent", "f1", "f1_latent", "latents")
 
 # Of float64 arrays [entries, V] and [m, V]: so few that their memory is used again and again.
 _BLOCK_ELEMENTS = 2**20
@@ -140,34 +155,94 @@ def concept_recovery(
     }
 
 
-class ConceptRecovery(SampledCodes):
-    """`concept_recovery` of all rows that were given, gathered from all processes.
+class _InImages(SampledCodes):
+    """`concept_recovery` of a sample of images, by their pooled codes."""
 
-    It keeps the rows: give it a sample. Of SAEs with very many active latents a row it keeps a
-    part (`SampledCodes`), and logs how many.
+    level, what, attributes = "image", "images", IMAGE_ATTRIBUTES
 
-    Args:
-        latents: M.
-        concepts: V.
-        threshold: the AUROC from which a latent counts as good for a concept.
-    """
-
-    def __init__(self, latents: int, concepts: int, threshold: float = 0.9) -> None:
-        super().__init__(latents, concepts, torch.bool)
-        self.threshold = threshold
+    def __init__(self, sae: SAE, options: Options) -> None:
+        names = concept_names(self.attributes)
+        super().__init__(sae, options, len(names), torch.bool)
+        self.names = names
+        self.sample = Sample(options.images, 1, options.sample_images, options.seed)
 
     def too_much(self, rows: int, entries: int) -> bool:
         return entries > _ENTRIES
 
-    def update(self, codes: Tensor, truth: Tensor) -> None:
-        """Add rows: dense codes [n, M] and truth [n, V] (bool)."""
-        self._add(truth, codes)
+    def update(self, batch: Batch) -> None:
+        rows, numbers = self.sample.among(batch.positions)
+        if rows:
+            at = torch.tensor(numbers, device=batch.pooled.device)
+            self._add(at, batch.image_truth[rows], batch.pooled[rows])
 
     def compute(self) -> dict[str, Tensor]:
-        """What `concept_recovery` describes."""
-        truth, codes, _ = self._rows()
+        _, truth, codes = self._rows()
         self._note(codes)
-        return concept_recovery(codes, truth, self.threshold, self.progress)
+        found = concept_recovery(codes, truth, self.options.threshold, self._told)
+        columns = {name: found[name].tolist() for name in COLUMNS}
+        self.concepts = [
+            {"level": self.level, "concept": name, **{c: of[v] for c, of in columns.items()}}
+            for v, name in enumerate(self.names)
+        ]
+        values = {f"{self.level}_{name}": found[key] for key, name in SCALARS.items()}
+        if self.compared is not None:
+            values[f"{self.level}_compared"] = torch.tensor(float(self.compared))
+        return values
+
+    def _told(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total, f"recovery in {self.what}")
+
+
+class _InPatches(_InImages):
+    """The same by the images' patches."""
+
+    level, what, attributes = "patch", "patches", PATCH_ATTRIBUTES
+
+    def update(self, batch: Batch) -> None:
+        rows, numbers = self.sample.among(batch.positions)
+        if rows:
+            truth = batch.patch_truth[rows]
+            codes, patches = batch.codes[rows, -truth.shape[1] :], torch.arange(truth.shape[1])
+            of_patches = torch.tensor(numbers)[:, None] * len(patches) + patches
+            at = of_patches.flatten().to(codes.device)
+            self._add(at, truth.flatten(0, 1), codes.flatten(0, 1))
+
+
+@METRICS.register("recovery")
+class ConceptRecovery(Measurement):
+    """`concept_recovery` of a sample of images, by their patches and by their pooled codes.
+
+    It keeps the sample's codes. Of SAEs with very many active latents a row it keeps a part
+    (`SampledCodes`), and logs how many. `concepts` has each concept's best latents.
+    """
+
+    numbers = NUMBERS
+    needs = ("truth",)
+
+    def __init__(self, sae: SAE, options: Options) -> None:
+        super().__init__(sae, options)
+        self.levels = nn.ModuleList([_InPatches(sae, options), _InImages(sae, options)])
+
+    def update(self, batch: Batch) -> None:
+        """Add those of the images that are in the sample."""
+        for level in self._levels():
+            level.update(batch)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scalars of both levels, after "patch_" and "image_"."""
+        found: dict[str, Tensor] = {}
+        self.concepts = []
+        for level in self._levels():
+            level.progress = self.progress
+            found |= level.compute()
+            self.concepts += level.concepts
+        return found
+
+    def _levels(self) -> Iterator[_InImages]:
+        for level in self.levels:
+            assert isinstance(level, _InImages)
+            yield level
 
 
 class _Best:

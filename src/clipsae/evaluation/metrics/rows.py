@@ -4,14 +4,16 @@ N rows (tokens, patches or images), M latents.
 """
 
 import logging
+import random
+from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from clipsae.sae import SparseCodes
+from clipsae.evaluation.metrics.base import Measurement, Options
+from clipsae.sae import SAE, SparseCodes
 
 log = logging.getLogger(__name__)
 
@@ -19,35 +21,36 @@ Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
 
-class SampledCodes(Metric):
-    """Base of the metrics that keep rows of codes and something beside each of them.
+class SampledCodes(Measurement):
+    """Base of the measurements that keep rows of codes and something beside each of them.
 
+    Each row has a number, by which rows are put in order: that in which they come does not matter.
     Memory grows with the rows that are given, 12 bytes for each code that is not zero, up to a
     bound: where `too_much` says so, every second row is dropped, and of those that follow, too,
-    by a number that is drawn for each from its position alone. The states are gathered from all
-    processes, so that the result, unless rows were dropped, is that of one process that saw all.
+    by what is drawn for each from its number alone. The states are gathered from all processes, so
+    that the result, unless rows were dropped, is that of one process that saw all.
 
     Args:
-        latents: M.
         beside: columns of what is kept beside each row.
         dtype: its type.
 
     Attributes:
-        progress: of `compute`, where that takes long.
         what: what a row is, for the log.
         compared: after `compute`, how many rows it rests on; None where that is all.
     """
 
-    full_state_update = False
-    progress: Progress | None = None
     what = "rows"
     compared: int | None = None
     halvings: Tensor
     seen: Tensor
+    drawn: list[Tensor]
+    beside: list[Tensor]
+    counts: list[Tensor]
+    columns: list[Tensor]
+    values: list[Tensor]
 
-    def __init__(self, latents: int, beside: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.latents = latents
+    def __init__(self, sae: SAE, options: Options, beside: int, dtype: torch.dtype) -> None:
+        super().__init__(sae, options)
         self._empty = {
             "beside": torch.empty(0, beside, dtype=dtype),
             "counts": torch.empty(0, dtype=torch.long),
@@ -75,49 +78,43 @@ class SampledCodes(Metric):
         for name, empty in self._empty.items():
             setattr(self, name, [empty.to(self.device)])
 
-    def _add(self, beside: Tensor, codes: Tensor) -> None:
-        """Keep rows: beside [n, ...] and dense codes [n, M]."""
-        if codes.ndim != 2 or codes.shape[1] != self.latents or len(beside) != len(codes):
-            raise ValueError(
-                f"{len(beside)} rows with codes of shape {tuple(codes.shape)}: expected "
-                f"[{len(beside)}, {self.latents}]"
-            )
-        drawn = _drawn(int(self.seen), len(codes), codes.device)
+    def _add(self, numbers: Tensor, beside: Tensor, codes: Tensor) -> None:
+        """Keep rows: their numbers [n], beside [n, ...] and dense codes [n, M]."""
         self.seen += len(codes)
-        if self.halvings:
-            kept = drawn < 2**31 >> int(self.halvings)
-            beside, codes, drawn = beside[kept], codes[kept], drawn[kept]
+        kept = _hash(numbers) < 2**31 >> int(self.halvings)
+        if not kept.all():
+            numbers, beside, codes = numbers[kept], beside[kept], codes[kept]
         rows = SparseCodes.from_dense(codes.float())
+        self.drawn.append(numbers)
         self.beside.append(beside.detach().to(self._empty["beside"].dtype))
         self.counts.append(rows.row_counts())
         self.columns.append(rows.latent)
         self.values.append(rows.values)
-        self.drawn.append(drawn)
         while self._is_too_much():
             self.halvings += 1
-            self._keep(*self._rows())
+            numbers, beside, rows = self._rows()
+            self.drawn, self.beside, self.counts = [numbers], [beside], [rows.row_counts()]
+            self.columns, self.values = [rows.latent], [rows.values]
 
     def _is_too_much(self) -> bool:
         rows = sum(map(len, self.counts))
         return rows > 1 and self.too_much(rows, sum(map(len, self.columns)))
 
-    def _rows(self) -> tuple[Tensor, SparseCodes, Tensor]:
-        """All that is kept: beside, codes and the numbers drawn; after a reduction that is of all
+    def _rows(self) -> tuple[Tensor, Tensor, SparseCodes]:
+        """All that is kept, by number: numbers, beside and codes; after a reduction that is of all
         processes."""
+        numbers, beside = dim_zero_cat(self.drawn), dim_zero_cat(self.beside)
         counts, columns = dim_zero_cat(self.counts), dim_zero_cat(self.columns)
-        positions = torch.repeat_interleave(counts) * self.latents + columns
-        shape = (len(counts), self.latents)
-        codes = SparseCodes(dim_zero_cat(self.values), positions, shape)
-        beside, drawn = dim_zero_cat(self.beside), dim_zero_cat(self.drawn)
-        kept = drawn < 2**31 >> int(self.halvings)
-        if kept.all():
-            return beside, codes, drawn
-        return beside[kept], codes[kept], drawn[kept]
-
-    def _keep(self, beside: Tensor, codes: SparseCodes, drawn: Tensor) -> None:
-        """Keep these rows and no others."""
-        self.beside, self.counts, self.drawn = [beside], [codes.row_counts()], [drawn]
-        self.columns, self.values = [codes.latent], [codes.values]
+        order = numbers.argsort()
+        order = order[_hash(numbers[order]) < 2**31 >> int(self.halvings)]
+        row = torch.full_like(numbers, -1)
+        row[order] = torch.arange(len(order), device=order.device)
+        row = torch.repeat_interleave(row, counts)
+        kept = row >= 0
+        positions, ascending = (row[kept] * self.latents + columns[kept]).sort()
+        values = dim_zero_cat(self.values)[kept][ascending]
+        codes = SparseCodes(values, positions, (len(order), self.latents))
+        return numbers[order], beside[order], codes
 
     def _note(self, codes: SparseCodes) -> None:
         """Where rows were dropped: how many are left, in the log and for whoever asks."""
@@ -134,9 +131,34 @@ class SampledCodes(Metric):
             )
 
 
-def _drawn(first: int, count: int, device: torch.device) -> Tensor:
-    """A number below 2^31 for each of the rows first, first + 1, ..., which looks random."""
-    x = torch.arange(first + 1, first + count + 1, device=device)
+class Sample:
+    """Which of all rows are drawn, those of an image side by side.
+
+    Args:
+        images: N.
+        each: rows of an image.
+        size: how many are drawn; all where there are no more.
+    """
+
+    def __init__(self, images: int, each: int, size: int, seed: int) -> None:
+        self.each = each
+        self.drawn = sorted(random.Random(seed).sample(range(n := images * each), min(size, n)))
+
+    def among(self, positions: list[int]) -> tuple[list[int], list[int]]:
+        """Of the rows of some images those that are drawn, and their numbers among all drawn."""
+        rows: list[int] = []
+        numbers: list[int] = []
+        for i, position in enumerate(positions):
+            first = position * self.each
+            start, stop = (bisect_left(self.drawn, at) for at in (first, first + self.each))
+            rows += [i * self.each + at - first for at in self.drawn[start:stop]]
+            numbers += range(start, stop)
+        return rows, numbers
+
+
+def _hash(numbers: Tensor) -> Tensor:
+    """Of each number one below 2^31 which looks random."""
+    x = numbers + 1
     for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B)):  # an integer hash of 32 bits
         x = ((x >> shift) ^ x) * factor & 0xFFFFFFFF
     return ((x >> 16) ^ x) >> 1

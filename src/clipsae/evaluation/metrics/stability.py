@@ -1,7 +1,6 @@
 """Seed stability: does another seed find the same directions?
 
-Mean max cosine as in Sharkey, Braun and Millidge (2022), a function of two finished dictionaries:
-nothing accumulates.
+Mean max cosine as in Sharkey, Braun and Millidge (2022): a function of two finished dictionaries.
 
 M latents of one dictionary, M' of the other, d width.
 """

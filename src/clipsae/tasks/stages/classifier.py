@@ -43,9 +43,11 @@ def stage(cfg: DictConfig, store: Store, dataset: ImageDataset, name: str) -> St
     return store.stage("classifier", [cfg.clip.name, name], key)
 
 
-def make(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, folder: Path) -> None:
+def make(
+    cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, stage: Stage, folder: Path
+) -> None:
     """Embed the class names and write them into `folder`."""
-    with Bar("embedding the class names") as bar:
+    with Bar("embedding the class names", stage.progress) as bar:
         rows = text_classifier(
             clip.to(build.best_device()),
             dataset.classnames,
@@ -69,5 +71,5 @@ def embeddings(
         name: of the dataset, for the folder; None: `cfg.dataset`'s.
     """
     place = stage(cfg, store, dataset, name or cfg.dataset.name)
-    folder = place.make(lambda folder: make(cfg, clip, dataset, folder))
+    folder = place.make(lambda folder: make(cfg, clip, dataset, place, folder))
     return load_file(folder / "classifier.safetensors")["classifier"]

@@ -1,7 +1,12 @@
-"""Kind "evaluation": top-n concept classification of one SAE on one dataset (Tables 7-17).
-`results.csv`, `diagnostics.json`, `ranking.safetensors` (unless no latents were ranked),
-`config.yaml`."""
+"""Kind "evaluation": one SAE on one dataset. `config.yaml`, and
 
+- with `evaluation.settings`, top-n concept classification (Tables 7-17): `results.csv`,
+  `diagnostics.json`, `ranking.safetensors` (unless no latents were ranked);
+- with `measurement.metrics`, how sparse, faithful and monosemantic it is (Tables 5, 6), and with
+  ground truth which concepts it found: `metrics.csv`, `latents.safetensors`, `concepts.csv`.
+"""
+
+import json
 import logging
 import math
 from pathlib import Path
@@ -14,10 +19,14 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
-from clipsae.evaluation import TopNResult, check_topn_options, evaluate_topn
+from clipsae.evaluation import Evaluation, check_metrics, check_topn_options, evaluate
+from clipsae.evaluation.encoders import image_encoder
+from clipsae.evaluation.metrics import METRICS
+from clipsae.evaluation.truth import has_truth
 from clipsae.progress import Bar
 from clipsae.sae import SAE
-from clipsae.store import Stage, Store, write_json
+from clipsae.store import MARK, SCHEMA, Stage, Store, write_json
+from clipsae.store.files import read_json
 from clipsae.tasks import build, together
 
 log = logging.getLogger(__name__)
@@ -25,37 +34,91 @@ log = logging.getLogger(__name__)
 LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published zero-shot accuracy
 
 
-def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDataset) -> Stage:
-    """The place of the results: the SAE, the images and the protocol are in the key."""
+def measures(cfg: DictConfig) -> bool:
+    """Whether anything is measured: `measurement.metrics` null is all, empty nothing."""
+    return cfg.measurement.metrics != []
+
+
+def encoder_name(cfg: DictConfig, dataset: ImageDataset) -> str | None:
+    """The image encoder of MonoSemanticity; None: it is not measured.
+
+    "auto" is the source's choice, OpenAI's ViT-B/32; in the built-in world the ground truth, or
+    its own CLIP where there is none; nothing beside random CLIP weights.
+    """
+    name = cfg.measurement.image_encoder
+    if name != "auto":
+        return name
+    if has_truth(dataset):
+        return "attributes"
+    if cfg.clip.pretrained is None:
+        return None
+    return "tiny" if cfg.clip.pretrained == "builtin" else "open_clip:ViT-B-32/openai"
+
+
+def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDataset) -> Stage | None:
+    """The place of the results: the SAE, the images, and how they are evaluated and measured are
+    in the key. None where nothing is asked (`evaluation=none measurement=none`)."""
     key = {
         "sae": sae_stage.path.name,
         "dataset": build.dataset_key(cfg.dataset, test_set),
-        "evaluation": {
-            **build.decisive("evaluation", cfg.evaluation),
-            "limit_images": build.limit_images(cfg),
-        },
+        "split": cfg.evaluation.split,
+        "limit_images": build.limit_images(cfg),
     }
-    name = [cfg.model.name, cfg.clip.name, cfg.dataset.name, cfg.evaluation.protocol]
+    name = [cfg.model.name, cfg.clip.name, cfg.dataset.name]
+    if cfg.evaluation.settings:
+        options = build.decisive("evaluation", cfg.evaluation)
+        of_images = ("split", "limit_images")
+        key["evaluation"] = {k: v for k, v in options.items() if k not in of_images}
+        name.append(cfg.evaluation.protocol)
+    if measures(cfg):
+        encoder = {"image_encoder": encoder_name(cfg, test_set)}
+        key["measurement"] = build.plain(cfg.measurement) | encoder
+    if not cfg.evaluation.settings and not measures(cfg):
+        return None
     return store.stage("evaluation", [*name, f"s{cfg.seed}"], key, build.cell(cfg))
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Refuse options that cannot be.
+    """Refuse invalid options.
 
     Raises:
-        ConfigError: see `check_topn_options`.
+        ConfigError: see `check_topn_options`; a metric that does not exist.
     """
     options = cfg.evaluation
-    build.user_error(check_topn_options, options.ns, options.protocol, options.settings)
+    if options.settings:
+        build.user_error(check_topn_options, options.ns, options.protocol, options.settings)
+    for name in cfg.measurement.metrics or ():
+        build.user_error(METRICS.__getitem__, name)
 
 
-def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
+def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset, *, finished: bool) -> None:
     """Refuse now what would be refused after the training.
 
+    Args:
+        finished: whether the results are there: then no image encoder is looked for.
+
     Raises:
-        ConfigError: a backbone without a text tower or a tokenizer, or `heldout` where both
-            splits are the same images: nothing would be held out.
+        ConfigError: a backbone without a text tower or a tokenizer; `heldout` where both splits
+            are the same images: nothing would be held out; metrics that lack what they need; an
+            image encoder that cannot be had.
     """
+    if measures(cfg) and not finished:
+        options, encoder = cfg.measurement, encoder_name(cfg, test_set)
+        metrics = build.user_error(
+            check_metrics,
+            clip,
+            test_set,
+            metrics=options.metrics,
+            image_encoder=encoder,
+            pooling=options.pooling,
+            sample_tokens=options.sample_tokens,
+            sample_images=options.sample_images,
+            classifier=bool(cfg.evaluation.settings),
+        )
+        if any("embeddings" in METRICS[metric].needs for metric in metrics):
+            image_encoder(encoder, test_set)
+    if not cfg.evaluation.settings:
+        return
     _ = clip.tokenizer
     if len(test_set.classnames) == 1:
         log.warning(
@@ -63,8 +126,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset) -> None:
             "evaluation=none leaves them out",
             *(cfg.dataset.name, test_set.classnames[0]),
         )
-    options = cfg.evaluation
-    if options.protocol != "heldout":
+    if cfg.evaluation.protocol != "heldout":
         return
     counted = build.build_dataset(cfg.dataset, "train", clip.image_size)
     if counted.fingerprint == test_set.fingerprint:
@@ -78,16 +140,20 @@ def make(
     cfg: DictConfig,
     clip: FrozenCLIP,
     trained: Stage,
-    classifier: Tensor,
+    classifier: Tensor | None,
     test_set: ImageDataset,
     stage: Stage,
     folder: Path,
 ) -> None:
-    """Evaluate a trained SAE with the classes' text embeddings [C, e]; write into `folder`."""
+    """Evaluate and measure a trained SAE; write into `folder`.
+
+    Args:
+        classifier: the classes' text embeddings [C, e]; None without `evaluation.settings`.
+    """
     options = cfg.evaluation
     device = build.best_device()
     count_set = None
-    if options.protocol == "heldout":
+    if options.settings and options.protocol == "heldout":
         count_set = build.build_dataset(cfg.dataset, "train", clip.image_size)
     if (limit := build.limit_images(cfg)) is not None:
         log.info(
@@ -99,9 +165,9 @@ def make(
             else "with random CLIP weights the numbers mean nothing",
         )
 
-    def evaluate(cells: dict[str, tuple[Path, float]]) -> TopNResult:
+    def run(cells: dict[str, tuple[Path, float]]) -> Evaluation:
         with Bar(f"evaluating {build.title(cfg, len(cells))}", stage.progress) as bar:
-            return evaluate_topn(
+            return evaluate(
                 clip.to(device),
                 {name: SAE.load(path).to(device) for name, (path, _) in cells.items()},
                 test_set,
@@ -111,16 +177,25 @@ def make(
                 protocol=options.protocol,
                 count_dataset=count_set,
                 count_threshold={name: threshold for name, (_, threshold) in cells.items()},
+                **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
                 batch_size=options.batch_size,
                 limit_images=limit,
                 num_workers=cfg.features.num_workers,
                 device=device,
-                sparsity=True,
                 progress=bar,
             )
 
     own = trained.path, cfg.evaluation.count_threshold
-    name, result = together.in_one_pass("evaluation", cfg, own, evaluate)
+    name, result = together.in_one_pass("evaluation", cfg, own, run)
+    if options.settings:
+        write_topn(cfg, result, name, folder)
+    if measures(cfg):
+        write_metrics(cfg, result, name, folder)
+    build.save_config(cfg, folder)
+
+
+def write_topn(cfg: DictConfig, result: Evaluation, name: str, folder: Path) -> None:
+    """What top-n classification found of one SAE."""
     rows = [
         {**build.cell(cfg), **{k: v for k, v in row.items() if k != "sae"}}
         for row in result.rows
@@ -133,8 +208,6 @@ def make(
             # None where no setting looks at the SAE.
             "count_threshold": result.count_threshold.get(name),
             "share_above_threshold": result.share_above_threshold.get(name),
-            "l0": result.l0.get(name),
-            "sparsity": result.sparsity.get(name),
             "class_accuracy": {
                 f"{setting}_{n}" if n else setting: [
                     None if math.isnan(a) else a for a in accuracy.tolist()
@@ -147,23 +220,59 @@ def make(
     if name in result.latents and result.latents[name].numel():
         ranking = {"latents": result.latents[name].contiguous(), "images": result.counted_images}
         save_file(ranking, folder / "ranking.safetensors")
-    build.save_config(cfg, folder)
 
 
-def read_ranking(folder: Path) -> dict[int, list[int]] | None:
-    """Of a finished evaluation, each class's latents in the order in which `on_n` keeps them, the
-    classes alone that had images; None where no latents were ranked."""
-    file = folder / "ranking.safetensors"
-    if not file.is_file():
+def write_metrics(cfg: DictConfig, result: Evaluation, name: str, folder: Path) -> None:
+    """What was measured of one SAE: numbers, those of each latent, and of each concept."""
+    about = {
+        **build.cell(cfg),
+        "images": result.images,
+        "image_encoder": result.image_encoder,
+        "pooling": result.pooling,
+    }
+    rows = [
+        {**about, "metric": row["metric"], "value": row["value"]}
+        for row in result.metrics
+        if row["sae"] == name
+    ]
+    pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
+    if scores := result.per_latent[name]:
+        scores = {key: value.contiguous() for key, value in scores.items()}
+        save_file(scores, folder / "latents.safetensors")
+    if result.concepts[name]:
+        pd.DataFrame(result.concepts[name]).to_csv(folder / "concepts.csv", index=False)
+
+
+def read(folder: Path) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Of finished results the tidy rows of top-n classification and the measured numbers by name;
+    empty where there are none."""
+    rows, metrics = folder / "results.csv", folder / "metrics.csv"
+    numbers = pd.read_csv(metrics) if metrics.is_file() else pd.DataFrame(columns=["metric"])
+    return (
+        pd.read_csv(rows) if rows.is_file() else pd.DataFrame(),
+        {} if numbers.empty else dict(zip(numbers.metric, numbers.value, strict=True)),
+    )
+
+
+def ranking(
+    cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDataset
+) -> dict[int, list[int]] | None:
+    """Each class's latents in the order in which `on_n` keeps them, the classes alone that had
+    images, by a finished evaluation with this config, whatever it measured; None: there is none,
+    or no latents were ranked."""
+    asked = stage(cfg, store, sae_stage, test_set)
+    if asked is None:
         return None
-    found = load_file(file)
-    latents, counted = found["latents"].tolist(), (found["images"] > 0).nonzero().flatten().tolist()
-    return {label: latents[label] for label in counted}
-
-
-def read(folder: Path) -> pd.DataFrame:
-    """The tidy rows of a finished evaluation."""
-    return pd.read_csv(folder / "results.csv")
+    wanted = json.loads(json.dumps(asked.key | {"measurement": None}))
+    for folder in store.finished("evaluation"):
+        mark, file = read_json(folder / MARK), folder / "ranking.safetensors"
+        key = {**mark.get("key", {}), "measurement": None}
+        if mark.get("schema") == SCHEMA and key == wanted and file.is_file():
+            found = load_file(file)
+            latents = found["latents"].tolist()
+            counted = (found["images"] > 0).nonzero().flatten().tolist()
+            return {label: latents[label] for label in counted}
+    return None
 
 
 def check_zero_shot(cfg: DictConfig, test_set: ImageDataset, rows: pd.DataFrame) -> None:

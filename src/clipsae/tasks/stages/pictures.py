@@ -15,7 +15,7 @@ from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
 from clipsae.tasks import build
-from clipsae.tasks.stages import measurement, sae
+from clipsae.tasks.stages import evaluation, sae
 from clipsae.visualization.collect import collect_references
 from clipsae.visualization.collector import TOP
 
@@ -30,7 +30,7 @@ def stage(
         "sae": sae_stage.path.name,
         "dataset": build.dataset_key(cfg.dataset, dataset),
         "split": split,
-        "image_encoder": measurement.encoder_name(cfg, dataset),
+        "image_encoder": evaluation.encoder_name(cfg, dataset),
         "limit_images": build.limit_images(cfg),
         "top": TOP,
     }
@@ -137,7 +137,12 @@ def _collect(
         name: SAE.load(trained.path).to(device)
         for name, (_, _, trained) in zip(stages, work, strict=True)
     }
-    with Bar("reference images") as progress:
+
+    def report(done: int, total: int) -> None:
+        for stage, _, _ in work:
+            stage.progress(done, total)
+
+    with Bar("reference images", report) as progress:
         found = build.user_error(
             collect_references,
             clip.to(device),
@@ -145,7 +150,7 @@ def _collect(
             dataset,
             name=cfg.dataset.name,
             split=split,
-            encoder=measurement.encoder_name(cfg, dataset),
+            encoder=evaluation.encoder_name(cfg, dataset),
             batch_size=cfg.evaluation.batch_size,
             num_workers=cfg.features.num_workers,
             device=device,

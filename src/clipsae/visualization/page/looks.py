@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.metrics import pool_codes
-from clipsae.evaluation.passes import in_eval_mode
+from clipsae.evaluation.passes import in_eval_mode, pool_codes
 from clipsae.evaluation.ranking import top_latents
 from clipsae.visualization.page.reasons import (
     PREDICTIONS,

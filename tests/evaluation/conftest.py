@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from clipsae.sae import SparseCodes
+
 
 def _merged(*parts):
     """What the first of these metrics computes after a reduction over all, as in torchmetrics."""
@@ -30,6 +32,7 @@ class ToySAE(nn.Module):
     def __init__(self, d, latents, k=None, seed=0):
         super().__init__()
         self.config = {"d": d, "latents": latents}
+        self.latents = latents
         generator = torch.Generator().manual_seed(seed)
         self.rows = nn.Parameter(torch.randn(latents, d, generator=generator) / d**0.5)
         self.k = k
@@ -45,11 +48,17 @@ class ToySAE(nn.Module):
     def apply_threshold(self, scores, tau, latents=None):
         return torch.where(scores > tau, scores, 0).relu()
 
+    def encode_sparse(self, x):
+        scores = self.scores(x)
+        return SparseCodes.from_dense(self.apply_threshold(scores, self.threshold(scores)))
+
     def input_scale(self, x):
         return torch.ones_like(x[..., :1])
 
     def decode(self, codes, scale=1.0, latents=None):
-        return codes @ self.rows * scale
+        codes = codes.dense() if isinstance(codes, SparseCodes) else codes
+        rows = self.rows if latents is None else self.rows[latents]
+        return codes @ rows * scale
 
     def decoder_rows(self, latents=None):
         return self.rows

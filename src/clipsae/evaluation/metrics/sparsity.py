@@ -9,11 +9,13 @@ T tokens of a batch, d width, M latents.
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from clipsae.evaluation.numbers import Number
+from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.numbers import Number, suffixed
+from clipsae.evaluation.passes import Batch
+from clipsae.sae import SAE
 
-NUMBERS = (
+NUMBERS: tuple[Number, ...] = (
     Number("l0", "L0", "mean number of active latents per token", ".1f", "", headline=True),
     Number(
         "zero_fraction",
@@ -107,30 +109,57 @@ def sparsity_values(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-class SparsityMetrics(Metric):
-    """`sparsity_sums` over all batches, and over all processes, then `sparsity_values`.
+@METRICS.register("sparsity")
+class Sparsity(Measurement):
+    """`sparsity_values` of the codes."""
 
-    Args:
-        d: width of the tokens.
-        latents: M.
-    """
+    numbers = NUMBERS
+    suffix = ""
 
-    full_state_update = False
-
-    def __init__(self, d: int, latents: int) -> None:
-        super().__init__()
+    def __init__(self, sae: SAE, options: Options) -> None:
+        super().__init__(sae, options)
         for name in ("tokens", "varied_tokens"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         for name in ("squared_error", "squared_norm", "variance_ratio", "cosine"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("token_sum", torch.zeros(d, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("fired", torch.zeros(latents, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("token_sum", torch.zeros(self.d, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("fired", torch.zeros(self.latents, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, x: Tensor, reconstruction: Tensor, fired: Tensor) -> None:
-        """Add a batch: tokens and reconstruction [..., d], and codes or counts as above."""
-        for name, value in sparsity_sums(x, reconstruction, fired).items():
+    def update(self, batch: Batch) -> None:
+        """Add tokens, their reconstruction and where latents are active."""
+        self._add(sparsity_sums(batch.tokens, batch.reconstruction, batch.fired))
+
+    def _add(self, sums: dict[str, Tensor]) -> None:
+        for name, value in sums.items():
             setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics that `sparsity_values` describes."""
-        return sparsity_values({name: getattr(self, name) for name in self._defaults})
+        """What `sparsity_values` describes."""
+        values = sparsity_values({name: getattr(self, name) for name in self._defaults})
+        return {f"{name}{self.suffix}": value for name, value in values.items()}
+
+
+@METRICS.register("dense")
+class Dense(Sparsity):
+    """`sparsity_values` of the code without its selection, with the suffix _dense."""
+
+    numbers = suffixed(NUMBERS, "_dense")
+    needs = ("scores",)
+    suffix = "_dense"
+
+    def update(self, batch: Batch) -> None:
+        """Add tokens, and what the code without its selection makes of them."""
+        codes = code_without_selection(batch.sae, batch.scores, batch.threshold)
+        self._add(sparsity_sums(batch.tokens, batch.sae.decode(codes, batch.scale), codes))
+
+
+def code_without_selection(sae: SAE, scores: Tensor, tau: Tensor) -> Tensor:
+    """The code as if its threshold were lowered to zero where it is above: [..., M].
+
+    What Table 5 of the paper must have counted (K = 32 codes cannot be as dense as it says): MSAE
+    reports codes after the top-k and "all", the ReLU without it. For TopK, BatchTopK, JumpReLU and
+    Sparsemax in `scores` it is the ReLU of the scores, for ReLU the code itself. A threshold below
+    zero stays (a Gated SAE's, with a positive bias of its gate; Sparsemax's of a token whose
+    scores are small): the code's own latents are always among these.
+    """
+    return sae.apply_threshold(scores, tau.clamp(max=0))

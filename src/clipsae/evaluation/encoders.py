@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipsae.clip import FrozenCLIP, published
 from clipsae.clip.build import create_open_clip, create_timm, source_of
 from clipsae.errors import ConfigError
-from clipsae.evaluation.metrics.truth import AttributeEncoder, has_truth
+from clipsae.evaluation.truth import AttributeEncoder, has_truth
 
 RANDOM = "random"
 _EXPECTED = (

@@ -7,18 +7,20 @@ import torch
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
+from clipsae.evaluation import evaluate
+from clipsae.evaluation.encoders import image_encoder
 from clipsae.evaluation.metrics import (
+    METRICS,
     NUMBERS,
+    Measurement,
     cknna,
     concept_recovery,
     decoder_orthogonality,
-    image_encoder,
-    measure,
     monosemanticity,
-    pool_codes,
 )
-from clipsae.evaluation.metrics.truth import image_concepts, patch_concepts
-from clipsae.evaluation.sparsity import sparsity_sums, sparsity_values
+from clipsae.evaluation.metrics.sparsity import sparsity_sums, sparsity_values
+from clipsae.evaluation.passes import pool_codes
+from clipsae.evaluation.truth import image_concepts, patch_concepts
 
 IMAGES = 30
 
@@ -46,12 +48,12 @@ def everything(clip, scenes, sae):
 
 
 def by_metric(result, sae):
-    return {row["metric"]: row["value"] for row in result.rows if row["sae"] == sae}
+    return {row["metric"]: row["value"] for row in result.metrics if row["sae"] == sae}
 
 
 @torch.no_grad()
 def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
-    result = measure(
+    result = evaluate(
         clip,
         saes,
         scenes,
@@ -65,7 +67,8 @@ def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
     )
     tokens = sorted(random.Random(5).sample(range(IMAGES * clip.tokens), 200))
     chosen = sorted(random.Random(5).sample(range(IMAGES), 11))
-    assert (result.images, result.sampled_tokens, result.sampled_images) == (IMAGES, 200, 11)
+    assert result.images == IMAGES
+    assert result.rows == []
     assert (result.pooling, result.image_encoder) == ("max", "attributes")
     for name, sae in saes.items():
         images, x, codes, dense = everything(clip, scenes, sae)
@@ -81,7 +84,9 @@ def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
         embeddings = image_encoder("attributes", scenes)(images, torch.arange(IMAGES))
         pooled = pool_codes(codes, "max")
         scores = monosemanticity(pooled, embeddings)
-        assert torch.allclose(result.scores[name], scores, rtol=1e-3, equal_nan=True)
+        assert torch.allclose(
+            result.per_latent[name]["monosemanticity"], scores, rtol=1e-3, equal_nan=True
+        )
         assert found["monosemanticity_mean"] == pytest.approx(scores.nanmean().item(), rel=1e-3)
 
         at = torch.tensor(chosen)
@@ -91,12 +96,12 @@ def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
         ):
             expected = concept_recovery(of, truth, threshold=0.8)
             assert found[f"{level}_auroc"] == pytest.approx(expected["mean_auroc"].item(), rel=1e-3)
-            assert len(result.concepts[level]) == truth.shape[1]
-            assert result.recovery[name][level]["purity"].shape == (codes.shape[-1],)
+            rows = [row for row in result.concepts[name] if row["level"] == level]
+            assert [row["auroc_latent"] for row in rows] == expected["auroc_latent"].tolist()
 
 
 def test_selection_lifted(clip, scenes, saes):
-    result = measure(clip, saes, scenes, metrics=["sparsity", "dense"])
+    result = evaluate(clip, saes, scenes, metrics=["sparsity", "dense"])
     topk, relu = by_metric(result, "topk"), by_metric(result, "relu")
     assert topk["l0"] == pytest.approx(4, abs=0.01)
     assert topk["l0_dense"] > topk["l0"]
@@ -107,23 +112,23 @@ def test_selection_lifted(clip, scenes, saes):
 @pytest.mark.parametrize("size", [1, 30])
 def test_batches_and_groups_change_nothing(clip, scenes, saes, size, monkeypatch):
     options = {"sample_tokens": 150, "sample_images": 9, "image_encoder": "tiny"}
-    whole = measure(clip, saes, scenes, batch_size=8, **options)
-    monkeypatch.setattr("clipsae.evaluation.metrics.single._DENSE_BYTES", 4 * 40 * 65 * 3)
+    whole = evaluate(clip, saes, scenes, batch_size=8, **options)
+    monkeypatch.setattr("clipsae.evaluation.passes._DENSE_BYTES", 4 * 40 * 65 * 3)
     seen = []
-    again = measure(
+    again = evaluate(
         clip, saes, scenes, batch_size=size, progress=lambda *at: seen.append(at), **options
     )
     assert [at for at in seen if at[2] == "images"][-1] == (IMAGES, IMAGES, "images")
     ended = {what for done, total, what in seen if done == total}
-    assert ended == {"images", "CKNNA", "recovery in patches", "recovery in images"}
-    for row, other in zip(whole.rows, again.rows, strict=True):
+    assert ended == {*("images", "CKNNA", "recovery in patches", "recovery in images")}
+    for row, other in zip(whole.metrics, again.metrics, strict=True):
         assert row["metric"] == other["metric"]
         assert row["value"] == pytest.approx(other["value"], rel=1e-3, abs=1e-5, nan_ok=True)
 
 
 def test_the_seed_decides_the_samples(clip, scenes, saes):
     def run(seed):
-        found = measure(clip, saes, scenes, metrics=["cknna"], sample_tokens=60, seed=seed)
+        found = evaluate(clip, saes, scenes, metrics=["cknna"], sample_tokens=60, seed=seed)
         return by_metric(found, "topk")["cknna"]
 
     assert run(0) == run(0)
@@ -133,16 +138,16 @@ def test_the_seed_decides_the_samples(clip, scenes, saes):
 def test_some_images_and_modes_are_given_back(clip, scenes, saes):
     saes["topk"].train()
     saes["relu"].eval()
-    result = measure(clip, saes, scenes, metrics=["sparsity"], limit_images=10)
+    result = evaluate(clip, saes, scenes, metrics=["sparsity"], limit_images=10)
     assert result.images == 10
     assert result.image_encoder is None
-    assert result.scores == {}
+    assert result.per_latent == {"topk": {}, "relu": {}}
     assert saes["topk"].training
     assert not saes["relu"].training
 
 
 def test_what_is_measured_depends_on_what_is_there(clip, scenes, saes):
-    found = by_metric(measure(clip, saes, scenes, limit_images=4), "relu")
+    found = by_metric(evaluate(clip, saes, scenes, limit_images=4), "relu")
     assert set(found) <= {number.key for number in NUMBERS}
     assert "patch_concepts_found" in found
     assert not any("monosemanticity" in metric for metric in found)
@@ -151,8 +156,8 @@ def test_what_is_measured_depends_on_what_is_there(clip, scenes, saes):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"metrics": ["l0"]}, "expected some of sparsity"),
-        ({"metrics": []}, "expected some of sparsity"),
+        ({"metrics": ["l0"]}, "metric='l0' does not exist: choose one of .*sparsity"),
+        ({"metrics": []}, "nothing to evaluate"),
         ({"metrics": ["monosemanticity"]}, "needs an image_encoder"),
         ({"pooling": "sum"}, "mean, max, cls"),
         ({"sample_tokens": 0}, "at least 1"),
@@ -162,7 +167,7 @@ def test_what_is_measured_depends_on_what_is_there(clip, scenes, saes):
 )
 def test_what_cannot_be_is_refused(clip, scenes, saes, options, words):
     with pytest.raises(ValueError, match=words):
-        measure(clip, saes, scenes, **options)
+        evaluate(clip, saes, scenes, **options)
 
 
 def test_recovery_needs_ground_truth(clip, saes):
@@ -170,4 +175,42 @@ def test_recovery_needs_ground_truth(clip, saes):
         labels = torch.zeros(3, dtype=torch.long)
 
     with pytest.raises(ValueError, match="needs a dataset with ground truth"):
-        measure(clip, saes, Photos(), metrics=["recovery"])
+        evaluate(clip, saes, Photos(), metrics=["recovery"])
+
+
+def test_a_metric_of_ones_own_is_one_class(clip, scenes, saes, monkeypatch):
+    monkeypatch.setitem(METRICS, "agreement", None)  # so that it is taken away again
+
+    @METRICS.register("agreement")
+    class Agreement(Measurement):
+        """How often the reconstruction is named as CLIP names the image."""
+
+        needs = ("predictions",)
+
+        def __init__(self, sae, options):
+            super().__init__(sae, options)
+            self.add_state("same", torch.tensor(0.0), dist_reduce_fx="sum")
+            self.add_state("largest", torch.zeros(self.latents), dist_reduce_fx="max")
+            self.images = options.images
+
+        def update(self, batch):
+            own = batch.images.predictions[batch.rows]
+            self.same += (batch.predictions == own).sum()
+            self.largest = torch.maximum(self.largest, batch.codes.amax(dim=(0, 1)))
+
+        def compute(self):
+            self.per_latent = {"largest": self.largest}
+            return {"agreement": self.same / self.images}
+
+    names = torch.eye(clip.embed_dim)[: len(scenes.classnames)]
+    options = {"settings": ["no_sae", "on"], "ns": (1,), "batch_size": 7}
+    found = evaluate(clip, saes, scenes, names, metrics=["agreement"], **options)
+    for name, sae in saes.items():
+        same = found.predictions[None, "no_sae", None] == found.predictions[name, "on", sae.latents]
+        assert by_metric(found, name) == {"agreement": pytest.approx(same.double().mean().item())}
+        codes = everything(clip, scenes, sae)[2]
+        largest = found.per_latent[name]["largest"]
+        assert torch.allclose(largest, codes.amax(dim=(0, 1)), rtol=1e-4)
+    assert "agreement" not in by_metric(evaluate(clip, saes, scenes, limit_images=4), "relu")
+    with pytest.raises(ValueError, match="'agreement' needs a classifier"):
+        evaluate(clip, saes, scenes, metrics=["agreement"])

@@ -6,8 +6,8 @@ import torch
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import BACKGROUNDS, COLOURS, SHAPES, ScenesDataset
 from clipsae.errors import ConfigError
-from clipsae.evaluation.metrics import ImageEncoder, image_encoder
-from clipsae.evaluation.metrics.truth import (
+from clipsae.evaluation.encoders import ImageEncoder, image_encoder
+from clipsae.evaluation.truth import (
     IMAGE_ATTRIBUTES,
     PATCH_ATTRIBUTES,
     concept_names,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from clipsae.evaluation.sparsity import SparsityMetrics, sparsity_sums, sparsity_values
+from clipsae.evaluation.metrics.sparsity import Sparsity, sparsity_sums, sparsity_values
+from tests.evaluation.batches import batch_of, options, sae_of
 
 
 def corpus(tokens: int = 60, d: int = 16, latents: int = 20):
@@ -35,9 +36,9 @@ def plain(x, reconstruction, codes):
 @pytest.mark.parametrize("sizes", [[60], [1, 9, 50], [30, 30]])
 def test_batches_of_any_size_give_the_corpus_value(sizes):
     data = corpus()
-    metric = SparsityMetrics(16, 20)
-    for batch in zip(*(part.split(sizes) for part in data), strict=True):
-        metric.update(*batch)
+    metric = Sparsity(sae_of(20, 16), options())
+    for x, reconstruction, codes in zip(*(part.split(sizes) for part in data), strict=True):
+        metric.update(batch_of(codes, tokens=x, reconstruction=reconstruction))
     values = {name: value.item() for name, value in metric.compute().items()}
     assert values == pytest.approx(plain(*data), rel=1e-9)
 
@@ -48,7 +49,7 @@ def test_sums_of_processes_add_up():
     added = {name: halves[0][name] + halves[1][name] for name in halves[0]}
     values = {name: value.item() for name, value in sparsity_values(added).items()}
     assert values == pytest.approx(plain(*data), rel=1e-9)
-    metric = SparsityMetrics(16, 20)
+    metric = Sparsity(sae_of(20, 16), options())
     assert set(metric._reductions) == set(added)
     assert all(
         reduction is torch.sum or "sum" in reduction.__name__

@@ -1,0 +1,367 @@
+"""SAEs of one layer of one CLIP on one dataset: top-n classification and measurements in one pass.
+
+N images of the split, T tokens of an image, C classes, M latents, e embedding size, n latents kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipsae.clip import FrozenCLIP
+from clipsae.evaluation.encoders import image_encoder as encoder_by_name
+from clipsae.evaluation.metrics import METRICS, Options
+from clipsae.evaluation.metrics.base import NEEDS
+from clipsae.evaluation.numbers import SETTINGS
+from clipsae.evaluation.passes import (
+    POOLINGS,
+    Batch,
+    Encoder,
+    Images,
+    Progress,
+    Stream,
+    evenly_spaced,
+)
+from clipsae.evaluation.topn import (
+    NO_SAE,
+    Key,
+    Predictions,
+    TopN,
+    check_topn_options,
+    make_rows,
+    per_class_accuracy,
+)
+from clipsae.evaluation.truth import has_truth
+from clipsae.sae import SAE
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found. Without top-n classification what is of it is empty.
+
+    Attributes:
+        rows: of top-n classification, tidy, one dict a setting: sae, protocol, setting ("no_sae",
+            "on", "off", "self"), n (None for no_sae), accuracy (macro, %), micro_accuracy (%),
+            images, classes (those with images), competing (those that could be predicted).
+            `no_sae` is repeated for each SAE.
+        class_accuracy: per key the accuracy of each class in %, [C]; NaN without images.
+        predictions: per key the predicted class of each image, LongTensor [N]; -1: not evaluated.
+        labels: LongTensor [N], of the evaluated split.
+        latents: per SAE the ranked latents of each class, LongTensor [C, n].
+        counted_images: LongTensor [C], images that a class's ranking rests on; where it is 0, the
+            ranking is the first n latents and means nothing.
+        count_threshold: per SAE.
+        share_above_threshold: per SAE, the share of active (token, latent) pairs of the counting
+            split whose code exceeds the count threshold.
+        metrics: what was measured, tidy, one dict a number: sae, metric, value (NaN: undefined).
+        per_latent: per SAE numbers of each latent by name, [M]; NaN where undefined.
+        concepts: per SAE a dict a concept: level, concept, its best latents.
+        images: how many were looked at.
+        pooling, image_encoder: what MonoSemanticity was computed with.
+    """
+
+    rows: list[dict[str, Any]]
+    class_accuracy: dict[Key, Tensor]
+    predictions: dict[Key, Tensor]
+    labels: Tensor
+    latents: dict[str, Tensor]
+    counted_images: Tensor
+    count_threshold: dict[str, float]
+    share_above_threshold: dict[str, float]
+    metrics: list[dict[str, Any]]
+    per_latent: dict[str, dict[str, Tensor]]
+    concepts: dict[str, list[dict[str, Any]]]
+    images: int
+    pooling: str
+    image_encoder: str | None
+
+
+@torch.no_grad()
+def evaluate(
+    clip: FrozenCLIP,
+    saes: Mapping[str, SAE],
+    dataset: Any,
+    classifier: Tensor | None = None,
+    *,
+    ns: Sequence[int] = (1, 5, 10, 50),
+    protocol: str = "paper",
+    count_dataset: Any = None,
+    count_threshold: float | Mapping[str, float] = 0.2,
+    settings: Sequence[str] = tuple(SETTINGS),
+    memory_gb: float = 4.0,
+    metrics: Sequence[str] | None = None,
+    image_encoder: str | Encoder | None = None,
+    pooling: str = "mean",
+    k: int = 10,
+    threshold: float = 0.9,
+    seed: int = 0,
+    sample_tokens: int = 10_000,
+    sample_images: int = 2_000,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    limit_images: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate SAEs on the same stream of images.
+
+    Args:
+        saes: by name; each has its own M and reads tokens of `clip.prefix`.
+        dataset: the evaluated split: `labels` LongTensor [N], items (uint8 [3, S, S], label).
+        classifier: [C, e], a row per class index, of unit length or not (then longer rows win).
+            None: no top-n classification.
+        ns: how many latents are kept; M is added for `on` and `off`.
+        protocol: "paper" counts on the evaluated split itself, which is the published number;
+            "heldout" counts on `count_dataset`.
+        count_threshold: a (token, latent) pair counts if its code is larger; one for all SAEs or
+            one for each by name. 0.2 was tuned for codes of unnormalised tokens.
+        settings: which of no_sae, on, off, self; none: no top-n classification.
+        memory_gb: bound on what waits for its class to be complete. The images of a class that
+            needs more are encoded a second time instead, with the same results.
+        metrics: names in `METRICS`, such as
+            "sparsity": what `sparsity_values` returns;
+            "dense": the same, with the suffix _dense, of the code without its selection;
+            "cknna"; "orthogonality" (of the decoder);
+            "monosemanticity": its mean, max and number of live latents;
+            "recovery": concepts_found, auroc, ... with the prefixes patch_ and image_.
+            None: all for which there is what they need.
+        image_encoder: for MonoSemanticity: a name (`encoders.image_encoder`), or a callable
+            (images uint8 [B, 3, S, S], indices [B]) -> [B, e].
+        pooling: of token codes to image codes (`pool_codes`).
+        k, threshold, seed, sample_tokens, sample_images: see `Options`.
+        device: moves the models there; None: where `clip` is.
+        limit_images: that many images only, evenly spaced over the classes (both splits).
+        progress: called with (done, in all, of what): images, over the passes known so far, then
+            what CKNNA and recovery compare.
+
+    Raises:
+        ValueError: an unknown protocol, setting, metric or pooling; a metric that lacks what it
+            needs; n or another size below 1; a missing or superfluous `count_dataset`; thresholds
+            for SAEs that are not there; labels beyond the classifier; no images; nothing asked.
+    """
+    names = check_metrics(
+        clip,
+        dataset,
+        metrics=metrics,
+        image_encoder=image_encoder,
+        pooling=pooling,
+        sample_tokens=sample_tokens,
+        sample_images=sample_images,
+        classifier=classifier is not None,
+    )
+    indices = order = evenly_spaced(dataset.labels, limit_images)
+    settings = () if classifier is None else tuple(settings)
+    classes = 0 if classifier is None else len(classifier)
+    counted: list[int] = []
+    thresholds = dict.fromkeys(saes, 0.0)
+    if settings:
+        check_topn_options(ns, protocol, settings)
+        thresholds = _thresholds(saes, count_threshold)
+        if (protocol == "heldout") != (count_dataset is not None):
+            raise ValueError(
+                f"protocol={protocol!r} with count_dataset={count_dataset!r}: heldout counts on "
+                "another split, given as count_dataset; paper counts on the evaluated one"
+            )
+        order = _by_class(dataset, indices, classes)
+        if count_dataset is not None and set(settings) != {"no_sae"}:
+            counted = evenly_spaced(count_dataset.labels, limit_images)
+            counted = _by_class(count_dataset, counted, classes)
+    elif not names:
+        raise ValueError("nothing to evaluate: give a classifier and settings, or metrics")
+
+    needs = {need for name in names for need in METRICS[name].needs}
+    device = clip.device if device is None else torch.device(device)
+    clip.to(device)
+    encoder = image_encoder if "embeddings" in needs else None
+    if isinstance(encoder, str):
+        encoder = encoder_by_name(encoder, dataset)
+    if isinstance(encoder, nn.Module):
+        encoder.to(device)
+    stream = Stream(
+        clip,
+        dataset,
+        indices,
+        encoder=encoder,
+        classifier=None if classifier is None else classifier.to(device),
+        pooling=pooling,
+        keep_scores="scores" in needs,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    sizes = len(indices), clip.tokens, stream.embed_dim
+    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images)
+    measured = {
+        name: [METRICS[metric](sae.to(device), options).to(device) for metric in names]
+        for name, sae in saes.items()
+    }
+    predictions = Predictions(len(dataset.labels))
+    topn = {
+        name: TopN(
+            name,
+            sae.to(device),
+            stream,
+            predictions,
+            ns=ns,
+            settings=settings,
+            count_threshold=thresholds[name],
+            counting=protocol == "paper",
+            memory=memory_gb * 2**30 / len(saes),
+        )
+        for name, sae in saes.items()
+        if set(settings) - {"no_sae"}
+    }
+
+    done, total = 0, len(counted) + len(order)
+
+    def passed(images: Images) -> None:
+        nonlocal done
+        done += len(images)
+        if progress is not None:
+            progress(done, total, "images")
+
+    def close() -> None:
+        for one in topn.values():
+            one.close()
+
+    if counted:
+        other = replace(stream, dataset=count_dataset, keep_scores=False)
+        other.show(saes, lambda name, batch: topn[name].count(batch), counted, each=passed)
+        close()
+    before = done
+
+    def update(name: str, batch: Batch) -> None:
+        for one in (*((topn[name],) if topn else ()), *measured[name]):
+            one.update(batch)
+
+    def each(images: Images) -> None:
+        if "no_sae" in settings:
+            predictions.add(NO_SAE, images.predictions, images.indices)
+        passed(images)
+
+    stream.show(saes, update, order, each=each)
+    close()
+    seen = done - before
+    if not seen:
+        raise ValueError("none of the dataset's images could be read")
+    if rest := set().union(*(one.postponed for one in topn.values())):
+        total += len(rest)
+        stream.show(
+            saes,
+            lambda name, batch: topn[name].update(batch),
+            [index for index in order if index in rest],
+            wanted={name: one.postponed for name, one in topn.items()},
+            each=passed,
+        )
+        close()
+    numbers: list[dict[str, Any]] = []
+    for name, several in measured.items():
+        for one in several:
+            one.progress = progress
+            values = one.compute()
+            numbers += [{"sae": name, "metric": m, "value": float(v)} for m, v in values.items()]
+
+    keys = [
+        key
+        for key in [NO_SAE, *(key for one in topn.values() for key in one.keys)]
+        if key in predictions.by_key
+    ]
+    labels = torch.as_tensor(dataset.labels)
+    found = {key: predictions.by_key[key] for key in keys}
+    by_class = {key: per_class_accuracy(of, labels, classes) for key, of in found.items()}
+    counts = [one.rankings.images for one in topn.values()]
+    return Evaluation(
+        rows=make_rows(found, by_class, labels, list(topn), protocol) if found else [],
+        class_accuracy=by_class,
+        predictions=found,
+        labels=labels,
+        latents={name: one.rankings.latents.cpu() for name, one in topn.items()},
+        counted_images=counts[0] if counts else torch.zeros(0, dtype=torch.long),
+        count_threshold={name: one.count_threshold for name, one in topn.items()},
+        share_above_threshold={name: one.share_above_threshold for name, one in topn.items()},
+        metrics=numbers,
+        per_latent={
+            name: {key: value.cpu() for one in several for key, value in one.per_latent.items()}
+            for name, several in measured.items()
+        },
+        concepts={
+            name: [row for one in several for row in one.concepts]
+            for name, several in measured.items()
+        },
+        images=seen,
+        pooling=pooling,
+        image_encoder=None if encoder is None else getattr(encoder, "name", repr(encoder)),
+    )
+
+
+def check_metrics(
+    clip: FrozenCLIP,
+    dataset: Any,
+    *,
+    metrics: Sequence[str] | None = None,
+    image_encoder: str | Encoder | None = None,
+    pooling: str = "mean",
+    sample_tokens: int = 10_000,
+    sample_images: int = 2_000,
+    classifier: bool = False,
+) -> list[str]:
+    """Refuse metrics that `evaluate` would, before it begins.
+
+    Args:
+        classifier: whether there is one.
+
+    Returns:
+        Those that will be measured.
+
+    Raises:
+        ValueError: see `evaluate`.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
+    if pooling == "cls" and not clip.prefix_tokens:
+        raise ValueError(f"pooling='cls': {clip.name} has no class token; use mean or max")
+    for name, value in (("sample_tokens", sample_tokens), ("sample_images", sample_images)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    there = {
+        "embeddings": image_encoder is not None,
+        "truth": has_truth(dataset),
+        "predictions": classifier,
+    }
+    chosen = []
+    for metric in METRICS if metrics is None else metrics:
+        absent = [need for need in METRICS[metric].needs if not there.get(need, True)]
+        if absent and metrics is not None:
+            raise ValueError(f"metrics: {metric!r} needs {NEEDS[absent[0]]}")
+        if not absent:
+            chosen.append(metric)
+    return chosen
+
+
+def _thresholds(saes: Mapping[str, SAE], given: float | Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(given, Mapping):
+        given = dict.fromkeys(saes, given)
+    if set(given) != set(saes):
+        raise ValueError(
+            f"count_threshold for {sorted(given)}: expected one for each SAE, {sorted(saes)}"
+        )
+    for name, value in given.items():
+        if not value >= 0:
+            raise ValueError(
+                f"count_threshold={value} for {name}: expected at least 0, or latents that are "
+                "not active would count"
+            )
+    return {name: float(given[name]) for name in saes}
+
+
+def _by_class(dataset: Any, indices: list[int], classes: int) -> list[int]:
+    """Images class by class, in their own order within a class."""
+    labels = torch.as_tensor(dataset.labels)
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"labels from {int(labels.min())} to {int(labels.max())} with a classifier of "
+            f"{classes} classes: expected 0..{classes - 1}"
+        )
+    chosen = torch.tensor(indices)
+    return chosen[labels[chosen].argsort(stable=True)].tolist()

@@ -1,0 +1,39 @@
+"""Batches of made-up codes, as a pass hands them out, and SAEs of made-up sizes."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipsae.evaluation.metrics import Options
+from clipsae.evaluation.passes import Batch, pool_codes
+from clipsae.sae import SparseCodes
+
+
+def sae_of(latents: int, d: int = 1) -> Any:
+    """What a measurement asks of an SAE before it sees codes."""
+    return SimpleNamespace(config={"d": d, "latents": latents})
+
+
+def options(images: int = 1000, tokens: int = 1, **more: Any) -> Options:
+    return Options(images, tokens, **more)
+
+
+def batch_of(codes: Tensor, first: int = 0, **given: Any) -> Batch:
+    """Images with codes [B, T, M] (or [B, M]: of one token each), at positions from `first` on.
+
+    Args:
+        given: tokens [B, T, d] or [B, d], labels, embeddings, ... whatever else is asked for.
+    """
+    codes = codes[:, None] if codes.ndim == 2 else codes
+    tokens = given.pop("tokens", torch.zeros(len(codes), 1))
+    tokens = tokens[:, None] if tokens.ndim == 2 else tokens
+    batch = Batch(None, sae_of(codes.shape[-1]), slice(None))
+    at = torch.arange(first, first + len(codes))
+    known = {"codes": codes, "sparse": SparseCodes.from_dense(codes), "indices": at}
+    known |= {"tokens": tokens.expand(-1, codes.shape[1], -1)}
+    known |= {"positions": at.tolist(), "pooled": pool_codes(codes)}
+    known["labels"] = torch.zeros(len(codes), dtype=torch.long)
+    batch.__dict__.update(known | given)
+    return batch
