@@ -89,7 +89,7 @@ class Plain:
         """In eval mode, on the CPU, float32.
 
         Raises:
-            ValueError: a k that cannot be.
+            ValueError: an invalid k.
         """
         latents, d = self.W_enc.shape
         options: dict[str, Any] = {"d": d, "latents": latents, "activation": self.rule}
@@ -203,7 +203,7 @@ def assemble(options: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     """An SAE of these options and tensors, float32; counters start at 0.
 
     Raises:
-        ValueError: options that cannot be, or tensors that do not fit them.
+        ValueError: invalid options, or tensors that do not fit them.
     """
     with torch.device("meta"):
         sae = SAE(**options)

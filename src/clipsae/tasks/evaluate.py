@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: no SAE there, one that cannot be read or that does not fit the CLIP, or
-            anything else in the config that cannot be; before anything slow has begun.
+            anything else invalid in the config; before anything slow has begun.
     """
     if not cfg.task.sae:
         raise ConfigError(

@@ -98,7 +98,7 @@ def benchmark(
         read: the images that making it reads.
 
     Raises:
-        ConfigError: something in the config that cannot be, or an image that cannot be read;
+        ConfigError: something invalid in the config, or an image that cannot be read;
             before the SAE is made.
     """
     evaluated = evaluation.stage(cfg, store, trained, test_set)

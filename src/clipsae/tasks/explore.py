@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> None:
     """Write the page, collecting the reference images first where they are missing.
 
     Raises:
-        ConfigError: an option that cannot be, an SAE that has yet to be trained.
+        ConfigError: an invalid option, an SAE that has yet to be trained.
     """
     check(cfg)
     store = Store(cfg.paths.output_dir)
@@ -123,7 +123,7 @@ def _digest(folder: Path) -> str:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse options that cannot be.
+    """Refuse invalid options.
 
     Raises:
         ConfigError: see there.

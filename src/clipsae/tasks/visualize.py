@@ -57,7 +57,7 @@ def run(cfg: DictConfig) -> None:
     """Draw the figures, collecting the reference images first where they are missing.
 
     Raises:
-        ConfigError: an option that cannot be, an image that cannot be read, an SAE that has yet
+        ConfigError: an invalid option, an image that cannot be read, an SAE that has yet
             to be trained.
     """
     check(cfg)
@@ -128,7 +128,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse options that cannot be.
+    """Refuse invalid options.
 
     Raises:
         ConfigError: see there.

@@ -53,7 +53,7 @@ def layout(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> Layout
     """Sizes of the cache.
 
     Raises:
-        ConfigError: an option that cannot be.
+        ConfigError: an invalid option.
     """
     options = {k: v for k, v in build.plain(cfg.features.cache).items() if k != "folder"}
     return build.user_error(
@@ -85,7 +85,7 @@ def check(
     """Say what the disk will need and has; nothing where the cache is there.
 
     Raises:
-        ConfigError: an option that cannot be, or a disk that is too small.
+        ConfigError: an invalid option, or a disk that is too small.
     """
     build.user_error(check_reading, cfg.features.block_images, cfg.features.buffer_images)
     sizes = layout(cfg, clip, train_set)
@@ -158,7 +158,7 @@ def data_module(
         cache: of `open_cache`; None: tokens are computed from images.
 
     Raises:
-        ConfigError: sizes that cannot be.
+        ConfigError: invalid sizes.
     """
     options = {k: v for k, v in build.plain(cfg.features).items() if k != "cache"}
     return build.user_error(
