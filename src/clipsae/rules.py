@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from clipsae.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -89,3 +91,16 @@ def near(word: Any, names: Iterable[str]) -> str:
     """ " (did you mean NAME?)" where a name resembles the word, else nothing."""
     found = get_close_matches(str(word), list(names), n=1)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+def check_layer(name: str, layer: int, blocks: int) -> None:
+    """Refuse a block that is not there.
+
+    Raises:
+        ConfigError: the model has no such block.
+    """
+    if not -blocks <= layer < blocks:
+        raise ConfigError(
+            f"clip.layer={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
+            f"(from the end) or 0..{blocks - 1}"
+        )

@@ -227,3 +227,18 @@ def test_a_slip_is_answered_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "blocks"),
+    [("clipsae-tiny", 4, 4), ("clipsae-tiny", -5, 4), ("ViT-B-16-quickgelu", 12, 12)],
+)
+def test_a_block_that_is_not_there(composed, name, layer, blocks):
+    cfg = composed()
+    cfg.clip.name, cfg.clip.layer = name, layer
+    with pytest.raises(ConfigError, match=f"clip.layer={layer}: {name} has {blocks} blocks"):
+        options.check(cfg)
+    cfg.clip.layer = blocks - 1
+    options.check(cfg)
+    cfg.clip.name, cfg.clip.layer = "RN50", 99  # no plain ViT: what builds it says so
+    options.check(cfg)

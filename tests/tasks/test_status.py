@@ -149,8 +149,8 @@ SMALL = [
 def test_a_sweep_is_looked_up_by_everything_that_decides_its_results(tmp_path):
     given = [*SMALL, f"paths.output_dir={tmp_path}"]
     sweep = ["model=topk", "model.k=2", "model.latents=64", "trainer.max_steps=2"]
-    done = run_py("-m", *given, *sweep, "clip.layer=-2,99")
-    # One of the two cells fails: the built-in CLIP has four blocks.
+    done = run_py("-m", *given, *sweep, "clip.name=clipsae-tiny,RN50")
+    # One of the two cells fails: no SAE reads the tokens of a ResNet.
     assert done.returncode == 1
     assert (
         "2 cells, 0 of them finished; 2 SAEs, 2 to train; how long it takes is not" in done.stdout

@@ -22,6 +22,7 @@ from clipsae.clip.towers import EXAMPLES
 from clipsae.clip.weights import SUFFIXES as WEIGHT_SUFFIXES
 from clipsae.clip.weights import file_in, put_weights, read_weights
 from clipsae.errors import ConfigError
+from clipsae.rules import check_layer
 
 log = logging.getLogger(__name__)
 
@@ -114,19 +115,6 @@ def build_model(
             raise ConfigError(f"the weights {pretrained!r} of {name}: {error}") from error
         except Exception as error:  # whatever a foreign file can raise
             raise ConfigError(_why_not_loaded(name, pretrained, error)) from error
-
-
-def check_layer(name: str, layer: int, blocks: int) -> None:
-    """Refuse a block that is not there.
-
-    Raises:
-        ConfigError: the model has no such block.
-    """
-    if not -blocks <= layer < blocks:
-        raise ConfigError(
-            f"clip.layer={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
-            f"(from the end) or 0..{blocks - 1}"
-        )
 
 
 def create_open_clip(

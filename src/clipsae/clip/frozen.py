@@ -18,11 +18,12 @@ import torch
 from open_clip import get_model_config, get_tokenizer
 from torch import Tensor, nn
 
-from clipsae.clip.build import HUB, build_model, check_layer, weights_file
+from clipsae.clip.build import HUB, build_model, weights_file
 from clipsae.clip.changes import Changes
 from clipsae.clip.published import cache_alone_if_offline
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
+from clipsae.rules import check_layer
 
 
 class FrozenCLIP(nn.Module):

@@ -25,6 +25,7 @@ from clipsae.rules import (
     NAME,
     TEXT,
     Rule,
+    check_layer,
     either,
     is_number,
     is_whole,
@@ -35,8 +36,10 @@ from clipsae.rules import (
     share,
     whole,
 )
+from clipsae.store.files import read_json
 
 SPLIT = one_of("train", "test")
+TINY = Path(__file__).parents[1] / "clip" / "tiny"
 
 TRAINER = {
     "_target_": TEXT,
@@ -307,6 +310,8 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     if (new := node["trainer"].keys() - TRAINER.keys()) and (known := _trainer_options()):
         for key in sorted(new - set(known)):
             raise unknown_key("trainer", key, known, node["trainer"][key])
+    if blocks := _blocks(node["clip"]["name"]):
+        check_layer(node["clip"]["name"], node["clip"]["layer"], blocks)
     _check_group("trainer", node["trainer"], TRAINER)
     _check_group("model", node["model"], MODEL)
     if is_whole(k := node["model"].get("k")):
@@ -352,6 +357,18 @@ def _trainer_options() -> list[str]:
                 if isinstance(node, ast.FunctionDef) and node.name == "__init__":
                     return [a.arg for a in (*node.args.args, *node.args.kwonlyargs)][1:]
     return []
+
+
+def _blocks(clip: str) -> int | None:
+    """The blocks of a model's image tower, by the file that describes it: torch is not imported.
+    None: there is no such file, or the model is no plain ViT, which is refused when it is built."""
+    package = importlib.util.find_spec("open_clip")
+    of_open_clip = (package and package.submodule_search_locations) or []
+    for folder in (TINY, *(Path(folder, "model_configs") for folder in of_open_clip)):
+        described = read_json(folder / f"{clip.replace('/', '-')}.json")
+        if is_whole(layers := described.get("vision_cfg", {}).get("layers")):
+            return layers
+    return None
 
 
 def unknown_key(group: str, key: str, known: Iterable[str], value: Any = None) -> ConfigError:
