@@ -70,8 +70,11 @@ def wanted_of(cfg: DictConfig, found: Collected) -> Wanted:
     chosen = {}
     for group in ("model", "dataset"):
         names = task[f"{group}s"]
+        configs = GlobalHydra.instance().config_loader().get_group_options(group)
         known = {
-            *GlobalHydra.instance().config_loader().get_group_options(group),
+            *(
+                name for name in configs if not name.startswith("_")
+            ),  # the others are parts of these
             *found.results[group],
             *found.measurements[group],
         }
