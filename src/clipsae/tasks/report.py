@@ -72,9 +72,7 @@ def wanted_of(cfg: DictConfig, found: Collected) -> Wanted:
         names = task[f"{group}s"]
         configs = GlobalHydra.instance().config_loader().get_group_options(group)
         known = {
-            *(
-                name for name in configs if not name.startswith("_")
-            ),  # the others are parts of these
+            *(name for name in configs if not name.startswith("_")),  # others: their parts
             *found.results[group],
             *found.measurements[group],
         }
