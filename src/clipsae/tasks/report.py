@@ -80,8 +80,9 @@ def wanted_of(cfg: DictConfig, found: Collected, overrides: Sequence[str] = ()) 
     chosen = {}
     for group in ("model", "dataset"):
         names = task[f"{group}s"]
+        configs = GlobalHydra.instance().config_loader().get_group_options(group)
         known = {
-            *GlobalHydra.instance().config_loader().get_group_options(group),
+            *(name for name in configs if not name.startswith("_")),  # others: their parts
             *found.results[group],
             *found.measurements[group],
         }

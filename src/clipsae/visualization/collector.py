@@ -115,10 +115,10 @@ class Collector(nn.Module):
         self.active_images += active.sum(dim=0)
         self.strength += (means * active).double().sum(dim=0)
         self.active_tokens += batch.fired
-        keys, values = batch.pairs
+        values = batch.sparse.values
         positive = values > 0
         bins = torch.bucketize(values[positive].float(), BIN_EDGES.to(values.device), right=True)
-        cells = keys[positive] % self.latents * BINS + bins
+        cells = batch.sparse.latent[positive] * BINS + bins
         self.histogram.view(-1).index_add_(0, cells, torch.ones_like(cells))
         if self.monosemanticity is not None:
             self.monosemanticity.update(batch)
