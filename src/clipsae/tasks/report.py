@@ -86,7 +86,6 @@ def wanted_of(cfg: DictConfig, found: Collected, overrides: Sequence[str] = ()) 
             *found.results[group],
             *found.measurements[group],
         }
-        known = {name for name in known if not name.startswith("_")}  # bases of others
         unknown = [name for name in names or () if name not in known]
         if unknown:
             raise ConfigError(
