@@ -99,7 +99,7 @@ def measure_evaluation(setup: Setup, report: Callable[[str], None]) -> dict[str,
 def _active(clip: FrozenCLIP, sae: SAE, dataset: Any) -> float:
     """Mean number of active latents of a token."""
     found = evaluate(clip, {"sae": sae}, dataset, metrics=["sparsity"], batch_size=BATCH)
-    return next(row["value"] for row in found.metrics if row["metric"] == "active")
+    return next(row["value"] for row in found.metrics if row["metric"] == "l0")
 
 
 def _key(key: tuple[str, int | None]) -> tuple[str | None, str, int | None]:

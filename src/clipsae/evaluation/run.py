@@ -130,7 +130,11 @@ def evaluate(
         image_encoder: for MonoSemanticity: a name (`encoders.image_encoder`), or a callable
             (images uint8 [B, 3, S, S], indices [B]) -> [B, e].
         pooling: of token codes to image codes (`pool_codes`).
-        k, threshold, seed, sample_tokens, sample_images: see `Options`.
+        k: neighbours of CKNNA.
+        threshold: the AUROC from which a latent counts as good for a concept.
+        seed: of the samples of CKNNA and recovery.
+        sample_tokens: that CKNNA compares, at most.
+        sample_images: that recovery compares, at most.
         device: moves the models there; None: where `clip` is.
         limit_images: that many images only, evenly spaced over the classes (both splits).
         progress: called with (done, in all, of what): images, over the passes known so far, then

@@ -104,11 +104,12 @@ def page_key(
     """What decides a page's content: one with the same key need not be written again."""
     names = ("pages", "thumbnails", "effect_images", "neighbours")
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
+    evaluated = evaluation.stage(cfg, store, trained, test_set)
     return {
         "pictures": stage.path.name,
         "task": {name: cfg.task[name] for name in names},
         "words": None if cfg.task.words is None else read_words(cfg.task.words),
-        "ranked": evaluation.stage(cfg, store, trained, test_set).finished,
+        "ranked": evaluated is not None and evaluated.finished,
         "code": _digest(Path(page.__file__).parent),
     }
 
