@@ -118,7 +118,7 @@ def differences(entries: list[Entry]) -> dict[str, dict[str, str]]:
     for keys in alike.values():
         names = sorted({name for key in keys.values() for name in key})
         names = [n for n in names if len({key.get(n) for key in keys.values()}) > 1]
-        names.sort(key=lambda name: not name.endswith("max_steps"))
+        names.sort(key=lambda name: name != "sae" and not name.endswith("max_steps"))
         for entry_name, key in keys.items() if len(keys) > 1 else ():
             settings = [f"{n.rpartition('.')[2]}={_end(key[n])}" for n in names[:3] if n in key]
             found[entry_name] = {"name": _end(entry_name), "differs in": " ".join(settings)}
