@@ -142,6 +142,22 @@ def test_slurm_where_there_is_none_is_one_sentence(monkeypatch):
     ManyCores.__new__(ManyCores)._require()
 
 
+def test_what_sbatch_refuses_is_one_sentence(monkeypatch):
+    utils = pytest.importorskip("submitit.core.utils")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    from hydra_plugins.clipsae_launchers.submitit import Slurm
+
+    def refuse(*_):
+        raise utils.FailedJobError("sbatch: error: invalid partition specified: gpuu\n\nsbatch: no")
+
+    monkeypatch.setattr(Slurm.__mro__[1], "_submit", refuse)
+    with pytest.raises(SystemExit) as end:
+        Slurm.__new__(Slurm)._submit([], 0)
+    said = str(end.value)
+    assert "sbatch refuses the jobs: sbatch: error: invalid partition specified: gpuu" in said
+    assert "\n" not in said
+
+
 def test_a_warning_is_one_line_without_the_source_it_comes_from(monkeypatch, caplog):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
     warn_in_one_line()

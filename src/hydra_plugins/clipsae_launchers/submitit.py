@@ -222,9 +222,18 @@ class Slurm(_Awaited):
             )
 
     def _submit(self, jobs: "list[Job]", initial_job_idx: int) -> None:
+        from submitit.core.utils import FailedJobError
+
         from clipsae.store.files import read_json, write_json
 
-        super()._submit(jobs, initial_job_idx)
+        try:
+            super()._submit(jobs, initial_job_idx)
+        except FailedJobError as error:
+            reasons = [line.strip() for line in str(error).splitlines() if line.strip()]
+            sys.exit(
+                f"hydra/launcher=slurm: sbatch refuses the jobs: {'; '.join(reasons[-2:])}; what "
+                "was submitted goes on, and the same command submits the rest"
+            )
         submitted = zip(self._digests(jobs), (job.handle.job_id for job in jobs), strict=True)
         write_json(self._list, read_json(self._list) | dict(submitted))
 
