@@ -142,9 +142,5 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
         else:
-            yield (
-                f"{prefix}{name}",
-                value
-                if isinstance(value, str)
-                else json.dumps(value, separators=(",", ":"), default=str),
-            )
+            text = json.dumps(value, separators=(",", ":"), default=str)
+            yield f"{prefix}{name}", value if isinstance(value, str) else text

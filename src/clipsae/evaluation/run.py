@@ -177,7 +177,8 @@ def evaluate(
 
     needs = {need for name in names for need in METRICS[name].needs}
     device = clip.device if device is None else torch.device(device)
-    clip.to(device)
+    for module in (clip, *saes.values()):
+        module.to(device)
     encoder = image_encoder if "embeddings" in needs else None
     if isinstance(encoder, str):
         encoder = encoder_by_name(encoder, dataset)
@@ -197,14 +198,14 @@ def evaluate(
     sizes = len(indices), clip.tokens, stream.embed_dim
     options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images)
     measured = {
-        name: [METRICS[metric](sae.to(device), options).to(device) for metric in names]
+        name: [METRICS[metric](sae, options).to(device) for metric in names]
         for name, sae in saes.items()
     }
     predictions = Predictions(len(dataset.labels))
     topn = {
         name: TopN(
             name,
-            sae.to(device),
+            sae,
             stream,
             predictions,
             ns=ns,

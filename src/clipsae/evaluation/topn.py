@@ -188,11 +188,9 @@ class TopN:
         waits = self.rankings.open if self.ranks else None
         ready = sum(image.label != waits for image in self._waiting)
         while ready >= at_least:
-            batch, self._waiting = (
-                self._waiting[: min(ready, size)],
-                self._waiting[min(ready, size) :],
-            )
-            ready -= len(batch)
+            take = min(ready, size)
+            batch, self._waiting = self._waiting[:take], self._waiting[take:]
+            ready -= take
             self._predict(batch)
 
     def _predict(self, batch: list[_Waiting]) -> None:

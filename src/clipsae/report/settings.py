@@ -53,7 +53,7 @@ def settings_of(
     for name, value in flat({k: v for k, v in key.items() if k != "sae"}):
         named[_of_result(name)] = value
     if not key:
-        named |= _flat_config(config, ("dataset", "evaluation"))
+        named |= config_settings(config, ("dataset", "evaluation"))
     if schema is not None:
         named["schema"] = str(schema)
     left_out = {*_CELL, *_CHOICES, *_APART}
@@ -107,10 +107,11 @@ def _trained_on_itself(named: dict[str, str]) -> dict[str, str]:
 
 def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
     features = {k: v for k, v in (config.get("features") or {}).items() if k in _FEATURES}
-    named = _flat_config(config, ("clip", "model", "optimizer", "train_dataset", "trainer"))
-    return named | _flat_config({"features": features}, ("features",))
+    named = config_settings(config, ("clip", "model", "optimizer", "train_dataset", "trainer"))
+    return named | config_settings({"features": features}, ("features",))
 
 
-def _flat_config(config: Mapping[str, Any], groups: tuple[str, ...]) -> dict[str, str]:
+def config_settings(config: Mapping[str, Any], groups: tuple[str, ...]) -> dict[str, str]:
+    """Settings of groups of a resolved config, but for those that decide no result."""
     chosen = {group: config[group] for group in groups if config.get(group)}
     return {name: value for name, value in flat(chosen) if not _IDLE.fullmatch(name)}

@@ -16,7 +16,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from clipsae.errors import ConfigError
-from clipsae.overrides import flat
 from clipsae.report import (
     Collected,
     Commands,
@@ -31,6 +30,7 @@ from clipsae.report import (
     to_frame,
     write_report,
 )
+from clipsae.report.settings import config_settings
 from clipsae.report.table import Column
 from clipsae.store import SCHEMA, digest
 from clipsae.store.files import read_json, write_json
@@ -92,11 +92,9 @@ def wanted_of(cfg: DictConfig, found: Collected, overrides: Sequence[str] = ()) 
                 f"task.{group}s has {unknown[0]!r}: expected names among {', '.join(sorted(known))}"
             )
         chosen[f"{group}s"] = tuple(names) if names else None
-    usual = {
-        name: value
-        for group in ("trainer", "optimizer", "features", "evaluation", "measurement")
-        for name, value in flat(build.plain(cfg[group]), f"{group}.")
-    } | {"schema": str(SCHEMA)}
+    groups = ("trainer", "optimizer", "features", "evaluation", "measurement")
+    composed = {group: build.plain(cfg[group]) for group in groups}
+    usual = config_settings(composed, groups) | {"schema": str(SCHEMA)}
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
     deciding = {name for settings in set(found.results.settings) for name, _ in settings}
     return Wanted(
