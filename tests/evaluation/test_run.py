@@ -9,18 +9,15 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
 from clipsae.evaluation import evaluate
 from clipsae.evaluation.encoders import image_encoder
-from clipsae.evaluation.metrics import (
-    METRICS,
-    NUMBERS,
-    Measurement,
-    cknna,
-    concept_recovery,
-    decoder_orthogonality,
-    monosemanticity,
-)
+from clipsae.evaluation.metrics import METRICS, NUMBERS, Measurement
+from clipsae.evaluation.metrics.cknna import cknna
+from clipsae.evaluation.metrics.monosemanticity import monosemanticity
+from clipsae.evaluation.metrics.orthogonality import decoder_orthogonality
+from clipsae.evaluation.metrics.recovery import concept_recovery
 from clipsae.evaluation.metrics.sparsity import sparsity_sums, sparsity_values
 from clipsae.evaluation.passes import pool_codes
 from clipsae.evaluation.truth import image_concepts, patch_concepts
+from clipsae.sae import SAE
 
 IMAGES = 30
 
@@ -35,9 +32,13 @@ def scenes():
     return ScenesDataset(kind="all", split="test", size=IMAGES)
 
 
-@pytest.fixture
-def saes(clip, toy_sae):
-    return {"topk": toy_sae(clip.width, 40, k=4), "relu": toy_sae(clip.width, 25, seed=1)}
+@pytest.fixture(scope="module")
+def saes(clip):
+    torch.manual_seed(0)
+    return {
+        "topk": SAE(clip.width, 40, "linear", "topk", k=4).eval(),
+        "relu": SAE(clip.width, 25, "linear", "relu").eval(),
+    }
 
 
 def everything(clip, scenes, sae):
@@ -74,12 +75,12 @@ def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
         images, x, codes, dense = everything(clip, scenes, sae)
         found = by_metric(result, name)
         for suffix, of in (("", codes), ("_dense", dense)):
-            values = sparsity_values(sparsity_sums(x, sae.decode(of), of))
+            values = sparsity_values(sparsity_sums(x, sae.decode(of, sae.input_scale(x)), of))
             for key, value in values.items():
                 assert found[key + suffix] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), key
         aligned = cknna(x.flatten(0, 1)[tokens], codes.flatten(0, 1)[tokens])
         assert found["cknna"] == pytest.approx(aligned.item(), rel=1e-3)
-        assert found["decoder_orthogonality"] == decoder_orthogonality(sae.rows).item()
+        assert found["decoder_orthogonality"] == decoder_orthogonality(sae.decoder_rows()).item()
 
         embeddings = image_encoder("attributes", scenes)(images, torch.arange(IMAGES))
         pooled = pool_codes(codes, "max")
@@ -131,19 +132,18 @@ def test_the_seed_decides_the_samples(clip, scenes, saes):
         found = evaluate(clip, saes, scenes, metrics=["cknna"], sample_tokens=60, seed=seed)
         return by_metric(found, "topk")["cknna"]
 
-    assert run(0) == run(0)
-    assert run(0) != run(1)
+    assert run(0) == run(0) != run(1)
 
 
-def test_some_images_and_modes_are_given_back(clip, scenes, saes):
+def test_some_images_and_modes_are_restored(clip, scenes, saes):
     saes["topk"].train()
-    saes["relu"].eval()
     result = evaluate(clip, saes, scenes, metrics=["sparsity"], limit_images=10)
     assert result.images == 10
     assert result.image_encoder is None
     assert result.per_latent == {"topk": {}, "relu": {}}
     assert saes["topk"].training
     assert not saes["relu"].training
+    saes["topk"].eval()
 
 
 def test_what_is_measured_depends_on_what_is_there(clip, scenes, saes):
@@ -165,7 +165,7 @@ def test_what_is_measured_depends_on_what_is_there(clip, scenes, saes):
         ({"image_encoder": "what"}, "open_clip:MODEL"),
     ],
 )
-def test_what_cannot_be_is_refused(clip, scenes, saes, options, words):
+def test_invalid_options_are_refused(clip, scenes, saes, options, words):
     with pytest.raises(ValueError, match=words):
         evaluate(clip, saes, scenes, **options)
 
@@ -178,12 +178,12 @@ def test_recovery_needs_ground_truth(clip, saes):
         evaluate(clip, saes, Photos(), metrics=["recovery"])
 
 
-def test_a_metric_of_ones_own_is_one_class(clip, scenes, saes, monkeypatch):
-    monkeypatch.setitem(METRICS, "agreement", None)  # so that it is taken away again
+def test_a_metric_is_one_class(clip, scenes, saes, monkeypatch):
+    monkeypatch.setitem(METRICS, "agreement", None)  # so that it is removed again
 
     @METRICS.register("agreement")
     class Agreement(Measurement):
-        """How often the reconstruction is named as CLIP names the image."""
+        """How often the reconstruction gets the prediction of the image."""
 
         needs = ("predictions",)
 

@@ -8,7 +8,7 @@ import torch
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
-from clipsae.evaluation.metrics import monosemanticity
+from clipsae.evaluation.metrics.monosemanticity import monosemanticity
 from clipsae.evaluation.truth import (
     PATCH_ATTRIBUTES,
     concept_names,
@@ -19,7 +19,7 @@ from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
 from clipsae.visualization.collector import NAMED, Collector, bits_over_chance
 from clipsae.visualization.references import BIN_EDGES, BINS, Shown
-from tests.evaluation.batches import batch_of, sae_of
+from tests.evaluation.made_up import batch_of, sizes
 
 B, P, M, K = 23, 6, 15, 4
 SHOWN = Shown("made up", "test", B, (2, 3), ["a", "b", "c"], [], None)
@@ -43,7 +43,7 @@ def test_patches_are_the_last_tokens_however_many_come_before(others):
     patches = codes[:, 1:]
     before = torch.full((B, others, M), 0.0)
     before[..., 2:] = 0.25  # the same on every image: the order stays that of the patches
-    collector = Collector(sae_of(M), P, top=K)
+    collector = Collector(sizes(M), P, top=K)
     collector.update(batch_of(torch.cat([before, patches], dim=1), labels=labels))
     found = collector.references(SHOWN)
     assert found.alive.any()
@@ -62,12 +62,12 @@ def test_patches_are_the_last_tokens_however_many_come_before(others):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("ties", [True, False])
-@pytest.mark.parametrize("sizes", [[23], [1] * 23, [7, 9, 7]])
-def test_a_stream_of_batches_gives_what_a_full_sort_gives(seed, ties, sizes):
+@pytest.mark.parametrize("parts", [[23], [1] * 23, [7, 9, 7]])
+def test_a_stream_of_batches_gives_what_a_full_sort_gives(seed, ties, parts):
     codes, labels = made_up(seed, ties)
     indices = torch.arange(B) * 3  # not every image of the dataset
-    collector = Collector(sae_of(M), P, top=K)
-    for part in torch.arange(B).split(sizes):
+    collector = Collector(sizes(M), P, top=K)
+    for part in torch.arange(B).split(parts):
         collector.update(batch_of(codes[part], labels=labels[part], indices=indices[part]))
     found = collector.references(SHOWN)
 
@@ -122,7 +122,7 @@ def check_labels(found, m, top, means, labels):
 
 def test_files_hold_everything(tmp_path):
     codes, labels = made_up(0, ties=False)
-    collector = Collector(sae_of(M), P, top=K)
+    collector = Collector(sizes(M), P, top=K)
     collector.update(batch_of(codes, labels=labels))
     found = collector.references(SHOWN)
     found.save(tmp_path)
@@ -184,7 +184,7 @@ def named(active: list[list[float]]) -> list[tuple[str | None, float, float]]:
         truth[i, :6, 3 - int(small)] = True
         truth[i, 6:, 4] = True
     concepts = {"patch_concepts": NAMES, "image_concepts": ["count=one"]}
-    collector = Collector(sae_of(len(active)), 10, top=2, **concepts)
+    collector = Collector(sizes(len(active)), 10, top=2, **concepts)
     for part in torch.arange(40).split(7):
         one = torch.ones(len(part), 1, dtype=torch.bool)
         known = {"patch_truth": truth[part], "image_truth": one}

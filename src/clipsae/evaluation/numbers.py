@@ -1,7 +1,6 @@
-"""What is known of each number that an evaluation yields: everything that shows one reads it here.
+"""A record of each number of an evaluation: what tables, cards, pages and plots show of it.
 
-A metric declares its numbers beside itself, as `NUMBERS`; `clipsae.evaluation.metrics.NUMBERS` has
-them all. This file needs no torch.
+A metric declares its `numbers`; `clipsae.evaluation.metrics.NUMBERS` has all. No torch is imported.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,14 +1,14 @@
 """One pass over images: pixels -> tokens -> codes -> reconstruction.
 
-Each is computed when it is first asked for, and once: tokens, embeddings and ground truth for all
-SAEs, codes and reconstruction for all who look at one SAE.
+Each is computed when it is first used, and once: tokens, embeddings and ground truth for all SAEs,
+codes and reconstruction for everything that is computed of one SAE.
 
 B images, T tokens of an image, P patches, d width, M latents, e embedding size, C classes, V
-concepts, n latents kept.
+concepts.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ from clipsae.sae import SAE, SparseCodes
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int, str], None]
-"""Called with (done, in all, of what)."""
+"""Called with (done, total, what)."""
 
 POOLINGS = ("mean", "max", "cls")
 
@@ -35,15 +35,15 @@ _DENSE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Stream:
-    """What images are shown to, and how.
+    """The images of a pass, and the models that they go through.
 
     Attributes:
         dataset: items (uint8 [3, S, S], label).
-        indices: the images of the dataset that are looked at, ascending.
+        indices: the images of the dataset that are used, ascending.
         encoder: of `embeddings`: (uint8 [B, 3, S, S], indices [B]) -> [B, e].
         classifier: of `predictions`: [C, e].
         pooling: of `pooled`.
-        keep_scores: whether anyone needs `scores`: codes are then made from them.
+        keep_scores: whether `scores` are needed: codes are then made from them.
     """
 
     clip: FrozenCLIP
@@ -56,36 +56,33 @@ class Stream:
     batch_size: int = 32
     num_workers: int = 0
 
-    def read(self, order: Sequence[int] | None = None) -> Iterator["Images"]:
-        """Batches of the images `order`, or of all `indices` in their order."""
-        order = self.indices if order is None else order
-        batches = image_batches(self.dataset, self.batch_size, self.num_workers, order)
-        for pixels, labels, indices in batches:
-            yield Images(self, pixels.to(self.clip.device), labels, indices)
-
-    def show(
+    def run(
         self,
         saes: Mapping[str, SAE],
         update: Callable[[str, "Batch"], None],
         order: Sequence[int] | None = None,
         *,
-        wanted: Mapping[str, Set[int]] | None = None,
         each: Callable[["Images"], None] = lambda images: None,
     ) -> None:
-        """One pass over the images `order`, or all: `update` is called with each SAE's name and
-        groups of images as it sees them.
-
-        Args:
-            wanted: the images that each SAE is shown; None: all.
-            each: called with each batch of images, when all SAEs have seen it.
-        """
+        """One pass over the images `order` (None: `indices`). `update` is called with each SAE's
+        name and groups of images; `each` with a batch that all SAEs are done with."""
+        order = self.indices if order is None else order
         with in_eval_mode(saes.values()):
-            for images in self.read(order):
+            for pixels, labels, indices in image_batches(
+                self.dataset, self.batch_size, self.num_workers, order
+            ):
+                images = Images(self, pixels.to(self.clip.device), labels, indices)
                 for name, sae in saes.items():
-                    rows = None if wanted is None else images.rows(wanted[name])
-                    for batch in images.through(sae, rows):
+                    for batch in images.split(sae):
                         update(name, batch)
                 each(images)
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """The predicted classes of residual streams [B, T, d], LongTensor [B]."""
+        assert self.classifier is not None
+        # Cosines with the classifier's rows, if those are of unit length.
+        embeddings = nn.functional.normalize(self.clip.tail(tokens), dim=-1)
+        return (embeddings @ self.classifier.T).argmax(dim=-1)
 
     @property
     def embed_dim(self) -> int:
@@ -116,94 +113,70 @@ class Images:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """[B, T, d] of CLIP's prefix, the patches last."""
         clip = self.stream.clip
         return clip.prefix(clip.normalize(self.pixels))
 
     @cached_property
     def embeddings(self) -> Tensor:
-        """[B, e] of the separate image encoder."""
         assert self.stream.encoder is not None
         return self.stream.encoder(self.pixels, self.indices)
 
     @cached_property
     def patch_truth(self) -> Tensor:
-        """Bool [B, P, V] of `concept_names(PATCH_ATTRIBUTES)`."""
         grid = self.stream.clip.grid[0]
         return patch_concepts(self.stream.dataset, self.indices, grid).to(self.pixels.device)
 
     @cached_property
     def image_truth(self) -> Tensor:
-        """Bool [B, V] of `concept_names(IMAGE_ATTRIBUTES)`."""
         return image_concepts(self.stream.dataset, self.indices).to(self.pixels.device)
 
     @cached_property
     def predictions(self) -> Tensor:
-        """CLIP's own predicted classes, LongTensor [B]."""
-        return predict(self.stream, self.tokens)
+        return self.stream.predict(self.tokens)
 
-    def rows(self, indices: Set[int]) -> list[int]:
-        """Where images of the dataset are among these."""
-        return [row for row, index in enumerate(self.indices.tolist()) if index in indices]
-
-    def through(self, sae: SAE, rows: Sequence[int] | None = None) -> Iterator["Batch"]:
-        """These images, or those at `rows`, in groups whose dense codes fit in memory."""
+    def split(self, sae: SAE) -> Iterator["Batch"]:
+        """Groups of images whose dense codes fit in memory."""
         size = self.tokens.shape[1] * sae.config["latents"] * self.tokens.element_size()
         group = max(1, _DENSE_BYTES // size)
-        total = len(self) if rows is None else len(rows)
-        for start in range(0, total, group):
-            part = slice(start, start + group)
-            yield Batch(self, sae, part if rows is None else list(rows[part]))
+        for start in range(0, len(self), group):
+            yield Batch(self, sae, slice(start, start + group))
+
+
+def _of_images(name: str) -> Any:
+    return cached_property(lambda batch: getattr(batch.images, name)[batch.rows])
 
 
 class Batch:
-    """Images as one SAE sees them: what a `Measurement` is updated with."""
+    """Images and their codes by one SAE: what a `Measurement` is updated with.
 
-    def __init__(self, images: Images, sae: SAE, rows: slice | list[int]) -> None:
+    Attributes:
+        images: the whole batch, with CLIP's own `predictions`; this is its part `rows`.
+        sae: the SAE.
+        labels, indices: LongTensor [B] on the CPU; indices are those in the dataset.
+        tokens: [B, T, d] of CLIP's prefix, the patches last.
+        embeddings: [B, e] of the separate image encoder.
+        patch_truth: bool [B, P, V] of `concept_names(PATCH_ATTRIBUTES)`.
+        image_truth: bool [B, V] of `concept_names(IMAGE_ATTRIBUTES)`.
+    """
+
+    labels: Tensor = _of_images("labels")
+    indices: Tensor = _of_images("indices")
+    tokens: Tensor = _of_images("tokens")
+    embeddings: Tensor = _of_images("embeddings")
+    patch_truth: Tensor = _of_images("patch_truth")
+    image_truth: Tensor = _of_images("image_truth")
+
+    def __init__(self, images: Images, sae: SAE, rows: slice) -> None:
         self.images = images
         self.sae = sae
         self.rows = rows
 
-    # --- of the images ---
-
     @cached_property
-    def tokens(self) -> Tensor:
-        """[B, T, d], the patches last."""
-        return self.images.tokens[self.rows]
-
-    @cached_property
-    def labels(self) -> Tensor:
-        """LongTensor [B] on the CPU."""
-        return self.images.labels[self.rows]
-
-    @cached_property
-    def indices(self) -> Tensor:
-        """LongTensor [B] on the CPU, in the dataset."""
-        return self.images.indices[self.rows]
-
-    @cached_property
-    def positions(self) -> list[int]:
-        """Of the images among all that are looked at, in the dataset's order: what samples are
-        drawn by, whatever the order in which images come."""
+    def positions(self) -> Tensor:
+        """Places of the images among all images of the pass, in the dataset's order, LongTensor [B]
+        on the CPU: what samples are drawn by, in whatever order images come."""
         among = self.images.stream.indices
-        return [bisect_left(among, index) for index in self.indices.tolist()]
-
-    @cached_property
-    def embeddings(self) -> Tensor:
-        """[B, e] of the separate image encoder."""
-        return self.images.embeddings[self.rows]
-
-    @cached_property
-    def patch_truth(self) -> Tensor:
-        """Bool [B, P, V]."""
-        return self.images.patch_truth[self.rows]
-
-    @cached_property
-    def image_truth(self) -> Tensor:
-        """Bool [B, V']."""
-        return self.images.image_truth[self.rows]
-
-    # --- of the SAE ---
+        return torch.tensor([bisect_left(among, index) for index in self.indices.tolist()])
 
     @cached_property
     def scores(self) -> Tensor:
@@ -242,30 +215,17 @@ class Batch:
     @cached_property
     def predictions(self) -> Tensor:
         """Classes predicted from the reconstruction, LongTensor [B]."""
-        return predict(self.images.stream, self.reconstruction)
+        return self.images.stream.predict(self.reconstruction)
 
     @cached_property
     def pooled(self) -> Tensor:
-        """Codes of the images [B, M], by the stream's `pooling`."""
+        """Codes of the images [B, M], by the pass's `pooling`."""
         return pool_codes(self.codes, self.images.stream.pooling)
 
     @cached_property
     def fired(self) -> Tensor:
         """On how many tokens each latent is active, LongTensor [M]."""
         return self.sparse.view(-1, self.sparse.latents).count()
-
-    @cached_property
-    def sums(self) -> Tensor:
-        """Codes summed over an image's tokens, float64 [B, M]."""
-        return self.sparse.totals()
-
-    def counts(self, above: float) -> Tensor:
-        """On how many tokens of an image a latent's code is larger, LongTensor [B, M]."""
-        return self.sparse.count(self.sparse.values > above)
-
-    def image_codes(self) -> list[SparseCodes]:
-        """The codes of each image. Copies, so that they do not keep the batch's memory."""
-        return [self.sparse[i].compact() for i in range(len(self.tokens))]
 
 
 def pool_codes(codes: Tensor, pooling: str = "mean") -> Tensor:
@@ -288,23 +248,12 @@ def pool_codes(codes: Tensor, pooling: str = "mean") -> Tensor:
     raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
 
 
-def predict(stream: Stream, tokens: Tensor) -> Tensor:
-    """The classes that residual streams [B, T, d] are named after, LongTensor [B]."""
-    assert stream.classifier is not None
-    # Cosines with the classifier's rows, if those are of unit length.
-    embeddings = nn.functional.normalize(stream.clip.tail(tokens), dim=-1)
-    return (embeddings @ stream.classifier.T).argmax(dim=-1)
-
-
 def evenly_spaced(labels: Any, limit: int | None) -> list[int]:
-    """`limit` of the images, evenly spaced over them in the order of their classes, so that no
-    order of a dataset's labels leaves classes out; all of them for None or a larger limit.
+    """Indices of `limit` images, ascending, evenly spaced in the order of their classes, so that no
+    class is left out, however labels are ordered; of all images for None or a larger limit.
 
     Args:
         labels: of all images, LongTensor [N] or a sequence.
-
-    Returns:
-        Indices, ascending.
 
     Raises:
         ValueError: no images, or a limit below 1.
@@ -323,7 +272,7 @@ def evenly_spaced(labels: Any, limit: int | None) -> list[int]:
 
 @contextmanager
 def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules in eval mode within the block, each as it was after it."""
+    """Modules in eval mode within the block; each mode is restored after it."""
     training = [(module, module.training) for module in modules]
     try:
         for module, _ in training:

@@ -39,7 +39,7 @@ from clipsae.sae import SAE
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found. Without top-n classification what is of it is empty.
+    """Results of `evaluate`. Without top-n classification its attributes are empty.
 
     Attributes:
         rows: of top-n classification, tidy, one dict a setting: sae, protocol, setting ("no_sae",
@@ -55,10 +55,10 @@ class Evaluation:
         count_threshold: per SAE.
         share_above_threshold: per SAE, the share of active (token, latent) pairs of the counting
             split whose code exceeds the count threshold.
-        metrics: what was measured, tidy, one dict a number: sae, metric, value (NaN: undefined).
+        metrics: the measured numbers, tidy, one dict a number: sae, metric, value (NaN: undefined).
         per_latent: per SAE numbers of each latent by name, [M]; NaN where undefined.
         concepts: per SAE a dict a concept: level, concept, its best latents.
-        images: how many were looked at.
+        images: how many were evaluated.
         pooling, image_encoder: what MonoSemanticity was computed with.
     """
 
@@ -126,7 +126,7 @@ def evaluate(
             "cknna"; "orthogonality" (of the decoder);
             "monosemanticity": its mean, max and number of live latents;
             "recovery": concepts_found, auroc, ... with the prefixes patch_ and image_.
-            None: all for which there is what they need.
+            None: all whose needs (an image encoder, ground truth, ...) are met.
         image_encoder: for MonoSemanticity: a name (`encoders.image_encoder`), or a callable
             (images uint8 [B, 3, S, S], indices [B]) -> [B, e].
         pooling: of token codes to image codes (`pool_codes`).
@@ -137,8 +137,8 @@ def evaluate(
         sample_images: that recovery compares, at most.
         device: moves the models there; None: where `clip` is.
         limit_images: that many images only, evenly spaced over the classes (both splits).
-        progress: called with (done, in all, of what): images, over the passes known so far, then
-            what CKNNA and recovery compare.
+        progress: called with (done, total, what): images, over the passes known so far, then what
+            CKNNA and recovery compare.
 
     Raises:
         ValueError: an unknown protocol, setting, metric or pooling; a metric that lacks what it
@@ -177,13 +177,12 @@ def evaluate(
 
     needs = {need for name in names for need in METRICS[name].needs}
     device = clip.device if device is None else torch.device(device)
-    for module in (clip, *saes.values()):
-        module.to(device)
     encoder = image_encoder if "embeddings" in needs else None
     if isinstance(encoder, str):
         encoder = encoder_by_name(encoder, dataset)
-    if isinstance(encoder, nn.Module):
-        encoder.to(device)
+    for module in (clip, *saes.values(), encoder):
+        if isinstance(module, nn.Module):
+            module.to(device)
     stream = Stream(
         clip,
         dataset,
@@ -218,70 +217,60 @@ def evaluate(
         if set(settings) - {"no_sae"}
     }
 
-    done, total = 0, len(counted) + len(order)
+    done, total, seen = 0, len(counted) + len(order), 0
 
-    def passed(images: Images) -> None:
+    def advance(images: Images) -> None:
         nonlocal done
         done += len(images)
         if progress is not None:
             progress(done, total, "images")
 
-    def close() -> None:
+    def update(name: str, batch: Batch) -> None:
+        for consumer in (*([topn[name]] if topn else []), *measured[name]):
+            consumer.update(batch)
+
+    def evaluated(images: Images) -> None:
+        nonlocal seen
+        seen += len(images)
+        if "no_sae" in settings:
+            predictions.add(NO_SAE, images.predictions, images.indices)
+        advance(images)
+
+    if counted:
+        count_stream = replace(stream, dataset=count_dataset, keep_scores=False)
+        count_stream.run(saes, lambda name, batch: topn[name].count(batch), counted, each=advance)
+        for one in topn.values():
+            one.rank()
+    stream.run(saes, update, order, each=evaluated)
+    for one in topn.values():
+        one.close()
+    if not seen:
+        raise ValueError("none of the dataset's images could be read")
+    if postponed := set().union(*(one.postponed for one in topn.values())):
+        total += len(postponed)
+        again = [index for index in order if index in postponed]
+        stream.run(saes, lambda name, batch: topn[name].update(batch), again, each=advance)
         for one in topn.values():
             one.close()
 
-    if counted:
-        other = replace(stream, dataset=count_dataset, keep_scores=False)
-        other.show(saes, lambda name, batch: topn[name].count(batch), counted, each=passed)
-        close()
-    before = done
-
-    def update(name: str, batch: Batch) -> None:
-        for one in (*((topn[name],) if topn else ()), *measured[name]):
-            one.update(batch)
-
-    def each(images: Images) -> None:
-        if "no_sae" in settings:
-            predictions.add(NO_SAE, images.predictions, images.indices)
-        passed(images)
-
-    stream.show(saes, update, order, each=each)
-    close()
-    seen = done - before
-    if not seen:
-        raise ValueError("none of the dataset's images could be read")
-    if rest := set().union(*(one.postponed for one in topn.values())):
-        total += len(rest)
-        stream.show(
-            saes,
-            lambda name, batch: topn[name].update(batch),
-            [index for index in order if index in rest],
-            wanted={name: one.postponed for name, one in topn.items()},
-            each=passed,
-        )
-        close()
     numbers: list[dict[str, Any]] = []
     for name, several in measured.items():
         for one in several:
-            one.progress = progress
+            if progress is not None:
+                one.progress = progress
             values = one.compute()
             numbers += [{"sae": name, "metric": m, "value": float(v)} for m, v in values.items()]
-
-    keys = [
-        key
-        for key in [NO_SAE, *(key for one in topn.values() for key in one.keys)]
-        if key in predictions.by_key
-    ]
+    keys = [NO_SAE, *(key for one in topn.values() for key in one.keys)]
+    found = {key: predictions[key] for key in keys if key in predictions}
     labels = torch.as_tensor(dataset.labels)
-    found = {key: predictions.by_key[key] for key in keys}
-    by_class = {key: per_class_accuracy(of, labels, classes) for key, of in found.items()}
-    counts = [one.rankings.images for one in topn.values()]
+    by_class = {key: per_class_accuracy(said, labels, classes) for key, said in found.items()}
+    counts = [one.images for one in topn.values()]
     return Evaluation(
         rows=make_rows(found, by_class, labels, list(topn), protocol) if found else [],
         class_accuracy=by_class,
         predictions=found,
         labels=labels,
-        latents={name: one.rankings.latents.cpu() for name, one in topn.items()},
+        latents={name: one.latents.cpu() for name, one in topn.items()},
         counted_images=counts[0] if counts else torch.zeros(0, dtype=torch.long),
         count_threshold={name: one.count_threshold for name, one in topn.items()},
         share_above_threshold={name: one.share_above_threshold for name, one in topn.items()},
@@ -311,13 +300,10 @@ def check_metrics(
     sample_images: int = 2_000,
     classifier: bool = False,
 ) -> list[str]:
-    """Refuse metrics that `evaluate` would, before it begins.
+    """The metrics that `evaluate` will compute with these options, for checks before slow work.
 
     Args:
         classifier: whether there is one.
-
-    Returns:
-        Those that will be measured.
 
     Raises:
         ValueError: see `evaluate`.

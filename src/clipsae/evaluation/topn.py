@@ -9,26 +9,26 @@ rest of CLIP runs on it, and the image embedding is compared with the class name
     off_n    all latents but those;  n = M: everything (on), nothing (off)
     self_n   the n latents with the largest activation summed over the image's own tokens: no label
 
-The images are visited class by class, so that a class's counts are final as soon as its images
-have passed: until then its reconstructions and sparse codes wait in memory, and prefix, encoder
-and decoder run once per image. The few latents' codes are looked up (found again by a product
-with their rows, one that lies at the threshold could change sides); off_n is the whole less on_n,
-as decoding is linear. All that runs per setting is the tail, a sixth of a block at layer -2.
+Images come class by class, so that a class's counts are final when its images have passed: until
+then their reconstructions and sparse codes wait in memory, and prefix, encoder and decoder run once
+per image. The codes of the n latents are looked up, not computed again: one at the threshold could
+change sides. off_n is the whole less on_n, as decoding is linear. Each setting runs the tail alone,
+a sixth of a block at layer -2.
 
 B images, T tokens of an image, d width, M latents, C classes, N images of the split, n latents
 kept.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipsae.evaluation.numbers import SETTINGS
-from clipsae.evaluation.passes import Batch, Stream, predict
-from clipsae.evaluation.ranking import ClassRankings, top_latents
+from clipsae.evaluation.passes import Batch, Stream
+from clipsae.evaluation.ranking import class_ranking, top_latents
 from clipsae.sae import SAE, SparseCodes
 
 PROTOCOLS = ("paper", "heldout")
@@ -39,7 +39,7 @@ NO_SAE: Key = (None, "no_sae", None)
 
 
 def check_topn_options(ns: Sequence[int], protocol: str, settings: Sequence[str]) -> None:
-    """Refuse what a top-n evaluation would, without anything else at hand.
+    """Refuse invalid options of a top-n evaluation.
 
     Raises:
         ValueError: no or wrong numbers of latents, an unknown protocol or setting.
@@ -53,35 +53,32 @@ def check_topn_options(ns: Sequence[int], protocol: str, settings: Sequence[str]
         raise ValueError(f"settings={list(settings)}: expected some of {', '.join(SETTINGS)}")
 
 
-class Predictions:
-    """The predicted class of each of N images in every setting; -1 where there is none."""
+class Predictions(dict[Key, Tensor]):
+    """The predicted class of each of N images, LongTensor [N] per setting; -1: not evaluated."""
 
     def __init__(self, images: int) -> None:
         self.images = images
-        self.by_key: dict[Key, Tensor] = {}
 
     def add(self, key: Key, predicted: Tensor, indices: Tensor) -> None:
         """Of the images `indices`, LongTensor [B]."""
-        if key not in self.by_key:
-            self.by_key[key] = torch.full((self.images,), -1)
-        self.by_key[key][indices] = predicted.cpu()
+        if key not in self:
+            self[key] = torch.full((self.images,), -1)
+        self[key][indices] = predicted.cpu()
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    """An image whose settings are yet to be run."""
+class _Waiting(NamedTuple):
+    """An image whose settings are not run yet."""
 
     label: int
-    index: int
+    place: int  # in the dataset
     reconstruction: Tensor
     scale: Tensor
-    own: Tensor | None
+    strongest: Tensor | None  # its own latents, of `self`
     codes: SparseCodes | None
 
     @property
     def nbytes(self) -> int:
-        parts = (self.reconstruction, self.scale, self.own, self.codes)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in self[2:] if part is not None)
 
 
 class TopN:
@@ -89,11 +86,16 @@ class TopN:
 
     Args:
         ns: numbers of latents; those below M are ranked, M is the whole dictionary.
-        settings: those of `on`, `off`, `self` that are wanted.
+        settings: some of `on`, `off`, `self`.
         count_threshold: a (token, latent) pair counts if its code is larger.
-        counting: the evaluated images are what is counted, too. Otherwise `count` comes first.
-        memory: bytes that images which wait for their class may take. The images of a class that
-            needs more are listed in `postponed`, to be given to `update` again, after `close`.
+        counting: whether the evaluated images are counted. Otherwise call `count` first.
+        memory: bound in bytes on images that wait for their class. The images of a class that needs
+            more are listed in `postponed`: after `close` pass them to `update` again.
+
+    Attributes:
+        latents: LongTensor [C, n], the ranked latents of each class; of a class without images the
+            first n, as all are equal.
+        images: LongTensor [C] on the CPU, images counted.
     """
 
     def __init__(
@@ -118,22 +120,25 @@ class TopN:
         self.count_threshold = count_threshold
         self.counting = counting
         self.memory = memory
-        device = stream.classifier.device
-        self.latents: int = sae.config["latents"]
-        self.ns = sorted({n for n in ns if n < self.latents})
-        self.most = max(self.ns, default=0)
+        m, device = sae.config["latents"], stream.classifier.device
+        self.ns = sorted({n for n in ns if n < m})
+        ns = [*self.ns, m]
+        kept = {"on": ns, "off": ns, "self": self.ns}
+        self.keys: list[Key] = [(name, s, n) for s in kept if s in settings for n in kept[s]]
         self.ranks = bool(self.ns) and bool({"on", "off"} & set(settings))
-        self.rankings = ClassRankings(len(stream.classifier), self.latents, self.most, device)
+        most = max(self.ns, default=0)
+        self.latents = torch.arange(most, device=device).repeat(len(stream.classifier), 1)
+        self.images = torch.zeros(len(stream.classifier), dtype=torch.long)
         self.postponed: set[int] = set()
-        self._too_large: int | None = None
-        self._waiting: list[_Waiting] = []
+        self._first_pass = True
+        # Counts [M] of the class whose images are coming: those of all classes, [C, M], would be
+        # 0.8 GB for each SAE at the paper's size.
+        self._class: int | None = None
+        self._counts = torch.zeros(m, dtype=torch.long, device=device)
+        self._sums = torch.zeros(m, dtype=torch.float64, device=device)
         self._above, self._active = torch.zeros(2, dtype=torch.long, device=device).unbind()
-
-    @property
-    def keys(self) -> list[Key]:
-        """All settings in the order of the result's rows."""
-        ns = {"on": [*self.ns, self.latents], "off": [*self.ns, self.latents], "self": self.ns}
-        return [(self.name, s, n) for s in ns if s in self.settings for n in ns[s]]
+        self._waiting: list[_Waiting] = []
+        self._too_large: int | None = None  # a class
 
     @property
     def share_above_threshold(self) -> float:
@@ -141,60 +146,87 @@ class TopN:
         return (self._above / self._active.clamp(min=1)).item()
 
     def count(self, batch: Batch) -> None:
-        """Count the latents of images, given in the order of their classes."""
-        counts = batch.counts(self.count_threshold)
+        """Count the latents of images, which come class by class."""
+        codes = batch.sparse
+        counts, sums = codes.count(codes.values > self.count_threshold), codes.totals()
         self._above += counts.sum()
-        self._active += len(batch.sparse.values)
-        self.rankings.add(batch.labels.tolist(), counts, batch.sums)
+        self._active += len(codes.values)
+        for label, group in groupby(enumerate(batch.labels.tolist()), key=lambda pair: pair[1]):
+            places = [row for row, _ in group]
+            rows = slice(places[0], places[-1] + 1)
+            if label != self._class:
+                self.rank()
+                if self.images[label]:
+                    raise ValueError(f"images of class {label} must be neighbours")
+                self._class = label
+            self._counts += counts[rows].sum(dim=0)
+            self._sums += sums[rows].sum(dim=0)
+            self.images[label] += len(places)
+
+    def rank(self) -> None:
+        """Rank the latents of the last class: its images are complete."""
+        if self._class is not None:
+            n = self.latents.shape[1]
+            self.latents[self._class] = class_ranking(self._counts, self._sums, n)
+            self._counts.zero_()
+            self._sums.zero_()
+            self._class = None
 
     def update(self, batch: Batch) -> None:
-        """Run the settings on images, given in the order of their classes, or have them wait."""
+        """Add images, which come class by class; in a second pass those of `postponed` count."""
+        labels, indices = batch.labels.tolist(), batch.indices.tolist()
+        rows = [i for i, at in enumerate(indices) if self._first_pass or at in self.postponed]
+        if not rows:
+            return
         if self.counting:
             self.count(batch)
-        own: list[Tensor | None] = [None] * len(batch.labels)
-        codes: list[SparseCodes | None] = [None] * len(batch.labels)
-        if self.ns and {"on", "off", "self"} & set(self.settings):
-            codes = [*batch.image_codes()]
-            if "self" in self.settings:
-                own = list(top_latents(batch.sums, self.most))
-        places = zip(batch.labels.tolist(), batch.indices.tolist(), own, codes, strict=True)
-        for i, (label, index, best, of) in enumerate(places):
-            if label == self._too_large:
-                self.postponed.add(index)
-            else:
-                # Copies of the rows: views would hold the whole batch.
-                streams = batch.reconstruction[i].clone(), batch.scale[i].clone()
-                self._waiting.append(_Waiting(label, index, *streams, best, of))
+        looked_up = bool(self.ns) and bool({"on", "off", "self"} & set(self.settings))
+        strongest = None
+        if self.ns and "self" in self.settings:
+            strongest = top_latents(batch.sparse.totals(), max(self.ns))
+        for i in rows:
+            if labels[i] == self._too_large:
+                self.postponed.add(indices[i])
+                continue
+            image = _Waiting(
+                labels[i],
+                indices[i],
+                # Copies: views would hold the whole batch.
+                batch.reconstruction[i].clone(),
+                batch.scale[i].clone(),
+                None if strongest is None else strongest[i],
+                batch.sparse[i].compact() if looked_up else None,
+            )
+            self._waiting.append(image)
         self._run(at_least=self.stream.batch_size)
         if self._bytes() > self.memory:
             self._run(at_least=1)
         if self._bytes() > self.memory:
-            self.postponed |= {image.index for image in self._waiting}
-            self._too_large = self.rankings.open
+            self.postponed |= {image.place for image in self._waiting}
+            self._too_large = self._class
             self._waiting = []
 
     def close(self) -> None:
-        """The last class is complete: all that waits is run, and nothing is counted any more."""
-        self.rankings.close()
+        """End a pass of `update`: run all images that wait. In the next one nothing is counted."""
+        self.rank()
         self._run(at_least=1)
-        self.counting, self._too_large = False, None
+        self.counting, self._first_pass, self._too_large = False, False, None
 
     def _bytes(self) -> int:
         return sum(image.nbytes for image in self._waiting)
 
     def _run(self, at_least: int) -> None:
         """Run the images whose class is complete, in batches across classes."""
-        size = self.stream.batch_size
-        waits = self.rankings.open if self.ranks else None
-        ready = sum(image.label != waits for image in self._waiting)
+        incomplete = self._class if self.ranks else None
+        ready = sum(image.label != incomplete for image in self._waiting)
         while ready >= at_least:
-            take = min(ready, size)
+            take = min(ready, self.stream.batch_size)
             batch, self._waiting = self._waiting[:take], self._waiting[take:]
             ready -= take
             self._predict(batch)
 
     def _predict(self, batch: list[_Waiting]) -> None:
-        indices = torch.tensor([image.index for image in batch])
+        indices = torch.tensor([image.place for image in batch])
         whole = torch.stack([image.reconstruction for image in batch])
         scale = torch.stack([image.scale for image in batch])
         bias = self.sae.decoder_bias
@@ -202,22 +234,22 @@ class TopN:
 
         def add(setting: str, n: int, tokens: Tensor) -> None:
             if setting in self.settings:
-                predicted = predict(self.stream, tokens)
+                predicted = self.stream.predict(tokens)
                 self.predictions.add((self.name, setting, n), predicted, indices)
 
-        add("on", self.latents, whole)
-        add("off", self.latents, nothing.expand_as(whole))
+        m = self.sae.config["latents"]
+        add("on", m, whole)
+        add("off", m, nothing.expand_as(whole))
         chosen = []
         if self.ranks:
-            of_classes = self.rankings.latents[[image.label for image in batch]]
-            chosen.append((of_classes, "on", "off"))
+            chosen.append((self.latents[[image.label for image in batch]], "on", "off"))
         if self.ns and "self" in self.settings:
-            own = [image.own for image in batch if image.own is not None]
-            chosen.append((torch.stack(own), "self", ""))
+            strongest = [image.strongest for image in batch if image.strongest is not None]
+            chosen.append((torch.stack(strongest), "self", ""))
         for latents, on, off in chosen:
-            # The first n latents, and their codes [B, T, n], serve n.
+            # The codes [B, T, n] of the most latents serve all n.
             images = [image.codes for image in batch if image.codes is not None]
-            codes = torch.stack([of.lookup(n) for of, n in zip(images, latents, strict=True)])
+            codes = torch.stack([z.lookup(n) for z, n in zip(images, latents, strict=True)])
             for n in self.ns:
                 few = self.sae.decode(codes[..., :n].contiguous(), scale, latents[:, :n])
                 add(on, n, few)
@@ -226,7 +258,7 @@ class TopN:
 
 
 def per_class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Share of right predictions of each class in percent, float64 [C]; NaN without images.
+    """Accuracy of each class in percent, float64 [C]; NaN without images.
 
     Args:
         predictions, labels: LongTensor [N]; images with prediction -1 are left out.
@@ -249,7 +281,7 @@ def make_rows(
     names: Sequence[str | None] = saes or [None]
     for name in names:
         for key in [key for key in predictions if key[0] in (None, name)]:
-            predicted = predictions[key]
+            predicted, accuracy = predictions[key], by_class[key]
             seen = predicted >= 0
             rows.append(
                 {
@@ -259,11 +291,11 @@ def make_rows(
                     "n": key[2],
                     # Over the classes that have images: torchmetrics' macro average would count
                     # one that is predicted but absent as 0.
-                    "accuracy": by_class[key].nanmean().item(),
+                    "accuracy": accuracy.nanmean().item(),
                     "micro_accuracy": 100 * (predicted == labels)[seen].double().mean().item(),
                     "images": int(seen.sum()),
-                    "classes": int((~by_class[key].isnan()).sum()),
-                    "competing": len(by_class[key]),
+                    "classes": int((~accuracy.isnan()).sum()),
+                    "competing": len(accuracy),
                 }
             )
     return rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from clipsae.evaluation.metrics import mean_max_cosine
+from clipsae.evaluation.metrics.stability import mean_max_cosine
 from clipsae.report.collect import Collected
 from clipsae.report.select import Selection
 from clipsae.report.variants import Line

@@ -102,7 +102,7 @@ def collect_references(
             _save(collectors, scratch)
             saved = time.monotonic()
 
-    stream.show(
+    stream.run(
         saes, lambda key, batch: collectors[key].update(batch), indices[start:], each=passed
     )
     images = int(next(iter(collectors.values())).images)

@@ -13,7 +13,8 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from clipsae.evaluation.metrics import MonoSemanticity, Options
+from clipsae.evaluation.metrics import Options
+from clipsae.evaluation.metrics.monosemanticity import MonoSemanticity
 from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.ranking import top_latents
 from clipsae.sae import SAE

@@ -1,14 +1,17 @@
 """CKNNA against the double sums of its definition."""
 
+import logging
 import math
 import random
-import sys
+from itertools import pairwise
 
 import pytest
 import torch
 
-from clipsae.evaluation.metrics import CKNNA, cknna
-from tests.evaluation.batches import batch_of, options, sae_of
+from clipsae.evaluation.metrics import cknna as module
+from clipsae.evaluation.metrics.cknna import CKNNA, cknna
+from clipsae.evaluation.metrics.sample import _hash
+from tests.evaluation.made_up import batch_of, options, sizes
 
 
 def plain_hsic(k, l):  # noqa: E741
@@ -74,15 +77,19 @@ def test_the_same_geometry_is_one_and_zero_codes_are_undefined():
     assert cknna(x, torch.zeros_like(z), 5).isnan()
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch):
+def test_blocks_of_rows_and_dense_or_sparse_products_give_the_same(monkeypatch):
     x, z = sample(40)
-    whole = cknna(x, z, 6)
-    monkeypatch.setattr(sys.modules[cknna.__module__], "_BLOCK_BYTES", 8 * 40 * 7)
-    assert cknna(x, z, 6).item() == pytest.approx(whole.item(), rel=1e-12)
+    whole, done = cknna(x, z, 6), []
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 40 * 7)
+    for share in (0, 2):
+        monkeypatch.setattr(module, "_DENSE_FROM", share)
+        found = cknna(x, z, 6, lambda *at: done.append(at))
+        assert found.item() == pytest.approx(whole.item(), rel=1e-11)
+    assert done == [(min(at + 7, 40), 40) for at in range(0, 40, 7)] * 2
 
 
 def metric_of(x, images=1000, **more):
-    metric = CKNNA(sae_of(14, 6), options(images, k=4, **more))
+    metric = CKNNA(sizes(14, 6), options(images, k=4, **more))
     metric.batch_rows = 30
     return metric
 
@@ -93,13 +100,13 @@ def fill(metric, x, z, *parts):
     return metric.compute()["cknna"].item()
 
 
-@pytest.mark.parametrize("cuts", [[70], [1, 29, 70], [30, 60, 70], [60, 1, 70, 29]])
-def test_mean_over_full_batches_in_the_order_of_positions_however_they_come(cuts):
+@pytest.mark.parametrize("edges", [[0, 70], [30, 60, 70, 29, 1, 0]])
+def test_mean_over_full_batches_in_the_order_of_positions_however_they_come(edges):
     x, z = sample(70)
     expected = sum(cknna(x[s], z[s], 4) for s in (slice(0, 30), slice(30, 60))) / 2
-    edges = [0, *sorted(cuts)]
-    parts = [slice(edges[i], edges[i + 1]) for i in range(len(cuts))]
-    parts = [parts[sorted(cuts).index(cut)] for cut in cuts]
+    edges, parts = sorted(edges), []
+    for start, stop in pairwise(edges):
+        parts.insert(len(parts) // 2, slice(start, stop))
     assert fill(metric_of(x), x, z, *parts) == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -109,9 +116,6 @@ def test_a_rest_counts_only_where_there_is_no_full_batch():
     assert math.isnan(fill(metric, x, z, slice(0, 3)))
     expected = cknna(x, z, 4).item()
     assert fill(metric, x, z, slice(3, 25)) == pytest.approx(expected, rel=1e-12)
-    metric.reset()
-    expected = cknna(x[:20], z[:20], 4).item()
-    assert fill(metric, x, z, slice(0, 20)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_sample_is_drawn_by_position():
@@ -120,21 +124,27 @@ def test_a_sample_is_drawn_by_position():
     expected = cknna(x[drawn], z[drawn], 4).item()
     metric = metric_of(x, 40, sample_tokens=12, seed=3)
     assert fill(metric, x, z, slice(20, 40), slice(0, 20)) == pytest.approx(expected, rel=1e-12)
-    images = CKNNA(sae_of(14, 6), options(8, 5, k=4, sample_tokens=12, seed=3))  # of five tokens
+    images = CKNNA(sizes(14, 6), options(8, 5, k=4, sample_tokens=12, seed=3))  # of five tokens
     images.update(batch_of(z.view(8, 5, -1), tokens=x.view(8, 5, -1)))
     assert images.compute()["cknna"].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_processes_put_their_rests_together(merged):
-    x, z = sample(30)
-    metrics = [metric_of(x) for _ in range(3)]
-    metrics[0].update(batch_of(z[20:], 20, tokens=x[20:]))
-    metrics[2].update(batch_of(z[:20], tokens=x[:20]))  # the second has seen nothing
-    found = merged(*metrics)["cknna"]
-    assert found.item() == pytest.approx(cknna(x, z, 4).item(), rel=1e-12)
+def test_a_bounded_part_is_compared(monkeypatch, caplog):
+    x, z = sample(400)
+    monkeypatch.setattr(module, "_DENSE_ELEMENTS", 0)
+    pairs = int((z != 0).sum())
+    monkeypatch.setattr(module, "_WORK", 400 * pairs // 3)  # half of the rows is a quarter of it
+    metric = CKNNA(sizes(14, 6), options(400, k=4))
+    metric.update(batch_of(z, tokens=x))
+    with caplog.at_level(logging.INFO, "clipsae"):
+        found = metric.compute()
+    kept = _hash(torch.arange(400)) < 2**30
+    torch.testing.assert_close(found["cknna"], cknna(x[kept], z[kept], 4), rtol=1e-11, atol=0)
+    assert found["cknna_compared"] == kept.sum()
+    assert f"CKNNA compares {int(kept.sum())} of 400 tokens" in caplog.text
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_input_is_refused():
     x, z = sample(10)
     with pytest.raises(ValueError, match="k < tokens"):
         cknna(x, z, 10)

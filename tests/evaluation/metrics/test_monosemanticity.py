@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from clipsae.evaluation.metrics import MonoSemanticity, monosemanticity
+from clipsae.evaluation.metrics.monosemanticity import MonoSemanticity, monosemanticity
 from clipsae.evaluation.passes import pool_codes
-from tests.evaluation.batches import batch_of, options, sae_of
+from tests.evaluation.made_up import batch_of, options, sizes
 
 
 def plain(activations, embeddings):
@@ -44,17 +44,13 @@ def images(n=24, latents=12, size=5):
     return a, e
 
 
-def test_is_its_definition():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_its_definition(dtype):
     a, e = images()
+    a = a.to(dtype)
     found = monosemanticity(a, e)
     assert found.tolist() == pytest.approx(plain(a, e), rel=1e-8, nan_ok=True)
     assert found.isnan().nonzero().flatten().tolist() == [0, 1, 2, 6]
-
-
-def test_half_precision_codes():
-    a, e = images()
-    a = a.to(torch.bfloat16)
-    assert monosemanticity(a, e).tolist() == pytest.approx(plain(a, e), rel=1e-8, nan_ok=True)
 
 
 def test_known_values():
@@ -64,18 +60,18 @@ def test_known_values():
 
 
 def measurement():
-    return MonoSemanticity(sae_of(12), options(embed_dim=5))
+    return MonoSemanticity(sizes(12), options(embed_dim=5))
 
 
 def batch(a, e):
     return batch_of(a, embeddings=e)
 
 
-@pytest.mark.parametrize("sizes", [[24], [1, 3, 20], [1] * 24])
-def test_batches_of_any_size(sizes):
+@pytest.mark.parametrize("parts", [[24], [1, 3, 20], [1] * 24])
+def test_batches_of_any_size(parts):
     a, e = images()
     metric = measurement()
-    for part in zip(a.split(sizes), e.split(sizes), strict=True):
+    for part in zip(a.split(parts), e.split(parts), strict=True):
         metric.update(batch(*part))
     found = metric.compute()
     expected = plain(a, e)
@@ -119,7 +115,7 @@ def test_pooling():
         pool_codes(codes, "sum")
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_input_is_refused():
     a, e = images()
     with pytest.raises(ValueError, match="same images"):
         monosemanticity(a, e[:5])

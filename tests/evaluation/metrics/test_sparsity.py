@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from clipsae.evaluation.metrics.sparsity import Sparsity, sparsity_sums, sparsity_values
-from tests.evaluation.batches import batch_of, options, sae_of
+from clipsae.evaluation.metrics.sparsity import (
+    Sparsity,
+    code_without_selection,
+    sparsity_sums,
+    sparsity_values,
+)
+from clipsae.sae import SAE
+from tests.evaluation.made_up import batch_of, options, sizes
 
 
 def corpus(tokens: int = 60, d: int = 16, latents: int = 20):
@@ -33,28 +39,14 @@ def plain(x, reconstruction, codes):
     }
 
 
-@pytest.mark.parametrize("sizes", [[60], [1, 9, 50], [30, 30]])
-def test_batches_of_any_size_give_the_corpus_value(sizes):
+@pytest.mark.parametrize("parts", [[60], [1, 9, 50]])
+def test_batches_and_processes_give_the_corpus_value(parts, merged):
     data = corpus()
-    metric = Sparsity(sae_of(20, 16), options())
-    for x, reconstruction, codes in zip(*(part.split(sizes) for part in data), strict=True):
-        metric.update(batch_of(codes, tokens=x, reconstruction=reconstruction))
-    values = {name: value.item() for name, value in metric.compute().items()}
+    metrics = [Sparsity(sizes(20, 16), options()) for _ in range(2)]
+    for i, (x, reconstruction, codes) in enumerate(zip(*(p.split(parts) for p in data), strict=True)):
+        metrics[i % 2].update(batch_of(codes, tokens=x, reconstruction=reconstruction))
+    values = {name: value.item() for name, value in merged(*metrics).items()}
     assert values == pytest.approx(plain(*data), rel=1e-9)
-
-
-def test_sums_of_processes_add_up():
-    data = corpus()
-    halves = [sparsity_sums(*(part[s] for part in data)) for s in (slice(0, 13), slice(13, None))]
-    added = {name: halves[0][name] + halves[1][name] for name in halves[0]}
-    values = {name: value.item() for name, value in sparsity_values(added).items()}
-    assert values == pytest.approx(plain(*data), rel=1e-9)
-    metric = Sparsity(sae_of(20, 16), options())
-    assert set(metric._reductions) == set(added)
-    assert all(
-        reduction is torch.sum or "sum" in reduction.__name__
-        for reduction in metric._reductions.values()
-    )
 
 
 def test_images_of_tokens_are_tokens():
@@ -86,3 +78,31 @@ def test_a_perfect_reconstruction():
     assert values["fvu"] == 0
     assert values["explained_variance"] == 1
     assert values["cosine"].item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"activation": "relu"},
+        {"activation": "jumprelu", "initial_threshold": 0.5},
+        {"activation": "gated"},
+        {"activation": "topk", "k": 3},
+        {"activation": "batch_topk", "k": 3},
+        {"activation": "sparsemax", "architecture": "attention"},
+    ],
+    ids=lambda options: options["activation"],
+)
+@torch.no_grad()
+def test_the_code_without_selection_is_the_relu_of_the_scores(variant):
+    torch.manual_seed(0)
+    sae = SAE(d=16, latents=64, **variant)
+    x = torch.randn(5, 7, 16)
+    sae(x)  # a threshold that is learned from training steps
+    sae.eval()
+    scores = sae.scores(x)
+    code = sae.apply_threshold(scores, sae.threshold(scores))
+    dense = code_without_selection(sae, scores, sae.threshold(scores))
+    assert torch.equal(dense, scores.relu())
+    assert torch.equal(dense[code != 0], code[code != 0])
+    if variant["activation"] not in ("relu", "gated"):
+        assert (dense != 0).sum() > (code != 0).sum()

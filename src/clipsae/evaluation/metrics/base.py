@@ -1,6 +1,6 @@
-"""What a measurement of an SAE is, and the registry that all are found in.
+"""The base class of measurements of an SAE, and their registry.
 
-A new one is one file with a decorated class; from a plugin, too:
+A new one is a decorated class, in a file of this folder or in a plugin:
 
     from clipsae.evaluation.metrics import METRICS, Measurement
     from clipsae.evaluation.numbers import Number
@@ -20,7 +20,6 @@ A new one is one file with a decorated class; from a plugin, too:
             return {"largest_code": self.largest}
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,14 +27,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from clipsae.evaluation.numbers import Number
-from clipsae.evaluation.passes import Batch
+from clipsae.evaluation.passes import Batch, Progress
 from clipsae.sae import SAE
 from clipsae.sae.registry import Registry
 
 METRICS = Registry("metric")
 
-# What a dataset or a caller may not have, and who needs it says in `needs`; and "scores", which the
-# pass keeps only where somebody needs them.
+# What a measurement may need that is not always there, and where it comes from. "scores": they are
+# there on demand, but cost memory.
 NEEDS = {
     "embeddings": "an image_encoder, such as 'open_clip:ViT-B-32/openai'",
     "truth": "a dataset with ground truth, such as the built-in scenes",
@@ -46,7 +45,7 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how.
+    """Sizes and options of all measurements.
 
     Attributes:
         images, tokens: how many images there are, and tokens of an image.
@@ -69,12 +68,12 @@ class Options:
 
 
 class Measurement(Metric):
-    """One measurement of one SAE, in torchmetrics' manner: states, `update`, `compute`.
+    """One measurement of one SAE, a torchmetrics `Metric`: states, `update`, `compute`.
 
     Attributes:
-        numbers: what is known of each number that it yields.
-        needs: some of `NEEDS`. All else that a `Batch` has is always there.
-        progress: of `compute`, where that takes long: called with (done, in all, of what).
+        numbers: a record of each number that `compute` returns.
+        needs: some of `NEEDS`. All other attributes of a `Batch` are always there.
+        progress: of a slow `compute`: called with (done, total, what).
         per_latent: after `compute`, numbers [M] by name, for `latents.safetensors`.
         concepts: after `compute`, rows for `concepts.csv`.
     """
@@ -82,7 +81,7 @@ class Measurement(Metric):
     full_state_update = False
     numbers: ClassVar[tuple[Number, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
-    progress: Callable[[int, int, str], None] | None = None
+    progress: Progress = staticmethod(lambda done, total, what: None)
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__()

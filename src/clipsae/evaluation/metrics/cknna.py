@@ -15,27 +15,17 @@ N tokens, d width, M latents, k neighbours.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipsae.evaluation.metrics.base import METRICS, Options
-from clipsae.evaluation.metrics.rows import Progress, Sample, SampledCodes
+from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.metrics.sample import CodeSample, Draw
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.ranking import top_latents
 from clipsae.sae import SAE, SparseCodes
 
-NUMBERS = (
-    Number(
-        "cknna",
-        "CKNNA",
-        "alignment of the nearest neighbours of tokens and codes",
-        paper="cknna",
-        headline=True,
-    ),
-)
 _BLOCK_BYTES = 2**27
 # Dense products do fifty times the work of sparse ones in the same time.
 _DENSE_FROM = 1 / 50
@@ -45,16 +35,11 @@ _WORK = 2**35
 _ENTRIES = 2**25
 
 
-class _Edges(NamedTuple):
-    """Entries (row, column) of a masked kernel and their values."""
-
-    rows: Tensor
-    columns: Tensor
-    values: Tensor
-
-
 def cknna(
-    x: Tensor, codes: Tensor | SparseCodes, k: int = 10, progress: Progress | None = None
+    x: Tensor,
+    codes: Tensor | SparseCodes,
+    k: int = 10,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """Alignment of one batch of tokens and their codes.
 
@@ -73,9 +58,7 @@ def cknna(
     """
     n = len(x)
     if n < 4 or not 1 <= k < n:
-        raise ValueError(
-            f"k={k} neighbours of {n} tokens: expected 4 tokens or more and k < tokens"
-        )
+        raise ValueError(f"k={k} neighbours of {n} tokens: needs at least 4 tokens and k < tokens")
     if isinstance(codes, Tensor):
         codes = SparseCodes.from_dense(codes.float())
     if len(codes) != n:
@@ -92,61 +75,13 @@ def cknna(
             return matrix[start:stop] @ matrix.T
         return (matrix @ codes[start:stop].dense().double().T).T
 
-    of_x = _neighbours(kernel_x, n, d=x.shape[1], k=k)
-    of_z = _neighbours(kernel_z, n, d=codes.latents, k=k, progress=progress)
-    own_x, own_z = _edges(*of_x), _edges(*of_z)
-    shared_x, shared_z = _shared(*of_x, *of_z)
-    product = _hsic(own_x, own_x, n) * _hsic(own_z, own_z, n)
-    aligned = _hsic(shared_x, shared_z, n)
+    near_x = _neighbours(kernel_x, n, x.shape[1], k)
+    near_z = _neighbours(kernel_z, n, codes.latents, k, progress)
+    all_x, all_z = _masked(*near_x), _masked(*near_z)
+    both = near_x[0][:, :, None] == near_z[0][:, None, :]  # [n, k, k]
+    aligned = _hsic(_masked(*near_x, both.any(dim=2)), _masked(*near_z, both.any(dim=1)))
+    product = _hsic(all_x, all_x) * _hsic(all_z, all_z)
     return torch.where(product > 0, aligned / product.sqrt(), torch.nan)
-
-
-@METRICS.register("cknna")
-class CKNNA(SampledCodes):
-    """Mean of `cknna` over full batches of a sample of tokens, in the dataset's order.
-
-    Of a rest too small for a batch nothing counts, unless there is no full batch at all: then the
-    rest is the batch. Of SAEs with very many active latents it compares a part of the tokens
-    (`SampledCodes`), and logs how many: the time grows with their square.
-    """
-
-    numbers = NUMBERS
-    what = "tokens"
-    batch_rows = 10_000  # MSAE's
-
-    def __init__(self, sae: SAE, options: Options) -> None:
-        super().__init__(sae, options, sae.config["d"], torch.float32)
-        self.sample = Sample(options.images, options.tokens, options.sample_tokens, options.seed)
-
-    def too_much(self, rows: int, entries: int) -> bool:
-        batch = min(rows, self.batch_rows)  # tokens that each is compared with
-        slow = batch * entries * batch / rows > _WORK and not _fits(batch, self.latents)
-        return rows > 16 * self.options.k and (entries > _ENTRIES or slow)
-
-    def update(self, batch: Batch) -> None:
-        """Add those of the tokens that are in the sample."""
-        rows, numbers = self.sample.among(batch.positions)
-        if rows:
-            x, codes = batch.tokens.flatten(0, 1)[rows], batch.codes.flatten(0, 1)[rows]
-            self._add(torch.tensor(numbers, device=x.device), x, codes)
-
-    def compute(self) -> dict[str, Tensor]:
-        """`cknna`; NaN with fewer tokens than k + 1 or 4."""
-        _, x, codes = self._rows()
-        self._note(codes)
-        size = self.batch_rows if len(x) >= self.batch_rows else len(x)
-        starts = range(0, len(x) - size + 1, size) if size > max(self.options.k, 3) else ()
-        batches = [slice(start, start + size) for start in starts]
-        values = [cknna(x[at], codes[at], self.options.k, self._told) for at in batches]
-        value = torch.stack(values).mean() if values else x.new_tensor(torch.nan).double()
-        found = {"cknna": value}
-        if self.compared is not None:
-            found["cknna_compared"] = torch.tensor(float(self.compared))
-        return found
-
-    def _told(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(done, total, "CKNNA")
 
 
 def _fits(tokens: int, latents: int) -> bool:
@@ -157,52 +92,95 @@ def _fits(tokens: int, latents: int) -> bool:
 def _neighbours(
     kernel: Callable[[int, int], Tensor],
     n: int,
-    d: int,
+    width: int,
     k: int,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
     """Columns and values [n, k] of each row's k largest entries off the diagonal."""
-    block = max(1, _BLOCK_BYTES // (8 * max(n, d)))
+    block = max(1, _BLOCK_BYTES // (8 * max(n, width)))
     columns, values = [], []
     for start in range(0, n, block):
         part = kernel(start, min(start + block, n)).contiguous()
         part.diagonal(start).fill_(-torch.inf)
         columns.append(top_latents(part, k))
         values.append(part.gather(1, columns[-1]))
-        if progress is not None:
-            progress(min(start + block, n), n)
+        progress(min(start + block, n), n)
     return torch.cat(columns), torch.cat(values)
 
 
-def _edges(columns: Tensor, values: Tensor) -> _Edges:
-    rows = torch.arange(len(columns), device=columns.device)
-    return _Edges(rows.repeat_interleave(columns.shape[1]), columns.flatten(), values.flatten())
+def _masked(columns: Tensor, values: Tensor, kept: Tensor | None = None) -> Tensor:
+    """A kernel's entries [n, k], or those of `kept`, as a sparse matrix [n, n]."""
+    n, k = columns.shape
+    rows = torch.arange(n, device=columns.device)[:, None].expand(n, k)
+    chosen = torch.ones_like(columns, dtype=torch.bool) if kept is None else kept
+    places = torch.stack((rows[chosen], columns[chosen]))
+    kernel = torch.sparse_coo_tensor(places, values[chosen], (n, n), check_invariants=False)
+    return kernel.coalesce()
 
 
-def _shared(
-    columns_x: Tensor, values_x: Tensor, columns_z: Tensor, values_z: Tensor
-) -> tuple[_Edges, _Edges]:
-    """The entries of both kernels where both have a neighbour."""
-    same = columns_x[:, :, None] == columns_z[:, None, :]  # [n, k, k]
-    row, of_x, of_z = same.nonzero(as_tuple=True)
-    columns = columns_x[row, of_x]
-    return (
-        _Edges(row, columns, values_x[row, of_x]),
-        _Edges(row, columns, values_z[row, of_z]),
-    )
-
-
-def _hsic(a: _Edges, b: _Edges, n: int) -> Tensor:
-    """Unbiased HSIC of two sparse kernels with the same entries and none on the diagonal."""
-    key = a.rows * n + a.columns
-    order = key.argsort()
-    mirrored = a.columns * n + a.rows
-    at = torch.searchsorted(key[order], mirrored).clamp(max=max(len(key) - 1, 0))
-    found = key[order][at] == mirrored
-    product = (a.values * b.values[order][at])[found].sum()
-    zeros = a.values.new_zeros(n)
-    column_sums = zeros.index_add(0, a.columns, a.values)
-    row_sums = zeros.index_add(0, b.rows, b.values)
-    sums = a.values.sum() * b.values.sum() / ((n - 1) * (n - 2))
-    chained = 2 * (column_sums * row_sums).sum() / (n - 2)
+def _hsic(a: Tensor, b: Tensor) -> Tensor:
+    """Unbiased HSIC of two sparse kernels without entries on the diagonal."""
+    n = len(a)
+    product = (a * b.T.coalesce()).sum()
+    ones = torch.ones(n, 1, dtype=a.dtype, device=a.device)
+    columns, rows = a.T @ ones, b @ ones
+    sums = columns.sum() * rows.sum() / ((n - 1) * (n - 2))
+    chained = 2 * (columns * rows).sum() / (n - 2)
     return (product + sums - chained) / (n * (n - 3))
+
+
+@METRICS.register("cknna")
+class CKNNA(Measurement):
+    """Mean of `cknna` over full batches of a sample of tokens, in the dataset's order.
+
+    A rest too small for a batch does not count, unless there is no full batch at all: then it is
+    the batch. Of SAEs with very many active latents a part of the tokens is compared
+    (`CodeSample`), and the log says how many: the time grows with their square.
+    """
+
+    numbers = (
+        Number(
+            "cknna",
+            "CKNNA",
+            "alignment of the nearest neighbours of tokens and codes",
+            paper="cknna",
+            headline=True,
+        ),
+    )
+    batch_rows = 10_000  # MSAE's
+
+    def __init__(self, sae: SAE, options: Options) -> None:
+        super().__init__(sae, options)
+        self.draw = Draw(options.images, options.tokens, options.sample_tokens, options.seed)
+        nothing = torch.empty(0, self.d)
+        self.sample = CodeSample("CKNNA", "tokens", self.latents, nothing, self.too_many)
+
+    def too_many(self, rows: int, pairs: int) -> bool:
+        batch = min(rows, self.batch_rows)  # tokens that each is compared with
+        slow = batch * pairs * batch / rows > _WORK and not _fits(batch, self.latents)
+        return rows > 16 * self.options.k and (pairs > _ENTRIES or slow)
+
+    def update(self, batch: Batch) -> None:
+        rows, numbers = self.draw.among(batch.positions)
+        if len(rows):
+            drawn = torch.zeros(batch.tokens.shape[:2].numel(), dtype=torch.bool)
+            drawn[rows] = True
+            drawn = drawn.to(batch.tokens.device)
+            x, codes = batch.tokens.flatten(0, 1)[drawn], batch.sparse.view(-1, self.latents)
+            self.sample.update(numbers, x, codes[drawn])
+
+    def compute(self) -> dict[str, Tensor]:
+        """`cknna`; NaN with fewer tokens than k + 1 or 4."""
+        x, codes = self.sample.compute()
+        k, size = self.options.k, min(len(x), self.batch_rows)
+        starts = range(0, len(x) - size + 1, size) if size > max(k, 3) else ()
+        batches = [slice(start, start + size) for start in starts]
+
+        def report(done: int, total: int) -> None:
+            self.progress(done, total, "CKNNA")
+
+        values = [cknna(x[at], codes[at], k, report) for at in batches]
+        found = {"cknna": torch.stack(values).mean() if values else torch.tensor(torch.nan)}
+        if self.sample.compared is not None:
+            found["cknna_compared"] = torch.tensor(float(self.sample.compared))
+        return found

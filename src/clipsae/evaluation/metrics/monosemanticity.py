@@ -15,8 +15,7 @@ and those follow from sum a e, sum a, sum a^2, sum e and min at the end: one pas
 N images, T tokens of an image, M latents, e embedding size.
 """
 
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,62 +25,14 @@ from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.sae import SAE
 
-NUMBERS = (
-    Number(
-        "monosemanticity_mean",
-        "mean MonoSemanticity",
-        format=".4f",
-        table="interpretability",
-        paper="mean_ms",
-        headline=True,
-    ),
-    Number(
-        "monosemanticity_max",
-        "max MonoSemanticity",
-        format=".4f",
-        table="interpretability",
-        paper="max_ms",
-        headline=True,
-    ),
-    Number(
-        "monosemanticity_live",
-        "live latents",
-        format=".0f",
-        better="",
-        table="interpretability",
-    ),
-)
-
 
 def two_largest(stacked: Tensor) -> Tensor:
     """The two largest of each latent: [P, 2, M] of P parts -> [2, M]."""
     return stacked.flatten(0, 1).topk(2, dim=0).values
 
 
-def smallest(stacked: Tensor) -> Tensor:
-    """Elementwise minimum over the first dimension."""
-    return stacked.amin(dim=0)
-
-
-def total(stacked: Tensor) -> Tensor:
-    """Sum over the first dimension."""
-    return stacked.sum(dim=0)
-
-
-# How the sums of parts of the images become those of all.
-MERGE: dict[str, Callable[[Tensor], Tensor]] = {
-    "images": total,
-    "activation": total,
-    "squared": total,
-    "weighted": total,
-    "embedding": total,
-    "lowest": smallest,
-    "highest": two_largest,
-}
-
-
 def monosemanticity_sums(activations: Tensor, embeddings: Tensor) -> dict[str, Tensor]:
-    """What a batch adds, to be merged as `MERGE` says.
+    """The sums of a batch; `lowest` and `highest` are merged as such, the others add up.
 
     Args:
         activations: image codes [B, M].
@@ -120,7 +71,7 @@ def monosemanticity_sums(activations: Tensor, embeddings: Tensor) -> dict[str, T
 def monosemanticity_scores(sums: dict[str, Tensor]) -> Tensor:
     """MS of each latent, float64 [M], in -1..1.
 
-    NaN for dead latents: those with fewer than two images above their smallest activation, so that
+    NaN for dead latents, which have fewer than two images above their smallest activation, so that
     there is no pair to compare (never active, constant, active on one image).
     """
     n, low = sums["images"], sums["lowest"]
@@ -147,46 +98,62 @@ class MonoSemanticity(Measurement):
     Holds M x e float64 numbers, whatever the number of images: 200 MB at M = 49,152, e = 512.
     """
 
-    numbers = NUMBERS
+    numbers = (
+        Number(
+            "monosemanticity_mean",
+            "mean MonoSemanticity",
+            format=".4f",
+            table="interpretability",
+            paper="mean_ms",
+            headline=True,
+        ),
+        Number(
+            "monosemanticity_max",
+            "max MonoSemanticity",
+            format=".4f",
+            table="interpretability",
+            paper="max_ms",
+            headline=True,
+        ),
+        Number(
+            "monosemanticity_live",
+            "live latents",
+            format=".0f",
+            better="",
+            table="interpretability",
+        ),
+    )
     needs = ("embeddings",)
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
-        double = partial(torch.full, dtype=torch.float64)
-        m, e = self.latents, options.embed_dim
-        start = {
-            "images": torch.zeros((), dtype=torch.long),
-            "activation": double((m,), 0.0),
-            "squared": double((m,), 0.0),
-            "weighted": double((m, e), 0.0),
-            "embedding": double((e,), 0.0),
-            "lowest": double((m,), torch.inf),
-            "highest": double((2, m), -torch.inf),
-        }
-        for name, value in start.items():
-            self.add_state(name, value, dist_reduce_fx=MERGE[name])
+        nothing = torch.zeros(0, self.latents), torch.zeros(0, options.embed_dim)
+        self._sums = monosemanticity_sums(*nothing).keys()
+        merge: dict[str, Any] = {"lowest": "min", "highest": two_largest}
+        for name, start in monosemanticity_sums(*nothing).items():
+            self.add_state(name, start, dist_reduce_fx=merge.get(name, "sum"))
 
     def update(self, batch: Batch) -> None:
-        """Add images by their pooled codes and embeddings."""
         for name, new in monosemanticity_sums(batch.pooled, batch.embeddings).items():
             state = getattr(self, name)
-            if MERGE[name] is total:
-                state += new  # in place: the largest is hundreds of megabytes
+            if name == "lowest":
+                self.lowest = torch.minimum(state, new)
+            elif name == "highest":
+                self.highest = two_largest(torch.stack((state, new)))
             else:
-                setattr(self, name, MERGE[name](torch.stack((state, new))))
+                state += new  # in place: the largest is hundreds of megabytes
 
     def scores(self) -> Tensor:
         """Of each latent, float64 [M]; NaN for dead ones."""
-        return monosemanticity_scores({name: getattr(self, name) for name in MERGE})
+        return monosemanticity_scores({name: getattr(self, name) for name in self._sums})
 
     def compute(self) -> dict[str, Tensor]:
         """Mean and maximum over the live latents, and how many those are."""
         scores = self.scores()
         self.per_latent = {"monosemanticity": scores}
         live = scores[~scores.isnan()]
-        nothing = scores.new_tensor(torch.nan)
         return {
-            "monosemanticity_mean": live.mean() if len(live) else nothing,
-            "monosemanticity_max": live.max() if len(live) else nothing,
+            "monosemanticity_mean": live.mean(),  # NaN of none
+            "monosemanticity_max": live.max() if len(live) else live.mean(),
             "monosemanticity_live": torch.tensor(len(live), device=scores.device),
         }

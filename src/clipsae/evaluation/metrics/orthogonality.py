@@ -15,17 +15,6 @@ from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.sae import SAE
 
-NUMBERS = (
-    Number(
-        "decoder_orthogonality",
-        "decoder orthogonality",
-        "mean squared cosine of different decoder rows, which the published DO fits",
-        ".4f",
-        "min",
-        paper="do",
-    ),
-)
-
 
 def decoder_orthogonality(rows: Tensor) -> Tensor:
     """Mean squared cosine of different rows [M, d], float64 scalar; rows of zeros, which have no
@@ -39,9 +28,18 @@ def decoder_orthogonality(rows: Tensor) -> Tensor:
 
 @METRICS.register("orthogonality")
 class Orthogonality(Measurement):
-    """`decoder_orthogonality` of the dictionary, which no image changes."""
+    """`decoder_orthogonality`, which does not depend on images."""
 
-    numbers = NUMBERS
+    numbers = (
+        Number(
+            "decoder_orthogonality",
+            "decoder orthogonality",
+            "mean squared cosine of different decoder rows, which the published DO fits",
+            ".4f",
+            "min",
+            paper="do",
+        ),
+    )
     value: Tensor
 
     def __init__(self, sae: SAE, options: Options) -> None:
@@ -50,8 +48,7 @@ class Orthogonality(Measurement):
         self.add_state("value", start, dist_reduce_fx="mean")
 
     def update(self, batch: Batch) -> None:
-        """Nothing: the decoder is all that counts."""
+        pass
 
     def compute(self) -> dict[str, Tensor]:
-        """`decoder_orthogonality`."""
         return {"decoder_orthogonality": self.value}

@@ -8,17 +8,18 @@ al., "Towards Monosemanticity", 2023), are several concepts merged in one latent
 N rows (patches or images), M latents, V concepts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipsae.evaluation.metrics.auroc import auroc, best_f1, latent_blocks, sum_rows
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
-from clipsae.evaluation.metrics.rows import Progress, Sample, SampledCodes
+from clipsae.evaluation.metrics.sample import CodeSample, Draw
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
+from clipsae.evaluation.ranking import top_latents
 from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names
 from clipsae.sae import SAE, SparseCodes
 
@@ -53,15 +54,6 @@ NUMBERS = tuple(
     for level in ("patch", "image")
     for number in _CONCEPTS
 )
-# Scalars of `concept_recovery` and what they are called after "patch_" and "image_".
-SCALARS = {
-    "concepts_found": "concepts_found",
-    "mean_auroc": "auroc",
-    "mean_f1": "f1",
-    "mean_purity": "purity",
-    "splitting": "splitting",
-    "merging": "merging",
-}
 # Of each concept, in `concepts.csv`.
 COLUMNS = ("positives", "auroc", "auroc_latent", "f1", "f1_latent", "latents")
 
@@ -75,7 +67,7 @@ def concept_recovery(
     codes: Tensor | SparseCodes,
     truth: Tensor,
     threshold: float = 0.9,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """Compare all latents with all concepts on a sample; exact, ties included.
 
@@ -96,7 +88,7 @@ def concept_recovery(
         `positives`: rows that have it. Concepts that all rows have or none are NaN, latent -1.
 
         Per latent [M]:
-        `concepts`: how many concepts it is good for (above 1: it swallows several);
+        `concepts`: how many concepts it is good for (above 1: it merges several);
         `purity`: the largest share of its activation (positive codes) that lies on rows of one
         concept, `purest` which; NaN and -1 for latents without positive codes. A latent that is
         active everywhere has the share of the commonest concept, max(positives) / N.
@@ -121,142 +113,32 @@ def concept_recovery(
         raise ValueError(f"threshold={threshold}: expected an AUROC above 0.5 and at most 1")
     positives = truth.sum(dim=0)
     truth = truth.double()
-    v = truth.shape[1]
-    best = {"auroc": _Best(v, truth), "f1": _Best(v, truth)}
-    latents = torch.zeros_like(positives)
-    per_latent = []
-    room = max(1, _BLOCK_ELEMENTS // max(v, 1))
+    room = max(1, _BLOCK_ELEMENTS // max(truth.shape[1], 1))
+    parts = []
     for first, block in latent_blocks(codes, pairs=room, latents=room):
-        score = auroc(block, truth)
-        best["auroc"].add(first, score)
-        best["f1"].add(first, best_f1(block, truth))
-        good = score >= threshold
-        latents += good.sum(dim=0)
-        per_latent.append((good.sum(dim=1), *_purity(block, truth)))
-        if progress is not None:
-            progress(first + block.latents, codes.latents)
-    concepts, purity, purest = (torch.cat(parts) for parts in zip(*per_latent, strict=True))
+        parts.append((auroc(block, truth), best_f1(block, truth), *_purity(block, truth)))
+        progress(first + block.latents, codes.latents)
+    area, f1, purity, purest = (torch.cat(part) for part in zip(*parts, strict=True))
 
-    defined = (positives > 0) & (positives < len(truth))
+    good = area >= threshold
+    latents, concepts = good.sum(dim=0), good.sum(dim=1)
     found = {"positives": positives, "latents": latents, "concepts": concepts}
     found |= {"purity": purity, "purest": purest}
-    for name, of in best.items():
-        found[name] = torch.where(defined, of.value, torch.nan)
-        found[f"{name}_latent"] = torch.where(defined, of.latent, -1)
-    recovered = (latents > 0)[defined].double()
+    defined = (positives > 0) & (positives < len(truth))
+    for name, scores in (("auroc", area), ("f1", f1)):
+        best = top_latents(scores.nan_to_num(nan=-torch.inf).T.contiguous(), 1)
+        value = scores.T.gather(1, best).squeeze(1)
+        found[name] = torch.where(defined, value, torch.nan)
+        found[f"{name}_latent"] = torch.where(defined, best.squeeze(1), -1)
     return found | {
         "mean_auroc": found["auroc"].nanmean(),
         "mean_f1": found["f1"].nanmean(),
         "mean_purity": purity.nanmean(),
-        "concepts_found": recovered.mean(),
+        "concepts_found": (latents > 0)[defined].double().mean(),
         "splitting": latents[latents > 0].double().mean(),
         "merging": (concepts[concepts > 0] > 1).double().mean(),
         "live": (~purity.isnan()).sum(),
     }
-
-
-class _InImages(SampledCodes):
-    """`concept_recovery` of a sample of images, by their pooled codes."""
-
-    level, what, attributes = "image", "images", IMAGE_ATTRIBUTES
-
-    def __init__(self, sae: SAE, options: Options) -> None:
-        names = concept_names(self.attributes)
-        super().__init__(sae, options, len(names), torch.bool)
-        self.names = names
-        self.sample = Sample(options.images, 1, options.sample_images, options.seed)
-
-    def too_much(self, rows: int, entries: int) -> bool:
-        return entries > _ENTRIES
-
-    def update(self, batch: Batch) -> None:
-        rows, numbers = self.sample.among(batch.positions)
-        if rows:
-            at = torch.tensor(numbers, device=batch.pooled.device)
-            self._add(at, batch.image_truth[rows], batch.pooled[rows])
-
-    def compute(self) -> dict[str, Tensor]:
-        _, truth, codes = self._rows()
-        self._note(codes)
-        found = concept_recovery(codes, truth, self.options.threshold, self._told)
-        columns = {name: found[name].tolist() for name in COLUMNS}
-        self.concepts = [
-            {"level": self.level, "concept": name, **{c: of[v] for c, of in columns.items()}}
-            for v, name in enumerate(self.names)
-        ]
-        values = {f"{self.level}_{name}": found[key] for key, name in SCALARS.items()}
-        if self.compared is not None:
-            values[f"{self.level}_compared"] = torch.tensor(float(self.compared))
-        return values
-
-    def _told(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(done, total, f"recovery in {self.what}")
-
-
-class _InPatches(_InImages):
-    """The same by the images' patches."""
-
-    level, what, attributes = "patch", "patches", PATCH_ATTRIBUTES
-
-    def update(self, batch: Batch) -> None:
-        rows, numbers = self.sample.among(batch.positions)
-        if rows:
-            truth = batch.patch_truth[rows]
-            codes, patches = batch.codes[rows, -truth.shape[1] :], torch.arange(truth.shape[1])
-            of_patches = torch.tensor(numbers)[:, None] * len(patches) + patches
-            at = of_patches.flatten().to(codes.device)
-            self._add(at, truth.flatten(0, 1), codes.flatten(0, 1))
-
-
-@METRICS.register("recovery")
-class ConceptRecovery(Measurement):
-    """`concept_recovery` of a sample of images, by their patches and by their pooled codes.
-
-    It keeps the sample's codes. Of SAEs with very many active latents a row it keeps a part
-    (`SampledCodes`), and logs how many. `concepts` has each concept's best latents.
-    """
-
-    numbers = NUMBERS
-    needs = ("truth",)
-
-    def __init__(self, sae: SAE, options: Options) -> None:
-        super().__init__(sae, options)
-        self.levels = nn.ModuleList([_InPatches(sae, options), _InImages(sae, options)])
-
-    def update(self, batch: Batch) -> None:
-        """Add those of the images that are in the sample."""
-        for level in self._levels():
-            level.update(batch)
-
-    def compute(self) -> dict[str, Tensor]:
-        """The scalars of both levels, after "patch_" and "image_"."""
-        found: dict[str, Tensor] = {}
-        self.concepts = []
-        for level in self._levels():
-            level.progress = self.progress
-            found |= level.compute()
-            self.concepts += level.concepts
-        return found
-
-    def _levels(self) -> Iterator[_InImages]:
-        for level in self.levels:
-            assert isinstance(level, _InImages)
-            yield level
-
-
-class _Best:
-    """The largest value of each column over blocks of rows, and in which row it was first."""
-
-    def __init__(self, columns: int, like: Tensor) -> None:
-        self.value = like.new_full((columns,), -torch.inf)
-        self.latent = torch.full((columns,), -1, device=like.device)
-
-    def add(self, first: int, block: Tensor) -> None:
-        value, row = block.nan_to_num(nan=-torch.inf).max(dim=0)
-        better = value > self.value
-        self.value = torch.where(better, value, self.value)
-        self.latent = torch.where(better, row + first, self.latent)
 
 
 def _purity(block: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,3 +148,69 @@ def _purity(block: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor]:
     purity, purest = shares.max(dim=1)
     live = mass > 0
     return torch.where(live, purity, torch.nan), torch.where(live, purest, -1)
+
+
+@METRICS.register("recovery")
+class ConceptRecovery(Measurement):
+    """`concept_recovery` of a sample of images, by their patches and by their pooled codes.
+
+    The sample's codes are kept; of SAEs with very many active latents a part of them
+    (`CodeSample`), and the log says how many. `concepts` has each concept's best latents.
+    """
+
+    numbers = NUMBERS
+    needs = ("truth",)
+
+    def __init__(self, sae: SAE, options: Options) -> None:
+        super().__init__(sae, options)
+        self.draw = Draw(options.images, 1, options.sample_images, options.seed)
+        self.patches, self.images = (
+            CodeSample(
+                "recovery",
+                unit,
+                self.latents,
+                torch.empty(0, len(concept_names(attributes)), dtype=torch.bool),
+                lambda rows, pairs: pairs > _ENTRIES,
+            )
+            for unit, attributes in (("patches", PATCH_ATTRIBUTES), ("images", IMAGE_ATTRIBUTES))
+        )
+
+    def update(self, batch: Batch) -> None:
+        rows, numbers = self.draw.among(batch.positions)
+        if not len(rows):
+            return
+        truth = batch.patch_truth[rows]
+        patches = truth.shape[1]
+        drawn = torch.zeros(batch.tokens.shape[:2], dtype=torch.bool)
+        drawn[rows, -patches:] = True
+        codes = batch.sparse.view(-1, self.latents)[drawn.flatten().to(truth.device)]
+        of_patches = numbers[:, None] * patches + torch.arange(patches)
+        self.patches.update(of_patches.flatten(), truth.flatten(0, 1), codes)
+        pooled = SparseCodes.from_dense(batch.pooled[rows])
+        self.images.update(numbers, batch.image_truth[rows], pooled)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scalars of both levels, after "patch_" and "image_"."""
+        values: dict[str, Tensor] = {}
+        self.concepts = []
+        for level, sample, attributes in (
+            ("patch", self.patches, PATCH_ATTRIBUTES),
+            ("image", self.images, IMAGE_ATTRIBUTES),
+        ):
+
+            def report(done: int, total: int, unit: str = sample.unit) -> None:
+                self.progress(done, total, f"recovery in {unit}")
+
+            truth, codes = sample.compute()
+            found = concept_recovery(codes, truth, self.options.threshold, report)
+            columns = {name: found[name].tolist() for name in COLUMNS}
+            self.concepts += [
+                {"level": level, "concept": name, **{c: column[v] for c, column in columns.items()}}
+                for v, name in enumerate(concept_names(attributes))
+            ]
+            for number in _CONCEPTS:
+                value = found.get(f"mean_{number.key}", found[number.key])
+                values[f"{level}_{number.key}"] = value
+            if sample.compared is not None:
+                values[f"{level}_compared"] = torch.tensor(float(sample.compared))
+        return values

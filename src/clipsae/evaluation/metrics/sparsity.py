@@ -118,24 +118,21 @@ class Sparsity(Measurement):
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
-        for name in ("tokens", "varied_tokens"):
-            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        for name in ("squared_error", "squared_norm", "variance_ratio", "cosine"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("token_sum", torch.zeros(self.d, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("fired", torch.zeros(self.latents, dtype=torch.long), dist_reduce_fx="sum")
+        x, fired = torch.zeros(1, self.d), torch.zeros(self.latents, dtype=torch.long)
+        self._sums = sparsity_sums(x, x, fired).keys()
+        for name, like in sparsity_sums(x, x, fired).items():
+            self.add_state(name, torch.zeros_like(like), dist_reduce_fx="sum")
 
     def update(self, batch: Batch) -> None:
-        """Add tokens, their reconstruction and where latents are active."""
-        self._add(sparsity_sums(batch.tokens, batch.reconstruction, batch.fired))
+        self.add(batch.tokens, batch.reconstruction, batch.fired)
 
-    def _add(self, sums: dict[str, Tensor]) -> None:
-        for name, value in sums.items():
+    def add(self, x: Tensor, reconstruction: Tensor, fired: Tensor) -> None:
+        """Add tokens, see `sparsity_sums`."""
+        for name, value in sparsity_sums(x, reconstruction, fired).items():
             setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> dict[str, Tensor]:
-        """What `sparsity_values` describes."""
-        values = sparsity_values({name: getattr(self, name) for name in self._defaults})
+        values = sparsity_values({name: getattr(self, name) for name in self._sums})
         return {f"{name}{self.suffix}": value for name, value in values.items()}
 
 
@@ -148,9 +145,8 @@ class Dense(Sparsity):
     suffix = "_dense"
 
     def update(self, batch: Batch) -> None:
-        """Add tokens, and what the code without its selection makes of them."""
         codes = code_without_selection(batch.sae, batch.scores, batch.threshold)
-        self._add(sparsity_sums(batch.tokens, batch.sae.decode(codes, batch.scale), codes))
+        self.add(batch.tokens, batch.sae.decode(codes, batch.scale), codes)
 
 
 def code_without_selection(sae: SAE, scores: Tensor, tau: Tensor) -> Tensor:

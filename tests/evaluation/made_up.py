@@ -1,4 +1,4 @@
-"""Batches of made-up codes, as a pass hands them out, and SAEs of made-up sizes."""
+"""Made-up codes as a pass yields them, and the sizes of a made-up SAE."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,8 @@ from clipsae.evaluation.passes import Batch, pool_codes
 from clipsae.sae import SparseCodes
 
 
-def sae_of(latents: int, d: int = 1) -> Any:
-    """What a measurement asks of an SAE before it sees codes."""
+def sizes(latents: int, d: int = 1) -> Any:
+    """All that most measurements read of an SAE."""
     return SimpleNamespace(config={"d": d, "latents": latents})
 
 
@@ -24,16 +24,16 @@ def batch_of(codes: Tensor, first: int = 0, **given: Any) -> Batch:
     """Images with codes [B, T, M] (or [B, M]: of one token each), at positions from `first` on.
 
     Args:
-        given: tokens [B, T, d] or [B, d], labels, embeddings, ... whatever else is asked for.
+        given: tokens [B, T, d] or [B, d], labels, embeddings, ...
     """
     codes = codes[:, None] if codes.ndim == 2 else codes
     tokens = given.pop("tokens", torch.zeros(len(codes), 1))
     tokens = tokens[:, None] if tokens.ndim == 2 else tokens
-    batch = Batch(None, sae_of(codes.shape[-1]), slice(None))
+    batch = Batch(None, sizes(codes.shape[-1]), slice(None))
     at = torch.arange(first, first + len(codes))
     known = {"codes": codes, "sparse": SparseCodes.from_dense(codes), "indices": at}
     known |= {"tokens": tokens.expand(-1, codes.shape[1], -1)}
-    known |= {"positions": at.tolist(), "pooled": pool_codes(codes)}
+    known |= {"positions": at, "pooled": pool_codes(codes)}
     known["labels"] = torch.zeros(len(codes), dtype=torch.long)
     batch.__dict__.update(known | given)
     return batch
