@@ -7,7 +7,9 @@ from torchmetrics import Metric
 
 def _merged(*parts):
     """What the first of these metrics computes after a reduction over all, as in torchmetrics."""
-    for same in zip(*([m for m in p.modules() if isinstance(m, Metric)] for p in parts), strict=True):
+    for same in zip(
+        *([m for m in p.modules() if isinstance(m, Metric)] for p in parts), strict=True
+    ):
         for name, reduce in same[0]._reductions.items():
             values = [getattr(part, name) for part in same]
             lists = isinstance(values[0], list)

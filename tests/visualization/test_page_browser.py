@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipsae.visualization.page import Words, write_page
-from clipsae.visualization.page.looks import Effects, Look
-from clipsae.visualization.page.reasons import Reasons
+from clipsae.visualization.page.dictionary import Words
+from clipsae.visualization.page.images import Effects, ImageActivations
+from clipsae.visualization.page.interventions import Reasons
 from clipsae.visualization.page.serve import PageServer
-from clipsae.visualization.page.write import write_picture, write_thumbnail
-from clipsae.visualization.references import BINS, References, Shown
+from clipsae.visualization.page.write import write_page, write_pictures
+from clipsae.visualization.references import BINS, References, Source
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
@@ -54,7 +54,7 @@ def made_up() -> References:
         entropy=rand(M),
         top_label=torch.randint(8, (M,), generator=generator),
         histogram=torch.randint(9, (M, BINS), generator=generator),
-        shown=Shown("made up", "test", N, GRID, CLASSES, CONCEPTS, "attributes"),
+        source=Source("made up", "test", N, GRID, CLASSES, CONCEPTS, "attributes"),
         monosemanticity=torch.where(tokens > 0, rand(M), torch.nan),
         concept=concept,
         concept_score=certainty,
@@ -95,7 +95,7 @@ WHY = Reasons(
 NAMES = {i: f"test/class {i % 8}/photo number {i}.jpg" for i in range(N)}
 
 
-def look(index: int) -> Look:
+def activations(index: int) -> ImageActivations:
     """Latent 5 on patch 1 alone, latent 6 on the patches 0 and 11."""
     tokens: list[tuple[list[int], list[float]]] = [([7], [1.0])]
     tokens += [([], []) for _ in range(PATCHES)]
@@ -103,14 +103,17 @@ def look(index: int) -> Look:
     tokens[1 + 1] = ([5], [2.0])
     tokens[1 + 11] = ([6], [0.25])
     prediction = [(3, 0.8), (2, 0.1)]
-    return Look(index, 3, tokens, [5, 6], [0.15, 0.06], prediction, prediction, WHY)
+    means = [0.15, 0.06]
+    return ImageActivations(index, 3, tokens, [5, 6], means, prediction, prediction, WHY)
 
 
 def write(folder: Path, references: References, thumbnails: bool, predictions: bool = True) -> str:
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)
     nothing = torch.zeros(M, 0)
-    looks = [look(0), look(3)]
+    images = [activations(0), activations(3)]
+    if not predictions:
+        images = [replace(image, clip=[], sae=[], why=None) for image in images]
     write_page(
         folder,
         title="topk on <things>",
@@ -121,15 +124,14 @@ def write(folder: Path, references: References, thumbnails: bool, predictions: b
         words=Words([], nothing.long(), nothing),
         effects=EFFECTS if predictions else None,
         ranking={1: [100, 5], 2: [5, 7, 100]} if predictions else None,
-        looks=looks if predictions else [replace(of, clip=[], sae=[], why=None) for of in looks],
+        images=images,
         thumbnails=thumbnails,
         names=NAMES if thumbnails else None,
     )
     if thumbnails:
         for i in range(N):
-            write_thumbnail(folder, i, torch.full((3, 12, 12), 6 * i, dtype=torch.uint8))
-        for i in (0, 3):
-            write_picture(folder, i, torch.full((3, 12, 12), 99, dtype=torch.uint8))
+            pixels = torch.full((3, 12, 12), 6 * i, dtype=torch.uint8)
+            write_pictures(folder, i, pixels, own_page=i in (0, 3))
     return f"file://{folder}/index.html"
 
 

@@ -18,11 +18,11 @@ from clipsae.evaluation.truth import (
 from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
 from clipsae.visualization.collector import NAMED, Collector, bits_over_chance
-from clipsae.visualization.references import BIN_EDGES, BINS, Shown
+from clipsae.visualization.references import BIN_EDGES, BINS, Source
 from tests.evaluation.made_up import batch_of, sizes
 
 B, P, M, K = 23, 6, 15, 4
-SHOWN = Shown("made up", "test", B, (2, 3), ["a", "b", "c"], [], None)
+SOURCE = Source("made up", "test", B, (2, 3), ["a", "b", "c"], [], None)
 
 
 def made_up(seed: int, ties: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +45,7 @@ def test_patches_are_the_last_tokens_however_many_come_before(others):
     before[..., 2:] = 0.25  # the same on every image: the order stays that of the patches
     collector = Collector(sizes(M), P, top=K)
     collector.update(batch_of(torch.cat([before, patches], dim=1), labels=labels))
-    found = collector.references(SHOWN)
+    found = collector.references(SOURCE)
     assert found.alive.any()
     for m in range(M):
         active = int((patches[..., m] != 0).sum()) + B * others * (m >= 2)
@@ -69,7 +69,7 @@ def test_a_stream_of_batches_gives_what_a_full_sort_gives(seed, ties, parts):
     collector = Collector(sizes(M), P, top=K)
     for part in torch.arange(B).split(parts):
         collector.update(batch_of(codes[part], labels=labels[part], indices=indices[part]))
-    found = collector.references(SHOWN)
+    found = collector.references(SOURCE)
 
     means = codes.mean(dim=1)
     for m in range(M):
@@ -124,10 +124,10 @@ def test_files_hold_everything(tmp_path):
     codes, labels = made_up(0, ties=False)
     collector = Collector(sizes(M), P, top=K)
     collector.update(batch_of(codes, labels=labels))
-    found = collector.references(SHOWN)
+    found = collector.references(SOURCE)
     found.save(tmp_path)
     again = References.load(tmp_path)
-    assert again.shown == SHOWN
+    assert again.source == SOURCE
     assert torch.equal(again.maps, found.maps)
     assert again.monosemanticity is None
 
@@ -190,7 +190,7 @@ def named(active: list[list[float]]) -> list[tuple[str | None, float, float]]:
         known = {"patch_truth": truth[part], "image_truth": one}
         collector.update(batch_of(codes[part], indices=part, **known))
     concepts = [*NAMES, "count=one"]
-    of = collector.references(Shown("made up", "test", 40, (2, 5), ["a"], concepts, None))
+    of = collector.references(Source("made up", "test", 40, (2, 5), ["a"], concepts, None))
     assert of.base.tolist() == pytest.approx([0.2, 0.8, 0.25, 0.75, 1.0, 1.0])
     return [
         (
@@ -275,7 +275,7 @@ def test_several_saes_in_one_pass_with_ground_truth(world):
                 recall = (values[truth[:, c]] > 0).double().mean()
                 assert of.concept_recall[m] == pytest.approx(float(recall))
         assert (
-            len(of.leading) == len(of.leading_precision) == len(of.base) == len(of.shown.concepts)
+            len(of.leading) == len(of.leading_precision) == len(of.base) == len(of.source.concepts)
         )
         for c in range(len(names)):
             leading = [m for m in of.leading[c].tolist() if m >= 0]
@@ -284,9 +284,9 @@ def test_several_saes_in_one_pass_with_ground_truth(world):
             assert len(leading) == min(8, int((score[c] >= 1e-6).sum()))
             for m, found_share in zip(leading, of.leading_precision[c], strict=False):
                 assert found_share == pytest.approx(float(share[c, m]), abs=1e-4)
-        assert of.shown.concepts[: len(names)] == names
+        assert of.source.concepts[: len(names)] == names
         assert (of.concept >= -1).all()
-        assert of.concept.max() < len(of.shown.concepts)
+        assert of.concept.max() < len(of.source.concepts)
     assert (found["topk"].concept >= 0).any()
 
 

@@ -182,7 +182,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "split": SPLIT,
         "pages": whole(0),
         "thumbnails": FLAG,
-        "effect_images": whole(0),
+        "effect_images": whole(0, 10),  # of 10 reference images
         "neighbours": whole(0),
         "words": or_null(TEXT),
         "upload": FLAG,
@@ -216,7 +216,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "models": NAMES,
         "split": SPLIT,
         "top": whole(1),
-        "references": whole(1),
+        "references": whole(1, 10),
         "mask_references": FLAG,
         "filter": one_of("frequency", "strength", "none"),
         "max_frequency": share("a share, 0 to 1"),

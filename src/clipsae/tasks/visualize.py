@@ -1,9 +1,8 @@
-"""`task=visualize`: what a trained SAE, or several, see in images (Figures 6-11)."""
+"""`task=visualize`: figures of images through a trained SAE, or several (Figures 6-11)."""
 
 import hashlib
 import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import hydra
@@ -20,16 +19,10 @@ from clipsae.errors import ConfigError
 from clipsae.evaluation.passes import evenly_spaced
 from clipsae.sae import SAE
 from clipsae.store import Store
-from clipsae.tasks import build
-from clipsae.tasks.evaluate import bring_in
-from clipsae.tasks.guidance import resolve_k
-from clipsae.tasks.stages import pictures
+from clipsae.tasks import build, pictures
 from clipsae.tasks.table import terminal
-from clipsae.visualization.collector import TOP
-from clipsae.visualization.drawing import save
-from clipsae.visualization.figure import Panel, draw
-from clipsae.visualization.references import References
-from clipsae.visualization.view import FILTERS, look, passes_filter
+from clipsae.visualization import References
+from clipsae.visualization.figures import Panel, draw_image, image_codes, passes_filter, save
 
 log = logging.getLogger(__name__)
 
@@ -57,70 +50,47 @@ def run(cfg: DictConfig) -> None:
     """Draw the figures, collecting the reference images first where they are missing.
 
     Raises:
-        ConfigError: an invalid option, an image that cannot be read, an SAE that has yet
-            to be trained.
+        ConfigError: an invalid option, an image that cannot be read, an SAE not trained yet.
     """
     check(cfg)
-    store = Store(cfg.paths.output_dir)
-    if cfg.task.sae:
-        cfg, clip, brought, make = bring_in(cfg, store)
-        dataset, wanted = images_to_draw(cfg, clip)
-        brought.make(make)
-        configs, trained = [cfg], [brought]
-    else:
-        configs = configs_of_models(cfg)
-        for of in configs:
-            resolve_k(of, store)
-        clip = build.build_clip(cfg)
-        dataset, wanted = images_to_draw(cfg, clip)
-        trained = [pictures.finished_sae(of, store, clip) for of in configs]
-    stages = [
-        pictures.stage(of, store, sae, dataset, cfg.task.split)
-        for of, sae in zip(configs, trained, strict=True)
-    ]
-    pictures.make_all(configs, clip, trained, stages, dataset, cfg.task.split)
+    task, wanted = cfg.task, []
 
+    def read_images(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
+        wanted.extend(wanted_images(cfg, dataset, clip.image_size))
+
+    clip, dataset, found = pictures.prepare(
+        configs_of_models(cfg), Store(cfg.paths.output_dir), read_images
+    )
     device = build.best_device()
     clip.to(device)
     models = {}
-    for of, sae, stage in zip(configs, trained, stages, strict=True):
-        references = References.load(stage.path)
-        shown = passes_filter(
-            references,
-            cfg.task.filter,
-            max_frequency=cfg.task.max_frequency,
-            max_strength=cfg.task.max_strength,
-        )
-        models[of.model.name] = (SAE.load(sae.path).to(device), references, shown)
-    folder = (
-        Path(cfg.paths.output_dir) / "figures" / folder_name([sae.path.name for sae in trained])
-    )
+    for one in found:
+        references = References.load(one.pictures.path)
+        limits = {"max_frequency": task.max_frequency, "max_strength": task.max_strength}
+        shown = passes_filter(references, task.filter, **limits)
+        models[one.cfg.model.name] = SAE.load(one.trained.path).to(device), references, shown
+    folder = Path(cfg.paths.output_dir) / "figures"
+    folder /= folder_name([one.trained.path.name for one in found])
     folder.mkdir(parents=True, exist_ok=True)
     console = terminal()
     for image in wanted:
-        panels = {
-            name: Panel(
-                look(clip, sae, image.pixels, shown, cfg.task.top),
-                references,
-                partial(pixels_of, dataset),
-                pictures.names(dataset),
-            )
-            for name, (sae, references, shown) in models.items()
-        }
-        for name, panel in panels.items():
-            if not panel.view.marked:
+        panels = {}
+        for name, (sae, references, shown) in models.items():
+            codes = image_codes(clip, sae, image.pixels, shown, task.top)
+            if not codes.marked:
                 log.warning(
                     "%s: no active latent of %s passes task.filter=%s; try another filter or limit",
-                    image.name,
-                    name,
-                    cfg.task.filter,
+                    *(image.name, name, task.filter),
                 )
-        figure = draw(
+            panels[name] = Panel(
+                codes, references, lambda index: dataset[index][0], pictures.names(dataset)
+            )
+        figure = draw_image(
             image.pixels,
             image.title,
             panels,
-            references=cfg.task.references,
-            mask_references=cfg.task.mask_references,
+            references=task.references,
+            mask_references=task.mask_references,
             own_index=image.index,
         )
         path = save(figure, folder / f"{cfg.dataset.name}-{image.name}")[0]
@@ -128,19 +98,14 @@ def run(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse invalid options.
+    """Refuse options that contradict each other, and files that are not there.
 
     Raises:
-        ConfigError: see there.
+        ConfigError: the first of them.
     """
-    task = cfg.task
-    if task.filter not in FILTERS:
-        raise ConfigError(f"task.filter={task.filter!r}: expected one of {', '.join(FILTERS)}")
-    if not isinstance(task.top, int) or task.top < 1:
-        raise ConfigError(f"task.top={task.top!r}: expected a whole number, 1 or more")
-    if task.sae and task.models:
+    if cfg.task.sae and cfg.task.models:
         raise ConfigError("task.sae and task.models: expected one of them, or neither")
-    for file in task.images:
+    for file in cfg.task.images:
         if not Path(file).expanduser().is_file():
             raise ConfigError(f"task.images has {file}: no such file")
     if cfg.logger.get("upload_sae"):
@@ -148,25 +113,13 @@ def check(cfg: DictConfig) -> None:
             "logger.upload_sae=true: task=visualize uploads nothing; task=experiment, evaluate and "
             "explore do"
         )
-    if not isinstance(task.references, int) or not 1 <= task.references <= TOP:
-        raise ConfigError(f"task.references={task.references!r}: expected 1 to {TOP}")
-
-
-def images_to_draw(cfg: DictConfig, clip: FrozenCLIP) -> tuple[ImageDataset, list[Wanted]]:
-    """The dataset, and the images that figures are made of.
-
-    Raises:
-        ConfigError: as `wanted_images`.
-    """
-    dataset = build.build_dataset(cfg.dataset, cfg.task.split, clip.image_size)
-    return dataset, wanted_images(cfg, dataset, clip.image_size)
 
 
 def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> list[Wanted]:
     """The images of `task.images` and `task.indices`, read.
 
     Raises:
-        ConfigError: a file that is not there or no image, an index beyond the dataset.
+        ConfigError: a file that is no image, an index beyond the dataset.
     """
     found = []
     for file in cfg.task.images:
@@ -179,7 +132,7 @@ def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> li
     if indices is None:
         indices = [] if found else evenly_spaced(dataset.labels, DEFAULT_IMAGES)
     for index in indices:
-        if not isinstance(index, int) or not 0 <= index < len(dataset):
+        if not 0 <= index < len(dataset):
             raise ConfigError(
                 f"task.indices has {index!r}: expected 0 to {len(dataset) - 1}, the images of "
                 f"{cfg.dataset.name} ({pictures.split_name(dataset, cfg.task.split)})"
@@ -192,8 +145,8 @@ def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> li
 
 
 def configs_of_models(cfg: DictConfig) -> list[DictConfig]:
-    """One config for each of `task.models`, each with its own defaults and recipe, and what was
-    overridden on the command line; `cfg` alone where there are none.
+    """One config for each of `task.models`, each with its own defaults and recipe, and the
+    overrides of the command line; `cfg` alone where there are none.
 
     Raises:
         ConfigError: a model that does not exist, or an override that does not fit it.
@@ -208,13 +161,13 @@ def configs_of_models(cfg: DictConfig) -> list[DictConfig]:
     found = []
     for model in cfg.task.models:
         try:
-            of = hydra.compose("config", overrides=[*overrides, f"model={model}"])
+            config = hydra.compose("config", overrides=[*overrides, f"model={model}"])
         except (HydraException, OmegaConfBaseException) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"task.models has {model!r}: {reason}") from error
         # What depends on where the job runs has been resolved in `cfg`.
-        of.paths = OmegaConf.create(build.plain(cfg.paths))
-        found.append(of)
+        config.paths = OmegaConf.create(build.plain(cfg.paths))
+        found.append(config)
     return found
 
 
@@ -224,8 +177,3 @@ def folder_name(saes: list[str]) -> str:
         return saes[0]
     words = "+".join(name.split("-")[0] for name in saes)
     return f"{words}-{hashlib.sha256(' '.join(saes).encode()).hexdigest()[:8]}"
-
-
-def pixels_of(dataset: ImageDataset, index: int) -> Tensor:
-    """An image of the dataset, uint8 [3, S, S]."""
-    return dataset[index][0]

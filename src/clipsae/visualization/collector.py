@@ -1,63 +1,177 @@
-"""What a stream of images leaves behind of each latent: its top images, and sums.
+"""One pass over a dataset that keeps each latent's reference images and statistics.
 
 Memory does not depend on the number of images: K patch maps a latent, 96 MB for M = 49,152, K = 10
 and 14 x 14 patches, and as much again where MonoSemanticity is measured.
 
-B images, T tokens of an image, P = T - 1 patches, M latents, K reference images, V concepts of A
+B images, T tokens of an image, P patches, M latents, K reference images, V concepts of A
 attributes ("colour" is one, with "colour=red" among its concepts).
 """
 
-from collections.abc import Sequence
+import time
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from math import log
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipsae.clip import FrozenCLIP
+from clipsae.evaluation.encoders import image_encoder
 from clipsae.evaluation.metrics import Options
 from clipsae.evaluation.metrics.monosemanticity import MonoSemanticity
-from clipsae.evaluation.passes import Batch
+from clipsae.evaluation.passes import Batch, Images, Progress, Stream, evenly_spaced
 from clipsae.evaluation.ranking import top_latents
+from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names, has_truth
 from clipsae.sae import SAE
 from clipsae.visualization.references import (
     BIN_EDGES,
     BINS,
     References,
-    Shown,
+    Source,
     label_statistics,
 )
 
 TOP = 10
 LEADING = 8  # latents that are kept of each concept
 NAMED = 0.2  # bits from which a concept stands out: a latent is named after it
+STATE = "references.safetensors"  # of an unfinished pass
 _NO_BITS = 1e-6  # rounding, of a concept that no image shows
 _ROWS = 16384  # latents whose maps are moved at a time
 
 
-def quantise(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes on patches [n, P] -> uint8 [n, P] and the scale [n], the largest code.
+@torch.no_grad()
+def collect_references(
+    clip: FrozenCLIP,
+    saes: Mapping[str, SAE],
+    dataset: Any,
+    *,
+    name: str,
+    split: str,
+    top: int = TOP,
+    encoder: str | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    limit_images: int | None = None,
+    scratch: Mapping[str, Path] | None = None,
+    save_every_seconds: float = 300,
+    progress: Progress | None = None,
+) -> dict[str, References]:
+    """Reference images and statistics of SAEs of one layer of one CLIP, in one pass.
 
-    0 is not active (or negative), else ceil(255 code / scale): what is active stays visible.
+    Args:
+        saes: by name; each has its own M.
+        dataset: `labels` LongTensor [N], `classnames`, items (uint8 [3, S, S], label); the best
+            concept of each latent where it has ground truth.
+        name, split: of the dataset, for the record.
+        top: K.
+        encoder: of MonoSemanticity (a name for `image_encoder`); None: not measured.
+        device: moves the models there; None: where `clip` is.
+        limit_images: that many images only, evenly spaced over the classes.
+        scratch: by name a folder for the state of an unfinished pass: a later call with the same
+            arguments continues from the last save.
+        save_every_seconds: how often it is saved.
+        progress: called with (images done, images in all, "images").
+
+    Raises:
+        ValueError: no images, `top` below 1, an encoder that cannot be loaded.
     """
-    codes = codes.float().clamp(min=0)
-    scale = codes.amax(dim=1)
-    share = codes / torch.where(scale > 0, scale, 1)[:, None]
-    return (share * 255).ceil().clamp(max=255).to(torch.uint8), scale
+    if top < 1:
+        raise ValueError(f"top={top}: must be at least 1")
+    indices = evenly_spaced(dataset.labels, limit_images)
+    device = clip.device if device is None else torch.device(device)
+    clip.to(device)
+    embed = None if encoder is None else image_encoder(encoder, dataset).to(device)
+    stream = Stream(
+        clip, dataset, indices, encoder=embed, batch_size=batch_size, num_workers=num_workers
+    )
+    of_patches, of_images = [], []
+    if has_truth(dataset):
+        of_patches = concept_names(PATCH_ATTRIBUTES)
+        of_images = concept_names([a for a in IMAGE_ATTRIBUTES if a not in PATCH_ATTRIBUTES])
+    embed_dim = stream.embed_dim
+    collectors = {
+        key: Collector(
+            sae,
+            clip.grid[0] * clip.grid[1],
+            top=top,
+            embed_dim=embed_dim,
+            patch_concepts=of_patches,
+            image_concepts=of_images,
+        )
+        for key, sae in saes.items()
+    }
+    start = _resume(collectors, scratch or {})
+    for key, sae in saes.items():
+        sae.to(device)
+        collectors[key].to(device)
+    saved = time.monotonic()
+
+    def each(images: Images) -> None:
+        nonlocal saved
+        position = bisect_right(indices, int(images.indices[-1]))
+        for collector in collectors.values():
+            collector.position.fill_(position)
+        if progress is not None:
+            progress(position, len(indices), "images")
+        if scratch and time.monotonic() - saved >= save_every_seconds:
+            _save(collectors, scratch)
+            saved = time.monotonic()
+
+    stream.run(saes, lambda key, batch: collectors[key].update(batch), indices[start:], each=each)
+    images = int(next(iter(collectors.values())).images)
+    if not images:
+        raise ValueError("none of the dataset's images could be read")
+    source = Source(
+        dataset=name,
+        split=split,
+        images=images,
+        grid=clip.grid,
+        classnames=list(dataset.classnames),
+        concepts=[*of_patches, *of_images],
+        image_encoder=encoder,
+    )
+    return {key: collector.references(source) for key, collector in collectors.items()}
+
+
+def _save(collectors: dict[str, "Collector"], scratch: Mapping[str, Path]) -> None:
+    for key, collector in collectors.items():
+        aside = scratch[key] / f".{STATE}"
+        state = {k: v.cpu().contiguous() for k, v in collector.state_dict().items()}
+        save_file(state, aside)
+        aside.replace(scratch[key] / STATE)
+
+
+def _resume(collectors: dict[str, "Collector"], scratch: Mapping[str, Path]) -> int:
+    """Load what was saved and return the position to continue from; 0 unless all states are there,
+    of one position and of this version."""
+    files = [scratch[key] / STATE for key in collectors if key in scratch]
+    if len(files) < len(collectors) or not all(file.is_file() for file in files):
+        return 0
+    states = [load_file(file) for file in files]
+    pairs = list(zip(collectors.values(), states, strict=True))
+    known = all(state.keys() == collector.state_dict().keys() for collector, state in pairs)
+    if not known or len({int(state["position"]) for state in states}) > 1:
+        return 0
+    for collector, state in pairs:
+        collector.load_state_dict(state)
+    return int(states[0]["position"])
 
 
 class Collector(nn.Module):
-    """What is kept of the images that have passed, for one SAE.
-
-    A module, so that its buffers are its state: saved and loaded, it goes on where it was.
+    """The references of one SAE from the images so far; its buffers are the state of the pass.
 
     Args:
         sae: whose M latents these are.
         patches: P.
         top: K.
         embed_dim: of the separate image encoder; 0: MonoSemanticity is not measured.
-        patch_concepts, image_concepts: the concepts that are known of patches and of images, named
-            "attribute=value", those of an attribute side by side.
-        image_columns: where `image_concepts` are among the columns of a batch's `image_truth`;
-            None: they are all.
+        patch_concepts: names of the columns of a batch's `patch_truth`, "attribute=value", those of
+            an attribute side by side; none without ground truth.
+        image_concepts: of the last columns of its `image_truth`.
     """
 
     def __init__(
@@ -69,12 +183,10 @@ class Collector(nn.Module):
         embed_dim: int = 0,
         patch_concepts: Sequence[str] = (),
         image_concepts: Sequence[str] = (),
-        image_columns: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.latents = latents = sae.config["latents"]
         self.patches, self.top = patches, top
-        self.image_columns = slice(None) if image_columns is None else list(image_columns)
         long = {"dtype": torch.long}
         self.register_buffer("position", torch.zeros((), **long))  # in the list of images
         self.register_buffer("images", torch.zeros((), **long))
@@ -89,19 +201,8 @@ class Collector(nn.Module):
         self.register_buffer("active_tokens", torch.zeros(latents, **long))
         self.register_buffer("strength", torch.zeros(latents, dtype=torch.float64))
         self.register_buffer("histogram", torch.zeros(latents, BINS, **long))
-        self.attributes: dict[str, list[int]] = {}  # at each level, the attribute of each concept
-        for level, names in (("patch", patch_concepts), ("image", image_concepts)):
-            kinds = [name.split("=")[0] for name in names]
-            order = list(dict.fromkeys(kinds))
-            self.attributes[level] = [order.index(kind) for kind in kinds]
-            # Of each concept, and behind those of each attribute: the rows that have any of its
-            # values.
-            size, double = len(names) + len(order), {"dtype": torch.float64}
-            self.register_buffer(f"{level}_truth", torch.zeros(size, **long))
-            self.register_buffer(f"{level}_hits", torch.zeros(latents, size, **long))
-            self.register_buffer(f"{level}_mass", torch.zeros(latents, size, **double))
-            self.register_buffer(f"{level}_squares", torch.zeros(latents, len(order), **double))
-            self.register_buffer(f"{level}_total", torch.zeros(latents, **double))
+        self.on_patches = ConceptSums(latents, patch_concepts)
+        self.on_images = ConceptSums(latents, image_concepts)
         self.monosemanticity = None
         if embed_dim:
             self.monosemanticity = MonoSemanticity(sae, Options(0, 0, embed_dim))
@@ -123,64 +224,50 @@ class Collector(nn.Module):
         self.histogram.view(-1).index_add_(0, cells, torch.ones_like(cells))
         if self.monosemanticity is not None:
             self.monosemanticity.update(batch)
-        if self.attributes["patch"]:
-            patches = codes[:, -self.patches :]
-            self._count_hits("patch", patches.flatten(0, 1), batch.patch_truth.flatten(0, 1))
-            self._count_hits("image", means, batch.image_truth[:, self.image_columns])
+        if self.on_patches.attribute:
+            patches = codes[:, -self.patches :].flatten(0, 1)
+            self.on_patches.update(patches, batch.patch_truth.flatten(0, 1))
+            self.on_images.update(means, batch.image_truth[:, -len(self.on_images.attribute) :])
         # Against an equal value the earlier image stays, which has the smaller index.
         entering = (means.amax(dim=0) > self.values[:, -1]).nonzero().squeeze(1)
         labels, indices = batch.labels.to(means.device), batch.indices.to(means.device)
         for rows in entering.split(_ROWS):
             self._enter(rows, means, codes, labels, indices)
 
-    def _count_hits(self, level: str, values: Tensor, truth: Tensor) -> None:
-        """Values [n, M] and truth [n, V]; float32 counts are exact below 2^24 rows."""
-        values, has = values.float().clamp(min=0), _any_value(truth, self.attributes[level])
-        of = torch.cat((truth, has), dim=1).float()
-        getattr(self, f"{level}_hits").add_(((values > 0).float().T @ of).long())
-        getattr(self, f"{level}_mass").add_(values.T @ of)
-        getattr(self, f"{level}_squares").add_(values.square().T @ has.float())
-        getattr(self, f"{level}_total").add_(values.sum(dim=0))
-        getattr(self, f"{level}_truth").add_(of.long().sum(dim=0))
-
     def _enter(
         self, rows: Tensor, means: Tensor, codes: Tensor, labels: Tensor, indices: Tensor
     ) -> None:
         """Merge the new images into the top of the latents `rows`."""
-        top, n = self.top, len(rows)
+        top = self.top
         values = torch.cat((self.values[rows], means[:, rows].T.clamp(min=0)), dim=1)
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :top]
         fresh = order >= top
         row, slot = fresh.nonzero(as_tuple=True)
         image = order[fresh] - top
-        found = codes[image, :, rows[row]]  # [entries, T]
+        found = codes[image, :, rows[row]].float()  # [entries, T]
         quantised, scale = quantise(found[:, -self.patches :])
-        first = found[:, 0].float()
-        class_token = first if found.shape[1] > self.patches else torch.zeros_like(first)
+        has_class_token = found.shape[1] > self.patches
         for name, new in (
             ("index", indices[image]),
             ("label", labels[image]),
             ("scale", scale),
-            ("class_token", class_token),
+            ("class_token", found[:, 0] * has_class_token),
             ("maps", quantised),
         ):
             state = getattr(self, name)
-            at = order.clamp(max=top - 1)
-            if name == "maps":
-                at = at[:, :, None].expand(n, top, self.patches)
-            moved = state[rows].gather(1, at)
+            moved = state[rows[:, None], order.clamp(max=top - 1)]
             moved[row, slot] = new
             state[rows] = moved
         self.values[rows] = values.gather(1, order)
 
-    def references(self, shown: Shown) -> References:
-        """The result, on the CPU. `shown` says how many images there were."""
+    def references(self, source: Source) -> References:
+        """The result, on the CPU. `source` says how many images there were."""
         images = self.images.double()
         entropy, top_label = label_statistics(self.values, self.label)
         strength = self.strength / self.active_images.clamp(min=1)
+        names = ("values", "index", "label", "maps", "scale", "class_token", "histogram")
         found = {
-            **{name: getattr(self, name) for name in ("values", "index", "label", "maps")},
-            **{name: getattr(self, name) for name in ("scale", "class_token", "histogram")},
+            **{name: getattr(self, name) for name in names},
             "frequency": (self.active_images / images).float(),
             "token_frequency": (self.active_tokens / self.tokens).float(),
             "strength": strength.float(),
@@ -189,51 +276,88 @@ class Collector(nn.Module):
         }
         if self.monosemanticity is not None:
             found["monosemanticity"] = self.monosemanticity.scores().float()
-        if self.attributes["patch"]:
-            found |= self._best_concept()
-        return References(**{name: value.cpu() for name, value in found.items()}, shown=shown)
+        if self.on_patches.attribute:
+            found |= self._concepts()
+        return References(**{name: value.cpu() for name, value in found.items()}, source=source)
 
-    def _best_concept(self) -> dict[str, Tensor]:
+    def _concepts(self) -> dict[str, Tensor]:
         """What `References` says of concepts, from the sums of both levels."""
-        precision, base, bits, recall, covered = [], [], [], [], []
-        for level, attribute in self.attributes.items():
-            truth, mass = getattr(self, f"{level}_truth"), getattr(self, f"{level}_mass")
-            v = len(attribute)
-            own, rows = mass[:, v:][:, attribute], truth[v:][attribute]
-            squares = getattr(self, f"{level}_squares")[:, attribute]
-            share = own / getattr(self, f"{level}_total").clamp(min=1e-300)[:, None]
-            chance = truth[:v] / rows.clamp(min=1)
-            p, gain = bits_over_chance(mass[:, :v], own, squares, chance)
-            precision.append(p)
-            base.append(chance)
-            bits.append(share * gain)
-            covered.append(share)
-            recall.append(getattr(self, f"{level}_hits")[:, :v] / truth[:v].clamp(min=1))
-        score, share = torch.cat(bits, dim=1), torch.cat(precision, dim=1)
-        leading = top_latents(score.T.contiguous(), min(LEADING, self.latents))
-        led = score.T.gather(1, leading)
-        best = top_latents(score, 1)
-
-        def of_best(parts: list[Tensor]) -> Tensor:
-            return torch.cat(parts, dim=1).gather(1, best).squeeze(1).float()
-
-        named = of_best(bits) >= NAMED
+        levels = [self.on_patches.scores(), self.on_images.scores()]
+        bits, precision, recall, covered, base = (
+            torch.cat(parts, dim=-1) for parts in zip(*levels, strict=True)
+        )
+        leading = top_latents(bits.T.contiguous(), min(LEADING, self.latents))
+        led = bits.T.gather(1, leading)
+        best = top_latents(bits, 1)
+        score, share, found, lies = (
+            x.gather(1, best).squeeze(1).float() for x in (bits, precision, recall, covered)
+        )
         return {
             "leading": leading.masked_fill(led < _NO_BITS, -1),
-            "leading_precision": share.T.gather(1, leading).float(),
-            "base": torch.cat(base).float(),
-            "concept": best.squeeze(1).masked_fill(~named, -1),
-            "concept_score": of_best(bits),
-            "concept_precision": of_best(precision),
-            "concept_recall": of_best(recall),
-            "concept_covered": of_best(covered),
+            "leading_precision": precision.T.gather(1, leading).float(),
+            "base": base.float(),
+            "concept": best.squeeze(1).masked_fill(score < NAMED, -1),
+            "concept_score": score,
+            "concept_precision": share,
+            "concept_recall": found,
+            "concept_covered": lies,
         }
 
 
-def _any_value(truth: Tensor, attribute: list[int]) -> Tensor:
-    """Which rows have any value of each attribute: bool [n, V] -> [n, A]."""
-    sizes = [attribute.count(a) for a in dict.fromkeys(attribute)]
-    return torch.stack([part.any(dim=1) for part in truth.split(sizes, dim=1)], dim=1)
+class ConceptSums(nn.Module):
+    """How the activation of each latent lies on the concepts of a level: of patches, or of images.
+
+    Args:
+        names: "attribute=value", those of an attribute side by side.
+    """
+
+    def __init__(self, latents: int, names: Sequence[str]) -> None:
+        super().__init__()
+        kinds = [name.split("=")[0] for name in names]
+        order = list(dict.fromkeys(kinds))
+        self.attribute = [order.index(kind) for kind in kinds]
+        self.sizes = [kinds.count(kind) for kind in order]
+        # Columns of each concept, and behind them of each attribute: rows with any of its values.
+        size, double = len(names) + len(order), {"dtype": torch.float64}
+        self.register_buffer("truth", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("hits", torch.zeros(latents, size, dtype=torch.long))
+        self.register_buffer("mass", torch.zeros(latents, size, **double))
+        self.register_buffer("squares", torch.zeros(latents, len(order), **double))
+        self.register_buffer("total", torch.zeros(latents, **double))
+
+    def update(self, values: Tensor, truth: Tensor) -> None:
+        """Codes [n, M] and truth [n, V]; float32 counts are exact below 2^24 rows."""
+        values = values.float().clamp(min=0)
+        parts = truth.split(self.sizes, dim=1)
+        has = torch.stack([part.any(dim=1) for part in parts], dim=1)
+        columns = torch.cat((truth, has), dim=1).float()
+        self.hits += ((values > 0).float().T @ columns).long()
+        self.mass += values.T @ columns
+        self.squares += values.square().T @ has.float()
+        self.total += values.sum(dim=0)
+        self.truth += columns.long().sum(dim=0)
+
+    def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Bits, precision, recall and covered share [M, V] as in `References`, and base [V]."""
+        v = len(self.attribute)
+        with_attribute = self.mass[:, v:][:, self.attribute]
+        base = self.truth[:v] / self.truth[v:][self.attribute].clamp(min=1)
+        squares = self.squares[:, self.attribute]
+        covered = with_attribute / self.total.clamp(min=1e-300)[:, None]
+        precision, bits = bits_over_chance(self.mass[:, :v], with_attribute, squares, base)
+        recall = self.hits[:, :v] / self.truth[:v].clamp(min=1)
+        return covered * bits, precision, recall, covered, base
+
+
+def quantise(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes on patches [n, P] -> uint8 [n, P] and the scale [n], the largest code.
+
+    0 is not active (or negative), else ceil(255 code / scale): what is active stays visible.
+    """
+    codes = codes.float().clamp(min=0)
+    scale = codes.amax(dim=1)
+    share = codes / torch.where(scale > 0, scale, 1)[:, None]
+    return (share * 255).ceil().clamp(max=255).to(torch.uint8), scale
 
 
 def bits_over_chance(

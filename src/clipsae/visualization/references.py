@@ -1,4 +1,4 @@
-"""The reference images of a dictionary, and what is known of each latent beside them.
+"""The reference images of a dictionary, with statistics of each latent.
 
 Statistics follow PatchSAE (Lim et al., ICLR 2025): frequency and mean activation of a latent, and
 the label entropy of its top images.
@@ -22,12 +22,12 @@ BINS = len(BIN_EDGES) + 1
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What the pictures were taken of.
+class Source:
+    """The images that references were collected from.
 
     Attributes:
         dataset, split: names.
-        images: N, those that were looked at.
+        images: N.
         grid: (rows, columns) of patches, P in all.
         classnames: C names, by label.
         concepts: V names of the ground truth's concepts; empty where there is none.
@@ -80,7 +80,7 @@ class References:
         leading: int64 [V, L], for each concept the latents whose activity says most about it, by
             the same bits, though another concept may be their best; -1 where there are fewer.
         leading_precision: float32 [V, L], their share as in `concept_precision`.
-        shown: what they were taken of.
+        source: the images.
     """
 
     values: Tensor
@@ -95,7 +95,7 @@ class References:
     entropy: Tensor
     top_label: Tensor
     histogram: Tensor
-    shown: Shown
+    source: Source
     monosemanticity: Tensor | None = None
     concept: Tensor | None = None
     concept_score: Tensor | None = None
@@ -124,16 +124,16 @@ class References:
             if isinstance(getattr(self, field.name), Tensor)
         }
         save_file(tensors, folder / "pictures.safetensors")
-        about = {"format": "clipsae.pictures", "version": 2, **asdict(self.shown)}
+        about = {"format": "clipsae.pictures", "version": 2, **asdict(self.source)}
         (folder / "pictures.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "References":
         """Read what `save` wrote."""
         about: dict[str, Any] = json.loads((folder / "pictures.json").read_text())
-        known = {field.name: about[field.name] for field in fields(Shown)}
+        known = {field.name: about[field.name] for field in fields(Source)}
         known["grid"] = tuple(known["grid"])
-        return cls(**load_file(folder / "pictures.safetensors"), shown=Shown(**known))
+        return cls(**load_file(folder / "pictures.safetensors"), source=Source(**known))
 
 
 def label_statistics(values: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,18 +154,8 @@ def label_statistics(values: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     share = mass / total
     entropy = -(weights / total * torch.where(share > 0, share, 1).log()).sum(dim=1)
     entropy = entropy.clamp(min=0)  # -0 of a single label
-    count = same.sum(dim=2)
     # Most images first, then the larger mass, then the smaller label.
-    best = torch.full_like(label[:, 0], -1)
-    best_count, best_mass = torch.zeros_like(count[:, 0]), torch.zeros_like(mass[:, 0])
-    for slot in range(label.shape[1]):
-        n, m, of = count[:, slot], mass[:, slot], label[:, slot]
-        tied = (n == best_count) & (m == best_mass) & (of < best)
-        better = (n > best_count) | ((n == best_count) & (m > best_mass)) | tied
-        better &= of >= 0
-        best = torch.where(better, of, best)
-        best_count, best_mass = (
-            torch.where(better, n, best_count),
-            torch.where(better, m, best_mass),
-        )
-    return entropy.float(), best
+    order = label.argsort(dim=1, stable=True)
+    for key in (mass, same.sum(dim=2)):
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    return entropy.float(), label.gather(1, order[:, :1]).squeeze(1)

@@ -8,25 +8,24 @@ from lightning.pytorch.callbacks import Callback
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.training.logging import log_picture
-from clipsae.visualization.collect import collect_references
-from clipsae.visualization.sheet import draw_sheet, leading_latents
+from clipsae.visualization.collector import collect_references
+from clipsae.visualization.figures import draw_sheet, leading_latents
 
 _DOTS = 150  # of an inch
 
 
 class ReferenceSheets(Callback):
-    """Logs a sheet of the leading latents' reference images (`val/reference_images`) when
-    it looks at held-out images: a picture in W&B, a PNG beside the CSV file.
+    """Logs a sheet of the leading latents' reference images (`val/reference_images`) after a
+    validation: a picture in W&B, a PNG beside the CSV file.
 
-    A look reads the images, runs CLIP's prefix and the SAE's encoder over them, and holds ten patch
-    maps a latent (M = 49,152 with 14 x 14 patches: 96 MB): as much time as a validation pass of as
-    many images. In a training on several devices the first one does it, the others wait.
+    It costs as much time as a validation pass over the images, and ten patch maps a latent (96 MB
+    at M = 49,152 with 14 x 14 patches). In a training on several devices the first one does it.
 
     Args:
         dataset: held-out images.
         name, split: of the dataset, for the record.
         images: how many of them, evenly spaced over the classes.
-        every_n_steps: at least so many steps lie between two sheets; 1: one at every look.
+        every_n_steps: at least so many steps lie between two sheets; 1: one at every validation.
         rows: latents on a sheet.
     """
 

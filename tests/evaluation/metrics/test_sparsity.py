@@ -43,7 +43,9 @@ def plain(x, reconstruction, codes):
 def test_batches_and_processes_give_the_corpus_value(parts, merged):
     data = corpus()
     metrics = [Sparsity(sizes(20, 16), options()) for _ in range(2)]
-    for i, (x, reconstruction, codes) in enumerate(zip(*(p.split(parts) for p in data), strict=True)):
+    for i, (x, reconstruction, codes) in enumerate(
+        zip(*(p.split(parts) for p in data), strict=True)
+    ):
         metrics[i % 2].update(batch_of(codes, tokens=x, reconstruction=reconstruction))
     values = {name: value.item() for name, value in merged(*metrics).items()}
     assert values == pytest.approx(plain(*data), rel=1e-9)

@@ -1,9 +1,10 @@
-"""What a dictionary's decoder rows say: which are alike, how they lie, which words they point to.
+"""Decoder rows of a dictionary: which are alike, how they lie, which words they point to.
 
 M latents, A those that are alive, d width, e embedding size, W words.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,27 @@ from clipsae.evaluation.ranking import top_latents
 _ROWS = 1024  # compared with all others at a time
 
 
+@dataclass(frozen=True)
+class Words:
+    """Words that latents are compared with.
+
+    Attributes:
+        names: W words.
+        best: LongTensor [M, n], the words that each latent's direction aligns with most.
+        scores: [M, n], how well.
+    """
+
+    names: list[str]
+    best: Tensor
+    scores: Tensor
+
+
 def nearest(
     rows: Tensor,
     alive: Tensor,
     n: int,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
     """Each latent's nearest among those that are alive, by the cosine of decoder rows.
 
@@ -44,8 +60,7 @@ def nearest(
         best = top_latents(cosine, n)
         found.append(kept[best])
         cosines.append(cosine.gather(1, best))
-        if progress is not None:
-            progress(int(part[-1]) + 1, len(rows))
+        progress(int(part[-1]) + 1, len(rows))
     return torch.cat(found), torch.cat(cosines)
 
 
@@ -75,8 +90,8 @@ def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor | None:
 
     The tail of CLIP is not linear: there is no text that a row "means". What is taken is its direct
     path: the row, centred and weighted as the last layer norm would, times the projection. All
-    texts have a large part in common, which says nothing: words are compared after their mean is
-    taken away. None where the embedding is no linear map of a normed token (SigLIP's is pooled by
+    texts have a large part in common, which says nothing: words are compared after subtracting
+    their mean. None where the embedding is no linear map of a normed token (SigLIP's is pooled by
     attention).
 
     Args:
@@ -89,3 +104,18 @@ def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor | None:
     words = nn.functional.normalize(words.float(), dim=-1)
     words = nn.functional.normalize(words - words.mean(dim=0), dim=-1)
     return nn.functional.normalize(direct, dim=-1) @ words.T
+
+
+def best_words(
+    clip: FrozenCLIP, rows: Tensor, names: list[str], embeddings: Tensor | None, n: int
+) -> Words:
+    """The n words that each decoder row [M, d] aligns with most; none without embeddings [W, e], or
+    where latents have no direct path to texts."""
+    scores = None
+    if embeddings is not None:
+        scores = word_scores(clip, rows, embeddings.to(rows.device))
+    if scores is None:
+        nothing = torch.zeros(len(rows), 0)
+        return Words([], nothing.long(), nothing)
+    best = top_latents(scores, min(n, len(names)))
+    return Words(names, best.cpu(), scores.gather(1, best).cpu())

@@ -1,17 +1,17 @@
-"""Writes the page: static files, and the data as scripts.
+"""Computes the page and writes it: static files, and the data as scripts.
 
 A page that is opened from disk may not fetch files, but it may load scripts: each piece of data is
-a script that hands an object to the page, `clipsae.data("latents/3", {...})`, and is loaded when
+a script that passes an object to the page, `clipsae.data("latents/3", {...})`, and is loaded when
 it is first needed. Columns over all latents are base64 of little-endian arrays.
 
-M latents, K reference images, P patches, W words.
+M latents, K reference images, P patches, C classes, W words.
 """
 
 import base64
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,57 +20,120 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipsae.clip import FrozenCLIP
+from clipsae.evaluation.passes import evenly_spaced
+from clipsae.progress import Bar
+from clipsae.sae import SAE
 from clipsae.visualization.collector import NAMED
-from clipsae.visualization.page.looks import Effects, Look
-from clipsae.visualization.page.reasons import Reasons
+from clipsae.visualization.page.dictionary import Words, best_words, layout, nearest
+from clipsae.visualization.page.images import Effects, ImageActivations, collect_activations
 from clipsae.visualization.references import BIN_EDGES, References
 
 CHUNK = 64  # latents of a script
 MAP_LEVELS = 64  # of a patch in a heat map: one character
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-_CLASSES = 5  # that a latent helps, hurts or is kept for
-_NEGLIGIBLE = 0.01  # a change of a logit
 THUMBNAIL = 112  # pixels of a side
 VIEWS = ("list", "latent", "concepts", "steer", "images", "map")
 ASSETS = ("page.css", "app.js", *(f"{name}.js" for name in VIEWS))
+_WORDS = 6  # of a latent
+_CLASSES = 5  # that a latent helps, hurts or is kept for
+_NEGLIGIBLE = 0.01  # a change of a logit
 _TEMPLATE = Path(__file__).parent / "template"
 
 
-@dataclass(frozen=True)
-class Words:
-    """Words that latents are compared with.
+@torch.no_grad()
+def make_page(
+    folder: Path,
+    clip: FrozenCLIP,
+    sae: SAE,
+    dataset: Any,
+    references: References,
+    *,
+    title: str,
+    about: Mapping[str, Any],
+    classifier: Tensor | None = None,
+    words: tuple[list[str], Tensor | None] = ([], None),
+    ranking: Mapping[int, Sequence[int]] | None = None,
+    names: Sequence[str] | None = None,
+    pages: int = 200,
+    effect_images: int = 4,
+    neighbours: int = 8,
+    thumbnails: bool = True,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> None:
+    """Compute the page of a dictionary and write it into a folder, which exists.
 
-    Attributes:
-        names: W words.
-        best: LongTensor [M, n], the words that each latent's direction aligns with most.
-        scores: [M, n], how well.
+    Args:
+        sae: on the device of `clip`.
+        dataset: that the references come from.
+        about: facts by name, for the page's "About".
+        classifier: text embeddings [C, e]; None: nothing is predicted.
+        words: W words that latents are compared with, and their embeddings [W, e].
+        ranking: class -> its latents in the order in which top-n evaluation keeps them, the classes
+            that were evaluated alone; None: there was no evaluation.
+        names: the images' files; None: images have no names but their index.
+        pages: images with a page of their own, evenly spaced over the classes.
+        effect_images: see `collect_activations`.
+        neighbours: nearest latents that are listed.
+        thumbnails: False: no pictures of the dataset.
     """
+    rows, alive = sae.decoder_rows().float(), references.alive.to(clip.device)
+    with_page = evenly_spaced(dataset.labels, pages) if pages else []
+    own_page = set(with_page)
 
-    names: list[str]
-    best: Tensor
-    scores: Tensor
+    def on_image(index: int, pixels: Tensor) -> None:
+        write_pictures(folder, index, pixels, own_page=index in own_page)
+
+    with Bar("images and effects of latents") as progress:
+        images, effects = collect_activations(
+            clip,
+            sae,
+            dataset,
+            classifier,
+            references,
+            pages=with_page,
+            effect_images=effect_images,
+            on_image=on_image if thumbnails else None,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            progress=progress,
+        )
+    with Bar("nearest latents") as progress:
+        near = nearest(rows, alive, neighbours, progress=progress)
+    shown = sorted({*with_page, *references.index[references.index >= 0].tolist()})
+    with Bar("writing the page") as progress:
+        write_page(
+            folder,
+            title=title,
+            about=about,
+            references=references,
+            neighbours=tuple(x.cpu() for x in near),
+            places=layout(rows, alive).cpu(),
+            words=best_words(clip, rows, *words, n=_WORDS),
+            effects=effects,
+            ranking=ranking,
+            images=images,
+            thumbnails=thumbnails,
+            names=None if names is None else {index: names[index] for index in shown},
+            progress=progress,
+        )
 
 
-def thumbnail_path(index: int) -> str:
-    """Where the small picture of an image lies; a folder holds a thousand."""
-    return f"thumbs/{index // 1000}/{index}.jpg"
-
-
-def write_thumbnail(folder: Path, index: int, pixels: Tensor) -> None:
-    """Save an image, uint8 [3, S, S], at `THUMBNAIL` pixels a side or its own size."""
+def write_pictures(folder: Path, index: int, pixels: Tensor, *, own_page: bool) -> None:
+    """Save an image, uint8 [3, S, S], at `THUMBNAIL` pixels a side where it is larger, a thousand
+    in a folder; if it has a page of its own, at its own size, too."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    small = image
     if max(image.size) > THUMBNAIL:
-        image = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    path = folder / thumbnail_path(index)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, quality=88)
-
-
-def write_picture(folder: Path, index: int, pixels: Tensor) -> None:
-    """Save an image, uint8 [3, S, S], at its own size, for its page."""
-    path = folder / "images" / f"{index}.jpg"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=92)
+        small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    files = [(f"thumbs/{index // 1000}/{index}.jpg", small, 88)]
+    if own_page:
+        files.append((f"images/{index}.jpg", image, 92))
+    for name, picture, quality in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=quality)
 
 
 def write_page(
@@ -79,85 +142,71 @@ def write_page(
     title: str,
     about: Mapping[str, Any],
     references: References,
-    neighbours: tuple[Tensor, Tensor],
+    neighbours: tuple[Tensor, ...],
     places: Tensor,
     words: Words,
     effects: Effects | None,
     ranking: Mapping[int, Sequence[int]] | None,
-    looks: list[Look],
+    images: list[ImageActivations],
     thumbnails: bool,
     names: Mapping[int, str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write everything but the pictures.
 
     Args:
-        folder: exists.
-        title: of the page.
-        about: what is shown on the page's "about", by name.
         neighbours: of `dictionary.nearest`.
         places: of `dictionary.layout`, [M, 2].
-        effects: of `looks.collect_looks`, or None.
-        ranking: class -> its latents in the order in which top-n evaluation keeps them, the classes
-            that were evaluated alone; None: there was no evaluation.
+        effects, images: of `collect_activations`.
         thumbnails: whether pictures lie in the folder.
         names: of the images that are shown, by index; None: they have none but their index.
         progress: called with (scripts written, scripts in all).
     """
+    source = references.source
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE), autoescape=True, keep_trailing_newline=True
     )
     page = environment.get_template("index.html.j2").render(
-        title=title, assets=ASSETS, concepts=bool(references.shown.concepts)
+        title=title, assets=ASSETS, concepts=bool(source.concepts)
     )
     (folder / "index.html").write_text(page)
     for name in ASSETS:
         (folder / name).write_bytes((_TEMPLATE / name).read_bytes())
-    shown = references.shown
-    _script(
-        folder,
-        "meta",
-        {
-            "title": title,
-            "about": about,
-            "latents": references.latents,
-            "chunk": CHUNK,
-            "grid": shown.grid,
-            "images": shown.images,
-            "classnames": shown.classnames,
-            "concepts": shown.concepts,
-            "base": [] if references.base is None else _rounded(references.base.tolist()),
-            "named": NAMED,
-            "words": words.names,
-            "edges": _rounded(BIN_EDGES.tolist()),
-            "alphabet": ALPHABET,
-            "thumbnails": thumbnails,
-            "names": names or {},
-            "looks": [
-                {
-                    "index": look.index,
-                    "label": look.label,
-                    "said": look.clip[0][0] if look.clip else None,
-                }
-                for look in looks
-            ],
-            "leading": _leading(references),
-            "columns": _columns(references, places, words, effects),
-        },
-    )
+    meta = {
+        "title": title,
+        "about": about,
+        "latents": references.latents,
+        "chunk": CHUNK,
+        "grid": source.grid,
+        "images": source.images,
+        "classnames": source.classnames,
+        "concepts": source.concepts,
+        "base": [] if references.base is None else _significant(references.base.tolist()),
+        "named": NAMED,
+        "words": words.names,
+        "edges": _significant(BIN_EDGES.tolist()),
+        "alphabet": ALPHABET,
+        "thumbnails": thumbnails,
+        "names": names or {},
+        "looks": [
+            {"index": of.index, "label": of.label, "said": of.clip[0][0] if of.clip else None}
+            for of in images
+        ],
+        "leading": _leading(references),
+        "columns": _columns(references, places, words, effects),
+    }
+    _script(folder, "meta", meta)
     roles = _roles(references.latents, effects, ranking)
     starts = range(0, references.latents, CHUNK)
     for done, start in enumerate(starts):
-        latents = range(start, min(start + CHUNK, references.latents))
-        chunk = [_latent(m, references, neighbours, words) for m in latents]
-        for m, latent in zip(latents, chunk, strict=True):
-            if latent is not None:
-                latent |= roles[m]
+        chunk: list[dict[str, Any] | None] = []
+        for m in range(start, min(start + CHUNK, references.latents)):
+            alive = bool(references.alive[m])
+            chunk.append(_latent(m, references, neighbours, words) | roles[m] if alive else None)
         _script(folder, f"latents/{start // CHUNK}", chunk)
-        if progress is not None:
-            progress(done + 1, len(starts))
-    for look in looks:
-        _script(folder, f"looks/{look.index}", _look(look))
+        progress(done + 1, len(starts))
+    for of in images:
+        _script(folder, f"looks/{of.index}", _image(of))
 
 
 def _script(folder: Path, name: str, content: Any) -> None:
@@ -170,9 +219,9 @@ def _script(folder: Path, name: str, content: Any) -> None:
 def _leading(references: References) -> list[list[list[float]]]:
     """For each concept its leading latents: [latent, precision]."""
     if references.leading is None:
-        return [[] for _ in references.shown.concepts]
-    of = zip(references.leading, references.leading_precision, strict=True)
-    return [_pairs(latents[latents >= 0], share[latents >= 0]) for latents, share in of]
+        return [[] for _ in references.source.concepts]
+    concepts = zip(references.leading, references.leading_precision, strict=True)
+    return [_pairs(latents[latents >= 0], share[latents >= 0]) for latents, share in concepts]
 
 
 def _columns(
@@ -181,33 +230,32 @@ def _columns(
     """Name -> type ("f" or "i") and base64 of the array."""
     nothing = torch.full_like(references.top_label, -1)
     nan = torch.full_like(references.frequency, torch.nan)
-    measured = references.monosemanticity
     helps, gain = _most_helped(references.latents, effects)
-    has_word = words.best.shape[1] > 0
     columns = {
         "frequency": references.frequency,
         "tokens": references.token_frequency,
         "strength": references.strength,
         "entropy": references.entropy,
-        "monosemanticity": nan if measured is None else measured,
+        "monosemanticity": references.monosemanticity,
         "label": references.top_label,
         "concept": nothing if references.concept is None else references.concept,
-        "precision": nan if references.concept is None else references.concept_precision,
-        "certainty": nan if references.concept is None else references.concept_score,
-        "covered": nan if references.concept is None else references.concept_covered,
+        "precision": references.concept_precision,
+        "certainty": references.concept_score,
+        "covered": references.concept_covered,
         "image": references.index[:, 0],
-        "word": words.best[:, 0] if has_word else nothing,
+        "word": words.best[:, 0] if words.best.shape[1] else nothing,
         "helps": helps,
         "gain": gain,
         "x": places[:, 0],
         "y": places[:, 1],
     }
-    return {
-        name: ["f", _base64(value.float())]
-        if value.is_floating_point()
-        else ["i", _base64(value.int())]
-        for name, value in columns.items()
-    }
+    packed = {}
+    for name, column in columns.items():
+        values = nan if column is None else column
+        kind, array = ("f", values.float()) if values.is_floating_point() else ("i", values.int())
+        raw = array.cpu().contiguous().numpy().astype(f"<{kind}4").tobytes()
+        packed[name] = [kind, base64.b64encode(raw).decode()]
+    return packed
 
 
 def _most_helped(latents: int, effects: Effects | None) -> tuple[Tensor, Tensor]:
@@ -221,27 +269,17 @@ def _most_helped(latents: int, effects: Effects | None) -> tuple[Tensor, Tensor]
     return helps, gain
 
 
-def _base64(values: Tensor) -> str:
-    array = values.cpu().contiguous().numpy()
-    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
-
-
 def _latent(
-    m: int,
-    references: References,
-    neighbours: tuple[Tensor, Tensor],
-    words: Words,
-) -> dict[str, Any] | None:
-    """What the page of a latent shows; None for one that is never active."""
-    if not references.alive[m]:
-        return None
+    m: int, references: References, neighbours: tuple[Tensor, ...], words: Words
+) -> dict[str, Any]:
+    """What the page of a latent shows."""
     n = int((references.index[m] >= 0).sum())
     return {
         "images": references.index[m, :n].tolist(),
         "labels": references.label[m, :n].tolist(),
-        "values": _rounded(references.values[m, :n].tolist()),
-        "scales": _rounded(references.scale[m, :n].tolist()),
-        "class": _rounded(references.class_token[m, :n].tolist()),
+        "values": _significant(references.values[m, :n].tolist()),
+        "scales": _significant(references.scale[m, :n].tolist()),
+        "class": _significant(references.class_token[m, :n].tolist()),
         "maps": [heat_text(heat) for heat in references.maps[m, :n]],
         "histogram": references.histogram[m].tolist(),
         "near": _pairs(neighbours[0][m], neighbours[1][m]),
@@ -260,11 +298,11 @@ def _roles(
         columns = (effects.latent, effects.label, effects.change, effects.images)
         for m, label, change, images in zip(*(x.tolist() for x in columns), strict=True):
             changes[m].append([label, round(change, 3), images])
-        for role, of in zip(found, changes, strict=True):
-            of.sort(key=lambda entry: -entry[1])
-            role["seen"] = sum(images for _, _, images in of)
-            role["helps"] = [e for e in of[:_CLASSES] if e[1] >= _NEGLIGIBLE]
-            role["hurts"] = [e for e in of[::-1][:_CLASSES] if e[1] <= -_NEGLIGIBLE]
+        for role, entries in zip(found, changes, strict=True):
+            entries.sort(key=lambda entry: -entry[1])
+            role["seen"] = sum(images for _, _, images in entries)
+            role["helps"] = [e for e in entries[:_CLASSES] if e[1] >= _NEGLIGIBLE]
+            role["hurts"] = [e for e in entries[::-1][:_CLASSES] if e[1] <= -_NEGLIGIBLE]
     if ranking is not None:
         kept: list[list[list[int]]] = [[] for _ in range(latents)]
         for label, order in ranking.items():
@@ -284,38 +322,29 @@ def heat_text(heat: Tensor) -> str:
     return "".join(ALPHABET[level] for level in levels.tolist())
 
 
-def _look(look: Look) -> dict[str, Any]:
-    return {
-        "index": look.index,
-        "label": look.label,
-        "tokens": [[latents, _rounded(codes)] for latents, codes in look.tokens],
-        "latents": look.latents,
-        "means": _rounded(look.means),
-        "clip": [[c, round(p, 6)] for c, p in look.clip],
-        "sae": [[c, round(p, 6)] for c, p in look.sae],
-        "why": None if look.why is None else _reasons(look.why),
-    }
+def _image(image: ImageActivations) -> dict[str, Any]:
+    content = asdict(image)
+    content["tokens"] = [[latents, _significant(codes)] for latents, codes in image.tokens]
+    content["means"] = _significant(image.means)
+    content |= {name: _rounded(content[name], 6) for name in ("clip", "sae")}
+    if (why := content["why"]) is not None:
+        why["means"] = _significant(why["means"])
+        for name in ("logits", "normaliser", "without", "normalisers"):
+            why[name] = _rounded(why[name], 4)  # differences of them are shown
+    return content
 
 
-def _reasons(why: Reasons) -> dict[str, Any]:
-    """Logits to four digits behind the point: differences of them are shown."""
-    return {
-        "classes": why.classes,
-        "logits": [round(x, 4) for x in why.logits],
-        "normaliser": round(why.normaliser, 4),
-        "latents": why.latents,
-        "means": _rounded(why.means),
-        "without": [[round(x, 4) for x in logits] for logits in why.without],
-        "normalisers": [round(x, 4) for x in why.normalisers],
-        "instead": why.instead,
-    }
+def _pairs(keys: Tensor, values: Tensor) -> list[list[float]]:
+    return [[i, round(v, 3)] for i, v in zip(keys.tolist(), values.tolist(), strict=True)]
 
 
-def _pairs(of: Tensor, values: Tensor) -> list[list[float]]:
-    return [[i, round(v, 3)] for i, v in zip(of.tolist(), values.tolist(), strict=True)]
+def _rounded(value: Any, digits: int) -> Any:
+    if isinstance(value, list | tuple):
+        return [_rounded(one, digits) for one in value]
+    return round(value, digits)
 
 
-def _rounded(values: list[float]) -> list[float]:
+def _significant(values: list[float]) -> list[float]:
     """Three significant digits, which is what is shown."""
     return [
         v if v == 0 or not math.isfinite(v) else round(v, 2 - math.floor(math.log10(abs(v))))

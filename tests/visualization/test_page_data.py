@@ -2,18 +2,16 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from clipsae.clip import FrozenCLIP
 from clipsae.clip.towers import Tower
-from clipsae.data.scenes import ScenesDataset
-from clipsae.sae import SAE
-from clipsae.visualization import collect_references
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
-from clipsae.visualization.page.looks import collect_looks
-from clipsae.visualization.page.reasons import first_order_effects, logits_without
+from clipsae.visualization.page.images import collect_activations
+from clipsae.visualization.page.interventions import Interventions
 from clipsae.visualization.page.write import ALPHABET, MAP_LEVELS, heat_text
 
 
@@ -49,19 +47,42 @@ def test_the_map_is_made_of_principal_components():
     assert torch.equal(places.nan_to_num(), layout(rows, alive).nan_to_num())
 
 
-@pytest.fixture(scope="module")
-def world():
-    torch.manual_seed(0)
-    clip = FrozenCLIP.load("clipsae-tiny", "builtin")
-    sae = SAE(clip.width, 40, "attention", "sparsemax", normalize_input=True, scale=0.1).eval()
-    dataset = ScenesDataset("colour", "test", 12)
-    classifier = torch.nn.functional.normalize(torch.randn(10, clip.embed_dim), dim=-1)
-    return clip, sae, dataset, classifier
+def collected(world, classifier=..., **options):
+    """The images with a page, and the effects."""
+    classifier = world.classifier if classifier is ... else classifier
+    options = {"on_image": None, **options}
+    return collect_activations(
+        world.clip, world.sae, world.dataset, classifier, world.references, **options
+    )
+
+
+def encoded(world, index):
+    """An image's stream [1, T, d] and codes [1, T, M]."""
+    stream = world.clip.prefix(world.clip.normalize(world.dataset[index][0][None]))
+    return stream, world.sae.encode(stream)
+
+
+def logits_of(world, stream) -> list[float]:
+    """The logits of one image, by CLIP's last layers as they are."""
+    image = torch.nn.functional.normalize(world.clip.tail(stream), dim=-1)
+    return (world.clip.logit_scale * (image @ world.classifier.T)[0]).tolist()
+
+
+def logits_with(world, stream, codes, changed) -> list[float]:
+    """The same when the codes are others and the rest of the stream stays."""
+    sae, scale = world.sae, world.sae.input_scale(stream)
+    return logits_of(world, stream + sae.decode(changed, scale) - sae.decode(codes, scale))
+
+
+def logits_without(world, stream, codes, latent) -> list[float]:
+    zeroed = codes.clone()
+    zeroed[..., latent] = 0
+    return logits_with(world, stream, codes, zeroed)
 
 
 def test_words_are_compared_along_the_direct_path(world):
     """Exactly the tail, where the stream is the row alone and the last block does nothing."""
-    clip = world[0]
+    clip = world.clip
     rows, words = torch.randn(3, clip.width), torch.randn(4, clip.embed_dim)
     unit = torch.nn.functional.normalize(words, dim=-1)
     unit = unit - unit.mean(dim=0)
@@ -76,84 +97,80 @@ def test_words_are_compared_along_the_direct_path(world):
 
 def test_no_words_where_there_is_no_direct_path(world, monkeypatch):
     """SigLIP's embedding is pooled by attention."""
-    clip = world[0]
+    clip = world.clip
     monkeypatch.setattr(clip.tower, "direct", lambda rows: Tower.direct(clip.tower, rows))
     assert word_scores(clip, torch.randn(3, clip.width), torch.randn(4, clip.embed_dim)) is None
 
 
 def test_nothing_is_predicted_without_texts(world):
-    clip, sae, dataset, classifier = world
-    references = collect_references(clip, {"it": sae}, dataset, name="colour", split="test")["it"]
-    options = {"pages": [2], "effect_images": 1, "on_image": None}
-    (full,) = collect_looks(clip, sae, dataset, classifier, references, **options).images
-    looks = collect_looks(clip, sae, dataset, None, references, **options)
-    assert looks.effects is None
-    (look,) = looks.images
-    assert (look.clip, look.sae, look.why) == ([], [], None)
-    assert (look.tokens, look.latents) == (full.tokens, full.latents)
+    options = {"pages": [2], "effect_images": 1}
+    (full,), _ = collected(world, **options)
+    (image,), effects = collected(world, None, **options)
+    assert effects is None
+    assert (image.clip, image.sae, image.why) == ([], [], None)
+    assert (image.tokens, image.latents) == (full.tokens, full.latents)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [-2, -3])
 def test_a_latent_is_taken_out_of_the_stream_alone(world, layer):
-    clip, sae, dataset, classifier = world
-    clip = FrozenCLIP(clip.model, name=clip.name, layer=layer)
-    stream = clip.prefix(clip.normalize(dataset[0][0][None]))[0]
-    codes = sae.encode(stream)
-    active = (codes > 0).any(dim=0).nonzero().squeeze(1)[:5]
-    found = logits_without(clip, sae, stream, codes, active, classifier)
-    scale = sae.input_scale(stream)
+    clip = FrozenCLIP(world.clip.model, name=world.clip.name, layer=layer)
+    other = SimpleNamespace(**{**vars(world), "clip": clip})
+    stream, codes = encoded(other, 0)
+    active = (codes[0] > 0).any(dim=0).nonzero().squeeze(1)[:5]
+    interventions = Interventions(clip, world.sae, world.classifier)
+    found = interventions.logits_without(stream[0], codes[0], active)
     for i, m in enumerate(active.tolist()):
-        zeroed = codes.clone()
-        zeroed[:, m] = 0
-        changed = stream - (sae.decode(codes, scale) - sae.decode(zeroed, scale))
-        image = torch.nn.functional.normalize(clip.tail(changed[None]), dim=-1)
-        expected = clip.logit_scale * (image @ classifier.T)[0]
-        assert torch.allclose(found[i], expected, atol=1e-3)
+        assert found[i].tolist() == pytest.approx(logits_without(other, stream, codes, m), abs=1e-3)
+
+
+@torch.no_grad()
+def test_codes_are_set_and_the_rest_of_the_stream_stays(world):
+    interventions = Interventions(world.clip, world.sae, world.classifier)
+    stream, codes = encoded(world, 0)
+    best = int(codes.mean(dim=1)[0].argmax())
+    changed = codes.clone()
+    changed[..., best] = 0
+    changed[..., 5] = 0.7
+    for strengths, of in (({}, codes), ({best: 0.0, 5: 0.7}, changed)):
+        found = interventions.steered_logits(world.dataset[0][0], strengths).tolist()
+        assert found == pytest.approx(logits_with(world, stream, codes, of), abs=1e-3)
+    with pytest.raises(ValueError, match="expected 0 to 39"):
+        interventions.steered_logits(world.dataset[0][0], {40: 1.0})
 
 
 @torch.no_grad()
 def test_first_order_effects_are_the_slope_at_the_stream(world):
-    clip, sae, dataset, classifier = world
-    stream = clip.prefix(clip.normalize(dataset[1][0][None]))[0]
-    codes = sae.encode(stream)
+    stream, codes = (x[0] for x in encoded(world, 1))
     classes = torch.tensor([4, 7])
-    effects = first_order_effects(clip, sae, stream, codes, classifier, classes)
+    interventions = Interventions(world.clip, world.sae, world.classifier)
+    effects = interventions.first_order_effects(stream, codes, classes)
     step = 1e-3
     for m in (codes > 0).any(dim=0).nonzero().squeeze(1)[:4].tolist():
-        share = codes[:, m, None] * sae.decoder_rows()[m] * sae.input_scale(stream)
+        share = codes[:, m, None] * world.sae.decoder_rows()[m] * world.sae.input_scale(stream)
         two = torch.stack((stream + step * share, stream - step * share))
-        logits = clip.logits(two, classifier)[:, classes]
+        logits = world.clip.logits(two, world.classifier)[:, classes]
         slope = (logits[0] - logits[1]) / (2 * step)
         assert effects[:, m].tolist() == pytest.approx(slope.tolist(), abs=0.02, rel=0.05)
 
 
-def test_looks_and_effects_of_the_images_that_are_shown(world):
-    clip, sae, dataset, classifier = world
-    names = {"name": "colour", "split": "test"}
-    references = collect_references(clip, {"it": sae}, dataset, **names)["it"]
-    pictures = {}
+def test_activations_of_the_images_that_are_shown(world):
+    pictures, index = {}, world.references.index
     options = {"pages": [0, 7], "effect_images": 2, "on_image": pictures.__setitem__}
-    looks = collect_looks(clip, sae, dataset, classifier, references, **options)
-    assert [look.index for look in looks.images] == [0, 7]
-    assert set(pictures) == set(references.index[references.index >= 0].tolist()) | {0, 7}
-    stream = clip.prefix(clip.normalize(dataset[7][0][None]))
-    codes = sae.encode(stream)[0]
-    look = looks.images[1]
-    assert len(look.tokens) == clip.tokens
-    for token, (latents, values) in enumerate(look.tokens):
+    images, _ = collected(world, **options)
+    assert [image.index for image in images] == [0, 7]
+    assert set(pictures) == set(index[index >= 0].tolist()) | {0, 7}
+    codes = encoded(world, 7)[1][0]
+    image = images[1]
+    assert len(image.tokens) == world.clip.tokens
+    for token, (latents, values) in enumerate(image.tokens):
         assert values == sorted(values, reverse=True)
         assert values == pytest.approx(codes[token, latents].tolist(), rel=1e-3)
         assert len(latents) == min(24, int((codes[token] > 0).sum()))
     means = codes.mean(dim=0)
-    assert look.latents == [m for m in means.argsort(descending=True).tolist() if means[m] > 0][:40]
-    assert sum(p for _, p in look.clip) <= 1 + 1e-6
-
-
-def whole_tail(clip, stream, classifier) -> list[float]:
-    """The logits of one image, by CLIP's last layers as they are."""
-    image = torch.nn.functional.normalize(clip.tail(stream), dim=-1)
-    return (clip.logit_scale * (image @ classifier.T)[0]).tolist()
+    order = means.argsort(descending=True).tolist()
+    assert image.latents == [m for m in order if means[m] > 0][:40]
+    assert sum(p for _, p in image.clip) <= 1 + 1e-6
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -167,26 +184,18 @@ def softmax(logits: list[float]) -> list[float]:
 def test_why_a_class_is_predicted(world, effect_images):
     """Each active latent taken out in turn, the whole model run again: by the logit, the margin
     over each of the five likeliest others and the probability the page has the strongest."""
-    clip, sae, dataset, classifier = world
-    references = collect_references(clip, {"it": sae}, dataset, name="colour", split="test")["it"]
-    options = {"pages": [7], "effect_images": effect_images, "on_image": None, "why": 3}
-    (look,) = collect_looks(clip, sae, dataset, classifier, references, **options).images
-    why = look.why
-
-    stream = clip.prefix(clip.normalize(dataset[7][0][None]))
-    codes, scale = sae.encode(stream), sae.input_scale(stream)
-    own = whole_tail(clip, stream, classifier)
+    options = {"pages": [7], "effect_images": effect_images, "why": 3}
+    (image,), _ = collected(world, **options)
+    why = image.why
+    stream, codes = encoded(world, 7)
+    own = logits_of(world, stream)
     order = sorted(range(10), key=lambda k: -own[k])
     assert why.classes == order
     assert why.logits == pytest.approx([own[k] for k in order], abs=1e-3)
-    assert look.clip[0][0] == order[0]
-    assert math.exp(why.logits[0] - why.normaliser) == pytest.approx(look.clip[0][1], abs=1e-4)
-    without = {}
-    for m in (codes[0].mean(dim=0) > 0).nonzero().flatten().tolist():
-        zeroed = codes.clone()
-        zeroed[..., m] = 0
-        changed = stream + sae.decode(zeroed, scale) - sae.decode(codes, scale)
-        without[m] = whole_tail(clip, changed, classifier)
+    assert image.clip[0][0] == order[0]
+    assert math.exp(why.logits[0] - why.normaliser) == pytest.approx(image.clip[0][1], abs=1e-4)
+    active = (codes[0].mean(dim=0) > 0).nonzero().flatten().tolist()
+    without = {m: logits_without(world, stream, codes, m) for m in active}
     for i, m in enumerate(why.latents):
         assert why.without[i] == pytest.approx([without[m][k] for k in order], abs=2e-3)
         p = math.exp(why.without[i][0] - why.normalisers[i])
@@ -209,37 +218,27 @@ def test_why_a_class_is_predicted(world, effect_images):
 @torch.no_grad()
 def test_effects_on_the_true_class_are_those_of_one_latent_at_a_time(world):
     """One image, one latent, the whole model: the plain loop."""
-    clip, sae, dataset, classifier = world
-    references = collect_references(clip, {"it": sae}, dataset, name="colour", split="test")["it"]
-    pages = [0, 3, 7, 10]
-    own = references.index[:, :1].tolist()
+    pages, own = [0, 3, 7, 10], world.references.index[:, :1].tolist()
     expected: dict[tuple[int, int], list[float]] = {}
-    for index in range(len(dataset)):
-        pixels, label = dataset[index]
-        stream = clip.prefix(clip.normalize(pixels[None]))
-        codes = sae.encode(stream)
-        scale = sae.input_scale(stream)
-        logits = whole_tail(clip, stream, classifier)
+    for index in range(len(world.dataset)):
+        label = world.dataset[index][1]
+        stream, codes = encoded(world, index)
+        logits = logits_of(world, stream)
         rival = max((k for k in range(10) if k != label), key=lambda k: logits[k])
         for m in (codes.mean(dim=1)[0] > 0).nonzero().flatten().tolist():
             if index not in pages and own[m] != [index]:
                 continue
-            zeroed = codes.clone()
-            zeroed[..., m] = 0
-            changed = stream + sae.decode(zeroed, scale) - sae.decode(codes, scale)
-            without = whole_tail(clip, changed, classifier)
+            without = logits_without(world, stream, codes, m)
             margins = [of[label] - of[rival] for of in (logits, without)]
             expected.setdefault((m, label), []).append(margins[0] - margins[1])
-    options = {"pages": pages, "effect_images": 1, "on_image": None, "batch_size": 5}
-    found = collect_looks(clip, sae, dataset, classifier, references, **options).effects
+    _, found = collected(world, pages=pages, effect_images=1, batch_size=5)
     pairs = list(zip(found.latent.tolist(), found.label.tolist(), strict=True))
     assert pairs == sorted(expected)
     assert found.images.tolist() == [len(expected[pair]) for pair in pairs]
     assert found.images.max() > 1
     means = [sum(expected[pair]) / len(expected[pair]) for pair in pairs]
     assert found.change.tolist() == pytest.approx(means, abs=1e-3)
-    options["effect_images"] = 0
-    assert collect_looks(clip, sae, dataset, classifier, references, **options).effects is None
+    assert collected(world, pages=pages, effect_images=0)[1] is None
 
 
 def test_what_is_active_has_a_level_above_zero():
