@@ -5,6 +5,7 @@ pass (`clipsae.evaluation.passes`) or over processes, and a line in `MODULES`. S
 """
 
 from importlib import import_module
+from typing import Any
 
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 
@@ -12,6 +13,11 @@ MODULES = ("sparsity", "cknna", "orthogonality", "monosemanticity", "recovery") 
 for _module in MODULES:
     import_module(f"{__name__}.{_module}")
 
-NUMBERS = tuple(number for name in METRICS for number in METRICS[name].numbers)
-
 __all__ = ["METRICS", "NUMBERS", "Measurement", "Options"]
+
+
+def __getattr__(name: str) -> Any:
+    """`NUMBERS`: those of all metrics, of plugins, too, which are imported later."""
+    if name != "NUMBERS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return tuple(number for metric in METRICS for number in METRICS[metric].numbers)
