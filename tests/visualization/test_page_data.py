@@ -1,14 +1,18 @@
 """What the page is computed from, against loops and finite differences."""
 
+import base64
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from clipsae.clip import FrozenCLIP
 from clipsae.clip.towers import Tower
+from clipsae.visualization.page import make_page
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
 from clipsae.visualization.page.images import collect_activations
 from clipsae.visualization.page.interventions import Interventions
@@ -250,3 +254,62 @@ def test_what_is_active_has_a_level_above_zero():
     assert levels[-1] == MAP_LEVELS - 1
     assert len(set(ALPHABET)) == MAP_LEVELS
     assert json.loads(json.dumps(ALPHABET)) == ALPHABET
+
+
+FROZEN = Path(__file__).with_name("frozen_page.json")
+
+
+def page_data(world, folder: Path) -> dict:
+    """A sample of the data scripts of a page, by name."""
+    words = (["first", "second", "third"], world.classifier[:3])
+    options = {"pages": 2, "effect_images": 1, "neighbours": 2, "words": words}
+    make_page(
+        folder,
+        world.clip,
+        world.sae,
+        world.dataset,
+        world.references,
+        title="a page",
+        about={"SAE": "random weights"},
+        classifier=world.classifier,
+        ranking={0: [3, 1], 2: [5, 3]},
+        names=[f"file {i}" for i in range(12)],
+        **options,
+    )
+    scripts = {
+        str(file.relative_to(folder / "data")): json.loads(file.read_text().split(",", 1)[1][:-3])
+        for file in sorted(folder.glob("data/**/*.js"))
+    }
+    for name, (kind, text) in scripts["meta.js"]["columns"].items():
+        values = np.frombuffer(base64.b64decode(text), f"<{kind}4")[:10]
+        scripts["meta.js"]["columns"][name] = [round(x, 4) for x in values.tolist()]
+    scripts["latents/0.js"] = scripts["latents/0.js"][:4]
+    (first, second) = [name for name in scripts if name.startswith("looks/")]
+    del scripts[second]
+    scripts[first]["tokens"] = scripts[first]["tokens"][:3]
+    scripts[first]["why"]["without"] = scripts[first]["why"]["without"][:3]
+    return scripts
+
+
+def check_same(found, expected, at="") -> None:
+    assert type(found) is type(expected), at
+    if isinstance(found, dict):
+        assert found.keys() == expected.keys(), at
+        for key in found:
+            check_same(found[key], expected[key], f"{at}/{key}")
+    elif isinstance(found, list):
+        assert len(found) == len(expected), at
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            check_same(a, b, f"{at}/{i}")
+    elif isinstance(found, float):
+        assert found == pytest.approx(expected, rel=6e-3, abs=2e-3, nan_ok=True), at
+    elif not at.partition("maps/")[1]:  # a patch may get the next level on another processor
+        assert found == expected, at
+
+
+def test_the_data_of_a_page_are_what_they_were(world, tmp_path):
+    """To freeze them again, after a change that is meant to show: delete the file, run the test."""
+    found = page_data(world, tmp_path)
+    if not FROZEN.exists():
+        FROZEN.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+    check_same(found, json.loads(FROZEN.read_text()))
