@@ -15,6 +15,8 @@ from clipsae.evaluation.truth import (
     patch_concepts,
 )
 
+MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.4)
+
 
 @pytest.fixture(scope="module")
 def scenes():
@@ -26,7 +28,7 @@ def pictures(scenes, n=4):
 
 
 def test_preprocessing_resizes_and_normalises():
-    encoder = ImageEncoder("x", torch.nn.Identity(), (10, 12), (0.5, 0.4, 0.3), (0.1, 0.2, 0.4))
+    encoder = ImageEncoder("x", torch.nn.Identity(), lambda x: x, (10, 12), MEAN, STD)
     images = torch.full((2, 3, 6, 6), 51, dtype=torch.uint8)
     out = encoder(images)
     assert out.shape == (2, 3, 10, 12)
@@ -77,7 +79,7 @@ def test_unknown_models_are_refused(scenes):
     for name in ("timm:no_such_model/random", "open_clip:no-such/random"):
         with (
             pytest.warns(UserWarning, match="RANDOM"),
-            pytest.raises(ConfigError, match="could not be had"),
+            pytest.raises(ConfigError, match="cannot be loaded"),
         ):
             image_encoder(name)
     with pytest.raises(ConfigError, match="ground truth"):

@@ -8,6 +8,7 @@ B images, S image side, e embedding size.
 """
 
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ _EXPECTED = (
 
 
 class ImageEncoder(nn.Module):
-    """A frozen backbone with its own preprocessing.
+    """A frozen model with its own preprocessing.
 
     Args:
         name: for results.
-        backbone: normalised images [B, 3, h, w] -> embeddings [B, e].
-        size: (h, w).
+        model: the module whose weights `embed` uses.
+        embed: normalised images [B, 3, h, w] -> embeddings [B, e].
+        size: (h, w), or h = w.
         mean, std: per channel, of values in [0, 1].
     """
 
@@ -44,33 +46,31 @@ class ImageEncoder(nn.Module):
     def __init__(
         self,
         name: str,
-        backbone: nn.Module,
-        size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        model: nn.Module,
+        embed: Callable[[Tensor], Tensor],
+        size: int | Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         super().__init__()
         self.name = name
-        self.backbone = backbone
-        self.size = tuple(size)
+        self.model = model
+        self.embed = embed
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, 3, S, S] -> normalised float32 [B, 3, h, w] on this device."""
+    def forward(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Images uint8 [B, 3, S, S] -> float32 [B, e]; indices are not used."""
         if images.dtype != torch.uint8:
             raise ValueError(f"images of dtype {images.dtype}: expected uint8 in 0..255")
         x = images.to(self.mean.device).float()
         if tuple(x.shape[-2:]) != self.size:
             x = nn.functional.interpolate(x, self.size, mode="bicubic", antialias=True)
             x = x.clamp(0, 255)  # bicubic overshoots at edges
-        return (x / 255 - self.mean) / self.std
-
-    def forward(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
-        """Images uint8 [B, 3, S, S] -> float32 [B, e]; which images they are does not matter."""
-        return self.backbone(self.preprocess(images)).float()
+        return self.embed((x / 255 - self.mean) / self.std).float()
 
 
 def image_encoder(name: str, dataset: Any = None) -> nn.Module:
@@ -88,13 +88,12 @@ def image_encoder(name: str, dataset: Any = None) -> nn.Module:
         dataset: needed by "attributes".
 
     Raises:
-        ConfigError: a name of another form, an unknown model, weights that cannot be had, a
+        ConfigError: a name of another form, an unknown model, weights that cannot be loaded, a
             dataset without ground truth.
     """
     if name == "tiny":
         clip = FrozenCLIP.load("clipsae-tiny", "builtin")
-        size = (clip.image_size, clip.image_size)
-        return ImageEncoder(name, _Embedding(clip, "encode_image"), size, clip.mean, clip.std)
+        return ImageEncoder(name, clip, clip.encode_image, clip.image_size, clip.mean, clip.std)
     if name == "attributes":
         if not has_truth(dataset):
             raise ConfigError(
@@ -104,45 +103,27 @@ def image_encoder(name: str, dataset: Any = None) -> nn.Module:
         return AttributeEncoder(dataset)
     library, _, rest = name.partition(":")
     model, _, weights = rest.partition("/")
-    if (
-        library not in ("open_clip", "timm")
-        or not model
-        or (library == "open_clip" and not weights)
-    ):
+    build = {"open_clip": _open_clip, "timm": _timm}.get(library)
+    if build is None or not model or (library == "open_clip" and not weights):
         raise ConfigError(f"image_encoder={name!r}: {_EXPECTED}")
     if weights == RANDOM:
         warnings.warn(f"{name}: RANDOM WEIGHTS, its scores mean nothing", stacklevel=2)
-    build = _open_clip if library == "open_clip" else _timm
     try:
         with torch.random.fork_rng(devices=[]):  # random weights are the same each time
             torch.manual_seed(0)
             return build(name, model, weights)
-    except Exception as error:  # whatever a download or a foreign file can raise
+    except Exception as error:  # anything that a download or a file from elsewhere can raise
         detail = " ".join(str(error).split())[:200]
-        raise ConfigError(f"image_encoder={name!r} could not be had: {detail}") from error
-
-
-class _Embedding(nn.Module):
-    """A model's method as a module, so that it moves with its owner."""
-
-    def __init__(self, model: nn.Module, method: str) -> None:
-        super().__init__()
-        self.model = model
-        self.method = method
-
-    def forward(self, images: Tensor) -> Tensor:
-        return getattr(self.model, self.method)(images)
+        raise ConfigError(f"image_encoder={name!r} cannot be loaded: {detail}") from error
 
 
 def _open_clip(name: str, model: str, weights: str) -> ImageEncoder:
     if open_clip.get_model_config(model) is None:
         raise ValueError(f"open_clip has no model {model!r}")
     source = None if weights == RANDOM else source_of(model, weights)
-    built: Any = create_open_clip(model, source, weights_decide=True).eval()
+    built: Any = create_open_clip(model, source, weights_decide=True)
     how = built.visual.preprocess_cfg
-    size = how["size"]
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    return ImageEncoder(name, _Embedding(built, "encode_image"), size, how["mean"], how["std"])
+    return ImageEncoder(name, built, built.encode_image, how["size"], how["mean"], how["std"])
 
 
 def _timm(name: str, model: str, weights: str) -> ImageEncoder:
@@ -156,4 +137,4 @@ def _timm(name: str, model: str, weights: str) -> ImageEncoder:
         raise ValueError(f"timm knows no weights of {model!r}")
     built = create_timm(model, file)
     how = timm.data.resolve_model_data_config(built)
-    return ImageEncoder(name, built, how["input_size"][1:], how["mean"], how["std"])
+    return ImageEncoder(name, built, built.forward, how["input_size"][1:], how["mean"], how["std"])

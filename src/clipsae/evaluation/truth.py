@@ -12,24 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipsae.data.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    COUNTS,
-    PATTERNS,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-)
+from clipsae.data import scenes
 
 _VALUES = {
-    "shape": tuple(SHAPES),
-    "colour": tuple(COLOURS),
-    "pattern": tuple(PATTERNS),
-    "size": tuple(SIZES),
-    "background": tuple(BACKGROUNDS),
-    "position": tuple(POSITIONS),
-    "count": tuple(COUNTS),
+    "shape": tuple(scenes.SHAPES),
+    "colour": tuple(scenes.COLOURS),
+    "pattern": tuple(scenes.PATTERNS),
+    "size": tuple(scenes.SIZES),
+    "background": tuple(scenes.BACKGROUNDS),
+    "position": tuple(scenes.POSITIONS),
+    "count": tuple(scenes.COUNTS),
 }
 IMAGE_ATTRIBUTES = tuple(_VALUES)
 PATCH_ATTRIBUTES = ("shape", "colour", "pattern", "size", "background")
@@ -85,6 +77,6 @@ class AttributeEncoder(nn.Module):
         self.dataset = dataset
 
     def forward(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Images [B, 3, S, S] (not looked at) and their indices [B] -> [B, V]."""
+        """Images [B, 3, S, S], which are not used, and their indices [B] -> [B, V]."""
         concepts = image_concepts(self.dataset, indices).float()
         return nn.functional.normalize(concepts, dim=-1).to(images.device)

@@ -202,12 +202,12 @@ def about(found: Dictionary, dataset: ImageDataset, references: References) -> d
     weights = Path(cfg.clip.pretrained or "random weights").name  # maybe a file of this machine
     imported = cfg.model.get("imported")
     origin = f"imported ({imported['from']})" if imported else f"seed {cfg.seed}"
+    split = pictures.split_name(dataset, source.split)
     return {
         "SAE": f"{cfg.model.name}, {references.latents:,} latents, {origin}",
         "CLIP": f"{cfg.clip.name}, {weights}, layer {cfg.clip.layer}",
         "Trained on": cfg.train_dataset.name,
-        "Shown on": f"{source.dataset}, {pictures.split_name(dataset, source.split)}, "
-        f"{source.images:,}{few} images",
+        "Shown on": f"{source.dataset}, {split}, {source.images:,}{few} images",
         "Dead latents": f"{int((~references.alive).sum()):,}",
         "MonoSemanticity by": source.image_encoder or "not measured",
         "In the store": found.trained.path.name,

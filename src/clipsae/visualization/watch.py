@@ -1,6 +1,7 @@
 """Reference images of the leading latents while an SAE is trained."""
 
 from io import BytesIO
+from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -43,11 +44,10 @@ class ReferenceSheets(Callback):
     ) -> None:
         self.clip = clip
         self.dataset = dataset
-        self.about = {"name": name, "split": split}
-        self.images = images
+        self.options: dict[str, Any] = {"name": name, "split": split, "batch_size": batch_size}
+        self.options["limit_images"] = images
         self.every_n_steps = every_n_steps
         self.rows = rows
-        self.batch_size = batch_size
         self.last_step: int | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,21 +57,11 @@ class ReferenceSheets(Callback):
         if self.last_step is not None and step - self.last_step < self.every_n_steps:
             return
         self.last_step = step
-        references = collect_references(
-            self.clip,
-            {"sae": pl_module.sae},
-            self.dataset,
-            **self.about,
-            batch_size=self.batch_size,
-            device=pl_module.device,
-            limit_images=self.images,
-        )["sae"]
-        figure = draw_sheet(
-            references,
-            leading_latents(references, self.rows),
-            lambda index: self.dataset[index][0],
-            f"step {step:,}",
-        )
+        saes, device = {"sae": pl_module.sae}, pl_module.device
+        found = collect_references(self.clip, saes, self.dataset, device=device, **self.options)
+        references = found["sae"]
+        latents = leading_latents(references, self.rows)
+        figure = draw_sheet(references, latents, lambda i: self.dataset[i][0], f"step {step:,}")
         file = BytesIO()
         figure.savefig(file, format="png", dpi=_DOTS)
         log_picture(pl_module.logger, "val/reference_images", file.getvalue(), step)

@@ -98,30 +98,15 @@ class MonoSemanticity(Measurement):
     Holds M x e float64 numbers, whatever the number of images: 200 MB at M = 49,152, e = 512.
     """
 
-    numbers = (
+    numbers = tuple(
         Number(
-            "monosemanticity_mean",
-            "mean MonoSemanticity",
-            format=".4f",
-            table="interpretability",
-            paper="mean_ms",
-            headline=True,
-        ),
-        Number(
-            "monosemanticity_max",
-            "max MonoSemanticity",
-            format=".4f",
-            table="interpretability",
-            paper="max_ms",
-            headline=True,
-        ),
-        Number(
-            "monosemanticity_live",
-            "live latents",
-            format=".0f",
-            better="",
-            table="interpretability",
-        ),
+            f"monosemanticity_{key}", label, "", format, better, "interpretability", paper, shown
+        )
+        for key, label, format, better, paper, shown in (
+            ("mean", "mean MonoSemanticity", ".4f", "max", "mean_ms", True),
+            ("max", "max MonoSemanticity", ".4f", "max", "max_ms", True),
+            ("live", "live latents", ".0f", "", "", False),
+        )
     )
     needs = ("embeddings",)
 

@@ -1,8 +1,6 @@
 """Seed stability: does another seed find the same directions?
 
 Mean max cosine as in Sharkey, Braun and Millidge (2022): a function of two finished dictionaries.
-
-M latents of one dictionary, M' of the other, d width.
 """
 
 import torch
@@ -16,11 +14,16 @@ def max_cosines(a: Tensor, b: Tensor) -> Tensor:
 
     NaN for rows of zeros in a; those of b are left out.
     """
-    a, b = _checked(a, b)
-    found = torch.full((len(a),), torch.nan, dtype=a.dtype, device=a.device)
-    directed = a.any(dim=-1)
-    found[directed] = _best(_unit(a[directed]), _unit(b[b.any(dim=-1)]))
-    return found
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"dictionaries {tuple(a.shape)} and {tuple(b.shape)}: expected [M, d] and [M', d]"
+        )
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = (nn.functional.normalize(x.detach().to(dtype), dim=-1, eps=0) for x in (a, b))
+    b = b[~b.isnan().any(dim=-1)]  # 0/0 where there is no direction
+    if not len(b):
+        return a.new_full((len(a),), torch.nan)
+    return torch.cat([(part @ b.T).amax(dim=1) for part in a.split(_BLOCK_ELEMENTS // len(b) + 1)])
 
 
 def mean_max_cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -29,23 +32,3 @@ def mean_max_cosine(a: Tensor, b: Tensor) -> Tensor:
     Not symmetric, and several rows may share one partner.
     """
     return max_cosines(a, b).nanmean(dtype=torch.float64)
-
-
-def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"dictionaries {tuple(a.shape)} and {tuple(b.shape)}: expected [M, d] and [M', d]"
-        )
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.detach().to(dtype), b.detach().to(dtype)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return nn.functional.normalize(rows, dim=-1, eps=0)
-
-
-def _best(a: Tensor, b: Tensor) -> Tensor:
-    """Largest cosine [m] of unit rows a [m, d] with unit rows b; NaN if b is empty."""
-    if not len(b):
-        return a.new_full((len(a),), torch.nan)
-    return torch.cat([(part @ b.T).amax(dim=1) for part in a.split(_BLOCK_ELEMENTS // len(b) + 1)])

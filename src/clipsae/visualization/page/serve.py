@@ -27,8 +27,8 @@ class PageServer(ThreadingHTTPServer):
     """Serves a page's folder, and answers POST /steer.
 
     Args:
-        folder: what `write_page` wrote.
-        steer: predictions for an image of the page; ValueError where it cannot. Called by one
+        folder: a page.
+        steer: predictions for an image of the page; ValueError where there are none. Called by one
             request at a time.
         port: 0: any free one.
     """
@@ -40,38 +40,34 @@ class PageServer(ThreadingHTTPServer):
         self.folder = folder
         self.steer = steer
         self.lock = Lock()
-
-    @property
-    def url(self) -> str:
-        """Where the page is."""
-        return f"http://{ADDRESS}:{self.server_port}/"
-
-    @property
-    def hosts(self) -> set[str]:
-        """The names under which it may be asked."""
-        return {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+        self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+        self.url = f"http://{ADDRESS}:{self.server_port}/"
 
 
 class _Handler(SimpleHTTPRequestHandler):
     server: PageServer
 
+    def parse_request(self) -> bool:
+        """Refuse requests of other pages (by their origin), or under a name that was only lately
+        pointed to this address."""
+        if not super().parse_request():
+            return False
+        origin = self.headers.get("Origin")
+        here = self.headers.get("Host") in self.server.hosts
+        if here and (origin is None or origin.removeprefix("http://") in self.server.hosts):
+            return True
+        self._json(HTTPStatus.FORBIDDEN, {"error": "this server answers its own page only"})
+        return False
+
     def do_GET(self) -> None:
-        if not self._asked_here():
-            return
         if self.path.partition("?")[0] in ("/", "/index.html"):
             page = (self.server.folder / "index.html").read_text()
             page = page.replace('<html lang="en"', '<html lang="en" data-live="yes"', 1)
             self._answer(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8")
-            return
-        super().do_GET()
-
-    def do_HEAD(self) -> None:
-        if self._asked_here():
-            super().do_HEAD()
+        else:
+            super().do_GET()
 
     def do_POST(self) -> None:
-        if not self._asked_here():
-            return
         if self.path != "/steer":
             self._json(HTTPStatus.NOT_FOUND, {"error": "expected POST /steer"})
             return
@@ -83,15 +79,6 @@ class _Handler(SimpleHTTPRequestHandler):
             self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
             return
         self._json(HTTPStatus.OK, {"clip": said})
-
-    def _asked_here(self) -> bool:
-        """Refuse what another page sent (its origin), or a name that only now leads here."""
-        origin = self.headers.get("Origin")
-        here = self.headers.get("Host") in self.server.hosts
-        if here and (origin is None or origin.removeprefix("http://") in self.server.hosts):
-            return True
-        self._json(HTTPStatus.FORBIDDEN, {"error": "this server answers its own page only"})
-        return False
 
     def _request(self) -> tuple[int, dict[int, float]]:
         length = self.headers.get("Content-Length", "")
@@ -122,4 +109,4 @@ class _Handler(SimpleHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing: the terminal shows the page's address."""
+        """No lines in the terminal, which shows the page's address."""
