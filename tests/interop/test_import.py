@@ -330,7 +330,7 @@ def test_visaebench_with_overcompletes_names(tmp_path, x):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("!!python/object/apply:os.system ['false']", "is no YAML: could not determine"),
+        ("!!python/object/apply:os.system ['false']", "is not valid YAML: could not determine"),
         ("- topk", "holds a list: expected a YAML object"),
         ("activation: topk\nk: many", "config.yaml: k='many': expected a whole number"),
     ],
@@ -387,7 +387,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, kind, pro
         path.write_bytes(pickle.dumps(held, protocol))
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    said = "no pickle of tensors" if protocol == 4 else "asks for exec, which could run code"
+    said = "not a pickle of tensors" if protocol == 4 else "asks for exec, which could run code"
     with pytest.raises(ValueError, match=said) as refused:
         clipsae.load(tmp_path)
     assert "\n" not in str(refused.value)
@@ -440,10 +440,10 @@ def test_damaged_and_infinite_files_are_refused(tmp_path, theirs):
     with pytest.raises(ValueError, match="W_dec holds 1 numbers that are NaN or infinite"):
         clipsae.load(path)
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(ValueError, match="no pickle of tensors that can be read"):
+    with pytest.raises(ValueError, match="is not a pickle of tensors"):
         clipsae.load(path)
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="no pickle of tensors that can be read"):
+    with pytest.raises(ValueError, match="is not a pickle of tensors"):
         clipsae.load(path)
 
 

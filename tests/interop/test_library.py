@@ -57,20 +57,23 @@ def damaged(folder, **changes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: damaged(f, surprise=1), "unknown key 'surprise'"),
+        (lambda f: damaged(f, surprise=1), "surprise=1 is an option that is not known"),
         (lambda f: damaged(f, config={"surprise": 1}), "surprise=1"),
         (lambda f: damaged(f, config={"d": None}), "d=None"),
         (lambda f: damaged(f, config={"latents": "many"}), "latents='many'"),
         (lambda f: damaged(f, config={"latents": 41}), "does not fit its config"),
         (lambda f: damaged(f, config={"activation": "softplus"}), "'softplus' does not exist"),
         (lambda f: damaged(f, version=99), "up to 2"),
-        (lambda f: (f / "sae.json").write_text("{"), "is no JSON"),
-        (lambda f: (f / "sae.json").write_text("[" * 100_000), "is no JSON"),
+        (lambda f: (f / "sae.json").write_text("{"), "is not valid JSON"),
+        (lambda f: (f / "sae.json").write_text("[" * 100_000), "is not valid JSON"),
         (lambda f: (f / "sae.json").write_text("[1]"), "expected a JSON object"),
         (lambda f: (f / "sae.json").write_text("{}"), "has no config"),
         (lambda f: (f / "sae.safetensors").unlink(), "holds no sae.safetensors"),
-        (lambda f: (f / "sae.safetensors").write_bytes(b"12345678{}"), "no whole safetensors"),
-        (lambda f: (f / "sae.safetensors").write_bytes(bytes(4)), "no whole safetensors"),
+        (
+            lambda f: (f / "sae.safetensors").write_bytes(b"12345678{}"),
+            "complete safetensors",
+        ),
+        (lambda f: (f / "sae.safetensors").write_bytes(bytes(4)), "complete safetensors"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_sentence(tmp_path, make, change, words):

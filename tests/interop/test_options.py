@@ -108,7 +108,10 @@ OF_SAELENS = [
     ({"activation_fn_kwargs": {"k": 4}}, "activation_fn_kwargs: k=4"),
     ({"activation_fn_kwargs": 3}, "activation_fn_kwargs=3"),
     ({"architecture": "topk", "k": 3, "activation_fn_kwargs": {"k": 4}}, "k=3"),
-    ({"architecture": "gated", "activation_fn": "topk"}, "activation_fn='topk': expected relu"),
+    (
+        {"architecture": "gated", "activation_fn": "topk"},
+        "activation_fn='topk' has no counterpart",
+    ),
     ({"k": 4}, "k=4"),
     ({"top_k": 4}, "top_k=4"),
     ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),

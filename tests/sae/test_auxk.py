@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from clipsae.sae import SAE
-from clipsae.sae.auxk import auxk_loss, dead_codes
+from clipsae.sae.losses import auxk_loss, dead_codes
 from tests.sae.conftest import MODELS, D, M, build, tokens
 
 

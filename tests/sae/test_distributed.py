@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from clipsae.sae import distributed
-from clipsae.sae.distributed import share
+from clipsae.sae import batch_topk as distributed
+from clipsae.sae.batch_topk import share
 
 
 class Told(Exception):

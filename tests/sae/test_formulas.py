@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from clipsae.sae.linear import geometric_median
 from clipsae.sae.losses import relative_error
-from clipsae.sae.median import geometric_median
 from tests.sae.conftest import D, M, build, tokens
 
 

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from clipsae.sae.base import Architecture
 from clipsae.sae.checks import one_of, positive
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.dictionary import Dictionary, mix
-from clipsae.sae.losses import at_least_float32
-from clipsae.sae.memory import empty
+from clipsae.sae.dense import at_least_float32, empty
 from clipsae.sae.registry import ARCHITECTURES
+from clipsae.sae.sparse_ops import Dictionary, mix
 
 QUERIES = ("identity", "learned")
 

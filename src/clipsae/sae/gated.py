@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from clipsae.sae.base import Activation, LossInputs, aligned, per_latent
 from clipsae.sae.checks import not_negative
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.elementwise import elementwise, passing
+from clipsae.sae.dense import elementwise, passing
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import l1_norm
-from clipsae.sae.selection import positions_above
+from clipsae.sae.sparse_ops import positions_above
 
 
 @ACTIVATIONS.register("gated")

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from clipsae.sae.base import Architecture
 from clipsae.sae.checks import boolean, one_of
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.dictionary import Dictionary, mix
-from clipsae.sae.median import geometric_median
 from clipsae.sae.registry import ARCHITECTURES
+from clipsae.sae.sparse_ops import Dictionary, mix
 
 ENCODER_INITS = ("independent", "tied")
 BIAS_INITS = ("images", "tokens", "zero")
@@ -123,3 +122,28 @@ class Linear(Architecture):
 def _parts(rows: Tensor) -> tuple[Tensor, ...]:
     """Rows [M, d] in parts that stay in a CPU's cache while they are worked on."""
     return rows.split(1024 if rows.device.type == "cpu" else len(rows))
+
+
+def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-20) -> Tensor:
+    """The point with the least sum of distances, by Weiszfeld's algorithm, as PatchSAE runs it.
+
+    Args:
+        points: [N, p].
+        iterations: at most this many.
+        tolerance: stops when the sum of distances changes by less, relatively.
+
+    Returns:
+        [p], in the points' dtype; the work is done in float64.
+    """
+    wide = points.double()
+    median = wide.mean(dim=0)
+    before = None
+    for _ in range(iterations):
+        distance = torch.linalg.vector_norm(wide - median, dim=1)
+        total = distance.sum()
+        if before is not None and abs(before - total) <= tolerance * total:
+            break
+        before = total
+        weight = 1 / distance.clamp(min=1e-6)  # the median may be one of the points
+        median = (weight[:, None] * wide).sum(dim=0) / weight.sum()
+    return median.to(points.dtype)

@@ -5,6 +5,7 @@ Letters: B images or tokens, T tokens of an image, d width, M latents, n latents
 
 import inspect
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clipsae.sae.auxk import auxk_loss, dead_codes, dead_codes_of
 from clipsae.sae.base import Activation, Architecture, LossInputs, SAEOutput
 from clipsae.sae.checks import boolean, near, not_negative, whole
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.dictionary import Dictionary
-from clipsae.sae.distributed import summed
-from clipsae.sae.losses import at_least_float32, relative_error
+from clipsae.sae.dense import at_least_float32
+from clipsae.sae.losses import (
+    auxk_loss,
+    dead_codes,
+    relative_error,
+    sparse_dead_codes,
+    summed,
+)
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
-from clipsae.sae.selection import positions_above
-from clipsae.sae.sparse_ops import BLOCK, prefers_dense
+from clipsae.sae.sparse_ops import BLOCK, Dictionary, positions_above, prefers_dense
 
 FORMAT = "clipsae.sae"
 VERSION = 2
 RENAMED = {"l0": "l0_coefficient", "l1": "l1_coefficient"}
-"""Options of version 1 that have another name now."""
+"""Options of version 1 that have been renamed."""
 
 
 class SAE(nn.Module):
@@ -55,6 +59,7 @@ class SAE(nn.Module):
     """
 
     tokens_since_fired: Tensor
+    config: dict[str, Any]
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class SAE(nn.Module):
         dead_after: int = 10_000_000,
         **options: Any,
     ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ("self", "options", "__class__")}
         super().__init__()
         whole("d", d)
         whole("latents", latents)
@@ -100,19 +106,7 @@ class SAE(nn.Module):
             d, latents, self.activation.encoder_bias, **of_architecture
         )
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
-        self.config: dict[str, Any] = {
-            "d": d,
-            "latents": latents,
-            "architecture": architecture,
-            "activation": activation,
-            "normalize_input": normalize_input,
-            "reconstruction_weight": reconstruction_weight,
-            "auxk": auxk,
-            "auxk_k": auxk_k,
-            "dead_after": dead_after,
-            **of_architecture,
-            **of_activation,
-        }
+        self.config = given | of_architecture | of_activation
 
     # --- from tokens to codes and back ---
 
@@ -189,10 +183,11 @@ class SAE(nn.Module):
             latents: the codes are dense [..., n] of these: LongTensor [n] or [B, n].
         """
         if isinstance(codes, SparseCodes) and (
-            self._dictionary(codes.values) is None or codes.prefers_dense()
+            self._dictionary(codes.values) is None
+            or prefers_dense(codes.values, len(codes.values), prod(codes.shape))
         ):
             codes = codes.dense()
-        return self.architecture.decode(codes, latents) * scale
+        return self.architecture(codes, latents) * scale
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Tokens [B, T, d] or [B, d] -> reconstruction, codes and loss terms.
@@ -224,22 +219,15 @@ class SAE(nn.Module):
 
         def decode(codes: Tensor | SparseCodes, frozen: bool = False) -> Tensor:
             if not frozen:
-                return self.architecture.decode(codes) * scale
+                return self.architecture(codes) * scale
             fixed = {name: p.detach() for name, p in self.architecture.named_parameters()}
             return torch.func.functional_call(self.architecture, fixed, (codes,)) * scale
 
-        inputs = LossInputs(
-            x=x,
-            scores=scores,
-            codes=codes,
-            tokens=max(1, len(x)),
-            architecture=self.architecture,
-            decode=decode,
-            relative_error=lambda other: relative_error(other, x),
-        )
         # Before the decoding: autograd goes back the other way, and then adds what these terms send
         # to the codes in the memory of the large gradient that is there already.
-        terms = self.activation.losses(inputs)
+        terms = self.activation.losses(
+            LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode)
+        )
         reconstruction = decode(codes)
         out = SAEOutput(
             reconstruction.view(batch.shape),
@@ -248,13 +236,13 @@ class SAE(nn.Module):
         )
         self._count_silence(out.fired(), len(x))
         if self.auxk:
-            dead, k = self.dead, self.auxk_k
+            dead, strength = self.dead, self.activation.auxk_scores
             aux: Tensor | SparseCodes | None
             if dictionary is not None:
-                aux = dead_codes_of(dictionary, query, self.activation, dead, k)
+                aux = sparse_dead_codes(dictionary, query, strength, dead, self.auxk_k)
             else:
                 assert isinstance(scores, Tensor)
-                aux = dead_codes(self.activation.auxk_scores(scores), dead, k)
+                aux = dead_codes(strength(scores), dead, self.auxk_k)
             loss = at_least_float32(x.new_zeros(()))
             if aux is not None:
                 left = at_least_float32(self.architecture.combine(aux)) * scale
@@ -382,11 +370,7 @@ def _part_options(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """All options of the architecture and of the activation, as given or by default."""
     parts = ARCHITECTURES.options(architecture), ACTIVATIONS.options(activation)
-    common = [
-        p.name
-        for p in inspect.signature(SAE.__init__).parameters.values()
-        if p.kind != p.VAR_KEYWORD
-    ]
+    common = set(inspect.signature(SAE).parameters) - {"options"}
     names = [*common, *parts[0], *parts[1]]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
@@ -394,17 +378,14 @@ def _part_options(
             f"architecture={architecture} and activation={activation}: option '{min(doubled)}' is "
             "declared twice among them and the SAE; rename one"
         )
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        new = RENAMED.get(unknown[0])
+    unknown = min(set(given) - set(names), default=None)
+    if unknown is not None:
+        new, value = RENAMED.get(unknown), given[unknown]
         if new in names:
-            value = given[unknown[0]]
-            raise ValueError(f"{unknown[0]}={value!r}: this option is now {new}: {new}={value!r}")
-        known = sorted(set(names) - {"self"})
+            raise ValueError(f"{unknown}={value!r}: this option is now {new}: {new}={value!r}")
         raise ValueError(
-            f"{unknown[0]}={given[unknown[0]]!r}: architecture={architecture} with "
-            f"activation={activation} has no such option{near(unknown[0], known)}; it has "
-            f"{', '.join(known)}"
+            f"{unknown}={value!r}: architecture={architecture} with activation={activation} has no "
+            f"such option{near(unknown, names)}; it has {', '.join(sorted(names))}"
         )
     for options in parts:
         options.update((name, value) for name, value in given.items() if name in options)

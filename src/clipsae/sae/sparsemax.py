@@ -12,10 +12,9 @@ from torch import Tensor
 from clipsae.sae.base import Activation
 from clipsae.sae.checks import boolean, fraction, one_of
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.elementwise import elementwise
-from clipsae.sae.losses import at_least_float32
+from clipsae.sae.dense import at_least_float32, elementwise
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.selection import above, positions_above, strided_maxima
+from clipsae.sae.sparse_ops import above, positions_above, strided_maxima
 
 WEIGHTS = ("scores", "probabilities")
 

@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
-from clipsae.sae import memory
-from clipsae.sae.memory import empty
+from clipsae.sae import dense as memory
+from clipsae.sae.dense import empty
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 SHAPE = (2200, 2000)
