@@ -1,6 +1,7 @@
 """Wrong options in one sentence, parts registered from outside, files that do not fit."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from clipsae.overrides import near
 from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation, SparseCodes, sparse_ops
-from clipsae.sae.topk import TopK
+from run import ROOT
 from tests.sae.conftest import D, M, build, tokens
 
 INF, NAN = float("inf"), float("nan")
@@ -124,36 +125,25 @@ def test_the_command_line_names_the_new_option():
 
 
 @pytest.fixture
-def nested():
-    """TopK whose prefixes of the dictionary reconstruct, too: Matryoshka, from outside."""
-
-    @ACTIVATIONS.register("nested")
-    class Nested(TopK):
-        def __init__(self, latents: int, *, k: int = 4, prefixes: tuple[int, ...] = ()) -> None:
-            super().__init__(latents, k=k)
-            self.prefixes = prefixes
-
-        def losses(self, inputs):
-            latent = torch.arange(self.latents, device=inputs.x.device)
-            return {
-                f"first_{n}": inputs.relative_error(inputs.decode(inputs.codes * (latent < n)))
-                for n in self.prefixes
-            }
-
-    yield Nested
-    ACTIVATIONS.pop("nested")
+def matryoshka():
+    """The plugin of the documentation."""
+    page = (ROOT / "docs" / "how-to" / "sae.md").read_text()
+    (code,) = re.findall(r'```python title="mine/matryoshka.py"\n(.*?)```', page, re.DOTALL)
+    exec(code, {"__name__": "matryoshka"})
+    yield
+    ACTIVATIONS.pop("matryoshka_topk")
 
 
 @pytest.mark.parametrize("share", [2, -0.5, None], ids=["sparse", "dense", "plain dense"])
 @pytest.mark.parametrize("architecture", ["linear", "attention"])
-def test_nested_prefixes_are_a_plugin_s_few_lines(nested, architecture, share, monkeypatch):
+def test_nested_prefixes_are_a_plugins_few_lines(matryoshka, architecture, share, monkeypatch):
     if share is None:  # as on devices without sparse codes
         monkeypatch.delitem(sparse_ops.DENSE_FROM, "cpu")
     else:
         monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", share)
     torch.manual_seed(0)
     options = {"k": 4, "prefixes": (5, 12), "normalize_input": True}
-    sae = SAE(D, 20, architecture, "nested", **options).double()
+    sae = SAE(D, 20, architecture, "matryoshka_topk", **options).double()
     x = tokens(6, 3, D, dtype=torch.float64)
     out = sae(x)
     out.loss.backward()
