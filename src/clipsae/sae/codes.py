@@ -19,7 +19,7 @@ class SparseCodes:
         codes = sae.encode_sparse(x)         # x [B, T, d] -> codes [B, T, M]
         sae.decode(codes, sae.input_scale(x))
         codes.values, codes.token, codes.latent        # [p] each
-        codes.count(codes.values > 0.2)      # per image and latent: LongTensor [B, M]
+        codes.count(codes.values > 0.2)      # tokens per image and latent: LongTensor [B, M]
         codes.lookup(latents)                # LongTensor [B, n] -> their codes [B, T, n]
         codes[3].compact()                   # one image [T, M], a copy of 8 bytes a pair
 
@@ -94,7 +94,7 @@ class SparseCodes:
         return flat.scatter(0, self.positions.long(), self.values).view(self.shape)
 
     def sum(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Of all codes, a scalar."""
+        """The sum of all codes, a scalar."""
         return self.values.sum(dtype=dtype)
 
     def __mul__(self, factors: Tensor) -> "SparseCodes":
@@ -127,8 +127,8 @@ class SparseCodes:
     def totals(self) -> Tensor:
         """Each latent's codes summed over tokens, float64 [M], or [B, M] of codes [B, T, M].
 
-        float64 sums of some hundred float32 values are exact unless the values differ by 2^20:
-        equal latents have equal totals in whatever order a device adds.
+        Sums of some hundred float32 values are then exact unless the values differ by 2^20: equal
+        latents have equal totals in whatever order a device adds.
         """
         shape = (*self.shape[:-2], self.latents)
         sums = torch.bincount(self.cell, self.values.double(), prod(shape))

@@ -58,7 +58,7 @@ class Gated(Activation):
         return positions_above(scores, -self.b_gate)
 
     def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
-        # The gate's threshold learns from the penalty and the gate's own reconstruction alone.
+        # b_gate has gradients of the penalty and of the gate's own reconstruction alone.
         parameters = self.b_gate.detach(), self.r_mag, self.b_mag
         return elementwise(_codes, scores, *(aligned(p, scores) for p in parameters))
 

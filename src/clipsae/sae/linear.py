@@ -30,8 +30,8 @@ class Linear(Architecture):
         encoder_init: "independent": Kaiming-uniform of fan-in M, as PatchSAE's [d, M] matrix
             gets it (bound sqrt(6/M)); "tied": a copy of W_dec (dictionary_learning). Only the
             start: they are trained apart.
-        unit_decoder: decoder rows have norm 1 after each step, and gradients lose their part
-            along the row, which that would undo.
+        unit_decoder: decoder rows have norm 1 after each step; gradients lose their part along
+            the row.
         bias_init: b_dec starts as the geometric median of a batch. "images": an image's [T, d]
             tokens are one point of T x d numbers, the result is averaged over the T positions
             (PatchSAE); "tokens": each token is a point (dictionary_learning); "zero": stays 0.
@@ -59,8 +59,7 @@ class Linear(Architecture):
         self.b_enc = nn.Parameter(torch.zeros(latents)) if encoder_bias else None
         with torch.no_grad():
             nn.init.uniform_(self.W_dec, -math.sqrt(6 / d), math.sqrt(6 / d))
-            # Unit rows are the start also where they are not kept.
-            self._normalize_rows()
+            self._normalize_rows()  # at the start also where unit rows are not kept
             if encoder_init == "tied":
                 self.W_enc.copy_(self.W_dec)
             else:

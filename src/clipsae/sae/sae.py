@@ -36,8 +36,7 @@ RENAMED = {"l0": "l0_coefficient", "l1": "l1_coefficient"}
 class SAE(nn.Module):
     """z = activation(scores(x)), x_hat = decode(z).
 
-    In evaluation every variant is a threshold on its scores, z_m = f(s_m) if s_m > tau else 0:
-    `encode(x)` equals `apply_threshold(scores(x), threshold(scores(x)))`.
+    In evaluation every variant is a threshold on its scores, z_m = f(s_m) if s_m > tau else 0.
 
     Args:
         d: width of the tokens.
@@ -49,13 +48,13 @@ class SAE(nn.Module):
         reconstruction_weight: of the reconstruction loss (see `clipsae.sae.losses`); the released
             Sparsemax SAE has 10.
         auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none. Only
-            where an activation holds back scores above 0.
+            where an activation suppresses scores above 0.
         auxk_k: latents of a token in that loss; None: d / 2. Not without auxk.
         dead_after: a latent is dead when it was silent for this many tokens.
         options: those of the chosen architecture and activation; see their classes.
 
     Raises:
-        ValueError: an invalid size, name or option; it names what exists.
+        ValueError: an invalid size, name or option; the message lists what exists.
     """
 
     tokens_since_fired: Tensor
@@ -143,8 +142,8 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCodes:
-        """`encode` without gradients and zeros, positions ascending. Where few latents act, only a
-        few tokens' scores are in memory together."""
+        """`encode` without gradients and zeros, positions ascending. Where few latents are active,
+        only a few tokens' scores are in memory together."""
         self._check(x)
         shape = (*x.shape[:-1], self.latents)
         dictionary = self._dictionary(x)
@@ -192,8 +191,8 @@ class SAE(nn.Module):
     def forward(self, x: Tensor) -> SAEOutput:
         """Tokens [B, T, d] or [B, d] -> reconstruction, codes and loss terms.
 
-        In training mode the activation's training form, all loss terms, and the statistics that
-        the variant keeps; in eval mode `encode`, and the reconstruction loss alone.
+        In training mode codes have the variant's gradients, all loss terms are there, and
+        statistics are updated; in eval mode it is `encode` and the reconstruction loss alone.
         """
         self._check(x)
         if self.training:
@@ -223,8 +222,8 @@ class SAE(nn.Module):
             fixed = {name: p.detach() for name, p in self.architecture.named_parameters()}
             return torch.func.functional_call(self.architecture, fixed, (codes,)) * scale
 
-        # Before the decoding: autograd goes back the other way, and then adds what these terms send
-        # to the codes in the memory of the large gradient that is there already.
+        # Before the decoding: autograd goes the other way, and then adds the gradients of these
+        # terms in the memory of the large one that is there already.
         terms = self.activation.losses(
             LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode)
         )
@@ -251,7 +250,7 @@ class SAE(nn.Module):
         return out
 
     def _dictionary(self, like: Tensor) -> Dictionary | None:
-        """The architecture's, on a device where sparse codes can be faster."""
+        """The architecture's, where sparse codes can be faster."""
         return None if prefers_dense(like) else self.architecture.dictionary()
 
     def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -274,7 +273,7 @@ class SAE(nn.Module):
 
     @property
     def decoder_bias(self) -> Tensor | None:
-        """What `decode` adds to any codes, times its scale: [d], or None."""
+        """What `decode` adds, times its scale: [d], or None."""
         return self.architecture.bias
 
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
@@ -296,10 +295,9 @@ class SAE(nn.Module):
 
     @property
     def world_size(self) -> int:
-        """Processes of torch.distributed whose batches are one batch, of which each has an equal
-        part: BatchTopK then chooses among all tokens, latents are dead that are silent everywhere,
-        and AuxK's scale is that of all. (Running means are averaged by `clipsae.training.ranks`.)
-        """
+        """Ranks of torch.distributed that one batch is spread over, in equal parts: BatchTopK, dead
+        latents and AuxK's scale are those of the whole batch. (Running means are averaged by
+        `clipsae.training.ranks`.)"""
         return self.activation.world_size
 
     @world_size.setter
@@ -308,7 +306,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Once, before the first step: what starts from data, with images [N, T, d]."""
+        """Set what starts from data: once, before the first step, with images [N, T, d]."""
         self._check(x)
         self.architecture.initialize(x / self.input_scale(x))
 
@@ -335,7 +333,7 @@ class SAE(nn.Module):
 
     @classmethod
     def load(cls, folder: Path | str) -> "SAE":
-        """Read what `save` wrote: the same codes, thresholds and all. In eval mode, on the CPU.
+        """Read what `save` wrote, bit for bit. In eval mode, on the CPU.
 
         Raises:
             FileNotFoundError: no SAE there.
