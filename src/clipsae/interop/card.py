@@ -72,7 +72,7 @@ def _example(repo_id: str, clip: dict[str, Any]) -> str:
 
 
 def _results(folder: Path | None) -> list[str]:
-    """A table of accuracies and one of measurements, a row a dataset, as far as there are."""
+    """A table of accuracies and one of measurements, a row a dataset, where there are any."""
     accuracies: dict[str, dict[str, str]] = {}
     measured: dict[str, dict[str, float]] = {}
     evaluations = [] if folder is None else (folder.parent.parent / "evaluation").glob("[!.]*")

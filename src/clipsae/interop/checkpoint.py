@@ -1,7 +1,7 @@
 """One pickled file `{"cfg", "state_dict"}`: PatchSAE's, the Sparsemax SAE's, and those of early
 SAELens and ViT-Prisma, from which these two grew.
 
-`cfg` is a dictionary or an object of the training code's own config class, of which only the
+`cfg` is a dictionary or an object of the training code's config class, of which only the
 attributes are read. Sources: https://github.com/dynamical-inference/patchsae,
 https://github.com/qyj-bkjx/Sparsemax-SAE, https://github.com/decoderesearch/SAELens,
 https://github.com/Prisma-Multimodal/ViT-Prisma. But for the Sparsemax SAE they are one form,
@@ -79,8 +79,8 @@ def read(path: Path) -> Imported:
     if not cfg:
         unsaid = f"{path} has no config: its weights are read as those of a ReLU SAE."
         found = replace(found, lost=(*found.lost, unsaid))
-    of_patchsae = set(cfg) <= _PATCHSAE | {"d_in", "d_sae", "gated_sae"}
-    return replace(found, format="PatchSAE") if of_patchsae else found
+    patchsae = set(cfg) <= _PATCHSAE | {"d_in", "d_sae", "gated_sae"}
+    return replace(found, format="PatchSAE") if patchsae else found
 
 
 def _attributes(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reading files of strangers: no code of theirs runs, and nothing in them is dropped unread.
+"""Reading untrusted files: none of their code runs, and nothing in them is silently dropped.
 
 A pickle is a program. `torch.load(weights_only=True)` runs it with tensors and plain containers
 as its only words; a class that a format is known to pickle becomes an `Inert` object, which holds
@@ -47,13 +47,13 @@ def read_weights(path: Path, classes: Iterable[str] = ()) -> Any:
         classes: full names of pickled classes that become `Inert`.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, it is damaged, or it asks for any other code.
+        FileNotFoundError, ValueError: there is none, it is damaged, or it needs other code.
     """
     _check_exists(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except Exception as error:  # its reader has errors of its own, of several kinds
+        except Exception as error:  # errors of many kinds
             raise ValueError(
                 f"{path} is not a complete safetensors file: {first_line(error)}"
             ) from error
@@ -61,13 +61,13 @@ def read_weights(path: Path, classes: Iterable[str] = ()) -> Any:
         with torch.serialization.safe_globals([(Inert, name) for name in classes]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file can make the unpickler raise anything
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked is not None:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is not None:
             raise ValueError(
-                f"{path} is a pickle that asks for {asked[1]}, which could run code, so it is not "
+                f"{path} is a pickle that asks for {wanted[1]}, which could run code, so it is not "
                 "opened: ask its author for safetensors, or for a pickle of tensors alone"
             ) from error
-        # torch's own sentence would advise to run the code.
+        # torch's message would advise to run the code.
         reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
         why = reason[1] if reason else type(error).__name__
         raise ValueError(f"{path} is not a pickle of tensors, or is damaged: {why}") from error

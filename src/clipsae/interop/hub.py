@@ -42,8 +42,8 @@ def fetch(source: str, files: tuple[str, ...], suffixes: tuple[str, ...]) -> Pat
         )
     except Exception as error:  # offline, no such repository, no access, a broken cache: many kinds
         raise FileNotFoundError(
-            f"{source!r} is no folder here, and Hugging Face cannot be asked for it or does not "
-            f"have it ({_why(error)}): check the id, the network and the token"
+            f"{source!r} is no folder here, and could not be downloaded from Hugging Face "
+            f"({_why(error)}): check the id, the network and the token"
         ) from error
     path = Path(folder) / inside
     if not path.exists():

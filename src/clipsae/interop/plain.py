@@ -43,7 +43,7 @@ class Imported:
 
 @dataclass
 class Plain:
-    """A linear SAE. What belongs to other rules than its own is None.
+    """A linear SAE. Attributes of other rules are None.
 
     Attributes:
         rule: the activation's name, one of `RULES`.
@@ -125,7 +125,7 @@ class Plain:
         reads: dict[str, Any] | None = None,
         lost: Iterable[str] = (),
     ) -> Imported:
-        """The SAE, after a check that nothing of its files is left unread: `unused` and `only` of
+        """The SAE, after a check that all of its files was read: `unused` and `only` of
         `Config.refuse_others`, `reads` and `lost` of `Imported`.
 
         Raises:
@@ -161,15 +161,15 @@ class Plain:
         """Of an SAE whose scores are linear in x and whose rule other libraries have.
 
         The attention architecture is linear, too: W_enc = C W_K W_Q^T / scale, W_dec = C W_V. An
-        activation of somebody's own is JumpReLU where its codes are the scores above thresholds
+        activation of a plugin is JumpReLU where its codes are the scores above thresholds
         that are the same for all tokens.
 
         Args:
             target: the library, for messages.
 
         Raises:
-            ValueError: an activation that is none of these, such as sparsemax; an architecture of
-                somebody's own.
+            ValueError: an activation that is none of these, such as sparsemax; an architecture of a
+                plugin.
         """
         rule, architecture = sae.config["activation"], sae.config["architecture"]
         theta = None
@@ -189,7 +189,7 @@ class Plain:
                 "attention"
             )
         if "log_theta" in state:
-            theta = state["log_theta"].exp()  # in the parameter's own precision, as when encoding
+            theta = state["log_theta"].exp()  # in the parameter's precision, as when encoding
         tau = state.get("inference_threshold")
         return cls(
             rule,
@@ -207,7 +207,7 @@ class Plain:
 
 @torch.no_grad()
 def _fixed_thresholds(sae: SAE, target: str) -> Tensor:
-    """[M] of an activation that is none of `RULES`, found by asking it for codes of any scores.
+    """[M] of an activation that is none of `RULES`, found from its codes of a range of scores.
 
     Raises:
         ValueError: its thresholds differ between tokens, or its codes are not the scores.

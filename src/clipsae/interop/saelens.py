@@ -1,8 +1,8 @@
 """SAELens: `cfg.json` and `sae_weights.safetensors`, from and to, without the library.
 
 https://github.com/decoderesearch/SAELens: W_enc is [d, M], W_dec [M, d]; a config of version 6
-names its architecture, one from before may name an activation function instead. Releases of its
-own list are read through the library, where it is installed: `saelens:RELEASE/SAE_ID`.
+names its architecture, one from before may name an activation function instead. Its listed
+releases are read through the library, where it is installed: `saelens:RELEASE/SAE_ID`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -90,7 +90,7 @@ def read(folder: Path) -> Imported:
 
 
 def from_library(release: str, sae_id: str) -> Imported:
-    """One of SAELens's own list of releases, through the library.
+    """One of SAELens's listed releases, through the library.
 
     Raises:
         ValueError: the library is not installed, or cannot have it.
@@ -162,7 +162,7 @@ def convert(
     if architecture.endswith("topk") and config.flag("rescale_acts_by_decoder_norm"):
         plain.scale_codes_by_rows()
     _normalisation(config, plain)
-    # Before version 6 the hook's name alone told of heads.
+    # Before version 6 only the hook's name shows it.
     hook = config.get("hook_name", config.get("hook_point"))
     heads_shape = config.choice("reshape_activations", ("none", "hook_z"), "none")
     if heads_shape == "hook_z" or (isinstance(hook, str) and hook.endswith("_z")):
@@ -272,6 +272,6 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> 
         tensors["threshold"] = plain.theta
     elif plain.rule == "batch_topk":
         tensors["threshold"] = torch.full((plain.latents,), plain.tau, dtype=torch.float64)
-        lost.append(f"k={plain.k} is the training's: there it is a JumpReLU with one threshold.")
+        lost.append(f"k={plain.k} applies in training: there it is a JumpReLU with one threshold.")
     write_files(folder, WEIGHTS, tensors, "cfg.json", cfg)
     return lost

@@ -71,7 +71,7 @@ def _read(path: Path) -> Imported:
 
 
 def _native(folder: Path) -> Imported:
-    """What `SAE.save` writes, checked more strictly than in `SAE.load`: it may be a stranger's."""
+    """What `SAE.save` writes, checked more strictly than in `SAE.load`: it may be untrusted."""
     about, weights = folder / "sae.json", folder / "sae.safetensors"
     config = Config(read_config(about), about)
     config.known("format", "version")

@@ -33,7 +33,7 @@ _STANDARDISED = (
 
 
 def read(folder: Path) -> Imported:
-    """Read a folder, with its own names of tensors or those of the library overcomplete.
+    """Read a folder, with visaebench's names of tensors or overcomplete's.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, hostile or damaged; another activation.
@@ -129,7 +129,7 @@ def write(sae: SAE, folder: Path) -> list[str]:
     write_files(folder, "model.safetensors", tensors, "config.json", config)
     return [
         TRAINING_LOST,
-        "visaebench standardises tokens unless it is told not to: pass mean=torch.zeros(d), std=1.",
+        "visaebench standardises tokens by default: pass mean=torch.zeros(d), std=1.",
     ]
 
 

@@ -54,7 +54,7 @@ class SAEOutput:
 
 
 class Architecture(nn.Module):
-    """Maps tokens to scores and, called with codes, codes to tokens; knows nothing of sparsity.
+    """Maps tokens to scores and, called with codes, codes to tokens; independent of sparsity.
 
     A subclass's `__init__(self, d, latents, encoder_bias, *, ...)` declares its options as
     keyword-only arguments. `encoder_bias` is False where the activation has its own.
@@ -142,7 +142,7 @@ class Activation(nn.Module):
     """
 
     encoder_bias = True
-    """False where the activation has biases of its own, so that the encoder needs none."""
+    """False where the activation has biases, so that the encoder needs none."""
 
     across_tokens = False
     """Whether a token's codes in training depend on the batch's other tokens."""
@@ -155,7 +155,7 @@ class Activation(nn.Module):
     """Processes that a training batch is spread over: see `SAE.world_size`."""
 
     full_precision: tuple[str, ...] = ()
-    """Parameters and buffers that stay float32 (or float64) whatever the SAE is cast to."""
+    """Parameters and buffers that stay float32 (or float64) in a half precision SAE."""
 
     def __init__(self, latents: int) -> None:
         super().__init__()

@@ -95,7 +95,7 @@ class BatchTopK(Activation):
         # (`torch.where` of two Python numbers would be float32.)
         average = self.threshold_decay * old + (1 - self.threshold_decay) * found
         new = torch.where(self.step > self.threshold_start_step, average, found)
-        # A batch without any positive score says nothing of the threshold.
+        # A batch without a positive score leaves the threshold as it is.
         old.copy_(torch.where(found.isfinite(), new, old))
         self.step += 1
 

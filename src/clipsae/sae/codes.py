@@ -128,7 +128,7 @@ class SparseCodes:
         """Each latent's codes summed over tokens, float64 [M], or [B, M] of codes [B, T, M].
 
         Sums of some hundred float32 values are then exact unless the values differ by 2^20: equal
-        latents have equal totals in whatever order a device adds.
+        latents have equal totals in any order of summation.
         """
         shape = (*self.shape[:-2], self.latents)
         sums = torch.bincount(self.cell, self.values.double(), prod(shape))

@@ -36,7 +36,7 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     if like.device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
     memory = _take(size)
-    # A view of its own, held by the storage: it dies with the last tensor that uses the memory.
+    # The storage holds this view: it dies with the last tensor that uses the memory.
     view = memoryview(memory)
     weakref.finalize(view, _give_back, memory).atexit = False
     # Its shape is set in place: of a view of it, or of one whose storage Python has seen, autograd
@@ -111,11 +111,11 @@ class _Blockwise(torch.autograd.Function):
         for part, g, result in zip(_blocks(scores), _blocks(gradient), _blocks(out), strict=True):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                own = [
+                copies = [
                     p.detach().requires_grad_(n) for p, n in zip(parameters, needed, strict=True)
                 ]
-                value = ctx.function(part, *own)
-            wanted = [part, *(p for p, n in zip(own, needed, strict=True) if n)]
+                value = ctx.function(part, *copies)
+            wanted = [part, *(p for p, n in zip(copies, needed, strict=True) if n)]
             found = torch.autograd.grad(value, wanted, g)
             result.copy_(found[0])
             for total, more in zip((s for s in sums if s is not None), found[1:], strict=True):

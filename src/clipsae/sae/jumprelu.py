@@ -91,7 +91,7 @@ def _kernel(scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
 
 
 def _summed(values: Tensor, theta: Tensor) -> Tensor:
-    """[n, M] -> [M], in theta's dtype; as they are where each value has a theta of its own."""
+    """[n, M] -> [M], in theta's dtype; unchanged where each value has its theta."""
     return values if values.shape == theta.shape else values.sum(dim=0, dtype=theta.dtype)
 
 

@@ -92,7 +92,7 @@ class SAE(nn.Module):
                 "no score above 0 to learn from: set it to 0. How many stay dead is measured as "
                 "dead_fraction"
             )
-        of_architecture, of_activation = _part_options(architecture, activation, options)
+        architecture_options, activation_options = _part_options(architecture, activation, options)
         self.d = d
         self.latents = latents
         self.normalize_input = normalize_input
@@ -100,12 +100,12 @@ class SAE(nn.Module):
         self.auxk = auxk
         self.auxk_k = max(1, d // 2) if auxk_k is None else auxk_k
         self.dead_after = dead_after
-        self.activation: Activation = ACTIVATIONS[activation](latents, **of_activation)
+        self.activation: Activation = ACTIVATIONS[activation](latents, **activation_options)
         self.architecture: Architecture = ARCHITECTURES[architecture](
-            d, latents, self.activation.encoder_bias, **of_architecture
+            d, latents, self.activation.encoder_bias, **architecture_options
         )
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
-        self.config = given | of_architecture | of_activation
+        self.config = given | architecture_options | activation_options
 
     # --- from tokens to codes and back ---
 

@@ -110,7 +110,7 @@ class Dictionary:
         if latents is not None:
             token = torch.div(positions, len(latents), rounding_mode="floor")
             positions = token * m + latents[positions % len(latents)]
-        # (Detached: what the gradient needs must not hold its own result.)
+        # (Detached: the graph must not hold its own result.)
         pairs = SparseCodes(values.detach(), positions, (len(x), m))
         scores = _Scores.apply(x, self.center, self.encoder, self.bias, values, pairs)
         return pairs.with_values(scores)
@@ -197,9 +197,9 @@ class _Mix(torch.autograd.Function):
         codes, rows = ctx.saved_tensors
         for_codes, for_rows, _ = ctx.needs_input_grad
         z = _matrix(codes, ctx.pairs)
-        of_codes = _sample(z, gradient, rows).to(codes.dtype) if for_codes else None
-        of_rows = _accumulate(z, gradient).to(rows.dtype) if for_rows else None
-        return of_codes, of_rows, None
+        codes_grad = _sample(z, gradient, rows).to(codes.dtype) if for_codes else None
+        rows_grad = _accumulate(z, gradient).to(rows.dtype) if for_rows else None
+        return codes_grad, rows_grad, None
 
 
 # Products of a backward pass with a matrix z [N, M], dense or at pairs. Dense ones have the dtype
@@ -479,7 +479,7 @@ def _sorted_by(key: Tensor, keys: int) -> tuple[Tensor, Tensor]:
 
 
 def _bags(index: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor:
-    # Detached: where rows ask for a gradient, what its own backward pass would need is made, too.
+    # Detached: where rows require a gradient, embedding_bag prepares its backward pass, too.
     return embedding_bag(
         index,
         rows.detach(),

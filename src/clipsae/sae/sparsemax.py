@@ -129,7 +129,7 @@ def sparsemax_threshold(scores: Tensor) -> Tensor:
         scores: [..., M].
 
     Returns:
-        float64 [..., 1], whatever the scores' dtype: near 1000, float32 would leave s - tau four
+        float64 [..., 1] for scores of any dtype: near 1000, float32 would leave s - tau four
         digits.
     """
     flat = scores.reshape(-1, scores.shape[-1])
@@ -223,7 +223,7 @@ def _probabilities(scores: SparseCodes) -> SparseCodes:
 class _Scores(torch.autograd.Function):
     """z = s where s > tau; the support is a comparison, so dz/ds is the mask.
 
-    A function of its own because the mask is a quarter of what autograd would keep.
+    A custom function, as the mask is a quarter of what autograd would keep.
     """
 
     @staticmethod
