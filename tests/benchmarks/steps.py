@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipsae.sae import SAE
-from clipsae.sae.memory import empty
+from clipsae.sae.dense import empty
 from tests.benchmarks import peers, plain
 from tests.benchmarks.recipes import options_of, set_density
 from tests.benchmarks.setup import Setup, Step, ratio

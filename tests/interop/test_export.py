@@ -8,8 +8,6 @@ from clipsae.interop import read, saelens, visaebench
 from clipsae.sae import ACTIVATIONS, Activation
 from clipsae.sae.batch_topk import BatchTopK
 
-FILES = {"relu", "topk", "batch_topk", "jumprelu"}  # what visaebench's files can hold
-
 
 def close(codes, reconstruction, sae, x):
     """Codes and reconstructions within rounding; the same latents act."""
@@ -20,13 +18,21 @@ def close(codes, reconstruction, sae, x):
     torch.testing.assert_close(reconstruction, found.reconstruction, atol=1e-4, rtol=1e-4)
 
 
-def test_saelens_and_back(tmp_path, sae, x):
-    lost = saelens.write(sae, tmp_path, {"model_name": "ViT-B-16", "hook_name": "resblocks.10"})
+def test_files_and_back(tmp_path, sae, x):
+    lost = saelens.write(sae, tmp_path / "a", {"model_name": "ViT", "hook_name": "resblocks.10"})
     assert all(sentence.endswith(".") for sentence in lost)
-    found = read(tmp_path)
+    found = read(tmp_path / "a")
     close(found.sae(x).codes, found.sae(x).reconstruction, sae, x)
     assert found.format == "SAELens"
     assert found.reads["hook_name"] == "resblocks.10"
+    if sae.normalize_input or sae.config["activation"] == "gated":
+        with pytest.raises(ValueError, match="VisaebenchSAE"):
+            visaebench.write(sae, tmp_path / "b")
+        return
+    visaebench.write(sae, tmp_path / "b")
+    found = read(tmp_path / "b")
+    close(found.sae(x).codes, found.sae(x).reconstruction, sae, x)
+    assert found.format == "visaebench"
 
 
 def test_the_real_saelens_encodes_and_decodes_alike(tmp_path, sae, x):
@@ -59,37 +65,32 @@ def test_the_real_saelens_is_read_without_it(tmp_path, x, name):
         close(theirs.encode(x), theirs(x), ours, x)
 
 
-@pytest.fixture
-def plugin():
-    """Activations of somebody's own: codes above fixed thresholds, and others."""
+class Ours(BatchTopK):
+    """Codes above fixed thresholds, in a plugin."""
 
-    @ACTIVATIONS.register("own_batch_topk")
-    class Own(BatchTopK):
-        def magnitude(self, scores, tau, latents):
-            return super().magnitude(scores, tau, latents)
-
-    @ACTIVATIONS.register("own_shrinking")
-    class Shrinking(Activation):
-        def threshold(self, scores):
-            return scores.new_full((), 0.5)
-
-        def magnitude(self, scores, tau, latents):
-            return scores - tau
-
-    yield
-    for name in ("own_batch_topk", "own_shrinking"):
-        ACTIVATIONS.pop(name)
+    def magnitude(self, scores, tau, latents):
+        return super().magnitude(scores, tau, latents)
 
 
-def test_an_activation_of_ones_own_with_fixed_thresholds_is_jumprelu(tmp_path, make, plugin, x):
-    sae = make(activation="own_batch_topk", k=5)
-    for library, module in (("a", saelens), ("b", visaebench)):
-        module.write(sae, tmp_path / library)
-        found = read(tmp_path / library).sae
+class Shrinking(Activation):
+    def threshold(self, scores):
+        return scores.new_full((), 0.5)
+
+    def magnitude(self, scores, tau, latents):
+        return scores - tau
+
+
+def test_a_plugin_with_fixed_thresholds_is_jumprelu(tmp_path, make, monkeypatch, x):
+    monkeypatch.setitem(ACTIVATIONS, "ours", Ours)
+    monkeypatch.setitem(ACTIVATIONS, "shrinking", Shrinking)
+    sae = make(activation="ours", k=5)
+    for module in (saelens, visaebench):
+        module.write(sae, tmp_path / module.NAME)
+        found = read(tmp_path / module.NAME).sae
         assert found.config["activation"] == "jumprelu"
         close(found(x).codes, found(x).reconstruction, sae, x)
     with pytest.raises(ValueError, match="its codes are not the scores that pass a threshold"):
-        saelens.write(make(activation="own_shrinking"), tmp_path)
+        saelens.write(make(activation="shrinking"), tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["attention", "linear"])
@@ -102,17 +103,6 @@ def test_sparsemax_is_refused_in_one_sentence(tmp_path, make, architecture):
             write(sae, tmp_path)
         assert "\n" not in str(said.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_visaebench_files_and_back(tmp_path, sae, x):
-    if sae.normalize_input or sae.config["activation"] == "gated":
-        with pytest.raises(ValueError, match="VisaebenchSAE"):
-            visaebench.write(sae, tmp_path)
-        return
-    visaebench.write(sae, tmp_path)
-    found = read(tmp_path)
-    close(found.sae(x).codes, found.sae(x).reconstruction, sae, x)
-    assert found.format == "visaebench"
 
 
 def test_the_real_visaebench_loads_its_files(tmp_path, sae, x):

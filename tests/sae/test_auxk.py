@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from clipsae.sae import SAE
-from clipsae.sae.auxk import auxk_loss, dead_codes
+from clipsae.sae.losses import auxk_loss, dead_codes
 from tests.sae.conftest import MODELS, D, M, build, tokens
 
 
@@ -54,15 +54,6 @@ def test_value_and_gradients(model, dead, k):
     assert not any(gradient.any() for gradient in found.values())
 
 
-def test_the_encoder_of_a_dead_latent_learns_from_it_alone():
-    sae = build("topk", auxk=0.3, dead_after=1)
-    out = sae(tokens(3, D))
-    out.loss.backward()
-    gradient = sae.architecture.W_enc.grad[sae.dead]
-    assert sae.dead.any()
-    assert gradient.any()
-
-
 def dense_loss(x, x_hat, a, dead, sae):
     aux = sae.architecture.combine(dead_codes(a, dead, 3))
     return auxk_loss(x, x_hat, aux, dead.any())
@@ -83,17 +74,6 @@ def test_no_dead_latent_gives_exactly_0_and_no_residual_no_nan():
             assert loss.isfinite()
             assert not a.grad.any()
     assert dense_loss(x, x, a, ~dead, sae).item() == 0
-
-
-@pytest.mark.parametrize("dead", [1, 5, M])
-def test_only_the_largest_of_the_dead_reconstruct(dead):
-    sae, x = build("topk"), tokens(6, D)
-    is_dead = torch.arange(M) < dead
-    a = torch.rand(6, M, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    dense_loss(x, 0.3 * x, a, is_dead, sae).backward()
-    assert a.grad[:, is_dead].any()
-    assert not a.grad[:, ~is_dead].any()
-    assert ((a.grad != 0).sum(1) <= 3).all()
 
 
 @pytest.mark.parametrize("model", ["topk", "batch_topk"])

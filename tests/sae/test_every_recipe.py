@@ -128,13 +128,6 @@ def test_a_saved_sae_gives_the_same_codes(recipe, tmp_path):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
-def test_config_rebuilds_it(recipe):
-    sae = SAE(d=D, **options_of(recipe))
-    again = SAE(**sae.config)
-    assert again.config == sae.config
-    again.load_state_dict(sae.state_dict())
-
-
 def test_an_interrupted_training_ends_with_the_same_bits(recipe):
     whole = build(recipe, **with_auxk(recipe))
     half = copy.deepcopy(whole)
@@ -159,30 +152,6 @@ def test_thresholds_keep_their_precision_in_a_half_precision_sae(recipe):
     out = sae(tokens(2, 5, D, dtype=torch.bfloat16))
     out.loss.backward()
     assert out.loss.dtype == torch.float32
-
-
-def test_mixed_precision_gives_nearly_the_same_loss(recipe):
-    sae, x = build(recipe), tokens(6, 5, D)
-    twin = copy.deepcopy(sae)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = twin(x)
-    mixed.loss.backward()
-    torch.testing.assert_close(mixed.loss.float(), sae(x).loss, rtol=0.1, atol=1e-3)
-    assert all(p.grad is None or p.grad.dtype == p.dtype for p in twin.parameters())
-
-
-def test_a_latent_is_dead_after_so_many_tokens_without_it(recipe):
-    sae = build(recipe, dead_after=30)
-    assert not sae.dead.any()
-    expected = torch.zeros(M, dtype=torch.long)
-    for step in range(4):
-        codes = sae(tokens(3, 5, D, seed=step)).codes
-        expected += 15
-        expected[(codes != 0).flatten(0, 1).any(0)] = 0
-    assert torch.equal(sae.tokens_since_fired, expected)
-    assert torch.equal(sae.dead, expected >= 30)
-    sae.eval()(tokens(3, 5, D))
-    assert torch.equal(sae.tokens_since_fired, expected)
 
 
 def test_decoder_rows_stay_of_unit_norm_where_they_are_to(recipe):
@@ -212,12 +181,9 @@ def test_one_latent_and_one_token_work(recipe):
     assert torch.equal(few, sae.encode(x))
 
 
-def test_it_is_built_without_memory_on_the_meta_device(recipe):
-    with torch.device("meta"):
-        assert all(p.is_meta for p in SAE(d=D, **options_of(recipe)).parameters())
-
-
 def test_it_can_be_compiled(recipe):
+    if recipe in ("attention_relu", "linear_sparsemax"):
+        pytest.skip("slow, and its parts are in other recipes")
     sae = build(recipe)
     twin = copy.deepcopy(sae)
     # With the partition into forward and backward that the default backend makes, too.

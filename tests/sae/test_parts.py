@@ -1,6 +1,7 @@
 """Wrong options in one sentence, parts registered from outside, files that do not fit."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,82 +9,59 @@ from safetensors.torch import load_file, save_file
 
 from clipsae.overrides import near
 from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation, SparseCodes, sparse_ops
-from clipsae.sae.topk import TopK
+from run import ROOT
 from tests.sae.conftest import D, M, build, tokens
+
+INF, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"d": 0}, "d=0: expected a whole number"),
-        ({"latents": 0}, "latents=0: expected a whole number, 1 or more"),
-        ({"latents": "many"}, "latents='many': expected a whole number"),
-        ({"activation": "topk", "k": 1.5}, r"k=1\.5: expected a whole number from 1"),
-        ({"activation": "topk", "k": "x"}, "k='x': expected a whole number from 1"),
-        ({"activation": "topk", "k": None}, "k=None: expected a whole number from 1"),
-        ({"activation": "batch_topk", "k": 2, "threshold_decay": "x"}, "threshold_decay='x'"),
-        ({"activation": "batch_topk", "k": 2, "threshold_start_step": 1.5}, "_step=1.5"),
-        ({"activation": "batch_topk", "k": 2, "threshold_start_step": "x"}, "_step='x'"),
-        ({"l1_coefficient": float("nan")}, "l1_coefficient=nan: expected a number, 0 or more"),
-        ({"l1_coefficient": float("inf")}, "l1_coefficient=inf: expected a number, 0 or more"),
-        ({"l1_coefficient": None}, "l1_coefficient=None: expected a number, 0 or more"),
-        ({"activation": "gated", "gate_weight": -1}, "gate_weight=-1"),
-        ({"activation": "gated", "gate_weight": [1]}, r"gate_weight=\[1\]"),
-        ({"activation": "jumprelu", "l0_coefficient": "x"}, "l0_coefficient='x'"),
-        ({"activation": "jumprelu", "initial_threshold": float("inf")}, "initial_threshold=inf"),
-        ({"activation": "jumprelu", "initial_threshold": -0.1}, r"initial_threshold=-0\.1"),
-        ({"activation": "jumprelu", "target_l0": "x"}, "target_l0='x': .* above 0, or null"),
-        ({"activation": "sparsemax", "clamp": "yes"}, "clamp='yes': expected true or false"),
-        ({"activation": "sparsemax", "weights": "score"}, "did you mean scores"),
-        ({"activation": "sparsemax", "weights": 3}, "weights=3: expected one of"),
-        ({"activation": "sparsemax", "max_activation_frequency": "x"}, "frequency='x'"),
-        ({"activation": "sparsemax", "max_activation_frequency": 1.1}, r"frequency=1\.1"),
-        ({"activation": "sparsemax", "k": 16}, "k=16: .* has no such option; it has"),
-        ({"activation": "topk", "k": 2, "kk": 1}, r"kk=1: .*no such option \(did you mean k\?\)"),
-        ({"bias_innit": "zero"}, r"did you mean bias_init\?"),
+        ({"latents": "many"}, "latents='many': expected a whole number, 1 or more"),
+        ({"latents": 2.5}, r"latents=2\.5"),
+        ({"dead_after": 1.5}, r"dead_after=1\.5"),
+        ({"normalize_input": "yes"}, "expected true or false"),
+        ({"reconstruction_weight": -1}, "reconstruction_weight=-1"),
+        ({"auxk": "x"}, "auxk='x'"),
+        ({"auxk_k": 4}, "auxk_k=4 does nothing while auxk is 0"),
+        ({"auxk": 0.1}, r"auxk=0\.1 does nothing with activation=relu"),
+        ({"activation": "topk", "k": 2, "auxk": 0.1, "auxk_k": 0}, "auxk_k=0"),
+        ({"architecture": "lienar"}, r"choose one of attention, linear \(did you mean linear\?\)"),
+        ({"architecture": "attention", "encoder_init": "tied"}, "has no such option; it has"),
+        ({"architecture": "attention", "query": "key"}, "expected one of identity, learned"),
+        ({"architecture": "attention", "scale": 0}, "expected a number above 0, or 'sqrt_d'"),
+        ({"architecture": "attention", "scale": NAN}, "scale=nan"),
         ({"encoder_init": "tide"}, r"did you mean tied\?"),
         ({"encoder_init": ["tied"]}, r"encoder_init=\['tied'\]: expected one of"),
         ({"unit_decoder": 1}, "unit_decoder=1: expected true or false"),
-        ({"architecture": "attention", "scale": "sqrt"}, "scale='sqrt'"),
-        ({"architecture": "attention", "scale": float("nan")}, "scale=nan"),
-        ({"architecture": "lienar"}, r"did you mean linear\?"),
-        ({"activation": ["relu"]}, r"activation=\['relu'\] does not exist"),
-        ({"activation": None}, "activation=None does not exist"),
-        ({"auxk": "x"}, "auxk='x'"),
-        ({"dead_after": 1.5}, r"dead_after=1\.5"),
-        ({"latents": 2.5}, r"latents=2\.5: expected a whole number"),
-        ({"activation": "topk", "k": 9}, "k=9: expected a whole number from 1 to latents=8"),
-        ({"activation": "topk", "k": 0}, "k=0"),
-        ({"activation": "batch_topk", "k": True}, "k=True"),
-        ({"activation": "tpok"}, "does not exist: choose one of batch_topk, gated, jumprelu, relu"),
-        ({"architecture": "conv"}, "does not exist: choose one of attention, linear"),
-        ({"k": 3}, "activation=relu has no such option; it has .*l1"),
-        ({"architecture": "attention", "encoder_init": "tied"}, "has no such option; it has"),
-        ({"l1_coefficient": -1.0}, r"l1_coefficient=-1\.0: expected a number, 0 or more"),
-        ({"l1_coefficient": "many"}, "l1_coefficient='many'"),
-        ({"encoder_init": "random"}, "expected one of independent, tied"),
         ({"bias_init": "median"}, "expected one of images, tokens, zero"),
-        ({"architecture": "attention", "query": "key"}, "expected one of identity, learned"),
-        ({"architecture": "attention", "scale": 0}, "expected a number above 0, or 'sqrt_d'"),
-        ({"activation": "sparsemax", "weights": "p"}, "expected one of scores, probabilities"),
+        ({"bias_innit": "zero"}, r"did you mean bias_init\?"),
+        ({"activation": None}, "activation=None does not exist"),
+        ({"activation": ["relu"]}, r"activation=\['relu'\] does not exist"),
+        ({"l1_coefficient": NAN}, "l1_coefficient=nan: expected a number, 0 or more"),
+        ({"l1_coefficient": None}, "l1_coefficient=None: expected a number, 0 or more"),
+        ({"l1_coefficient": -1.0}, r"l1_coefficient=-1\.0: expected a number, 0 or more"),
+        ({"l1": 0.1}, r"l1=0\.1: this option is now l1_coefficient: l1_coefficient=0\.1"),
+        ({"activation": "jumprelu", "l0": 1}, "l0=1: this option is now l0_coefficient"),
+        ({"activation": "jumprelu", "initial_threshold": INF}, "initial_threshold=inf"),
+        ({"activation": "jumprelu", "bandwidth": 0}, "bandwidth=0: expected a number above 0"),
+        ({"activation": "jumprelu", "target_l0": "x"}, "target_l0='x': .* above 0, or null"),
+        ({"activation": "gated", "gate_weight": [1]}, r"gate_weight=\[1\]"),
+        ({"activation": "topk", "k": 9}, "k=9: expected a whole number from 1 to latents=8"),
+        ({"activation": "topk", "k": None}, "k=None: expected a whole number from 1"),
+        ({"activation": "topk", "k": 2, "kk": 1}, r"kk=1: .*no such option \(did you mean k\?\)"),
+        ({"activation": "topk", "k": 2, "l1": 1}, "l1=1: .* has no such option"),
+        ({"activation": "batch_topk", "k": True}, "k=True"),
+        ({"activation": "batch_topk", "k": 2, "threshold_decay": 1}, "0 <= decay < 1"),
+        ({"activation": "batch_topk", "k": 2, "threshold_start_step": -1}, "0 or more"),
+        ({"activation": "sparsemax", "weights": "score"}, "did you mean scores"),
+        ({"activation": "sparsemax", "max_activation_frequency": 0}, "expected 0 < share <= 1"),
         (
             {"activation": "sparsemax", "weights": "probabilities", "clamp": True},
             "clamp=True does nothing",
         ),
-        ({"activation": "sparsemax", "max_activation_frequency": 0}, "expected 0 < share <= 1"),
-        ({"activation": "jumprelu", "bandwidth": 0}, "bandwidth=0: expected a number above 0"),
-        ({"activation": "jumprelu", "target_l0": -3}, "target_l0=-3"),
-        ({"activation": "batch_topk", "k": 2, "threshold_decay": 1}, "0 <= decay < 1"),
-        ({"activation": "batch_topk", "k": 2, "threshold_start_step": -1}, "0 or more"),
-        ({"auxk_k": 4}, "auxk_k=4 does nothing while auxk is 0"),
-        ({"auxk": 0.1}, r"auxk=0\.1 does nothing with activation=relu"),
-        ({"activation": "topk", "k": 2, "auxk": 0.1, "auxk_k": 0}, "auxk_k=0"),
-        ({"normalize_input": "yes"}, "expected true or false"),
-        ({"dead_after": 0}, "dead_after=0"),
-        ({"l1": 0.1}, r"l1=0\.1: this option is now l1_coefficient: l1_coefficient=0\.1"),
-        ({"activation": "jumprelu", "l0": 1}, "l0=1: this option is now l0_coefficient"),
-        ({"activation": "topk", "k": 2, "l1": 1}, "l1=1: .* has no such option"),
-        ({"reconstruction_weight": -1}, "reconstruction_weight=-1"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(options, message):
@@ -102,8 +80,8 @@ def test_a_wrong_option_is_refused_by_name(options, message):
         (tokens(3, D, dtype=torch.float64), "float64 and the SAE is torch.float32: cast one"),
     ],
 )
-def test_wrong_tokens_are_refused(recipe, x, message):
-    sae = build(recipe)
+def test_wrong_tokens_are_refused(x, message):
+    sae = build("topk")
     for call in (sae, sae.encode, sae.scores, sae.initialize):
         with pytest.raises(ValueError, match=message):
             call(x)
@@ -147,36 +125,25 @@ def test_the_command_line_names_the_new_option():
 
 
 @pytest.fixture
-def nested():
-    """TopK whose prefixes of the dictionary reconstruct, too: Matryoshka, from outside."""
-
-    @ACTIVATIONS.register("nested")
-    class Nested(TopK):
-        def __init__(self, latents: int, *, k: int = 4, prefixes: tuple[int, ...] = ()) -> None:
-            super().__init__(latents, k=k)
-            self.prefixes = prefixes
-
-        def losses(self, inputs):
-            latent = torch.arange(self.latents, device=inputs.x.device)
-            return {
-                f"first_{n}": inputs.relative_error(inputs.decode(inputs.codes * (latent < n)))
-                for n in self.prefixes
-            }
-
-    yield Nested
-    ACTIVATIONS.pop("nested")
+def matryoshka():
+    """The plugin of the documentation."""
+    page = (ROOT / "docs" / "how-to" / "sae.md").read_text()
+    (code,) = re.findall(r'```python title="mine/matryoshka.py"\n(.*?)```', page, re.DOTALL)
+    exec(code, {"__name__": "matryoshka"})
+    yield
+    ACTIVATIONS.pop("matryoshka_topk")
 
 
 @pytest.mark.parametrize("share", [2, -0.5, None], ids=["sparse", "dense", "plain dense"])
 @pytest.mark.parametrize("architecture", ["linear", "attention"])
-def test_nested_prefixes_are_a_plugin_s_few_lines(nested, architecture, share, monkeypatch):
+def test_nested_prefixes_are_a_plugins_few_lines(matryoshka, architecture, share, monkeypatch):
     if share is None:  # as on devices without sparse codes
         monkeypatch.delitem(sparse_ops.DENSE_FROM, "cpu")
     else:
         monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", share)
     torch.manual_seed(0)
     options = {"k": 4, "prefixes": (5, 12), "normalize_input": True}
-    sae = SAE(D, 20, architecture, "nested", **options).double()
+    sae = SAE(D, 20, architecture, "matryoshka_topk", **options).double()
     x = tokens(6, 3, D, dtype=torch.float64)
     out = sae(x)
     out.loss.backward()
@@ -201,54 +168,39 @@ def test_nested_prefixes_are_a_plugin_s_few_lines(nested, architecture, share, m
         torch.testing.assert_close(w.grad, p[name.split(".")[1]].grad, msg=name)
 
 
-def test_a_name_is_given_once(squared):
+def test_a_name_or_an_option_that_exists_twice_is_refused(squared):
     with pytest.raises(ValueError, match="'relu' is taken"):
         ACTIVATIONS.register("relu")(squared)
     assert set(ARCHITECTURES) == {"linear", "attention"}
 
-
-def test_an_option_of_two_parts_is_refused():
-    @ACTIVATIONS.register("doubled")
     class Doubled(Activation):
         def __init__(self, latents: int, *, unit_decoder: bool = True) -> None:
             super().__init__(latents)
 
-    try:
-        with pytest.raises(ValueError, match="'unit_decoder' is declared twice"):
-            SAE(D, 20, "linear", "doubled")
-    finally:
-        ACTIVATIONS.pop("doubled")
+    ACTIVATIONS["squared"] = Doubled
+    with pytest.raises(ValueError, match="'unit_decoder' is declared twice"):
+        SAE(D, 20, "linear", "squared")
 
 
-def test_files_that_are_no_sae_or_do_not_fit_are_refused(tmp_path):
+def test_files_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no SAE"):
         SAE.load(tmp_path)
-    build("topk").save(tmp_path)
+    sae = build("topk")
+    sae.save(tmp_path)
     weights = load_file(tmp_path / "sae.safetensors")
     about = json.loads((tmp_path / "sae.json").read_text())
-
-    def write(weights=weights, **changes):
-        save_file(weights, tmp_path / "sae.safetensors")
-        (tmp_path / "sae.json").write_text(json.dumps({**about, **changes}))
-
     fewer = {k: v for k, v in weights.items() if k != "architecture.b_enc"}
-    write(fewer)
-    with pytest.raises(ValueError, match=r"does not fit its config.*b_enc"):
-        SAE.load(tmp_path)
-    write({**weights, "extra": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"does not fit its config.*extra"):
-        SAE.load(tmp_path)
-    write(config={**about["config"], "latents": 41})
-    with pytest.raises(ValueError, match="does not fit its config"):
-        SAE.load(tmp_path)
-    write(version=99)
-    with pytest.raises(ValueError, match=r"version 99: expected .*up to"):
-        SAE.load(tmp_path)
-    write(format="other")
-    with pytest.raises(ValueError, match="format 'other'"):
-        SAE.load(tmp_path)
-    write()
-    assert SAE.load(tmp_path).config == about["config"]
+    for state, changes, message in (
+        (fewer, {}, "does not fit its config.*b_enc"),
+        ({**weights, "extra": torch.ones(1)}, {}, "does not fit its config.*extra"),
+        (weights, {"config": {**about["config"], "latents": 41}}, "does not fit its config"),
+        (weights, {"version": 99}, "version 99: expected .*up to"),
+        (weights, {"format": "other"}, "format 'other'"),
+    ):
+        save_file(state, tmp_path / "sae.safetensors")
+        (tmp_path / "sae.json").write_text(json.dumps({**about, **changes}))
+        with pytest.raises(ValueError, match=message):
+            SAE.load(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "old"), [("relu", "l1"), ("gated", "l1"), ("jumprelu", "l0")])

@@ -7,7 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clipsae.sae import SAE, SparseCodes, sparse_ops
-from clipsae.sae.batch_topk import BatchTopK
 from clipsae.sae.sparsemax import Sparsemax
 from tests.sae.conftest import D, M, build, options_of, tokens
 
@@ -105,23 +104,6 @@ def test_a_latent_at_the_limit_of_its_frequency_is_not_capped(active, of, sparse
         assert torch.equal(codes[:, 0], scores[:, 0])
 
 
-def test_the_threshold_s_moving_average_has_float64_s_digits():
-    decay, start = 0.999, 2
-    activation = BatchTopK(M, k=2, threshold_decay=decay, threshold_start_step=start).double()
-    expected = 0.0
-    for step in range(40):
-        scores = tokens(5, M, seed=step, dtype=torch.float64)
-        if step % 7 == 3:
-            scores = -scores.abs()  # a batch without a code says nothing
-        codes = activation(scores)
-        positive = codes[codes > 0].tolist()
-        if positive:
-            expected = (
-                min(positive) if step <= start else decay * expected + (1 - decay) * min(positive)
-            )
-        assert activation.inference_threshold.item() == pytest.approx(expected, rel=1e-14)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_statistics_after_steps_are_those_of_plain_float64(recipe, dtype):
     """Counters and running means follow from the codes that were given out, by their formulas."""
@@ -140,6 +122,9 @@ def test_statistics_after_steps_are_those_of_plain_float64(recipe, dtype):
             late = step > sae.config.get("threshold_start_step", 0)
             threshold = decay * threshold + (1 - decay) * new if late else new
     rtol = 1e-12 if dtype == torch.float64 else 1e-6
+    assert torch.equal(sae.tokens_since_fired, silent)
+    assert torch.equal(sae.dead, silent >= 30)
+    sae.eval()(x)
     assert torch.equal(sae.tokens_since_fired, silent)
     if hasattr(activation, "frequency"):
         found = activation.frequency.double()

@@ -86,15 +86,6 @@ def test_probabilities_have_entmaxs_gradient(name):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_scores_have_the_masks_gradient():
-    scores = hard_scores()["trained"].clone().requires_grad_()
-    codes = Sparsemax(scores.shape[-1], max_activation_frequency=None).train()(scores)
-    support = entmax.sparsemax(scores.detach(), dim=-1) > 0
-    assert torch.equal(codes, torch.where(support, scores, 0))
-    codes.sum().backward()
-    assert torch.equal(scores.grad, support.double())
-
-
 def test_negative_scores_survive_unless_clamped():
     scores = torch.tensor([[-0.1, -0.2, 0.3]], dtype=torch.float64)
     free = {"max_activation_frequency": None}
@@ -102,28 +93,3 @@ def test_negative_scores_survive_unless_clamped():
     assert torch.equal(Sparsemax(3, clamp=True, **free)(scores), torch.relu(scores))
     with pytest.raises(ValueError, match="clamp=True does nothing"):
         Sparsemax(3, weights="probabilities", clamp=True)
-
-
-def test_the_frequency_cap_is_the_released_codes_recursion():
-    torch.manual_seed(0)
-    cap, m = 0.3, 6
-    activation = Sparsemax(m, max_activation_frequency=cap).train()
-    f, capped = torch.zeros(m), False
-    for t in range(1, 8):
-        scores = torch.randn(5, 3, m) * 0.5 + torch.tensor([1.0, 0, 0, 0, 0, 0])
-        masked = scores * (f <= cap)
-        capped = capped or bool((f > cap).any())
-        support = entmax.sparsemax(masked.double(), dim=-1) > 0
-        z = torch.where(support, masked, 0)
-        assert torch.allclose(activation(scores), z)
-        f = ((t - 1) * f + (z > 0).float().flatten(0, 1).mean(0)) / t
-        torch.testing.assert_close(activation.frequency, f)
-    assert capped
-    assert int(activation.step) == 7
-    # Evaluation neither applies nor moves it.
-    before = activation.frequency.clone()
-    scores = torch.randn(2, 3, m)
-    codes = activation.apply_threshold(scores, activation.threshold(scores))
-    support = entmax.sparsemax(scores.double(), dim=-1) > 0
-    assert torch.equal(codes, torch.where(support, scores, 0))
-    assert torch.equal(activation.frequency, before)

@@ -16,8 +16,8 @@ def model_card(sae: SAE, repo_id: str, folder: Path | None = None) -> str:
 
     Args:
         repo_id: what `clipsae.load` will be called with.
-        folder: the SAE's own in a store: its config, and the evaluations of it that lie in the
-            same store.
+        folder: the SAE's folder in a store: its config, and its evaluations in the same store,
+            go into the card.
     """
     config = _config(folder)
     clip = config.get("clip", {})
@@ -28,13 +28,11 @@ def model_card(sae: SAE, repo_id: str, folder: Path | None = None) -> str:
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {repo_id.rpartition('/')[2]}",
-        _what(sae, config, clip),
-        "## Use\n\n```python\n" + _use(repo_id, clip) + "```",
+        _description(sae, config, clip),
+        f"## Use\n\n```python\n{_example(repo_id, clip)}```",
+        *_results(folder),
+        f"## Config\n\n```json\n{json.dumps(sae.config, indent=2)}\n```",
     ]
-    results = _results(folder)
-    if results:
-        parts.append("## Results\n\n" + "\n\n".join(results))
-    parts.append("## Config\n\n```json\n" + json.dumps(sae.config, indent=2) + "\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -47,7 +45,7 @@ def _config(folder: Path | None) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _what(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
+def _description(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
     kind = f"{sae.config['architecture']} sparse autoencoder with {sae.config['activation']}"
     text = f"A {kind}: {sae.latents:,} latents on tokens of width {sae.d}"
     if clip:
@@ -59,7 +57,7 @@ def _what(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
     return f"{text}."
 
 
-def _use(repo_id: str, clip: dict[str, Any]) -> str:
+def _example(repo_id: str, clip: dict[str, Any]) -> str:
     name = clip.get("name", "ViT-B-16-quickgelu")
     weights, layer = clip.get("pretrained", "openai"), clip.get("layer", -2)
     return (
@@ -74,65 +72,53 @@ def _use(repo_id: str, clip: dict[str, Any]) -> str:
 
 
 def _results(folder: Path | None) -> list[str]:
-    """A table of accuracies and one of measurements, a row a dataset, as far as there are."""
-    if folder is None:
-        return []
-    accuracies = {
-        _label(rows[0]): {_column(row): float(row["accuracy"]) for row in rows}
-        for rows in _tables(folder, "evaluation", "results.csv")
-    }
-    measured = {
-        _label(rows[0]): current_names({row["metric"]: float(row["value"]) for row in rows})
-        for rows in _tables(folder, "evaluation", "metrics.csv")
-    }
+    """A table of accuracies and one of measurements, a row a dataset, where there are any."""
+    accuracies: dict[str, dict[str, str]] = {}
+    measured: dict[str, dict[str, float]] = {}
+    evaluations = [] if folder is None else (folder.parent.parent / "evaluation").glob("[!.]*")
+    for evaluation in sorted(evaluations):
+        meta = evaluation / "meta.json"
+        about = json.loads(meta.read_text()) if meta.is_file() else {}
+        if folder is None or about.get("key", {}).get("sae") != folder.name:
+            continue
+        for label, row in _rows(evaluation / "results.csv"):
+            setting = f"{row['setting']}_{float(row['n']):.0f}" if row["n"] else row["setting"]
+            accuracies.setdefault(label, {})[setting] = format(float(row["accuracy"]), ".2f")
+        for label, row in _rows(evaluation / "metrics.csv"):
+            measured.setdefault(label, {})[row["metric"]] = float(row["value"])
     found = []
     if accuracies:
-        columns = list(dict.fromkeys(name for one in accuracies.values() for name in one))
-        table = _table(accuracies, {name: (name, ".2f") for name in columns})
         found.append(
             "Top-n concept classification, macro accuracy in percent (`on_n`: only the class's n "
-            "latents, chosen with the image's true label):\n\n" + table
+            f"latents, chosen with the image's true label):\n\n{_table(accuracies)}"
         )
     if measured:
         from clipsae.evaluation.metrics import NUMBERS  # imports Lightning, to load does not
 
-        numbers = {n.key: (n.label, n.format) for n in NUMBERS if n.headline}
-        found.append("Measured on the evaluated images:\n\n" + _table(measured, numbers))
-    return found
+        shown = {}
+        for label, values in measured.items():
+            values = current_names(values)
+            numbers = (n for n in NUMBERS if n.headline and n.key in values)
+            shown[label] = {n.label: format(values[n.key], n.format) for n in numbers}
+        found.append(f"Measured on the evaluated images:\n\n{_table(shown)}")
+    return ["## Results", *found] if found else []
 
 
-def _tables(folder: Path, kind: str, name: str) -> list[list[dict[str, str]]]:
-    """The non-empty CSV files of what a store has of this SAE, by dataset."""
-    found = []
-    for mark in sorted((folder.parent.parent / kind).glob("[!.]*/meta.json")):
-        if json.loads(mark.read_text()).get("key", {}).get("sae") != folder.name:
-            continue
-        path = mark.parent / name
-        if path.is_file():
-            with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            if rows:
-                found.append(rows)
-    return found
-
-
-def _label(row: dict[str, str]) -> str:
-    protocol = ", heldout protocol" if row.get("protocol") == "heldout" else ""
-    return f"{row['dataset']} ({row['images']} images{protocol})"
-
-
-def _column(row: dict[str, str]) -> str:
-    return f"{row['setting']}_{float(row['n']):.0f}" if row["n"] else row["setting"]
-
-
-def _table(rows: dict[str, dict[str, float]], columns: dict[str, tuple[str, str]]) -> str:
-    """Columns: key -> label and format."""
-    names = [name for name in columns if any(name in row for row in rows.values())]
-    lines = [
-        "| dataset | " + " | ".join(columns[name][0] for name in names) + " |",
-        "|" + "---|" * (len(names) + 1),
+def _rows(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """A CSV file's rows, each with what it was measured on; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    heldout = [", heldout protocol" if r.get("protocol") == "heldout" else "" for r in rows]
+    return [
+        (f"{row['dataset']} ({row['images']} images{protocol})", row)
+        for row, protocol in zip(rows, heldout, strict=True)
     ]
-    for dataset, row in rows.items():
-        cells = [format(row[name], columns[name][1]) if name in row else "" for name in names]
-        lines.append(f"| {dataset} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+
+def _table(rows: dict[str, dict[str, str]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [["dataset", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[label, *(row.get(name, "") for name in columns)] for label, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,7 +1,7 @@
-"""One pickled file `{"cfg", "state_dict"}`: PatchSAE's, the Sparsemax SAE's, and what early SAELens
-and ViT-Prisma save, from which these two grew.
+"""One pickled file `{"cfg", "state_dict"}`: PatchSAE's, the Sparsemax SAE's, and those of early
+SAELens and ViT-Prisma, from which these two grew.
 
-`cfg` is a dictionary or an object of the training code's own config class, of which only the
+`cfg` is a dictionary or an object of the training code's config class, of which only the
 attributes are read. Sources: https://github.com/dynamical-inference/patchsae,
 https://github.com/qyj-bkjx/Sparsemax-SAE, https://github.com/decoderesearch/SAELens,
 https://github.com/Prisma-Multimodal/ViT-Prisma. But for the Sparsemax SAE they are one form,
@@ -14,17 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clipsae.interop import saelens, sparsemax_release
-from clipsae.interop.known import PATCHSAE, SAELENS, refuse_others
-from clipsae.interop.plain import Imported
-from clipsae.interop.safely import Inert, Tensors, read_pickle
+from clipsae.interop import saelens
+from clipsae.interop.files import Config, Inert, Tensors, names, read_weights
+from clipsae.interop.plain import Imported, assemble
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
 
 # What trainings save beside the SAE, to go on from.
-_OF_TRAINING = (
-    *("optimizer", "optimizer_state_dict", "scheduler", "scheduler_state_dict", "lr_scheduler"),
-    *("epoch", "step", "global_step", "n_training_steps", "n_training_tokens", "wandb_id"),
+_OF_TRAINING = names(
+    """
+    optimizer optimizer_state_dict scheduler scheduler_state_dict lr_scheduler epoch step
+    global_step n_training_steps n_training_tokens wandb_id
+    """
 )
 
 _CLASSES = (
@@ -38,6 +39,21 @@ _CLASSES = (
     "vit_prisma.configs.HookedViTConfig.HookedViTConfig",
 )
 
+# Options of PatchSAE's training, and of the Sparsemax SAE's.
+_PATCHSAE = names(
+    """
+    b_dec_init_method batch_size block_layer cached_activations_path checkpoint_path class_token
+    create_dataloader custom_clip_ckpt_path dataset_path dead_feature_estimation_method
+    dead_feature_threshold dead_feature_window debug_numerics device dtype expansion_factor
+    feature_reinit_scale feature_sampling_method feature_sampling_window from_pretrained_path
+    ghost_grad_exp_clamp_max image_height image_key image_width l1_coefficient label_key
+    log_to_wandb lr lr_scheduler_name lr_warm_up_steps max_batch_size_for_vit_forward_pass
+    model_name module_name mse_cls_coefficient n_batches_in_store n_checkpoints norm_eps
+    resample_batches run_name seed store_size total_training_tokens use_cached_activations
+    use_ghost_grads wandb_entity wandb_log_frequency wandb_project
+    """
+)
+
 
 def read(path: Path) -> Imported:
     """Read one file: the paper's Sparsemax SAE if it holds `concept`.
@@ -46,29 +62,67 @@ def read(path: Path) -> Imported:
         FileNotFoundError, ValueError: none there, or none of these, or a hostile one; an option
             that is not understood.
     """
-    held = read_pickle(path, _CLASSES)
-    if not isinstance(held, dict) or "state_dict" not in held:
+    content = read_weights(path, _CLASSES)
+    if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} holds no 'state_dict': expected a PatchSAE or Sparsemax release")
-    refuse_others(held, ("state_dict", "cfg", "config", *_OF_TRAINING), {}, path)
-    cfg = _options(held.get("cfg", held.get("config")), path)
-    tensors = Tensors(path, held["state_dict"])
+    file = Config(content, path)
+    cfg = file.get("config", {})
+    cfg = _attributes(file.get("cfg", cfg))
+    tensors = Tensors(file.get("state_dict"), path)
+    file.refuse_others(_OF_TRAINING)
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{path}: cfg is a {type(cfg).__name__}: expected names and values")
+    cfg = {str(name): _attributes(value) for name, value in cfg.items()}
     if "concept" in tensors:
-        return sparsemax_release.convert(cfg, tensors)
-    found = saelens.convert(cfg, tensors, path, SAELENS | PATCHSAE)
+        return _sparsemax(Config(cfg, path), tensors)
+    found = saelens.convert(cfg, tensors, path, _PATCHSAE)
     if not cfg:
         unsaid = f"{path} has no config: its weights are read as those of a ReLU SAE."
         found = replace(found, lost=(*found.lost, unsaid))
-    of_patchsae = set(cfg) <= PATCHSAE | {"d_in", "d_sae", "gated_sae"}
-    return replace(found, format="PatchSAE") if of_patchsae else found
+    patchsae = set(cfg) <= _PATCHSAE | {"d_in", "d_sae", "gated_sae"}
+    return replace(found, format="PatchSAE") if patchsae else found
 
 
-def _options(cfg: Any, path: Path) -> dict[str, Any]:
-    """The config's values by name; those that are no plain ones, too, so that none is dropped."""
-    if cfg is None:
-        return {}
-    cfg = vars(cfg) if isinstance(cfg, Inert) else cfg
-    if not isinstance(cfg, dict):
-        raise ValueError(f"{path}: cfg is a {type(cfg).__name__}: expected names and values")
-    return {
-        str(name): vars(value) if isinstance(value, Inert) else value for name, value in cfg.items()
-    }
+def _attributes(value: Any) -> Any:
+    return vars(value) if isinstance(value, Inert) else value
+
+
+def _sparsemax(config: Config, tensors: Tensors) -> Imported:
+    """The Sparsemax SAE's release (arXiv 2604.14925): `concept` [M, d] is C, `k` [d, d] is W_K and
+    `v` [d, d] is W_V, all multiplied from the right; the query is x / ||x||, the scale is 1, and
+    codes are the scores on the support of their sparsemax."""
+    latents, d = tensors.matrix_shape("concept")
+    sae = assemble(
+        {
+            "d": d,
+            "latents": latents,
+            "architecture": "attention",
+            "activation": "sparsemax",
+            "normalize_input": True,
+            "reconstruction_weight": 10.0,
+            "query": "identity",
+            "scale": 1.0,
+            "weights": "scores",
+            "max_activation_frequency": 0.1,
+        },
+        {
+            "architecture.C": tensors.take("concept", latents, d),
+            "architecture.W_K": tensors.take("k", d, d),
+            "architecture.W_V": tensors.take("v", d, d),
+        },
+    )
+    lost = [
+        "The release also suppresses latents that were active on more than 10 % of the tokens seen "
+        "since it was started; it does not save which, so that its codes depend on the order of "
+        "the images, and here none is suppressed."
+    ]
+    # Parameters of the code it grew out of, which its forward pass never reads.
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "r_mag", "b_mag", "log_threshold")
+    unused = [name for name in names if name in tensors]
+    tensors.ignore(*unused)
+    if unused:
+        lost.append(f"{', '.join(unused)} are in the file, but its code never reads them.")
+    reads = config.known("model_name", "block_layer", "module_name", "dataset_path", "class_token")
+    config.refuse_others(_PATCHSAE | {"d_in", "d_sae"}, {"gated_sae": (False,)})
+    tensors.refuse_others()
+    return Imported(sae, "Sparsemax SAE's release", reads, tuple(lost))

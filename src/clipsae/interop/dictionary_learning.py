@@ -7,30 +7,32 @@ the tensors are named and what is computed.
 from pathlib import Path
 from typing import Any
 
-from clipsae.interop.known import DICTIONARY_LEARNING, refuse_others
+from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
 from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import Tensors, read_config, read_pickle, same_size, size
 
-NAME = "dictionary_learning"
-FILES = ("ae.pt", "config.json")
-MARKS = ("ae.pt",)
-
-CLASSES = (
-    "AutoEncoder",
-    "AutoEncoderNew",
-    "GatedAutoEncoder",
-    "JumpReluAutoEncoder",
-    "AutoEncoderTopK",
-    "BatchTopKSAE",
-    "MatryoshkaBatchTopKSAE",
-)
-_OF_TOKENS = ("lm_name", "layer", "submodule_name")
-_READ = ("dict_class", "activation_dim", "dict_size")
-_READ_OF = {
-    "AutoEncoderTopK": ("k",),
-    "BatchTopKSAE": ("k",),
-    "MatryoshkaBatchTopKSAE": ("k", "group_fractions", "group_weights", "group_sizes"),
+# Names of W_enc, b_enc, W_dec, b_dec by class.
+_MATRICES = ("W_enc.T", "b_enc", "W_dec", "b_dec")
+_LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight.T")
+_NAMES = {
+    "AutoEncoder": (*_LINEAR, "bias"),
+    "AutoEncoderNew": (*_LINEAR, "decoder.bias"),
+    "GatedAutoEncoder": ("encoder.weight", None, "decoder.weight.T", "decoder_bias"),
+    "JumpReluAutoEncoder": _MATRICES,
+    "AutoEncoderTopK": (*_LINEAR, "b_dec"),
+    "BatchTopKSAE": (*_LINEAR, "b_dec"),
+    "MatryoshkaBatchTopKSAE": _MATRICES,
 }
+_GATE = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
+
+_UNUSED = names(
+    """
+    anneal_end anneal_start auxk_alpha bandwidth compile_model decay_start device
+    initial_sparsity_penalty k_anneal_steps l1_penalty l1_warmup_steps layer lm_name lp_norm lr
+    n_sparsity_updates norm_factor p_end p_start resample_steps seed sparsity_function
+    sparsity_penalty sparsity_queue_length sparsity_warmup_steps steps submodule_name target_l0
+    threshold_beta threshold_start_step top_k_aux trainer_class wandb_name warmup_steps
+    """
+)
 
 
 def read(folder: Path) -> Imported:
@@ -39,76 +41,50 @@ def read(folder: Path) -> Imported:
     Raises:
         FileNotFoundError, ValueError: a file is missing, hostile or damaged; another class.
     """
-    about = folder / "config.json"
-    config = read_config(about)
-    trainer = config.get("trainer")
-    if not isinstance(trainer, dict) or trainer.get("dict_class") not in CLASSES:
-        found = trainer.get("dict_class") if isinstance(trainer, dict) else None
-        raise ValueError(
-            f"{about}: trainer.dict_class={found!r}: expected one of {', '.join(CLASSES)}"
+    about = Config(read_config(folder / "config.json"), folder / "config.json")
+    trainer = about.part("trainer")
+    name = trainer.choice("dict_class", tuple(_NAMES))
+    buffer = about.get("buffer")  # where the tokens came from
+    if isinstance(buffer, dict):
+        Config({"io": buffer.get("io")}, f"{about.where}: buffer").refuse_others(
+            only={"io": ("in", "out")}
         )
-    refuse_others(config, ("trainer", "buffer"), {}, about)
-    if isinstance(config.get("buffer"), dict):  # where the tokens came from
-        io = {"io": config["buffer"].get("io")}
-        refuse_others(io, (), {"io": ("in", "out")}, f"{about}: buffer")
-    known = (*DICTIONARY_LEARNING, *_READ, *_READ_OF.get(trainer["dict_class"], ()))
-    refuse_others(trainer, known, {}, f"{about}: trainer")
-    tensors = Tensors(folder / "ae.pt", read_pickle(folder / "ae.pt"))
+    about.refuse_others()
+    tensors = Tensors(read_weights(folder / "ae.pt"), folder / "ae.pt")
+    parts = tensors.linear(*_NAMES[name])
     lost: list[str] = []
-    plain = _convert(trainer, tensors, lost)
-    tensors.refuse_others()
-    m, d = plain.W_enc.shape
-    for name, found in (("activation_dim", d), ("dict_size", m)):
-        same_size(trainer, name, found, f"{about}: trainer")
-    reads = {name: trainer[name] for name in _OF_TOKENS if trainer.get(name) is not None}
-    return Imported(plain.to_sae(), NAME, reads, tuple(lost))
-
-
-def _convert(trainer: dict[str, Any], tensors: Tensors, lost: list[str]) -> Plain:
-    name = trainer["dict_class"]
-    if name in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
-        d, m = tensors.shape("W_enc", 2)
-        w_enc, w_dec = tensors.take("W_enc", d, m).T, tensors.take("W_dec", m, d)
-        b_enc, b_dec = tensors.take("b_enc", m), tensors.take("b_dec", d)
-    else:
-        m, d = tensors.shape("encoder.weight", 2)
-        w_enc, w_dec = tensors.take("encoder.weight", m, d), tensors.take("decoder.weight", d, m).T
-        gated = name == "GatedAutoEncoder"
-        b_enc = w_enc.new_zeros(m) if gated else tensors.take("encoder.bias", m)
-        b_dec = tensors.take(_DECODER_BIAS.get(name, "b_dec"), d)
-    parts: dict[str, Any] = {"W_enc": w_enc, "W_dec": w_dec, "b_enc": b_enc, "b_dec": b_dec}
+    m, d = parts["W_enc"].shape
     if name == "AutoEncoder":
-        return Plain("relu", **parts)
-    if name == "AutoEncoderNew":
-        return Plain("relu", **parts).shift_input(1)
-    if name == "GatedAutoEncoder":
-        gate: dict[str, Any] = {n: tensors.take(_GATE[n], m) for n in _GATE}
-        return Plain("gated", **parts, **gate).scale_codes_by_rows()
-    if name == "JumpReluAutoEncoder":
-        theta = tensors.take("threshold", m)
-        return Plain("jumprelu", **parts, theta=theta).shift_input(1).scale_codes_by_rows()
-    k = size(trainer, "k", "config.json: trainer")
-    if "k" in tensors:
-        same_size(trainer, "k", int(tensors.take("k").item()), "config.json: trainer")
-    if name == "AutoEncoderTopK":
-        # It keeps a threshold, too, for those who ask for it; its own forward pass does not.
-        tensors.drop("threshold")
-        return Plain("topk", **parts, k=k)
-    tau = tensors.take("threshold").item()
-    if tau < 0:
-        lost.append(
-            "It was stopped before its threshold was first estimated: every positive score passes, "
-            "as it does there."
-        )
-    if name == "MatryoshkaBatchTopKSAE":
-        tensors.drop("group_sizes")
-        lost.append("The nested groups decide its training alone: here all latents are one group.")
-    return Plain("batch_topk", **parts, k=k, tau=tau)
-
-
-_DECODER_BIAS = {
-    "AutoEncoder": "bias",
-    "AutoEncoderNew": "decoder.bias",
-    "GatedAutoEncoder": "decoder_bias",
-}
-_GATE = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
+        plain = Plain("relu", **parts)
+    elif name == "AutoEncoderNew":
+        plain = Plain("relu", **parts).shift_input(1)
+    elif name == "GatedAutoEncoder":
+        gate: dict[str, Any] = {ours: tensors.take(theirs, m) for ours, theirs in _GATE.items()}
+        plain = Plain("gated", **parts, **gate).scale_codes_by_rows()
+    elif name == "JumpReluAutoEncoder":
+        plain = Plain("jumprelu", **parts, theta=tensors.take("threshold", m))
+        plain.shift_input(1).scale_codes_by_rows()
+    else:
+        plain = Plain("batch_topk", **parts, k=trainer.whole("k"))
+        if "k" in tensors:
+            trainer.check_size("k", int(tensors.take("k").item()))
+        if name == "AutoEncoderTopK":
+            plain.rule = "topk"
+            tensors.ignore("threshold")  # which its forward pass does not use
+        else:
+            plain.tau = tensors.take("threshold").item()
+            if plain.tau < 0:
+                lost.append(
+                    "It was stopped before its threshold was first estimated: every positive score "
+                    "passes, as it does there."
+                )
+        if name == "MatryoshkaBatchTopKSAE":
+            trainer.known("group_fractions", "group_weights", "group_sizes")
+            tensors.ignore("group_sizes")
+            lost.append("The nested groups matter in its training alone: here there is one group.")
+    trainer.check_size("activation_dim", d)
+    trainer.check_size("dict_size", m)
+    reads = trainer.known("lm_name", "layer", "submodule_name")
+    return plain.imported(
+        "dictionary_learning", trainer, tensors, unused=_UNUSED, reads=reads, lost=lost
+    )

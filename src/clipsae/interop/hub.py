@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from clipsae.interop.card import model_card
+from clipsae.interop.files import first_line
 from clipsae.sae import SAE
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -14,15 +15,15 @@ _ID = re.compile(
 
 
 def fetch(source: str, files: tuple[str, ...], suffixes: tuple[str, ...]) -> Path:
-    """The folder or file of an id, from the cache or the network; only files that can be needed.
+    """The folder or file of an id, from the cache or the network; only files that may be needed.
 
     Args:
         source: "owner/name", "owner/name/folder" or "owner/name/file.pt", "@revision" at its end.
-        files: names that are fetched of a folder.
+        files: names to fetch of a folder.
         suffixes: of a file that is fetched by itself.
 
     Raises:
-        FileNotFoundError: no id and no folder; or one that is neither cached nor to be had.
+        FileNotFoundError: neither a folder nor an id; or neither cached nor available.
     """
     match = _ID.fullmatch(source)
     if match is None:
@@ -40,10 +41,9 @@ def fetch(source: str, files: tuple[str, ...], suffixes: tuple[str, ...]) -> Pat
             match["repo"], revision=match["revision"], allow_patterns=wanted, etag_timeout=10
         )
     except Exception as error:  # offline, no such repository, no access, a broken cache: many kinds
-        why = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise FileNotFoundError(
-            f"{source!r} is no folder here, and Hugging Face cannot be asked for it or does not "
-            f"have it ({type(error).__name__}: {why}): check the id, the network and the token"
+            f"{source!r} is no folder here, and could not be downloaded from Hugging Face "
+            f"({_why(error)}): check the id, the network and the token"
         ) from error
     path = Path(folder) / inside
     if not path.exists():
@@ -105,19 +105,20 @@ def upload(
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
     except Exception as error:  # offline, not logged in, no access: many kinds
-        why = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise ValueError(
-            f"{repo_id} was not published ({type(error).__name__}: {why}): check the network and "
-            "the login (hf auth login)"
+            f"{repo_id} was not published ({_why(error)}): check the network and the login (hf "
+            "auth login)"
         ) from error
     return str(commit.commit_url)
 
 
 def save_with_card(sae: SAE | str | Path, folder: Path, repo_id: str) -> None:
     """Write what `push_to_hub` publishes: `sae.json`, `sae.safetensors` and `README.md`."""
-    results = None
-    if not isinstance(sae, SAE):
-        results = Path(sae)
-        sae = SAE.load(results)
+    results = None if isinstance(sae, SAE) else Path(sae)
+    sae = sae if isinstance(sae, SAE) else SAE.load(sae)
     sae.save(folder)
     (folder / "README.md").write_text(model_card(sae, repo_id, results))
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -6,23 +6,44 @@ Every importer brings what it read into this form, and every exporter starts fro
 libraries do otherwise is folded into the weights, exactly but for rounding (computed in float64).
 """
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from clipsae.interop.files import Config, Tensors
 from clipsae.sae import SAE
 
 RULES = ("relu", "jumprelu", "gated", "topk", "batch_topk")
+GATE = ("b_gate", "b_mag", "r_mag")
+TRAINING_LOST = "Options of the training and counters of dead latents are left out."
 
 
-_OF_OTHERS: Any = None  # what only other rules have
+@dataclass(frozen=True)
+class Imported:
+    """An SAE from elsewhere.
+
+    Attributes:
+        sae: in eval mode, on the CPU.
+        format: whose it was: "SAELens", ...
+        reads: what it says of the tokens it was trained on (model, layer, ...), as it says it.
+        lost: what could not be carried over, a sentence each.
+    """
+
+    sae: SAE
+    format: str
+    reads: dict[str, Any] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
 
 
 @dataclass
 class Plain:
-    """A linear SAE.
+    """A linear SAE. Attributes of other rules are None.
 
     Attributes:
         rule: the activation's name, one of `RULES`.
@@ -41,18 +62,26 @@ class Plain:
     W_dec: Tensor
     b_enc: Tensor
     b_dec: Tensor
-    k: int = _OF_OTHERS
-    tau: float = _OF_OTHERS
-    theta: Tensor = _OF_OTHERS
-    b_gate: Tensor = _OF_OTHERS
-    b_mag: Tensor = _OF_OTHERS
-    r_mag: Tensor = _OF_OTHERS
+    k: Any = None
+    tau: Any = None
+    theta: Any = None
+    b_gate: Any = None
+    b_mag: Any = None
+    r_mag: Any = None
     normalize: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.detach().double())
+
+    @property
+    def latents(self) -> int:
+        return len(self.W_enc)
+
+    @property
+    def d(self) -> int:
+        return self.W_enc.shape[1]
 
     # --- what other libraries do otherwise ---
 
@@ -83,7 +112,28 @@ class Plain:
         self.b_dec = self.b_dec / factor
         return self
 
-    # --- from and to our own ---
+    # --- from and to an SAE ---
+
+    def imported(
+        self,
+        format: str,
+        config: Config,
+        tensors: Tensors,
+        *,
+        unused: Iterable[str],
+        only: Mapping[str, tuple[Any, ...]] | None = None,
+        reads: dict[str, Any] | None = None,
+        lost: Iterable[str] = (),
+    ) -> Imported:
+        """The SAE, after a check that all of its files was read: `unused` and `only` of
+        `Config.refuse_others`, `reads` and `lost` of `Imported`.
+
+        Raises:
+            ValueError: an option or a tensor that is not known, or an invalid k.
+        """
+        config.refuse_others(unused, only)
+        tensors.refuse_others()
+        return Imported(self.to_sae(), format, reads or {}, tuple(lost))
 
     def to_sae(self) -> SAE:
         """In eval mode, on the CPU, float32.
@@ -91,13 +141,10 @@ class Plain:
         Raises:
             ValueError: an invalid k.
         """
-        latents, d = self.W_enc.shape
-        options: dict[str, Any] = {"d": d, "latents": latents, "activation": self.rule}
+        options: dict[str, Any] = {"d": self.d, "latents": self.latents, "activation": self.rule}
         options |= {"normalize_input": self.normalize, "unit_decoder": False, "bias_init": "zero"}
-        tensors = {f"architecture.{name}": getattr(self, name) for name in ("W_enc", "W_dec")}
-        tensors["architecture.b_dec"] = self.b_dec
-        if self.rule != "gated":
-            tensors["architecture.b_enc"] = self.b_enc
+        names = ["W_enc", "W_dec", "b_dec", *(["b_enc"] if self.rule != "gated" else [])]
+        tensors = {f"architecture.{name}": getattr(self, name) for name in names}
         if self.rule in ("topk", "batch_topk"):
             options["k"] = self.k
         if self.rule == "batch_topk":
@@ -106,8 +153,7 @@ class Plain:
             # Their threshold, ours its logarithm: 1e-37 is as good as 0.
             tensors["activation.log_theta"] = self.theta.clamp(min=1e-37).log()
         if self.rule == "gated":
-            for name in ("b_gate", "b_mag", "r_mag"):
-                tensors[f"activation.{name}"] = getattr(self, name)
+            tensors |= {f"activation.{name}": getattr(self, name) for name in GATE}
         return assemble(options, tensors)
 
     @classmethod
@@ -115,53 +161,53 @@ class Plain:
         """Of an SAE whose scores are linear in x and whose rule other libraries have.
 
         The attention architecture is linear, too: W_enc = C W_K W_Q^T / scale, W_dec = C W_V. An
-        activation of somebody's own is JumpReLU where its codes are the scores above thresholds
+        activation of a plugin is JumpReLU where its codes are the scores above thresholds
         that are the same for all tokens.
 
         Args:
             target: the library, for messages.
 
         Raises:
-            ValueError: an activation that is none of these, such as sparsemax; an architecture of
-                somebody's own.
+            ValueError: an activation that is none of these, such as sparsemax; an architecture of a
+                plugin.
         """
         rule, architecture = sae.config["activation"], sae.config["architecture"]
-        fixed: Any = _OF_OTHERS
+        theta = None
         if rule not in RULES:
-            rule, fixed = "jumprelu", _fixed_thresholds(sae, target)
-        state = {name: t.detach().cpu() for name, t in sae.state_dict().items()}
-        part = {n.removeprefix("architecture."): t.double() for n, t in state.items()}
+            rule, theta = "jumprelu", _fixed_thresholds(sae, target)
+        state = {n.partition(".")[2]: t.detach().cpu() for n, t in sae.state_dict().items()}
         if architecture == "linear":
-            W_enc, W_dec, b_dec = part["W_enc"], part["W_dec"], part["b_dec"]
+            W_enc, W_dec, b_dec = state["W_enc"], state["W_dec"], state["b_dec"]
         elif architecture == "attention":
-            query = part["W_K"] if "W_Q" not in part else part["W_K"] @ part["W_Q"].T
-            W_enc = part["C"] @ query / sae.architecture.scale
-            W_dec, b_dec = part["C"] @ part["W_V"], torch.zeros(sae.d)
+            C, W_K, W_V = (state[name].double() for name in ("C", "W_K", "W_V"))
+            query = W_K @ state["W_Q"].double().T if "W_Q" in state else W_K
+            W_enc = C @ query / sae.architecture.scale
+            W_dec, b_dec = C @ W_V, torch.zeros(sae.d)
         else:
             raise ValueError(
                 f"architecture={architecture} cannot be written for {target}: expected linear or "
                 "attention"
             )
-        of_rule: dict[str, Any] = {n.removeprefix("activation."): t for n, t in state.items()}
-        log_theta, tau = of_rule.get("log_theta"), of_rule.get("inference_threshold")
+        if "log_theta" in state:
+            theta = state["log_theta"].exp()  # in the parameter's precision, as when encoding
+        tau = state.get("inference_threshold")
         return cls(
             rule,
             W_enc,
             W_dec,
-            part.get("b_enc", torch.zeros(sae.latents)),
+            state.get("b_enc", torch.zeros(sae.latents)),
             b_dec,
-            k=sae.config.get("k", _OF_OTHERS),
-            tau=_OF_OTHERS if tau is None else tau.item(),
-            # As it is computed when it encodes: in the parameter's own precision.
-            theta=fixed if log_theta is None else log_theta.exp(),
-            **{name: of_rule.get(name, _OF_OTHERS) for name in ("b_gate", "b_mag", "r_mag")},
+            k=sae.config.get("k"),
+            tau=None if tau is None else tau.item(),
+            theta=theta,
+            **{name: state.get(name) for name in GATE},
             normalize=sae.normalize_input,
         )
 
 
 @torch.no_grad()
 def _fixed_thresholds(sae: SAE, target: str) -> Tensor:
-    """[M] of an activation that is none of `RULES`, found by asking it for codes of any scores.
+    """[M] of an activation that is none of `RULES`, found from its codes of a range of scores.
 
     Raises:
         ValueError: its thresholds differ between tokens, or its codes are not the scores.
@@ -182,23 +228,6 @@ def _fixed_thresholds(sae: SAE, target: str) -> Tensor:
     )
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What an importer made of a foreign SAE.
-
-    Attributes:
-        sae: in eval mode, on the CPU.
-        format: whose it was: "SAELens", ...
-        reads: what it says of the tokens it was trained on (model, layer, ...), as it says it.
-        lost: what could not be carried over, a sentence each.
-    """
-
-    sae: SAE
-    format: str
-    reads: dict[str, Any] = field(default_factory=dict)
-    lost: tuple[str, ...] = ()
-
-
 def assemble(options: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     """An SAE of these options and tensors, float32; counters start at 0.
 
@@ -217,3 +246,12 @@ def assemble(options: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
         raise ValueError(f"{min(missing)} is missing")
     sae.load_state_dict(state, assign=True)
     return sae.eval()
+
+
+def write_files(
+    folder: Path, weights: str, tensors: Mapping[str, Tensor], about: str, config: Mapping[str, Any]
+) -> None:
+    """Write tensors as float32 safetensors and a config as JSON, under these names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.float().contiguous() for n, t in tensors.items()}, folder / weights)
+    (folder / about).write_text(json.dumps(config, indent=2) + "\n")

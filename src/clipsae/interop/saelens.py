@@ -1,51 +1,63 @@
 """SAELens: `cfg.json` and `sae_weights.safetensors`, from and to, without the library.
 
 https://github.com/decoderesearch/SAELens: W_enc is [d, M], W_dec [M, d]; a config of version 6
-names its architecture, one from before may name an activation function instead. Releases of its
-own list are read through the library, where it is installed: `saelens:RELEASE/SAE_ID`.
+names its architecture, one from before may name an activation function instead. Its listed
+releases are read through the library, where it is installed: `saelens:RELEASE/SAE_ID`.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from clipsae.interop import sparsify
-from clipsae.interop.known import SAELENS, Harmless, names, refuse_others
-from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import Tensors, flag, read_config, read_safetensors, same_size, size
+from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
+from clipsae.interop.plain import GATE, TRAINING_LOST, Imported, Plain, write_files
 from clipsae.sae import SAE
 
 NAME = "SAELens"
-FILES = ("cfg.json", "sae_weights.safetensors")
-MARKS = ("cfg.json",)
-
+WEIGHTS = "sae_weights.safetensors"
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
 
-# What is read; with some architectures alone: what is read or decides their training.
-_READ = names(
+_MATRYOSHKA = names(
     """
-    architecture d_in d_out d_sae activation_fn activation_fn_str activation_fn_kwargs
-    apply_b_dec_to_input normalize_activations reshape_activations finetuning_scaling_factor
+    matryoshka_widths include_outer_loss skip_final_matryoshka_width use_matryoshka_aux_loss
+    detach_matryoshka_losses
     """
 )
-_TOPK = names("k rescale_acts_by_decoder_norm")
-_BATCH = _TOPK | {"topk_threshold_lr"}
-_READ_OF = {
-    "topk": _TOPK,
-    "batchtopk": _BATCH,
-    "matryoshka_batchtopk": _BATCH
-    | names(
-        """
-        matryoshka_widths include_outer_loss skip_final_matryoshka_width use_matryoshka_aux_loss
-        detach_matryoshka_losses
-        """
-    ),
-}
-_HARMLESS: Harmless = {
+
+# Options of its trainings, versions 0 to 6, and of ViT-Prisma's, which grew out of it.
+_UNUSED = names(
+    """
+    act_store_device activations_mixing_fraction adam_beta1 adam_beta2 autocast autocast_lm
+    aux_loss_coefficient b_dec_init_method cached_activations_path checkpoint_path
+    cls_token_only compile_llm compile_sae context_size dataset_name dataset_path
+    dataset_train_path dataset_trust_remote_code dataset_val_path dead_feature_threshold
+    dead_feature_window decoder_heuristic_init decoder_init_norm decoder_orthogonal_init device
+    dtype eval_batch_size_prompts eval_every_n_wandb_logs exclude_special_tokens
+    expansion_factor feature_sampling_window finetuning_tokens from_pretrained_path hook_eval
+    hook_layer hook_name hook_point hook_point_eval hook_point_layer image_size
+    init_encoder_as_decoder_transpose initialization_method is_dataset_tokenized
+    jumprelu_bandwidth jumprelu_init_threshold jumprelu_sparsity_loss_mode jumprelu_tanh_scale
+    l0_coefficient l0_warm_up_steps l1_coefficient l1_warm_up_steps layer_out_subtype
+    layer_subtype llm_compilation_mode log_activations_store_to_wandb
+    log_optimizer_state_to_wandb log_to_wandb logger lp_norm lr lr_decay_steps lr_end
+    lr_scheduler_name lr_warm_up_steps max_grad_norm metadata min_explained_variance min_l0
+    model_class_name model_from_pretrained_kwargs model_kwargs model_name model_path
+    mse_loss_normalization n_batches_in_buffer n_checkpoints n_eval_batches n_restart_cycles
+    n_validation_runs neuronpedia_id normalize_sae_decoder num_epochs num_workers
+    out_hook_point_layer pre_act_loss_coefficient prepend_bos resume run_name
+    sae_compilation_mode sae_lens_training_version sae_lens_version
+    scale_sparsity_penalty_by_decoder_norm seed seqpos_slice
+    sparsity_penalty_decoder_norm_lp_norm store_batch_size store_batch_size_prompts streaming
+    tokens_per_buffer total_training_images total_training_steps total_training_tokens
+    train_batch_size train_batch_size_tokens training_tokens use_cached_activations
+    use_ghost_grads use_patches_only use_sparse_activations verbose vit_model_cfg wandb_entity
+    wandb_id wandb_log_frequency wandb_project
+    """
+)
+_ONLY: dict[str, tuple[Any, ...]] = {
     "finetuning_method": ("scale", "decoder", "unrotated_decoder"),  # see `_finetuned`
     "gated_sae": (False,),  # PatchSAE's: parameters without a forward pass
     "hook_head_index": (),
@@ -55,36 +67,30 @@ _HARMLESS: Harmless = {
     "transcoder_with_skip_connection": (False,),
     "use_error_term": (False,),
 }
-_OF_TOKENS = (
-    *("model_name", "hook_name", "hook_point", "block_layer", "module_name", "dataset_path"),
-    *("class_token", "cls_token_only", "use_patches_only"),
+_OF_TOKENS = names(
+    """
+    model_name hook_name hook_point block_layer module_name dataset_path class_token
+    cls_token_only use_patches_only
+    """
 )
-_RULES = {
-    "relu": "standard",
-    "topk": "topk",
-    "jumprelu": "jumprelu",
-    "batch_topk": "jumprelu",
-    "gated": "gated",
-}
 
 
 def read(folder: Path) -> Imported:
-    """Read a folder.
+    """Read a folder of SAELens, or of sparsify, whose config has the same name.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or an option that has no
             counterpart here.
     """
-    weights = folder / "sae_weights.safetensors"
+    weights = folder / WEIGHTS
     if not weights.is_file() and (folder / sparsify.WEIGHTS).is_file():
         return sparsify.read(folder)
     about = folder / "cfg.json"
-    cfg = read_config(about)
-    return convert(cfg, Tensors(weights, read_safetensors(weights)), about)
+    return convert(read_config(about), Tensors(read_weights(weights), weights), about)
 
 
 def from_library(release: str, sae_id: str) -> Imported:
-    """One of SAELens's own list of releases, through the library.
+    """One of SAELens's listed releases, through the library.
 
     Raises:
         ValueError: the library is not installed, or cannot have it.
@@ -98,55 +104,50 @@ def from_library(release: str, sae_id: str) -> Imported:
         ) from error
     try:
         theirs = Theirs.from_pretrained(release, sae_id)
-    except Exception as error:  # it raises whatever its many loaders do
-        raise ValueError(f"saelens:{release}/{sae_id}: SAELens cannot have it: {error}") from error
+    except Exception as error:  # its many loaders raise errors of many kinds
+        raise ValueError(f"saelens:{release}/{sae_id}: SAELens cannot load it: {error}") from error
     return from_object(theirs)
 
 
 def from_object(theirs: Any) -> Imported:
     """An SAE that SAELens has in memory."""
-    return convert(theirs.cfg.to_dict(), Tensors(NAME, theirs.state_dict()), NAME)
+    return convert(theirs.cfg.to_dict(), Tensors(theirs.state_dict(), NAME), NAME)
 
 
 def convert(
-    cfg: Mapping[str, Any], tensors: Tensors, where: Path | str, known: frozenset[str] = SAELENS
+    cfg: Mapping[str, Any], tensors: Tensors, where: Path | str, unused: Iterable[str] = ()
 ) -> Imported:
     """From a config and the tensors beside it.
 
     Args:
         where: the config's file, for messages.
-        known: options of the training.
+        unused: further options without effect on the codes.
 
     Raises:
         ValueError: an option or a tensor that is not understood, or does not fit.
     """
+    config = Config(cfg, where)
     lost: list[str] = []
-    metadata = cfg.get("metadata") if isinstance(cfg.get("metadata"), dict) else None
-    about = cfg if metadata is None else metadata
-    architecture, k = _architecture(cfg, tensors, where)
-    refuse_others(cfg, known | _READ | _READ_OF.get(architecture, frozenset()), _HARMLESS, where)
+    about = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
     heads = {name: about.get(name) for name in ("hook_head_index", "hook_point_head_index")}
-    refuse_others(heads, (), _HARMLESS, where)
-    d, m = tensors.shape("W_enc", 2)
-    for name, found in (("d_in", d), ("d_out", d), ("d_sae", m)):
-        same_size(cfg, name, found, where)
-    if k is not None and architecture == "topk" and k > m:
+    Config(heads, where).refuse_others(only=_ONLY)
+    architecture, k = _architecture(config)
+    if architecture.endswith("batchtopk") and "topk_threshold" not in tensors:
+        raise ValueError(f"{tensors.where} holds no topk_threshold: {architecture} encodes with it")
+    b_enc = None if architecture == "gated" else "b_enc"
+    parts = tensors.linear("W_enc.T", b_enc, "W_dec", "b_dec")
+    m, d = parts["W_enc"].shape
+    for name, size in (("d_in", d), ("d_out", d), ("d_sae", m)):
+        config.check_size(name, size)
+    if architecture == "topk" and k > m:
         raise ValueError(f"{where}: k={k} is more than the {m} latents that there are")
-    parts: dict[str, Any] = {
-        "W_enc": tensors.take("W_enc", d, m).T,
-        "W_dec": tensors.take("W_dec", m, d),
-        "b_enc": torch.zeros(m) if architecture == "gated" else tensors.take("b_enc", m),
-        "b_dec": tensors.take("b_dec", d),
-    }
-    _finetuned(cfg, tensors, parts, where)
+    _finetuned(config, tensors, parts)
     if architecture == "standard":
         plain = Plain("relu", **parts)
     elif architecture == "topk":
         plain = Plain("topk", **parts, k=k)
     elif architecture == "gated":
-        gate: dict[str, Any] = {
-            name: tensors.take(name, m) for name in ("b_gate", "b_mag", "r_mag")
-        }
+        gate: dict[str, Any] = {name: tensors.take(name, m) for name in GATE}
         plain = Plain("gated", **parts, **gate)
     elif architecture == "jumprelu":
         log = "log_threshold" in tensors
@@ -155,59 +156,50 @@ def convert(
     else:
         plain = Plain("batch_topk", **parts, k=k, tau=tensors.take("topk_threshold").item())
         lost.append("It is a checkpoint of the training: k counts in training, the threshold here.")
-    tensors.refuse_others()
-    if not flag(cfg, "apply_b_dec_to_input", True, where):
+        config.known("topk_threshold_lr", *(_MATRYOSHKA if "matryoshka" in architecture else ()))
+    if not config.flag("apply_b_dec_to_input", True):
         plain.shift_input(1)
-    if flag(cfg, "rescale_acts_by_decoder_norm", False, where):
+    if architecture.endswith("topk") and config.flag("rescale_acts_by_decoder_norm"):
         plain.scale_codes_by_rows()
-    _normalisation(cfg, plain, d, where)
-    if _reads_heads(cfg, where):
+    _normalisation(config, plain)
+    # Before version 6 only the hook's name shows it.
+    hook = config.get("hook_name", config.get("hook_point"))
+    heads_shape = config.choice("reshape_activations", ("none", "hook_z"), "none")
+    if heads_shape == "hook_z" or (isinstance(hook, str) and hook.endswith("_z")):
         lost.append("It reads an attention layer's heads side by side: flatten them before it.")
     reads = {name: about[name] for name in _OF_TOKENS if about.get(name) is not None}
-    return Imported(plain.to_sae(), NAME, reads, tuple(lost))
+    return plain.imported(
+        NAME, config, tensors, unused=_UNUSED.union(unused), only=_ONLY, reads=reads, lost=lost
+    )
 
 
-def _architecture(cfg: Mapping[str, Any], tensors: Tensors, where: Path | str) -> tuple[str, Any]:
-    """Its name, and k where it has one; before version 6 a topk was a standard SAE."""
-    name = "standard" if cfg.get("architecture") is None else cfg["architecture"]
-    if name not in ARCHITECTURES:
-        raise ValueError(
-            f"{where}: architecture={name!r} has no counterpart here: expected one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
+def _architecture(config: Config) -> tuple[str, int]:
+    """Its name, and k, 1 where it has none; before version 6 a topk was a standard SAE."""
+    name = config.choice("architecture", ARCHITECTURES, "standard")
     function = "relu"
     for key in ("activation_fn", "activation_fn_str"):
-        function = function if cfg.get(key) is None else cfg[key]
         allowed = ("relu", "topk") if name in ("standard", "topk") else ("relu",)
-        if function not in allowed:
-            raise ValueError(f"{where}: {key}={function!r}: expected {' or '.join(allowed)}")
-    options = {} if cfg.get("activation_fn_kwargs") is None else cfg["activation_fn_kwargs"]
-    if not isinstance(options, dict):
-        raise ValueError(f"{where}: activation_fn_kwargs={options!r}: expected names and values")
-    if name == "standard" and function == "topk":
+        function = config.choice(key, allowed, function)
+    options = config.part("activation_fn_kwargs")
+    k: Any = 1
+    if name == "topk" or function == "topk":
+        if options.get("k") is None:
+            k = (config if name == "topk" else options).whole("k")
+        else:
+            k = options.whole("k")
+            config.check_size("k", k)
         name = "topk"
-    of_options = f"{where}: activation_fn_kwargs"
-    refuse_others(options, ("k",) if name == "topk" else (), {}, of_options)
-    if name in ("batchtopk", "matryoshka_batchtopk"):
-        if "topk_threshold" not in tensors:
-            raise ValueError(f"{tensors.where} holds no topk_threshold, which {name} encodes with")
-        k = cfg.get("k")  # of a batch: there it may be a fraction, here it is the training's alone
-        return name, max(1, round(k)) if isinstance(k, int | float) else 1
-    if name != "topk":
-        return name, None
-    if options.get("k") is None:
-        return name, size(cfg, "k", where if cfg.get("architecture") == "topk" else of_options)
-    k = size(options, "k", of_options)
-    same_size(cfg, "k", k, where)
+    elif name.endswith("batchtopk"):
+        k = config.get("k")  # in training alone, where it may be a fraction
+        k = max(1, round(k)) if isinstance(k, int | float) else 1
+    options.refuse_others()
     return name, k
 
 
-def _finetuned(
-    cfg: Mapping[str, Any], tensors: Tensors, parts: dict[str, Any], where: Path | str
-) -> None:
+def _finetuned(config: Config, tensors: Tensors, parts: dict[str, Any]) -> None:
     """A factor for each code before decoding, which some old SAEs have: into the decoder's rows."""
-    scaled = flag(cfg, "finetuning_scaling_factor", False, where)
-    scaled = scaled or cfg.get("finetuning_method") == "scale"
+    scaled = config.flag("finetuning_scaling_factor")
+    scaled = scaled or config.options.get("finetuning_method") == "scale"
     name = "scaling_factor" if "scaling_factor" in tensors else "finetuning_scaling_factor"
     if not scaled and name not in tensors:
         return
@@ -221,32 +213,20 @@ def _finetuned(
         )
 
 
-def _normalisation(cfg: Mapping[str, Any], plain: Plain, d: int, where: Path | str) -> None:
-    name = cfg.get("normalize_activations")
-    if isinstance(name, bool | None):  # as the first versions had it
+def _normalisation(config: Config, plain: Plain) -> None:
+    name = config.get("normalize_activations", False)
+    if isinstance(name, bool):  # as the first versions had it
         name = "expected_average_only_in" if name else "none"
     if name == "constant_norm_rescale":
-        plain.scale_input(d**0.5).normalize = True
+        plain.scale_input(plain.d**0.5).normalize = True
     elif name == "expected_average_only_in":
         raise ValueError(
-            f"{where}: normalize_activations={name!r}: its tokens were scaled to a mean norm of "
-            "sqrt(d), by a factor that is not saved: fold it into the weights with SAELens's "
-            "fold_activation_norm_scaling_factor, and save it again"
+            f"{config.where}: normalize_activations={name!r}: its tokens were scaled to a mean "
+            "norm of sqrt(d), by a factor that is not saved: fold it into the weights with "
+            "SAELens's fold_activation_norm_scaling_factor, and save it again"
         )
-    elif name != "none":
-        raise ValueError(
-            f"{where}: normalize_activations={name!r} has no counterpart here: expected none or "
-            "constant_norm_rescale"
-        )
-
-
-def _reads_heads(cfg: Mapping[str, Any], where: Path | str) -> bool:
-    shape = cfg.get("reshape_activations")
-    if shape not in (None, "none", "hook_z"):
-        raise ValueError(f"{where}: reshape_activations={shape!r}: expected none or hook_z")
-    # Before version 6 its name alone told.
-    hook = cfg.get("hook_name", cfg.get("hook_point"))
-    return shape == "hook_z" or (isinstance(hook, str) and hook.endswith("_z"))
+    else:
+        config.choice("normalize_activations", ("none", "constant_norm_rescale"), "none")
 
 
 def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> list[str]:
@@ -266,12 +246,11 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> 
         ValueError: sparsemax, which has no counterpart there.
     """
     plain = Plain.of(sae, NAME)
-    m, d = plain.W_enc.shape
-    lost = ["Options of the training and counters of dead latents are left out."]
+    lost = [TRAINING_LOST]
     cfg: dict[str, Any] = {
-        "architecture": _RULES[plain.rule],
-        "d_in": d,
-        "d_sae": m,
+        "architecture": {"relu": "standard", "batch_topk": "jumprelu"}.get(plain.rule, plain.rule),
+        "d_in": plain.d,
+        "d_sae": plain.latents,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -281,25 +260,18 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> 
         "metadata": {"sae_lens_version": "6.0.0", "trained_with": "clipsae", **(metadata or {})},
     }
     if plain.normalize:
-        plain.scale_input(d**-0.5)
+        plain.scale_input(plain.d**-0.5)
         cfg["normalize_activations"] = "constant_norm_rescale"
         lost.append("There a token of norm 0 gives NaN; here it gives codes of 0.")
-    tensors = {"W_enc": plain.W_enc.T, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
-    if plain.rule == "gated":
-        tensors |= {"b_gate": plain.b_gate, "b_mag": plain.b_mag, "r_mag": plain.r_mag}
-    else:
-        tensors["b_enc"] = plain.b_enc
+    names = GATE if plain.rule == "gated" else ("b_enc",)
+    tensors = {name: getattr(plain, name) for name in ("W_dec", "b_dec", *names)}
+    tensors["W_enc"] = plain.W_enc.T
     if plain.rule == "topk":
         cfg |= {"k": plain.k, "rescale_acts_by_decoder_norm": False}
     elif plain.rule == "jumprelu":
         tensors["threshold"] = plain.theta
     elif plain.rule == "batch_topk":
-        tensors["threshold"] = torch.full((m,), plain.tau, dtype=torch.float64)
-        lost.append(f"k={plain.k} is the training's: there it is a JumpReLU with one threshold.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: t.float().contiguous() for name, t in tensors.items()},
-        folder / "sae_weights.safetensors",
-    )
-    (folder / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n")
+        tensors["threshold"] = torch.full((plain.latents,), plain.tau, dtype=torch.float64)
+        lost.append(f"k={plain.k} applies in training: there it is a JumpReLU with one threshold.")
+    write_files(folder, WEIGHTS, tensors, "cfg.json", cfg)
     return lost

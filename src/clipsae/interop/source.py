@@ -1,23 +1,15 @@
 """Where an SAE comes from: a folder or a file of any known format, or a Hugging Face id."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
-from clipsae.interop import (
-    checkpoint,
-    dictionary_learning,
-    hub,
-    native,
-    saelens,
-    visaebench,
-)
+from clipsae.interop import checkpoint, dictionary_learning, hub, saelens, sparsify, visaebench
+from clipsae.interop.files import Config, check_finite, read_config, read_weights
 from clipsae.interop.plain import Imported
 from clipsae.sae import SAE
 
 log = logging.getLogger(__name__)
-
-FORMATS = (native, saelens, dictionary_learning, visaebench)
-FILES = tuple(dict.fromkeys(name for one in FORMATS for name in one.FILES))
 
 
 def load(source: str | Path) -> SAE:
@@ -60,21 +52,51 @@ def _read(path: Path) -> Imported:
     file = path if path.is_file() and path.suffix in checkpoint.SUFFIXES else None
     if file is None and path.is_file() and path.name not in FILES:
         raise ValueError(
-            f"{path} is of no known format: expected a folder with one of {_marks()}, or a "
-            f"{', '.join(checkpoint.SUFFIXES)} file, as torch.save writes it"
+            f"{path} is of no known format: expected a folder with one of {', '.join(FORMATS)}, or "
+            f"a {', '.join(checkpoint.SUFFIXES)} file, as torch.save writes it"
         )
     folder = path.parent if path.is_file() else path
     if file is None or file.name in FILES:
-        for one in FORMATS:
-            if any((folder / name).is_file() for name in one.MARKS):
-                return one.read(folder)
+        for name, read_folder in FORMATS.items():
+            if (folder / name).is_file():
+                return read_folder(folder)
     files = [p for suffix in checkpoint.SUFFIXES for p in sorted(folder.glob(f"*{suffix}"))]
     if file is None and len(files) > 1:
         raise ValueError(f"{path} holds {len(files)} checkpoints: name one, such as {files[0]}")
     if file is None and not files:
-        raise FileNotFoundError(f"{path} holds no SAE: expected one of {_marks()}, or a .pt file")
+        raise FileNotFoundError(
+            f"{path} holds no SAE: expected one of {', '.join(FORMATS)}, or a .pt file"
+        )
     return checkpoint.read(file or files[0])
 
 
-def _marks() -> str:
-    return ", ".join(dict.fromkeys(name for one in FORMATS for name in one.MARKS))
+def _native(folder: Path) -> Imported:
+    """What `SAE.save` writes, checked more strictly than in `SAE.load`: it may be untrusted."""
+    about, weights = folder / "sae.json", folder / "sae.safetensors"
+    config = Config(read_config(about), about)
+    config.known("format", "version")
+    if not isinstance(config.get("config"), dict):
+        raise ValueError(f"{about} has no config: expected format, version and config")
+    config.refuse_others()
+    read_weights(weights)
+    try:
+        sae = SAE.load(folder)
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(said if str(folder) in said else f"{about}: {said}") from error
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{about}: an invalid config: {error}") from error
+    for name, tensor in sae.state_dict().items():
+        if tensor.is_floating_point():
+            check_finite(tensor, name, weights)
+    return Imported(sae, "clipsae")
+
+
+# Readers of folders, by the file that tells the format; what is fetched of a repository.
+FORMATS: dict[str, Callable[[Path], Imported]] = {
+    "sae.json": _native,
+    "cfg.json": saelens.read,
+    "ae.pt": dictionary_learning.read,
+    **dict.fromkeys(visaebench.CONFIGS, visaebench.read),
+}
+FILES = (*FORMATS, sparsify.WEIGHTS, saelens.WEIGHTS, *visaebench.WEIGHTS)

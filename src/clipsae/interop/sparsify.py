@@ -6,22 +6,16 @@ z W_dec + b_dec, with a row per latent in both matrices.
 
 from pathlib import Path
 
-from clipsae.interop.known import SPARSIFY, refuse_others
+from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
 from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import Tensors, read_config, read_safetensors, same_size, size
 
-NAME = "sparsify"
 WEIGHTS = "sae.safetensors"
 
-_READ = ("d_in", "num_latents", "k")
-_HARMLESS = {
-    "activation": ("topk",),
-    "signed": (False,),
-    "transcode": (False,),
-    "skip_connection": (False,),
-    "embed_skip": (False,),
-    "gram_lookup": (False,),
-}
+# Options without effect on the codes (multi_topk is the loss's), and those without one at a value.
+_UNUSED = names("expansion_factor gram_table_hash lookup_max_order multi_topk normalize_decoder")
+_ONLY = {"activation": ("topk",)} | dict.fromkeys(
+    ("signed", "transcode", "skip_connection", "embed_skip", "gram_lookup"), (False,)
+)
 
 
 def read(folder: Path) -> Imported:
@@ -31,21 +25,11 @@ def read(folder: Path) -> Imported:
         FileNotFoundError, ValueError: a file is missing or damaged; a transcoder, a skip
             connection or another activation, which have no counterpart here.
     """
-    about = folder / "cfg.json"
-    cfg = read_config(about)
-    refuse_others(cfg, (*SPARSIFY, *_READ), _HARMLESS, about)
-    tensors = Tensors(folder / WEIGHTS, read_safetensors(folder / WEIGHTS))
-    m, d = tensors.shape("encoder.weight", 2)
-    same_size(cfg, "d_in", d, about)
-    if cfg.get("num_latents"):  # 0: expansion_factor times d
-        same_size(cfg, "num_latents", m, about)
-    plain = Plain(
-        "topk",
-        W_enc=tensors.take("encoder.weight", m, d),
-        W_dec=tensors.take("W_dec", m, d),
-        b_enc=tensors.take("encoder.bias", m),
-        b_dec=tensors.take("b_dec", d),
-        k=size(cfg, "k", about),
-    )
-    tensors.refuse_others()
-    return Imported(plain.to_sae(), NAME)
+    config = Config(read_config(folder / "cfg.json"), folder / "cfg.json")
+    tensors = Tensors(read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    parts = tensors.linear("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+    plain = Plain("topk", **parts, k=config.whole("k"))
+    config.check_size("d_in", plain.d)
+    if config.get("num_latents"):  # 0: expansion_factor times d
+        config.check_size("num_latents", plain.latents)
+    return plain.imported("sparsify", config, tensors, unused=_UNUSED, only=_ONLY)

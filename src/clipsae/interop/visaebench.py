@@ -5,33 +5,27 @@ rows per latent in both matrices; `topk`, `batchtopk` (>= its threshold) and `ju
 metrics ask for any object with `encode` and `decode`: `VisaebenchSAE` is one around any SAE.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from clipsae.interop.known import VISAEBENCH, refuse_others
-from clipsae.interop.plain import Imported, Plain
-from clipsae.interop.safely import (
-    Tensors,
-    read_config,
-    read_pickle,
-    read_safetensors,
-    same_size,
-    size,
-)
+from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
+from clipsae.interop.plain import TRAINING_LOST, Imported, Plain, write_files
 from clipsae.sae import SAE
 
 NAME = "visaebench"
+CONFIGS = ("config.json", "config.yaml", "config.yml")
 WEIGHTS = ("sae.pt", "model.safetensors", "model.pt")
-MARKS = ("config.json", "config.yaml", "config.yml")
-FILES = (*MARKS, *WEIGHTS)
-
 RULES = {"topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
-_READ = (*("activation", "sae_type", "architecture", "k", "threshold", "input_dim", "hidden_dim"),)
+
+# Its options without effect on the codes, and overcomplete's.
+_UNUSED = names(
+    """
+    backbone batch_size dataset device dtype epochs expansion_factor layer learning_rate lr
+    model model_name name num_epochs seed steps activation sae_type architecture k threshold
+    """
+)
 _STANDARDISED = (
     "visaebench standardises tokens by a mean and a deviation that it saves beside its cache and "
     "not with the SAE: give it tokens treated alike."
@@ -39,65 +33,52 @@ _STANDARDISED = (
 
 
 def read(folder: Path) -> Imported:
-    """Read a folder, with its own names of tensors or those of the library overcomplete.
+    """Read a folder, with visaebench's names of tensors or overcomplete's.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, hostile or damaged; another activation.
     """
-    about = next(folder / name for name in MARKS if (folder / name).is_file())
-    config = read_config(about)
-    there = [name for name in WEIGHTS if (folder / name).is_file()]
-    if not there:
+    about = next(folder / name for name in CONFIGS if (folder / name).is_file())
+    config = Config(read_config(about), about)
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
         raise FileNotFoundError(f"{folder} holds a {about.name}, and none of {', '.join(WEIGHTS)}")
-    path = folder / there[0]
-    load = read_safetensors if path.suffix == ".safetensors" else read_pickle
-    tensors = Tensors(path, load(path))
+    tensors = Tensors(read_weights(path), path)
     name = config.get("activation", config.get("sae_type", config.get("architecture", "topk")))
     rule = RULES.get(str(name).lower())
     if rule is None:
         raise ValueError(f"{about}: activation={name!r}: expected one of {', '.join(RULES)}")
-    refuse_others(config, (*VISAEBENCH, *_READ), {}, about)
     lost = [_STANDARDISED]
-    plain = _convert(rule, config, about, tensors, lost).shift_input(1)
-    tensors.refuse_others()
-    m, d = plain.W_enc.shape
-    for name, found in (("input_dim", d), ("hidden_dim", m)):
-        same_size(config, name, found, about)
-    reads: dict[str, Any] = {
-        key: config[key] for key in ("backbone", "layer", "dataset") if key in config
-    }
-    return Imported(plain.to_sae(), NAME, reads, tuple(lost))
-
-
-def _convert(rule: str, config: dict, about: Path, tensors: Tensors, lost: list[str]) -> Plain:
     simple = "encoder.weight" in tensors
     prefix = "encoder." if simple else "encoder.final_block.0."
-    m, d = tensors.shape(f"{prefix}weight", 2)
-    w_dec = tensors.take("decoder.weight" if simple else "dictionary._weights", m, d)
+    parts = tensors.linear(
+        f"{prefix}weight",
+        f"{prefix}bias",
+        "decoder.weight" if simple else "dictionary._weights",
+        "decoder.bias" if "decoder.bias" in tensors else None,
+    )
+    m, d = parts["W_enc"].shape
     if "dictionary.multiplier" in tensors:
         # As visaebench does: an exponent, and none where it is 0.
-        w_dec = w_dec * tensors.take("dictionary.multiplier").exp()
-    plain = Plain(
-        rule,
-        W_enc=tensors.take(f"{prefix}weight", m, d),
-        W_dec=w_dec,
-        b_enc=tensors.take(f"{prefix}bias", m),
-        b_dec=tensors.take("decoder.bias", d) if "decoder.bias" in tensors else torch.zeros(d),
-    )
+        parts["W_dec"] = parts["W_dec"] * tensors.take("dictionary.multiplier").exp()
+    plain = Plain(rule, **parts).shift_input(1)
     if rule == "topk":
-        plain.k = size(config, "k", about)
+        plain.k = config.whole("k")
     elif rule == "batch_topk":
-        plain.k = size(config, "k", about) if config.get("k") is not None else 1
-        plain.tau = _threshold(config, about, tensors)
+        plain.k = config.whole("k") if config.get("k") is not None else 1
+        plain.tau = _threshold(config, tensors)
     else:
         given = [name for name in ("jump_thresholds", "thresholds") if name in tensors]
         if not given:
             lost.append("It has no thresholds: 0.01 for all, as visaebench takes them.")
         plain.theta = tensors.take(given[0], m) if given else torch.full((m,), 0.01)
-    return plain
+    config.check_size("input_dim", d)
+    config.check_size("hidden_dim", m)
+    reads = config.known("backbone", "layer", "dataset")
+    return plain.imported(NAME, config, tensors, unused=_UNUSED, reads=reads, lost=lost)
 
 
-def _threshold(config: dict, about: Path, tensors: Tensors) -> float:
+def _threshold(config: Config, tensors: Tensors) -> float:
     """Below which a code is 0; there one that equals it passes, here only one above it."""
     value = config.get("threshold")
     if "_running_threshold" in tensors:
@@ -105,7 +86,7 @@ def _threshold(config: dict, about: Path, tensors: Tensors) -> float:
         value = running if value is None else value
     value = 0.0 if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise ValueError(f"{about}: threshold={value!r}: expected a number")
+        raise ValueError(f"{config.where}: threshold={value!r}: expected a number")
     below = torch.nextafter(torch.tensor(float(value)), torch.tensor(-torch.inf))
     return max(below.item(), 0.0)
 
@@ -129,8 +110,7 @@ def write(sae: SAE, folder: Path) -> list[str]:
             "clipsae.interop.visaebench.VisaebenchSAE(sae) there instead"
         )
     plain.shift_input(-1)
-    m, d = plain.W_enc.shape
-    config = {"activation": "jumprelu", "input_dim": d, "hidden_dim": m}
+    config = {"activation": "jumprelu", "input_dim": plain.d, "hidden_dim": plain.latents}
     tensors = {
         "encoder.weight": plain.W_enc,
         "encoder.bias": plain.b_enc,
@@ -144,15 +124,12 @@ def write(sae: SAE, folder: Path) -> list[str]:
         above = torch.nextafter(tau, torch.tensor(torch.inf)).item()
         config |= {"activation": "batchtopk", "k": plain.k, "threshold": above}
     else:
-        tensors["jump_thresholds"] = torch.zeros(m) if plain.theta is None else plain.theta
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: t.float().contiguous() for name, t in tensors.items()}, folder / "model.safetensors"
-    )
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        theta = torch.zeros(plain.latents) if plain.theta is None else plain.theta
+        tensors["jump_thresholds"] = theta
+    write_files(folder, "model.safetensors", tensors, "config.json", config)
     return [
-        "Options of the training and counters of dead latents are left out.",
-        "visaebench standardises tokens unless it is told not to: pass mean=torch.zeros(d), std=1.",
+        TRAINING_LOST,
+        "visaebench standardises tokens by default: pass mean=torch.zeros(d), std=1.",
     ]
 
 

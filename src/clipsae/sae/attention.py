@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from clipsae.sae.base import Architecture
 from clipsae.sae.checks import one_of, positive
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.dictionary import Dictionary, mix
-from clipsae.sae.losses import at_least_float32
-from clipsae.sae.memory import empty
+from clipsae.sae.dense import at_least_float32, empty
 from clipsae.sae.registry import ARCHITECTURES
+from clipsae.sae.sparse_ops import Dictionary, mix
 
 QUERIES = ("identity", "learned")
 
@@ -32,7 +31,7 @@ class Attention(Architecture):
     Args:
         d: width of the tokens.
         latents: M.
-        encoder_bias: there is none, whatever the activation allows.
+        encoder_bias: unused; there are no biases.
         query: "identity": Q = x (released code); "learned": Q = x W_Q (the paper's text),
             which starts as W_K does.
         scale: what the scores are divided by: a number (released code: 1), or "sqrt_d" (the text).
@@ -110,9 +109,9 @@ class _Norms(torch.autograd.Function):
         wide, w = at_least_float32(rows), at_least_float32(matrix)
         factor = torch.where(norms > 0, gradient.to(norms.dtype) / norms, 0)[:, None]
         scaled = torch.mul(wide, factor, out=empty(*wide.shape, like=wide))
-        of_matrix = (wide.T @ scaled) @ w
-        of_rows = torch.mul(by_g, factor, out=scaled)
-        return of_rows.to(rows.dtype), of_matrix.to(matrix.dtype)
+        matrix_grad = (wide.T @ scaled) @ w
+        rows_grad = torch.mul(by_g, factor, out=scaled)
+        return rows_grad.to(rows.dtype), matrix_grad.to(matrix.dtype)
 
 
 def _kaiming(rows: int, columns: int, fan_in: int) -> Tensor:

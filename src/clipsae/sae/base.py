@@ -1,4 +1,4 @@
-"""What an architecture and an activation owe an SAE, and what an SAE returns.
+"""The contract of an architecture and an activation, and what an SAE returns.
 
 Letters: B images or tokens, T tokens of an image, N tokens in all, d width, M latents, n latents
 kept, p pairs of token and latent.
@@ -12,28 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.dictionary import Dictionary
-from clipsae.sae.selection import above
-
-
-def _fired(codes: Tensor) -> Tensor:
-    codes = codes.flatten(0, -2)
-    if codes.device.type != "cpu" or not len(codes):
-        return (codes != 0).sum(dim=0)
-    # A few tokens stay in the cache, and their number fits in a byte: int64 sums of booleans take
-    # ten times as long.
-    active = ((part != 0).view(torch.uint8) for part in codes.split(64))
-    return sum(part.sum(dim=0, dtype=torch.uint8).long() for part in active)
+from clipsae.sae.losses import relative_error
+from clipsae.sae.sparse_ops import Dictionary, above
 
 
 @dataclass(frozen=True)
 class SAEOutput:
-    """What an SAE made of a batch.
+    """What an SAE returns for a batch.
 
     Attributes:
         reconstruction: [..., d], in the units of the input.
-        encoded: the codes [..., M], dense or, in training where few act, sparse.
-        losses: named terms, scalars, each already weighted. In eval mode the reconstruction only.
+        encoded: the codes [..., M], dense or, in training where few are active, sparse.
+        losses: named terms, scalars, already weighted. In eval mode the reconstruction only.
     """
 
     reconstruction: Tensor
@@ -49,7 +39,13 @@ class SAEOutput:
         """LongTensor [M]: how many tokens each latent is active on."""
         if isinstance(self.encoded, SparseCodes):
             return self.encoded.view(-1, self.encoded.latents).count()
-        return _fired(self.encoded)
+        codes = self.encoded.flatten(0, -2)
+        if codes.device.type != "cpu" or not len(codes):
+            return (codes != 0).sum(dim=0)
+        # A few tokens stay in the cache, and their number fits in a byte: int64 sums of booleans
+        # take ten times as long.
+        active = ((part != 0).view(torch.uint8) for part in codes.split(64))
+        return sum(part.sum(dim=0, dtype=torch.uint8).long() for part in active)
 
     @property
     def loss(self) -> Tensor:
@@ -58,10 +54,10 @@ class SAEOutput:
 
 
 class Architecture(nn.Module):
-    """Maps tokens to scores and codes back to tokens; knows nothing of sparsity.
+    """Maps tokens to scores and, called with codes, codes to tokens; independent of sparsity.
 
     A subclass's `__init__(self, d, latents, encoder_bias, *, ...)` declares its options as
-    keyword-only arguments. `encoder_bias` is False where the activation brings its own.
+    keyword-only arguments. `encoder_bias` is False where the activation has its own.
     """
 
     unit_rows = False
@@ -72,21 +68,14 @@ class Architecture(nn.Module):
         raise NotImplementedError
 
     def combine(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
-        """What codes [..., M] (or [..., n]) add to the reconstruction, [..., d], without the bias.
-
-        Args:
-            codes: sparse ones only where there is a `dictionary`; see `clipsae.sae.dictionary.mix`.
-        """
+        """Codes [..., M] (or [..., n]) -> what they add to the reconstruction [..., d], without
+        the bias. Codes are sparse only where there is a `dictionary`; see `sparse_ops.mix`."""
         raise NotImplementedError
 
-    def decode(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
         """`combine` with the bias."""
         combined = self.combine(codes, latents)
         return combined if self.bias is None else combined + self.bias
-
-    def forward(self, codes: Tensor | SparseCodes) -> Tensor:
-        """`decode`, for `torch.func.functional_call`."""
-        return self.decode(codes)
 
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
         """What a latent adds to the reconstruction: [M, d], or those of `latents`."""
@@ -102,14 +91,12 @@ class Architecture(nn.Module):
         return None
 
     def dictionary(self) -> Dictionary | None:
-        """The encoder, of which training needs the active latents alone, for inputs `query(x)`.
-
-        None: only `scores` and `combine` are known, and all products are dense.
-        """
+        """The encoder as a matrix whose products with `query(x)` are the scores, for sparse
+        training. None: only `scores` and `combine` are known, and all products are dense."""
         return None
 
     def query(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]: what the dictionary's scores are products with."""
+        """[..., d] -> [..., d]: the dictionary's input."""
         return x
 
     def initialize(self, x: Tensor) -> None:
@@ -130,11 +117,10 @@ class LossInputs:
         x: the input [N, d].
         scores, codes: both [N, M], or both sparse codes of the same pairs. `.sum()`, and `*` with
             a factor for each latent [M], serve either.
-        tokens: N, what sums over them are divided by; 1 if there is none.
+        tokens: N, what sums over them are divided by; at least 1.
         architecture: of the SAE.
         decode: (codes like these, frozen=False) -> [N, d], in units of x. Its gradients reach the
             codes and, unless frozen, the decoder.
-        relative_error: (reconstruction [N, d]) -> scalar, the reconstruction loss of this batch.
     """
 
     x: Tensor
@@ -143,7 +129,10 @@ class LossInputs:
     tokens: int
     architecture: Architecture
     decode: Callable[..., Tensor]
-    relative_error: Callable[[Tensor], Tensor]
+
+    def relative_error(self, reconstruction: Tensor) -> Tensor:
+        """The reconstruction loss of another reconstruction [N, d] of this batch, a scalar."""
+        return relative_error(reconstruction, self.x)
 
 
 class Activation(nn.Module):
@@ -153,7 +142,7 @@ class Activation(nn.Module):
     """
 
     encoder_bias = True
-    """False where the activation has biases of its own, so that the encoder needs none."""
+    """False where the activation has biases, so that the encoder needs none."""
 
     across_tokens = False
     """Whether a token's codes in training depend on the batch's other tokens."""
@@ -166,7 +155,7 @@ class Activation(nn.Module):
     """Processes that a training batch is spread over: see `SAE.world_size`."""
 
     full_precision: tuple[str, ...] = ()
-    """Parameters and buffers that stay float32 (or float64) whatever the SAE is cast to."""
+    """Parameters and buffers that stay float32 (or float64) in a half precision SAE."""
 
     def __init__(self, latents: int) -> None:
         super().__init__()
@@ -178,7 +167,7 @@ class Activation(nn.Module):
         raise NotImplementedError
 
     def magnitude(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
-        """f: the code of a score that passes. Here the score itself."""
+        """f: the code of a score that passes; by default the score itself."""
         return scores
 
     def apply_threshold(self, scores: Tensor, tau: Tensor, latents: Tensor | None = None) -> Tensor:
@@ -189,14 +178,13 @@ class Activation(nn.Module):
     def support(self, scores: Tensor) -> Tensor | None:
         """Where codes in training, or gradients of their losses, may differ from 0.
 
-        What opts into sparse training: `forward` then gets the scores at these places only. The
-        default is None: all.
+        Defining it opts into sparse training: `forward` then gets the scores at these places only.
 
         Args:
             scores: [N, M], without gradient. They may be overwritten where codes are impossible.
 
         Returns:
-            LongTensor [p], token * M + latent; None where dense products are faster.
+            LongTensor [p], token * M + latent; None, the default, where dense products are faster.
         """
         return None
 
@@ -204,7 +192,7 @@ class Activation(nn.Module):
         """Codes in training, with the gradients that the variant defines. May update buffers.
 
         Args:
-            scores: [..., M], or sparse where `support` says. The codes are of the same kind.
+            scores: [..., M], or sparse at the pairs of `support`. The codes are of the same kind.
         """
         if isinstance(scores, SparseCodes):
             tau, latents = self.threshold(scores.values), scores.latent
@@ -216,10 +204,8 @@ class Activation(nn.Module):
         return {}
 
     def auxk_scores(self, scores: Tensor) -> Tensor:
-        """How strongly latents would act if none were suppressed, >= 0: where AuxK chooses.
-
-        Element by element, for scores of any shape and any latents.
-        """
+        """How strongly latents would act if none were suppressed, >= 0: AuxK keeps the largest of
+        the dead. Element by element, for scores of any shape and any latents."""
         return torch.relu(scores)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -6,16 +6,15 @@ batch is that of all ranks (`SAE.world_size`).
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipsae.sae.base import Activation
 from clipsae.sae.checks import fraction, whole
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.distributed import share, smallest
-from clipsae.sae.losses import at_least_float32
+from clipsae.sae.dense import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.selection import positions_above, strided_maxima
-from clipsae.sae.sparse_ops import prefers_dense
+from clipsae.sae.sparse_ops import positions_above, prefers_dense, strided_maxima
 
 
 @ACTIVATIONS.register("batch_topk")
@@ -96,6 +95,40 @@ class BatchTopK(Activation):
         # (`torch.where` of two Python numbers would be float32.)
         average = self.threshold_decay * old + (1 - self.threshold_decay) * found
         new = torch.where(self.step > self.threshold_start_step, average, found)
-        # A batch without any positive score says nothing of the threshold.
+        # A batch without a positive score leaves the threshold as it is.
         old.copy_(torch.where(found.isfinite(), new, old))
         self.step += 1
+
+
+def smallest(values: Tensor, world_size: int) -> Tensor:
+    """The smallest over all ranks, element by element."""
+    if world_size > 1:
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+    return values
+
+
+def share(values: Tensor, kept: int, world_size: int) -> int:
+    """How many of this rank's `values` are among the `kept` largest of all ranks'.
+
+    Each rank sends its `kept` largest. Where equal values compete for the last places, those of
+    the first ranks are kept.
+
+    Args:
+        values: [p], without gradient. Only those above 0 are sure to be counted.
+        kept: the same on all ranks.
+    """
+    if world_size == 1:
+        return min(kept, len(values))
+    mine = at_least_float32(values.new_zeros(kept))
+    largest = values.topk(min(kept, len(values))).values
+    mine[: len(largest)] = largest
+    parts = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(parts, mine)
+    gathered = torch.stack(parts)
+    border = gathered.flatten().topk(kept, sorted=False).values.min()
+    above, equal = (gathered > border).sum(1), (gathered == border).sum(1)
+    places = kept - above.sum() - (equal.cumsum(0) - equal)  # left for each rank's equal ones
+    rank = dist.get_rank()
+    count = above[rank] + places[rank].clamp(min=0).minimum(equal[rank])
+    return min(int(count), len(values))

@@ -1,6 +1,7 @@
-"""Codes without their zeros: the one format that training, evaluation, metrics and pictures share.
+"""Sparse codes: the format that training, evaluation, metrics and pictures share.
 
-N tokens in all, M latents, p pairs of a token and a latent.
+N tokens in all, M latents, p pairs of a token and a latent. `clipsae.sae.sparse_ops` has the
+products with matrices.
 """
 
 import warnings
@@ -11,23 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsae.sae.sparse_ops import backend, prefers_dense
-
 
 class SparseCodes:
-    """Codes [..., M] as pairs of a token and a latent, with a value each. All other codes are 0.
+    """Codes [..., M] as (token, latent) pairs with a value each. All other codes are 0.
 
         codes = sae.encode_sparse(x)         # x [B, T, d] -> codes [B, T, M]
         sae.decode(codes, sae.input_scale(x))
         codes.values, codes.token, codes.latent        # [p] each
-        codes.count(codes.values > 0.2)      # per image and latent: LongTensor [B, M]
+        codes.count(codes.values > 0.2)      # tokens per image and latent: LongTensor [B, M]
         codes.lookup(latents)                # LongTensor [B, n] -> their codes [B, T, n]
         codes[3].compact()                   # one image [T, M], a copy of 8 bytes a pair
 
     Args:
         values: [p]. Zeros are allowed; negative values, too.
-        positions: [p], integers, token * M + latent, none twice. In any order; ascending where they
-            come from `SAE.encode_sparse` or `from_dense`, which `lookup` and indexing need.
+        positions: [p], integers, token * M + latent, without duplicates. `lookup`, indexing and
+            `csr` need them ascending, as `SAE.encode_sparse` and `from_dense` return them.
         shape: of the dense codes, (..., M). Tokens are counted through all but the last.
     """
 
@@ -89,17 +88,13 @@ class SparseCodes:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def prefers_dense(self) -> bool:
-        """Whether dense products with `dense()` are faster."""
-        return prefers_dense(self.values, len(self.values), prod(self.shape))
-
     def dense(self) -> Tensor:
         """[..., M], differentiable."""
         flat = self.values.new_zeros(prod(self.shape))
         return flat.scatter(0, self.positions.long(), self.values).view(self.shape)
 
     def sum(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Of all codes, a scalar."""
+        """The sum of all codes, a scalar."""
         return self.values.sum(dtype=dtype)
 
     def __mul__(self, factors: Tensor) -> "SparseCodes":
@@ -119,12 +114,11 @@ class SparseCodes:
         return values.new_zeros(self.latents).index_add_(0, self.latent, values)
 
     def count(self, where: Tensor | None = None) -> Tensor:
-        """Pairs of each latent, LongTensor [M] of codes [N, M], [B, M] of codes [B, T, M].
-
-        Args:
-            where: BoolTensor [p], which pairs; None: those whose value is not 0.
-        """
-        return backend(self.values).count(self, self.values != 0 if where is None else where)
+        """Pairs of each latent, LongTensor [M] of codes [N, M], or [B, M] of codes [B, T, M];
+        only those `where`, BoolTensor [p], or whose value is not 0."""
+        where = self.values != 0 if where is None else where
+        shape = (*self.shape[:-2], self.latents)
+        return torch.bincount(self.cell[where], minlength=prod(shape)).view(shape)
 
     def row_counts(self) -> Tensor:
         """Pairs of each token, LongTensor [N]."""
@@ -133,8 +127,8 @@ class SparseCodes:
     def totals(self) -> Tensor:
         """Each latent's codes summed over tokens, float64 [M], or [B, M] of codes [B, T, M].
 
-        float64 sums of some hundred float32 values are exact unless the values differ by 2^20:
-        equal latents have equal totals in whatever order a device adds.
+        Sums of some hundred float32 values are then exact unless the values differ by 2^20: equal
+        latents have equal totals in any order of summation.
         """
         shape = (*self.shape[:-2], self.latents)
         sums = torch.bincount(self.cell, self.values.double(), prod(shape))
@@ -149,12 +143,17 @@ class SparseCodes:
         return image * self.latents + self.latent
 
     def lookup(self, latents: Tensor) -> Tensor:
-        """The codes of some latents: LongTensor [n] -> [..., n]; [B, n] -> [B, T, n], other ones
-        for each image."""
-        return backend(self.values).lookup(self, latents)
+        """The codes of chosen latents: LongTensor [n] -> [..., n]; or [B, n] -> [B, T, n]."""
+        token = torch.arange(self.tokens, device=latents.device).view(*self.shape[:-1], 1)
+        chosen = latents if latents.ndim == 1 else latents[:, None]
+        wanted = (token * self.latents + chosen).to(self.positions.dtype)
+        if not len(self.positions):
+            return self.values.new_zeros(wanted.shape)
+        at = torch.searchsorted(self.positions, wanted).clamp_(max=len(self.positions) - 1)
+        return torch.where(self.positions[at] == wanted, self.values[at], 0)
 
     def __getitem__(self, index: int | slice | Tensor) -> "SparseCodes":
-        """One, consecutive, or by BoolTensor chosen images (or tokens, of codes [N, M])."""
+        """An image, a slice of images, or those of a BoolTensor (of codes [N, M]: tokens)."""
         if isinstance(index, Tensor):
             new = index.cumsum(0) - 1
             size = prod(self.shape[1:])

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from clipsae.sae.base import Activation, LossInputs, aligned, per_latent
 from clipsae.sae.checks import not_negative
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.elementwise import elementwise, passing
+from clipsae.sae.dense import elementwise, passing
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import l1_norm
-from clipsae.sae.selection import positions_above
+from clipsae.sae.sparse_ops import positions_above
 
 
 @ACTIVATIONS.register("gated")
@@ -58,7 +58,7 @@ class Gated(Activation):
         return positions_above(scores, -self.b_gate)
 
     def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
-        # The gate's threshold learns from the penalty and the gate's own reconstruction alone.
+        # b_gate has gradients of the penalty and of the gate's own reconstruction alone.
         parameters = self.b_gate.detach(), self.r_mag, self.b_mag
         return elementwise(_codes, scores, *(aligned(p, scores) for p in parameters))
 

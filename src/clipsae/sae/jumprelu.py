@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from clipsae.sae.base import Activation, LossInputs, aligned
 from clipsae.sae.checks import not_negative, positive
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.elementwise import elementwise, passing
+from clipsae.sae.dense import elementwise, passing
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.selection import positions_above
+from clipsae.sae.sparse_ops import positions_above
 
 
 @ACTIVATIONS.register("jumprelu")
@@ -91,7 +91,7 @@ def _kernel(scores: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
 
 
 def _summed(values: Tensor, theta: Tensor) -> Tensor:
-    """[n, M] -> [M], in theta's dtype; as they are where each value has a theta of its own."""
+    """[n, M] -> [M], in theta's dtype; unchanged where each value has its theta."""
     return values if values.shape == theta.shape else values.sum(dim=0, dtype=theta.dtype)
 
 

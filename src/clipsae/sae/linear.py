@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from clipsae.sae.base import Architecture
 from clipsae.sae.checks import boolean, one_of
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.dictionary import Dictionary, mix
-from clipsae.sae.median import geometric_median
 from clipsae.sae.registry import ARCHITECTURES
+from clipsae.sae.sparse_ops import Dictionary, mix
 
 ENCODER_INITS = ("independent", "tied")
 BIAS_INITS = ("images", "tokens", "zero")
@@ -31,8 +30,8 @@ class Linear(Architecture):
         encoder_init: "independent": Kaiming-uniform of fan-in M, as PatchSAE's [d, M] matrix
             gets it (bound sqrt(6/M)); "tied": a copy of W_dec (dictionary_learning). Only the
             start: they are trained apart.
-        unit_decoder: decoder rows have norm 1 after each step, and gradients lose their part
-            along the row, which that would undo.
+        unit_decoder: decoder rows have norm 1 after each step; gradients lose their part along
+            the row.
         bias_init: b_dec starts as the geometric median of a batch. "images": an image's [T, d]
             tokens are one point of T x d numbers, the result is averaged over the T positions
             (PatchSAE); "tokens": each token is a point (dictionary_learning); "zero": stays 0.
@@ -60,8 +59,7 @@ class Linear(Architecture):
         self.b_enc = nn.Parameter(torch.zeros(latents)) if encoder_bias else None
         with torch.no_grad():
             nn.init.uniform_(self.W_dec, -math.sqrt(6 / d), math.sqrt(6 / d))
-            # Unit rows are the start also where they are not kept.
-            self._normalize_rows()
+            self._normalize_rows()  # at the start also where unit rows are not kept
             if encoder_init == "tied":
                 self.W_enc.copy_(self.W_dec)
             else:
@@ -123,3 +121,28 @@ class Linear(Architecture):
 def _parts(rows: Tensor) -> tuple[Tensor, ...]:
     """Rows [M, d] in parts that stay in a CPU's cache while they are worked on."""
     return rows.split(1024 if rows.device.type == "cpu" else len(rows))
+
+
+def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-20) -> Tensor:
+    """The point with the least sum of distances, by Weiszfeld's algorithm, as PatchSAE runs it.
+
+    Args:
+        points: [N, p].
+        iterations: at most this many.
+        tolerance: stops when the sum of distances changes by less, relatively.
+
+    Returns:
+        [p], in the points' dtype; the work is done in float64.
+    """
+    wide = points.double()
+    median = wide.mean(dim=0)
+    before = None
+    for _ in range(iterations):
+        distance = torch.linalg.vector_norm(wide - median, dim=1)
+        total = distance.sum()
+        if before is not None and abs(before - total) <= tolerance * total:
+            break
+        before = total
+        weight = 1 / distance.clamp(min=1e-6)  # the median may be one of the points
+        median = (weight[:, None] * wide).sum(dim=0) / weight.sum()
+    return median.to(points.dtype)

@@ -1,4 +1,4 @@
-"""The one scale of all losses, and how published weights convert to it.
+"""The scale that all losses share, and AuxK.
 
 Every variant's reconstruction loss is PatchSAE's: the mean over tokens and features of
 (x_hat - x)^2 / ||x||. For a token of norm r and width d that is ||x_hat - x||^2 / (d r). Where a
@@ -18,15 +18,21 @@ which are those of the loss.
 (r: typical norm of a token. With tokens divided by c the codes are divided by c too, so a sum of
 codes gains a factor c and a number of latents c^2.) With `normalize_input: true` the codes are
 those of unit tokens, while the loss stays that of x: r then appears in the l1 row, too: l1: r / d.
+
+AuxK: dead latents learn to reconstruct the residual. Gao et al., "Scaling and evaluating sparse
+autoencoders", 2024 (arXiv 2406.04093), in the form of dictionary_learning
+(https://github.com/saprmarks/dictionary_learning). It has replaced ghost gradients.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from clipsae.sae.codes import SparseCodes
+from clipsae.sae.codes import SparseCodes
+from clipsae.sae.dense import at_least_float32
+from clipsae.sae.sparse_ops import Dictionary, largest_positions
 
 
 def relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
@@ -44,12 +50,74 @@ def relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
     return errors.mean() if errors.numel() else errors.sum()
 
 
-def mean_over_tokens(codes: "Tensor | SparseCodes", tokens: int) -> Tensor:
-    """The sum of all codes over the number of tokens, a scalar, in float32 at least."""
-    dtype = torch.float32 if codes.dtype in (torch.bfloat16, torch.float16) else None
-    return codes.sum(dtype=dtype) / tokens
+def dead_codes(scores: Tensor, dead: Tensor, k: int) -> Tensor:
+    """The k largest of a token's scores among the dead latents, zeros elsewhere: [N, M].
+
+    Args:
+        scores: [N, M], `Activation.auxk_scores`.
+        dead: BoolTensor [M]. Fewer than k: all of them.
+    """
+    # Without asking which are dead: on a GPU, the answer would have to be waited for.
+    masked = scores.detach().masked_fill(~dead, -1)  # below all scores
+    indices = masked.topk(min(k, dead.numel()), dim=-1, sorted=False).indices
+    values = scores.gather(-1, indices) * dead[indices]
+    return torch.zeros_like(scores).scatter(-1, indices, values)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """x, half precision as float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def sparse_dead_codes(
+    dictionary: Dictionary,
+    query: Tensor,
+    auxk_scores: Callable[[Tensor], Tensor],
+    dead: Tensor,
+    k: int,
+) -> SparseCodes | None:
+    """The same from the scores of the dead latents alone; None where no latent is dead.
+
+    Args:
+        query: [N, d], the dictionary's input.
+    """
+    latents = dead.nonzero()[:, 0]
+    if not len(latents):
+        return None
+
+    def choose(scores: Tensor) -> Tensor:
+        return largest_positions(auxk_scores(scores), min(k, len(latents)))
+
+    scores = dictionary.find(query, choose, latents=latents)
+    assert isinstance(scores, SparseCodes)
+    return scores.with_values(auxk_scores(scores.values))
+
+
+def auxk_loss(
+    x: Tensor, reconstruction: Tensor, aux: Tensor, defined: Tensor, world_size: int = 1
+) -> Tensor:
+    """||e - aux||^2 / ||e - mean e||^2 with e = x - x_hat held fixed.
+
+    Dictionary and encoder both receive gradients: without the encoder's, a dead latent would
+    learn what to write and never when.
+
+    Args:
+        x, reconstruction: [N, d].
+        aux: [N, d], what the dead latents decode to, without the bias.
+        defined: whether there are dead latents. Where there is none, or e is the same for all
+            tokens, the result is exactly 0.
+        world_size: ranks that the batch is spread over, in equal parts. The mean of their results,
+            and so of their gradients, is then that of the whole batch.
+    """
+    error = at_least_float32((x - reconstruction).detach())
+    left = (error - at_least_float32(aux)).square().sum()
+    mean = summed(error.mean(dim=0), world_size) / world_size
+    sizes = torch.stack([(error - mean).square().sum(), error.square().sum()])
+    whole, size = summed(sizes, world_size) / world_size
+    # A residual that is the same for all tokens leaves only rounding errors here.
+    rounding = torch.finfo(error.dtype).eps * size
+    defined = defined & (whole > rounding)
+    return torch.where(defined, left / torch.where(defined, whole, 1), 0)
+
+
+def summed(values: Tensor, world_size: int) -> Tensor:
+    """The sum over all ranks, without gradient through the others' values."""
+    if world_size > 1:
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.SUM)
+    return values

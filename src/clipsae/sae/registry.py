@@ -1,4 +1,4 @@
-"""Names of the parts an SAE is made of, and which options each part declares.
+"""Names of an SAE's parts, and the options that each declares.
 
 A new variant is one file with a decorated class; from outside the package, too:
 
@@ -28,7 +28,7 @@ class Registry(dict[str, type[Any]]):
         self.kind = kind
 
     def register(self, name: str) -> Callable[[type], type]:
-        """Class decorator: known under `name` from now on.
+        """Class decorator: registers the class under `name`.
 
         Raises:
             ValueError: the name is taken by another class.

@@ -10,10 +10,9 @@ from torch import Tensor
 from clipsae.sae.base import Activation, LossInputs
 from clipsae.sae.checks import not_negative
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.elementwise import elementwise
-from clipsae.sae.losses import mean_over_tokens
+from clipsae.sae.dense import at_least_float32, elementwise
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.selection import positions_above
+from clipsae.sae.sparse_ops import positions_above
 
 
 @ACTIVATIONS.register("relu")
@@ -53,4 +52,4 @@ def l1_norm(codes: Tensor | SparseCodes, inputs: LossInputs) -> Tensor:
     """Mean over tokens of the sum of codes >= 0, times the decoder's norms where they vary."""
     if not inputs.architecture.unit_rows:
         codes = codes * inputs.architecture.decoder_norms()
-    return mean_over_tokens(codes, inputs.tokens)
+    return codes.sum(dtype=at_least_float32(inputs.x[:0]).dtype) / inputs.tokens

@@ -5,6 +5,7 @@ Letters: B images or tokens, T tokens of an image, d width, M latents, n latents
 
 import inspect
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clipsae.sae.auxk import auxk_loss, dead_codes, dead_codes_of
 from clipsae.sae.base import Activation, Architecture, LossInputs, SAEOutput
 from clipsae.sae.checks import boolean, near, not_negative, whole
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.dictionary import Dictionary
-from clipsae.sae.distributed import summed
-from clipsae.sae.losses import at_least_float32, relative_error
+from clipsae.sae.dense import at_least_float32
+from clipsae.sae.losses import (
+    auxk_loss,
+    dead_codes,
+    relative_error,
+    sparse_dead_codes,
+    summed,
+)
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
-from clipsae.sae.selection import positions_above
-from clipsae.sae.sparse_ops import BLOCK, prefers_dense
+from clipsae.sae.sparse_ops import BLOCK, Dictionary, positions_above, prefers_dense
 
 FORMAT = "clipsae.sae"
 VERSION = 2
 RENAMED = {"l0": "l0_coefficient", "l1": "l1_coefficient"}
-"""Options of version 1 that have another name now."""
+"""Options of version 1 that have been renamed."""
 
 
 class SAE(nn.Module):
     """z = activation(scores(x)), x_hat = decode(z).
 
-    In evaluation every variant is a threshold on its scores, z_m = f(s_m) if s_m > tau else 0:
-    `encode(x)` equals `apply_threshold(scores(x), threshold(scores(x)))`.
+    In evaluation every variant is a threshold on its scores, z_m = f(s_m) if s_m > tau else 0.
 
     Args:
         d: width of the tokens.
@@ -45,16 +48,17 @@ class SAE(nn.Module):
         reconstruction_weight: of the reconstruction loss (see `clipsae.sae.losses`); the released
             Sparsemax SAE has 10.
         auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none. Only
-            where an activation holds back scores above 0.
+            where an activation suppresses scores above 0.
         auxk_k: latents of a token in that loss; None: d / 2. Not without auxk.
         dead_after: a latent is dead when it was silent for this many tokens.
         options: those of the chosen architecture and activation; see their classes.
 
     Raises:
-        ValueError: an invalid size, name or option; it names what exists.
+        ValueError: an invalid size, name or option; the message lists what exists.
     """
 
     tokens_since_fired: Tensor
+    config: dict[str, Any]
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class SAE(nn.Module):
         dead_after: int = 10_000_000,
         **options: Any,
     ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ("self", "options", "__class__")}
         super().__init__()
         whole("d", d)
         whole("latents", latents)
@@ -87,7 +92,7 @@ class SAE(nn.Module):
                 "no score above 0 to learn from: set it to 0. How many stay dead is measured as "
                 "dead_fraction"
             )
-        of_architecture, of_activation = _part_options(architecture, activation, options)
+        architecture_options, activation_options = _part_options(architecture, activation, options)
         self.d = d
         self.latents = latents
         self.normalize_input = normalize_input
@@ -95,24 +100,12 @@ class SAE(nn.Module):
         self.auxk = auxk
         self.auxk_k = max(1, d // 2) if auxk_k is None else auxk_k
         self.dead_after = dead_after
-        self.activation: Activation = ACTIVATIONS[activation](latents, **of_activation)
+        self.activation: Activation = ACTIVATIONS[activation](latents, **activation_options)
         self.architecture: Architecture = ARCHITECTURES[architecture](
-            d, latents, self.activation.encoder_bias, **of_architecture
+            d, latents, self.activation.encoder_bias, **architecture_options
         )
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
-        self.config: dict[str, Any] = {
-            "d": d,
-            "latents": latents,
-            "architecture": architecture,
-            "activation": activation,
-            "normalize_input": normalize_input,
-            "reconstruction_weight": reconstruction_weight,
-            "auxk": auxk,
-            "auxk_k": auxk_k,
-            "dead_after": dead_after,
-            **of_architecture,
-            **of_activation,
-        }
+        self.config = given | architecture_options | activation_options
 
     # --- from tokens to codes and back ---
 
@@ -149,8 +142,8 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCodes:
-        """`encode` without gradients and zeros, positions ascending. Where few latents act, only a
-        few tokens' scores are in memory together."""
+        """`encode` without gradients and zeros, positions ascending. Where few latents are active,
+        only a few tokens' scores are in memory together."""
         self._check(x)
         shape = (*x.shape[:-1], self.latents)
         dictionary = self._dictionary(x)
@@ -189,16 +182,17 @@ class SAE(nn.Module):
             latents: the codes are dense [..., n] of these: LongTensor [n] or [B, n].
         """
         if isinstance(codes, SparseCodes) and (
-            self._dictionary(codes.values) is None or codes.prefers_dense()
+            self._dictionary(codes.values) is None
+            or prefers_dense(codes.values, len(codes.values), prod(codes.shape))
         ):
             codes = codes.dense()
-        return self.architecture.decode(codes, latents) * scale
+        return self.architecture(codes, latents) * scale
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Tokens [B, T, d] or [B, d] -> reconstruction, codes and loss terms.
 
-        In training mode the activation's training form, all loss terms, and the statistics that
-        the variant keeps; in eval mode `encode`, and the reconstruction loss alone.
+        In training mode codes have the variant's gradients, all loss terms are there, and
+        statistics are updated; in eval mode it is `encode` and the reconstruction loss alone.
         """
         self._check(x)
         if self.training:
@@ -224,22 +218,15 @@ class SAE(nn.Module):
 
         def decode(codes: Tensor | SparseCodes, frozen: bool = False) -> Tensor:
             if not frozen:
-                return self.architecture.decode(codes) * scale
+                return self.architecture(codes) * scale
             fixed = {name: p.detach() for name, p in self.architecture.named_parameters()}
             return torch.func.functional_call(self.architecture, fixed, (codes,)) * scale
 
-        inputs = LossInputs(
-            x=x,
-            scores=scores,
-            codes=codes,
-            tokens=max(1, len(x)),
-            architecture=self.architecture,
-            decode=decode,
-            relative_error=lambda other: relative_error(other, x),
+        # Before the decoding: autograd goes the other way, and then adds the gradients of these
+        # terms in the memory of the large one that is there already.
+        terms = self.activation.losses(
+            LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode)
         )
-        # Before the decoding: autograd goes back the other way, and then adds what these terms send
-        # to the codes in the memory of the large gradient that is there already.
-        terms = self.activation.losses(inputs)
         reconstruction = decode(codes)
         out = SAEOutput(
             reconstruction.view(batch.shape),
@@ -248,13 +235,13 @@ class SAE(nn.Module):
         )
         self._count_silence(out.fired(), len(x))
         if self.auxk:
-            dead, k = self.dead, self.auxk_k
+            dead, strength = self.dead, self.activation.auxk_scores
             aux: Tensor | SparseCodes | None
             if dictionary is not None:
-                aux = dead_codes_of(dictionary, query, self.activation, dead, k)
+                aux = sparse_dead_codes(dictionary, query, strength, dead, self.auxk_k)
             else:
                 assert isinstance(scores, Tensor)
-                aux = dead_codes(self.activation.auxk_scores(scores), dead, k)
+                aux = dead_codes(strength(scores), dead, self.auxk_k)
             loss = at_least_float32(x.new_zeros(()))
             if aux is not None:
                 left = at_least_float32(self.architecture.combine(aux)) * scale
@@ -263,7 +250,7 @@ class SAE(nn.Module):
         return out
 
     def _dictionary(self, like: Tensor) -> Dictionary | None:
-        """The architecture's, on a device where sparse codes can be faster."""
+        """The architecture's, where sparse codes can be faster."""
         return None if prefers_dense(like) else self.architecture.dictionary()
 
     def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -286,7 +273,7 @@ class SAE(nn.Module):
 
     @property
     def decoder_bias(self) -> Tensor | None:
-        """What `decode` adds to any codes, times its scale: [d], or None."""
+        """What `decode` adds, times its scale: [d], or None."""
         return self.architecture.bias
 
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
@@ -308,10 +295,9 @@ class SAE(nn.Module):
 
     @property
     def world_size(self) -> int:
-        """Processes of torch.distributed whose batches are one batch, of which each has an equal
-        part: BatchTopK then chooses among all tokens, latents are dead that are silent everywhere,
-        and AuxK's scale is that of all. (Running means are averaged by `clipsae.training.ranks`.)
-        """
+        """Ranks of torch.distributed that one batch is spread over, in equal parts: BatchTopK, dead
+        latents and AuxK's scale are those of the whole batch. (Running means are averaged by
+        `clipsae.training.ranks`.)"""
         return self.activation.world_size
 
     @world_size.setter
@@ -320,7 +306,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Once, before the first step: what starts from data, with images [N, T, d]."""
+        """Set what starts from data: once, before the first step, with images [N, T, d]."""
         self._check(x)
         self.architecture.initialize(x / self.input_scale(x))
 
@@ -347,7 +333,7 @@ class SAE(nn.Module):
 
     @classmethod
     def load(cls, folder: Path | str) -> "SAE":
-        """Read what `save` wrote: the same codes, thresholds and all. In eval mode, on the CPU.
+        """Read what `save` wrote, bit for bit. In eval mode, on the CPU.
 
         Raises:
             FileNotFoundError: no SAE there.
@@ -382,11 +368,7 @@ def _part_options(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """All options of the architecture and of the activation, as given or by default."""
     parts = ARCHITECTURES.options(architecture), ACTIVATIONS.options(activation)
-    common = [
-        p.name
-        for p in inspect.signature(SAE.__init__).parameters.values()
-        if p.kind != p.VAR_KEYWORD
-    ]
+    common = set(inspect.signature(SAE).parameters) - {"options"}
     names = [*common, *parts[0], *parts[1]]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
@@ -394,17 +376,14 @@ def _part_options(
             f"architecture={architecture} and activation={activation}: option '{min(doubled)}' is "
             "declared twice among them and the SAE; rename one"
         )
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        new = RENAMED.get(unknown[0])
+    unknown = min(set(given) - set(names), default=None)
+    if unknown is not None:
+        new, value = RENAMED.get(unknown), given[unknown]
         if new in names:
-            value = given[unknown[0]]
-            raise ValueError(f"{unknown[0]}={value!r}: this option is now {new}: {new}={value!r}")
-        known = sorted(set(names) - {"self"})
+            raise ValueError(f"{unknown}={value!r}: this option is now {new}: {new}={value!r}")
         raise ValueError(
-            f"{unknown[0]}={given[unknown[0]]!r}: architecture={architecture} with "
-            f"activation={activation} has no such option{near(unknown[0], known)}; it has "
-            f"{', '.join(known)}"
+            f"{unknown}={value!r}: architecture={architecture} with activation={activation} has no "
+            f"such option{near(unknown, names)}; it has {', '.join(sorted(names))}"
         )
     for options in parts:
         options.update((name, value) for name, value in given.items() if name in options)

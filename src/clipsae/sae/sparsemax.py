@@ -12,10 +12,9 @@ from torch import Tensor
 from clipsae.sae.base import Activation
 from clipsae.sae.checks import boolean, fraction, one_of
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.elementwise import elementwise
-from clipsae.sae.losses import at_least_float32
+from clipsae.sae.dense import at_least_float32, elementwise
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.selection import above, positions_above, strided_maxima
+from clipsae.sae.sparse_ops import above, positions_above, strided_maxima
 
 WEIGHTS = ("scores", "probabilities")
 
@@ -130,7 +129,7 @@ def sparsemax_threshold(scores: Tensor) -> Tensor:
         scores: [..., M].
 
     Returns:
-        float64 [..., 1], whatever the scores' dtype: near 1000, float32 would leave s - tau four
+        float64 [..., 1] for scores of any dtype: near 1000, float32 would leave s - tau four
         digits.
     """
     flat = scores.reshape(-1, scores.shape[-1])
@@ -224,7 +223,7 @@ def _probabilities(scores: SparseCodes) -> SparseCodes:
 class _Scores(torch.autograd.Function):
     """z = s where s > tau; the support is a comparison, so dz/ds is the mask.
 
-    A function of its own because the mask is a quarter of what autograd would keep.
+    A custom function, as the mask is a quarter of what autograd would keep.
     """
 
     @staticmethod

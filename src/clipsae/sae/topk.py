@@ -10,10 +10,9 @@ from torch import Tensor
 from clipsae.sae.base import Activation
 from clipsae.sae.checks import whole
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.losses import at_least_float32
+from clipsae.sae.dense import at_least_float32
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.selection import largest, largest_positions
-from clipsae.sae.sparse_ops import prefers_dense
+from clipsae.sae.sparse_ops import largest, largest_positions, prefers_dense
 
 
 @ACTIVATIONS.register("topk")

@@ -1,19 +1,67 @@
-"""Functions of single scores, applied to a few tokens at a time.
+"""Dense tensors: their precision, memory that is used again, and passes in blocks.
 
-On a CPU a pass over all scores costs as much as it moves through memory, and fresh memory costs
-several times that. In blocks that stay in the cache, what a function makes on its way costs little.
+On a CPU the first touch of a page costs the system more than writing it, and a training step makes
+the same few large matrices each time: `empty` takes them from huge pages that the last step gave
+back. A pass over all scores costs as much as it moves through memory: `elementwise` does it in
+blocks that stay in the cache.
 """
 
+import mmap
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.memory import empty
 
+_LARGE = 2**25  # bytes; smaller ones are the allocator's
+_KEPT = 2**32  # bytes that are held for later, at most
 _BLOCK = 2**20  # scores
+
+_free: list[mmap.mmap] = []  # the latest last
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, half precision as float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def empty(*shape: int, like: Tensor) -> Tensor:
+    """`like.new_empty(shape)`; on a CPU, where it is large, in memory that is used again."""
+    size = prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape)
+    memory = _take(size)
+    # The storage holds this view: it dies with the last tensor that uses the memory.
+    view = memoryview(memory)
+    weakref.finalize(view, _give_back, memory).atexit = False
+    # Its shape is set in place: of a view of it, or of one whose storage Python has seen, autograd
+    # would not know that nobody else uses the memory, and not add gradients up there.
+    return torch.frombuffer(view, dtype=like.dtype).resize_(shape)
+
+
+def _take(size: int) -> mmap.mmap:
+    # Any thread may come here, autograd's among them: each step is one operation on the list.
+    for memory in reversed(_free.copy()):
+        if len(memory) == size:
+            with suppress(ValueError):  # another thread was faster
+                _free.remove(memory)
+                return memory
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _give_back(memory: mmap.mmap) -> None:
+    memory.madvise(mmap.MADV_FREE)  # the system may take it, should it run short
+    _free.append(memory)
+    with suppress(IndexError):
+        while sum(map(len, _free.copy())) > _KEPT:
+            _free.pop(0)
 
 
 def elementwise(
@@ -63,11 +111,11 @@ class _Blockwise(torch.autograd.Function):
         for part, g, result in zip(_blocks(scores), _blocks(gradient), _blocks(out), strict=True):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                own = [
+                copies = [
                     p.detach().requires_grad_(n) for p, n in zip(parameters, needed, strict=True)
                 ]
-                value = ctx.function(part, *own)
-            wanted = [part, *(p for p, n in zip(own, needed, strict=True) if n)]
+                value = ctx.function(part, *copies)
+            wanted = [part, *(p for p, n in zip(copies, needed, strict=True) if n)]
             found = torch.autograd.grad(value, wanted, g)
             result.copy_(found[0])
             for total, more in zip((s for s in sums if s is not None), found[1:], strict=True):

@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
-from clipsae.sae import memory
-from clipsae.sae.memory import empty
+from clipsae.sae import dense
+from clipsae.sae.dense import empty
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 SHAPE = (2200, 2000)
@@ -15,12 +15,12 @@ SHAPE = (2200, 2000)
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    memory._free.clear()
+    dense._free.clear()
     yield
-    memory._free.clear()
+    dense._free.clear()
 
 
-def test_empty_is_memory_of_its_own():
+def test_memory_is_used_again_for_the_same_size_only():
     one, other = empty(*SHAPE, like=LIKE), empty(*SHAPE, like=LIKE)
     one.fill_(1)
     other.fill_(2)
@@ -28,15 +28,13 @@ def test_empty_is_memory_of_its_own():
     assert one.is_contiguous()
     assert not one._is_view()
     assert one.sum() == SHAPE[0] * SHAPE[1]
-
-
-def test_what_was_given_back_is_used_again_for_the_same_size_only():
-    first = empty(*SHAPE, like=LIKE)
-    place = first.data_ptr()
-    del first
-    other = empty(SHAPE[0] + 1, SHAPE[1], like=LIKE)
-    assert other.data_ptr() != place
+    place = one.data_ptr()
+    del one
+    larger = empty(SHAPE[0] + 1, SHAPE[1], like=LIKE)
+    assert larger.data_ptr() != place
     assert empty(SHAPE[1], SHAPE[0], like=LIKE).data_ptr() == place
+    empty(10, 10, like=LIKE)  # small ones are the allocator's
+    assert [len(memory) for memory in dense._free] == [8 * SHAPE[0] * SHAPE[1]]
 
 
 @pytest.mark.parametrize(
@@ -61,16 +59,13 @@ def test_not_while_an_alias_lives(alias):
     del kept, second
 
 
-def test_no_more_is_held_than_said(monkeypatch):
+def test_no_more_is_kept_than_the_limit(monkeypatch):
     size = 8 * SHAPE[0] * SHAPE[1]
-    monkeypatch.setattr(memory, "_KEPT", 2 * size)
+    monkeypatch.setattr(dense, "_KEPT", 2 * size)
     many = [empty(*SHAPE, like=LIKE) for _ in range(4)]
-    assert not memory._free
+    assert not dense._free
     del many
-    assert sum(map(len, memory._free)) == 2 * size
-    monkeypatch.setattr(memory, "_KEPT", 0)
-    empty(*SHAPE, like=LIKE)
-    assert not memory._free
+    assert sum(map(len, dense._free)) == 2 * size
 
 
 def test_several_threads_never_share():
@@ -91,12 +86,7 @@ def test_several_threads_never_share():
     assert not wrong
 
 
-def test_small_ones_are_the_allocators():
-    empty(10, 10, like=LIKE)
-    assert not memory._free
-
-
-def test_autograd_adds_up_in_it():
+def test_autograd_accumulates_in_it():
     places = []
 
     class Ones(torch.autograd.Function):
