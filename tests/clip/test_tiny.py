@@ -14,18 +14,13 @@ from clipsae.data.scenes.grammar import vocabulary
 from clipsae.pretraining.merges import used_merges, write_merges
 from clipsae.pretraining.train import zero_shot_accuracy
 
-# Measured on 4,000 scenes all are above 99.6 %; these are floors for a few hundred.
+# Measured on 4,000 scenes all are above 99.6 %; these are floors for 160.
 FLOOR = dict.fromkeys(KINDS, 0.97)
 
 
 @pytest.fixture(scope="module")
 def model():
     return open_clip.create_model(tiny.register(), pretrained=str(tiny.weights_path())).eval()
-
-
-def test_register_may_be_called_again():
-    assert tiny.register() == tiny.register() == "clipsae-tiny"
-    assert open_clip.get_model_config("clipsae-tiny")["vision_cfg"]["width"] == 128
 
 
 def test_the_image_tower_is_a_plain_vit(model):
@@ -36,16 +31,13 @@ def test_the_image_tower_is_a_plain_vit(model):
     assert visual.image_size == (64, 64)
     assert len(visual.transformer.resblocks) == 4
     assert visual.positional_embedding.shape == (65, 128)
-
-
-def test_the_weights_are_small_and_finite(model):
     assert tiny.weights_path().stat().st_size < 4 << 20
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", list(FLOOR))
 def test_zero_shot_accuracy_on_held_out_scenes(model, kind):
-    assert zero_shot_accuracy(model, kind, 320) > FLOOR[kind]
+    assert zero_shot_accuracy(model, kind, 160) > FLOOR[kind]
 
 
 def test_classes_of_every_kind_have_embeddings_of_their_own(model):

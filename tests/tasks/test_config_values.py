@@ -105,7 +105,7 @@ def test_a_wrong_value_is_refused_by_name(composed, choice, key, value):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("seed=-1", "seed=-1: expected a whole number, 0 to 4294967295"),
+        ("seed=-1", "seed=-1: expected a whole number from 0 to 4294967295"),
         ("seed=4294967296", "seed=4294967296: expected"),
         ("seed=1.5", "seed=1.5: expected a whole number"),
         ("seed=true", "seed=true: expected a whole number"),
