@@ -211,15 +211,14 @@ def _of_tag(
 def weights_file(name: str, pretrained: str | None) -> Path | None:
     """The local file that `pretrained` names, or None: random weights, or published ones.
 
-    A file in a cache that is not the published one by its checksum is such a file, too.
-
-    Raises:
-        ConfigError: neither a file nor known weights, or a folder without weights.
+    A file in a cache that is not the published one by its checksum is such a file, too. What cannot
+    be found is None: `FrozenCLIP.load` refuses it.
     """
-    if pretrained is None:
+    try:
+        source = None if pretrained is None else find_source(name, pretrained)
+    except ConfigError:
         return None
-    source = find_source(name, pretrained)
-    return None if source.published and not source.altered else source.path
+    return None if source is None or (source.published and not source.altered) else source.path
 
 
 def file_in(path: Path) -> Path | None:
