@@ -80,12 +80,17 @@ def either(one: Rule, other: Rule) -> Rule:
     return Rule(f"{one.expected}, or {other.expected}", lambda v: one.holds(v) or other.holds(v))
 
 
-def list_of(rule: Rule, least: int = 0) -> Rule:
-    more = f" of at least {least}" if least else ""
+def list_of(rule: Rule, least: int = 0, most: float = math.inf) -> Rule:
+    size = f" of {least}" if least == most else f" of at least {least}" if least else ""
     return Rule(
-        f"a list{more}, each {rule.expected}",
-        lambda v: isinstance(v, list) and len(v) >= least and all(map(rule.holds, v)),
+        f"a list{size}, each {rule.expected}",
+        lambda v: isinstance(v, list) and least <= len(v) <= most and all(map(rule.holds, v)),
     )
+
+
+def unset(instead: str) -> Rule:
+    """A key that is not to be set."""
+    return Rule(f"no value: {instead}", lambda v: v is None)
 
 
 FLAG = one_of(True, False)

@@ -93,7 +93,7 @@ def create_open_clip(
 
     Raises:
         ConfigError: QuickGELU where the weights have plain GELU, or the other way.
-        FileNotFoundError: the weights cannot be had.
+        FileNotFoundError: the weights are not available.
         RuntimeError, ValueError: they are not this model's.
     """
     config = open_clip.get_model_config(name)

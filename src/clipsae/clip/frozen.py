@@ -2,8 +2,8 @@
 
     image -> prefix -> tokens [B, T, d] -> tail -> embedding [B, e]
 
-`tail(prefix(x))` equals the whole model's `encode_image(x)` for every layer; whatever is done to
-the tokens in between (an SAE's reconstruction, a masked one) reaches the embedding.
+`tail(prefix(x))` equals the whole model's `encode_image(x)` for every layer; changes to the tokens
+in between (an SAE's reconstruction, a masked one) reach the embedding.
 
 B images, T tokens of an image (class token first, then the patches row by row), d width,
 e embedding size, S image side. DINOv2 through timm is cut in the same way, though it has no texts.
@@ -92,8 +92,8 @@ class FrozenCLIP(nn.Module):
                 "clipsae-tiny", or as for open_clip "local-dir:FOLDER" or "hf-hub:REPOSITORY" with
                 an `open_clip_config.json`.
             pretrained: a tag that open_clip (or timm) knows for this model; the path of a file of
-                weights (see `weights.py`), or of a folder or a repository in the cache of the
-                Hugging Face Hub that holds one; a repository of the Hub; "builtin": what comes
+                weights (see `weights.py`), or of a folder or cached repository of the Hugging Face
+                Hub that holds one; a repository of the Hub; "builtin": what comes
                 with clipsae-tiny or lies in the folder of `name`; None: random weights, with a
                 warning.
             layer: the prefix ends with this block: -2 is the second to last (the paper's), -1 the
@@ -105,8 +105,8 @@ class FrozenCLIP(nn.Module):
 
         Raises:
             ConfigError: an unknown name, tag or precision; a model that is no plain ViT; weights
-                trained with another activation, or that cannot be had; a layer out of range.
-                Nothing of this waits for a network that is not there.
+                trained with another activation, or not available; a layer out of range. None of
+                this waits for a network that is down.
         """
         options: dict[str, Any] = {"layer": layer, "precision": precision}
         model = build_model(name, pretrained, seed=seed, image_size=image_size, **options)
@@ -119,11 +119,7 @@ class FrozenCLIP(nn.Module):
         return super().train(False)
 
     def require_text(self) -> None:
-        """Refuse what needs a text tower where there is none.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """Raises ConfigError if there is no text tower."""
         if not self.has_text:
             raise ConfigError(
                 f"clip.name={self.name!r} has no text tower, so it cannot name classes: train and "
@@ -144,7 +140,7 @@ class FrozenCLIP(nn.Module):
         """open_clip's tokenizer of this model: list of strings -> LongTensor [B, context].
 
         Raises:
-            ConfigError: there is no text tower, or the tokenizer cannot be had.
+            ConfigError: no text tower, or a tokenizer that cannot be loaded.
         """
         self.require_text()
         of_hub = self.name.startswith(HUB) or (get_model_config(self.name) or {}).get(
@@ -156,7 +152,7 @@ class FrozenCLIP(nn.Module):
         except Exception as error:  # a download or a missing package can raise anything
             detail = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"the tokenizer of clip.name={self.name!r} could not be had: it comes from the "
+                f"the tokenizer of clip.name={self.name!r} cannot be loaded: it comes from the "
                 f"Hugging Face Hub through the package transformers ({detail})"
             ) from error
 

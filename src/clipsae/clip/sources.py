@@ -80,12 +80,12 @@ class Source:
         """The file, fetched if it is not here.
 
         Raises:
-            FileNotFoundError: it cannot be had; the sentence says what to copy and where to.
+            FileNotFoundError: not available; the message says what to copy and where to.
         """
         if self.altered:
             log.warning(
-                "%s is not the published file by its checksum: it is used as it is, and results "
-                "are kept apart; remove it to download the published one",
+                "%s is not the published file by its checksum: it is used under another key; "
+                "remove it to download the published one",
                 self.path,
             )
         path = self.path or fetch(self.repository, self.files, self.by_hand)
@@ -127,8 +127,8 @@ def find_source(name: str, pretrained: str) -> Source:
         path = file_in(Path(pretrained.removeprefix(FOLDER)).expanduser())
     except ValueError as error:
         raise ConfigError(f"clip.pretrained={pretrained!r}: {error}") from error
-    # A file of weights does not say how images are normalised: as for the published ones, if that
-    # is one way.
+    # A file of weights does not say how images are normalised: like the published ones of this
+    # model, if they agree.
     ways = {} if library == "timm" else {tag: get_pretrained_cfg(name, tag) for tag in tags}
     means = {(tuple(way["mean"]), tuple(way["std"])) for way in ways.values()}
     preprocess = dict(zip(("mean", "std"), *means, strict=True)) if len(means) == 1 else {}
@@ -211,8 +211,8 @@ def _of_tag(
 def weights_file(name: str, pretrained: str | None) -> Path | None:
     """The local file that `pretrained` names, or None: random weights, or published ones.
 
-    A file in a cache that is not the published one by its checksum is such a file, too. What cannot
-    be found is None: `FrozenCLIP.load` refuses it.
+    That is also a cached file that differs from the published one by its checksum. Unknown names
+    give None: `FrozenCLIP.load` refuses them.
     """
     try:
         source = None if pretrained is None else find_source(name, pretrained)
@@ -260,7 +260,7 @@ def fetch(repository: str, files: Sequence[str], by_hand: str = "") -> Path:
     """The first of the files that a repository of the Hub holds, from its cache or downloaded.
 
     Raises:
-        FileNotFoundError: it cannot be had; the sentence ends with `by_hand`.
+        FileNotFoundError: not available; the message ends with `by_hand`.
     """
     found = cached_file(repository, files)
     if found is not None:

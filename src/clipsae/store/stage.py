@@ -42,7 +42,7 @@ class Busy(StoreError):
 
 
 def digest(key: Mapping[str, Any]) -> str:
-    """Ten hex digits of the SHA-256 of a JSON-like mapping, whatever the order of its keys.
+    """Ten hex digits of the SHA-256 of a JSON-like mapping, in any order of its keys.
 
     Raises:
         TypeError: a value that JSON cannot hold.

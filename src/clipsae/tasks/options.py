@@ -27,7 +27,6 @@ from clipsae.rules import (
     Rule,
     check_layer,
     either,
-    is_number,
     is_whole,
     list_of,
     number,
@@ -35,6 +34,7 @@ from clipsae.rules import (
     or_null,
     require,
     share,
+    unset,
     whole,
 )
 from clipsae.store.files import read_json
@@ -63,24 +63,23 @@ TRAINER = {
     "num_sanity_val_steps": whole(0),
     "deterministic": one_of(True, False, "warn"),
     "limit_train_batches": or_null(either(whole(1), SHARE)),
-}
-
-# Keys of Lightning's Trainer that a run sets itself, or that leave nothing to go on from.
-REFUSED_BY_TRAINER = {
+    # What a run sets itself, or what would leave nothing to continue from.
     **dict.fromkeys(
         ("fast_dev_run", "max_epochs", "min_epochs", "min_steps", "barebones"),
-        "how long a training is, is trainer.max_steps",
+        unset("the length of a training is trainer.max_steps"),
     ),
-    **dict.fromkeys(("logger", "enable_autolog_hparams"), "choose logger=wandb, csv or none"),
+    **dict.fromkeys(
+        ("logger", "enable_autolog_hparams"), unset("choose logger=wandb, csv or none")
+    ),
     **dict.fromkeys(
         ("callbacks", "enable_checkpointing", "check_val_every_n_epoch"),
-        "see callbacks. and trainer.val_check_interval",
+        unset("see callbacks. and trainer.val_check_interval"),
     ),
-    "enable_progress_bar": "it is callbacks.progress_bar",
-    "enable_model_summary": "there is none",
-    "default_root_dir": "it is paths.output_dir",
-    "plugins": "the run chooses them",
-    "model_registry": "SAEs are uploaded by logger.upload_sae or task=export",
+    "enable_progress_bar": unset("it is callbacks.progress_bar"),
+    "enable_model_summary": unset("there is none"),
+    "default_root_dir": unset("it is paths.output_dir"),
+    "plugins": unset("the run chooses them"),
+    "model_registry": unset("SAEs are uploaded by logger.upload_sae or task=export"),
 }
 
 DATASET = {
@@ -124,18 +123,13 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "latents": whole(1),
         "initial_images": whole(1),
         "compile": FLAG,
-        "k": Rule("a whole number, 1 or more, or auto", lambda v: v == "auto" or whole(1).holds(v)),
+        "k": either(whole(1), Rule("auto", lambda v: v == "auto")),
     },
     "dataset": DATASET,
     "train_dataset": DATASET,
     "optimizer": {
         "learning_rate": number(above=0),
-        "betas": Rule(
-            "two numbers from 0 to below 1",
-            lambda v: (
-                isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v)
-            ),
-        ),
+        "betas": list_of(share("a number from 0 to below 1", one=False), least=2, most=2),
         "warmup_steps": whole(0),
         "decay": one_of("constant", "cosine", "linear"),
     },
@@ -265,7 +259,7 @@ WITHOUT_DATASET = ("dashboard", "data", "gc", "report", "status")
 
 
 def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
-    """Refuse values that no run can use, and keys that nobody reads.
+    """Refuse values that no run can use, and unknown keys.
 
     Args:
         cfg: composed, as `run.py` has it.
@@ -292,11 +286,6 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     for group in ("dataset", "train_dataset"):
         if "_target_" not in node[group]:
             raise ConfigError(f"{group} has no _target_: with train_dataset=same set dataset's")
-    for key, value in node["trainer"].items():
-        if key in REFUSED_BY_TRAINER and value is not None:
-            raise ConfigError(
-                f"trainer.{key}={_shown(value)}: not to be set: {REFUSED_BY_TRAINER[key]}"
-            )
     if (new := node["trainer"].keys() - TRAINER.keys()) and (known := _trainer_options()):
         for key in sorted(new - set(known)):
             raise unknown_key("trainer", key, known, node["trainer"][key])
@@ -354,7 +343,7 @@ def _blocks(clip: str) -> int | None:
 
 
 def unknown_key(group: str, key: str, known: Iterable[str], value: Any = None) -> ConfigError:
-    """The error for a key that nobody reads, with names that are near."""
+    """The error for an unknown key, with similar names."""
     name = f"{group}.{key}" if group else key
     given = name if value is None else f"{name}={_shown(value)}"
     return ConfigError(f"{given}: there is no such option; {near(key, known, group)}")
