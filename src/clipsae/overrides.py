@@ -119,9 +119,9 @@ def _composed() -> DictConfig:
     choices = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w-]+", a)]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(_conf()), version_base="1.3"):
-        for some in (choices, []):
+        for overrides in (choices, []):
             try:
-                return compose("config", some, return_hydra_config=True)
+                return compose("config", overrides, return_hydra_config=True)
             except HydraException:
                 continue
     return OmegaConf.create()
