@@ -1,6 +1,5 @@
-"""Why a command line does not compose, in one sentence with the names that are near."""
+"""Why a command line does not compose, in one sentence with similar names."""
 
-import difflib
 import json
 import re
 import sys
@@ -8,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+
+from clipsae.rules import similar
 
 RENAMED = {
     **{
@@ -38,8 +39,7 @@ def explain(error: Exception) -> str:
     if match := re.match(r"Could not override '([^']+)'", said[0]):
         return _unknown(match[1].partition("@")[0])
     if match := re.match(r"Could not append to config\. An item is already at '([^']+)'", said[0]):
-        given = [a for a in sys.argv[1:] if a.lstrip("+").partition("=")[0] == match[1]]
-        return f"{(given or [match[1]])[0]}: it is there already: leave out the +"
+        return f"{_given(match[1])}: it is there already: leave out the +"
     if match := re.match(r"Ambiguous value for argument '([^']+)'", said[0]):
         return f"{match[1]}: several values are a sweep: add -m; a list is written key=[a,b]"
     if match := re.match(r"Error parsing override '([^']*)'\s*(.*)", said[0]):
@@ -63,16 +63,14 @@ def renamed(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def near(name: str, known: Iterable[str], group: str = "") -> str:
-    """The names that are meant, or all there are.
+    """The similar names, or all there are.
 
     Args:
         group: that the names belong to, for the answer.
     """
     known = sorted(one for one in known if not one.startswith("_"))
     prefix = f"{group}." if group else ""
-    close = [one for one in known if one.startswith(f"{name}_")]  # l1: l1_coefficient
-    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if close:
+    if close := similar(name, known):
         return f"did you mean {' or '.join(prefix + one for one in close)}?"
     if not known:
         return "see --help"
@@ -98,19 +96,16 @@ def _unknown(key: str) -> str:
 
 def _choices_with(group: str, key: str) -> list[str]:
     """The choices of a group whose configs have a key."""
-    from clipsae.cli import ROOT
-
-    files = sorted((ROOT / "conf" / group).glob("[!_]*.yaml")) if group else []
+    files = sorted((_conf() / group).glob("[!_]*.yaml")) if group else []
     return [file.stem for file in files if key in with_bases(file)]
 
 
 def with_bases(file: Path) -> DictConfig:
     """A config on top of those beside it that its defaults name, as Hydra composes them."""
-    own = OmegaConf.load(file) or OmegaConf.create()
-    bases = [
-        file.with_name(f"{name}.yaml") for name in own.get("defaults", []) if type(name) is str
-    ]
-    return OmegaConf.merge(*(with_bases(base) for base in bases if base.is_file()), own)
+    config = OmegaConf.load(file) or OmegaConf.create()
+    names = [name for name in config.get("defaults", []) if type(name) is str]
+    bases = [file.with_name(f"{name}.yaml") for name in names]
+    return OmegaConf.merge(*(with_bases(base) for base in bases if base.is_file()), config)
 
 
 def _given(key: str) -> str:
@@ -120,20 +115,22 @@ def _given(key: str) -> str:
 
 
 def _composed() -> DictConfig:
-    """The config with the groups alone that the command chooses."""
+    """The config with only the groups that the command chooses."""
     choices = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w-]+", a)]
     GlobalHydra.instance().clear()
-    from hydra import initialize_config_dir
-
-    from clipsae.cli import ROOT
-
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for some in (choices, []):
+    with initialize_config_dir(str(_conf()), version_base="1.3"):
+        for overrides in (choices, []):
             try:
-                return compose("config", some, return_hydra_config=True)
+                return compose("config", overrides, return_hydra_config=True)
             except HydraException:
                 continue
     return OmegaConf.create()
+
+
+def _conf() -> Path:
+    from clipsae.cli import ROOT  # which imports this module
+
+    return ROOT / "conf"
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

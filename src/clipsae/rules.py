@@ -17,10 +17,16 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
-def require(name: str, value: Any, rule: Rule, hint: str = "") -> None:
-    """Raises ValueError unless the rule holds for an option's value; `hint` ends the message."""
+def require(
+    name: str, value: Any, rule: Rule, hint: str = "", shown: Callable[[Any], str] = repr
+) -> None:
+    """Refuse an option's value for which the rule does not hold; `hint` ends the message.
+
+    Raises:
+        ConfigError: one sentence with the name, the value and what was expected.
+    """
     if not rule.holds(value):
-        raise ValueError(f"{name}={value!r}: expected {rule.expected}{hint}")
+        raise ConfigError(f"{name}={shown(value)}: expected {rule.expected}{hint}")
 
 
 def is_whole(value: Any) -> bool:
@@ -74,12 +80,17 @@ def either(one: Rule, other: Rule) -> Rule:
     return Rule(f"{one.expected}, or {other.expected}", lambda v: one.holds(v) or other.holds(v))
 
 
-def list_of(rule: Rule, least: int = 0) -> Rule:
-    more = f" of at least {least}" if least else ""
+def list_of(rule: Rule, least: int = 0, most: float = math.inf) -> Rule:
+    size = f" of {least}" if least == most else f" of at least {least}" if least else ""
     return Rule(
-        f"a list{more}, each {rule.expected}",
-        lambda v: isinstance(v, list) and len(v) >= least and all(map(rule.holds, v)),
+        f"a list{size}, each {rule.expected}",
+        lambda v: isinstance(v, list) and least <= len(v) <= most and all(map(rule.holds, v)),
     )
+
+
+def unset(instead: str) -> Rule:
+    """A key that is not to be set."""
+    return Rule(f"no value: {instead}", lambda v: v is None)
 
 
 FLAG = one_of(True, False)
@@ -87,17 +98,35 @@ TEXT = Rule("text", lambda v: isinstance(v, str) and v != "")
 NAME = Rule("a name", lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "")
 
 
+CLIP = {  # of `FrozenCLIP.load` and conf/clip
+    "name": TEXT,
+    "pretrained": or_null(TEXT),
+    "layer": whole(),
+    "precision": one_of("fp32", "bf16"),
+    "seed": whole(0),
+    "image_size": or_null(whole(1)),
+}
+
+
+def similar(word: Any, names: Iterable[str]) -> list[str]:
+    """The names that may be meant by a word, at most three."""
+    names = list(names)
+    # (l1: l1_coefficient)
+    longer = [name for name in names if name.startswith(f"{word}_")]
+    return longer[:3] or get_close_matches(str(word), names)
+
+
 def near(word: Any, names: Iterable[str]) -> str:
     """ " (did you mean NAME?)" where a name resembles the word, else nothing."""
-    found = get_close_matches(str(word), list(names), n=1)
+    found = similar(word, names)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
 def check_layer(name: str, layer: int, blocks: int) -> None:
-    """Refuse a block that is not there.
+    """Refuse a block that the model does not have.
 
     Raises:
-        ConfigError: the model has no such block.
+        ConfigError: as it says.
     """
     if not -blocks <= layer < blocks:
         raise ConfigError(

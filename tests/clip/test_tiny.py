@@ -11,21 +11,15 @@ from open_clip.transformer import VisionTransformer
 from clipsae.clip import tiny
 from clipsae.data.scenes import KINDS
 from clipsae.data.scenes.grammar import vocabulary
-from clipsae.pretraining.merges import used_merges, write_merges
-from clipsae.pretraining.train import zero_shot_accuracy
+from clipsae.pretraining.train import write_merges, zero_shot_accuracy
 
-# Measured on 4,000 scenes all are above 99.6 %; these are floors for a few hundred.
+# Measured on 4,000 scenes all are above 99.6 %; these are floors for 160.
 FLOOR = dict.fromkeys(KINDS, 0.97)
 
 
 @pytest.fixture(scope="module")
 def model():
     return open_clip.create_model(tiny.register(), pretrained=str(tiny.weights_path())).eval()
-
-
-def test_register_may_be_called_again():
-    assert tiny.register() == tiny.register() == "clipsae-tiny"
-    assert open_clip.get_model_config("clipsae-tiny")["vision_cfg"]["width"] == 128
 
 
 def test_the_image_tower_is_a_plain_vit(model):
@@ -36,16 +30,13 @@ def test_the_image_tower_is_a_plain_vit(model):
     assert visual.image_size == (64, 64)
     assert len(visual.transformer.resblocks) == 4
     assert visual.positional_embedding.shape == (65, 128)
-
-
-def test_the_weights_are_small_and_finite(model):
     assert tiny.weights_path().stat().st_size < 4 << 20
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", list(FLOOR))
 def test_zero_shot_accuracy_on_held_out_scenes(model, kind):
-    assert zero_shot_accuracy(model, kind, 320) > FLOOR[kind]
+    assert zero_shot_accuracy(model, kind, 160) > FLOOR[kind]
 
 
 def test_classes_of_every_kind_have_embeddings_of_their_own(model):
@@ -93,10 +84,11 @@ def test_the_merges_file_is_made_from_the_grammar(tmp_path):
     assert gzip.decompress(path.read_bytes()) == gzip.decompress(tiny.bpe_path().read_bytes())
 
 
-def test_merges_keep_clips_order_and_suffice():
+def test_merges_keep_clips_order_and_suffice(tmp_path):
     full = SimpleTokenizer()
-    merges = used_merges(["star", "start"], full)
-    ranks = [full.bpe_ranks[m] for m in merges]
+    write_merges(["star", "start"], tmp_path / "bpe.txt.gz")
+    text = gzip.decompress((tmp_path / "bpe.txt.gz").read_bytes()).decode()
+    merges = [tuple(line.split()) for line in text.splitlines()[1:]]
+    ranks = [full.bpe_ranks[merge] for merge in merges]
     assert ranks == sorted(ranks)
-    assert {"".join(m) for m in merges} >= {"star</w>", "start</w>"}
-    assert used_merges([], full) == []
+    assert {"".join(merge) for merge in merges} >= {"star</w>", "start</w>"}

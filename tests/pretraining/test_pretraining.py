@@ -1,7 +1,8 @@
 """Pretraining of the built-in CLIP: the losses, and stopping and continuing."""
 
 import math
-from dataclasses import replace
+import shutil
+from argparse import Namespace
 
 import open_clip
 import pytest
@@ -12,20 +13,23 @@ from clipsae.clip import tiny
 from clipsae.data.scenes import KINDS
 from clipsae.pretraining import losses as contrastive
 from clipsae.pretraining import train as pretrain
-from clipsae.pretraining.__main__ import parse
-from clipsae.pretraining.train import PretrainConfig
 
 
-def small(**options) -> PretrainConfig:
-    cfg = PretrainConfig()
-    sizes = {"batch_size": 8, "steps": 4, "curriculum_steps": 3, "patch_steps": 3}
-    every = {"checkpoint_every": 2, "evaluate_every": 1000, "evaluate_images": 8, "log_every": 2}
-    return replace(cfg, **{**sizes, **every, "warmup_steps": 2, **options})
+def small(*options: object) -> Namespace:
+    sizes = "--batch-size 8 --steps 4 --curriculum-steps 3 --patch-steps 3 --warmup-steps 2"
+    every = "--checkpoint-every 2 --evaluate-every 1000 --log-every 2"
+    return pretrain.parse([*sizes.split(), *every.split(), *map(str, options)])
 
 
 @pytest.fixture(scope="module")
 def model():
     return pretrain.build_model(0)
+
+
+@pytest.fixture(autouse=True)
+def unevaluated(monkeypatch):
+    """tests/clip/test_tiny.py evaluates."""
+    monkeypatch.setattr(pretrain, "zero_shot_accuracy", lambda *options: 0.5)
 
 
 # --- the fast forward is open_clip's own ---
@@ -100,10 +104,10 @@ def test_prompts_name_every_class_in_order():
 
 
 def test_every_loss_reaches_both_towers(model):
-    cfg = small(batch_size=16)
-    scenes, images, patches = pretrain.draw_batch(cfg, 0, 0)
-    normalize, tokenize = pretrain.Normalize(model), pretrain.tokenizer()
-    losses = contrastive.scene_losses(model, tokenize, normalize(images), scenes, patches, 0, 0)
+    cfg = small("--batch-size", 16)
+    scenes, images, patches = pretrain.draw_batch(cfg, 0)
+    inputs, tokenize = pretrain.normalize(model, images), pretrain.tokenizer()
+    losses = contrastive.scene_losses(model, tokenize, inputs, scenes, patches, 0, 0)
     assert set(losses) == {"caption", "patch", *KINDS}
     for name, loss in losses.items():
         towers = (model.visual.conv1.weight, model.token_embedding.weight)
@@ -115,7 +119,7 @@ def test_every_loss_reaches_both_towers(model):
 
 
 def test_learning_rate_warms_up_stays_and_falls_to_zero():
-    cfg = small(steps=100, warmup_steps=10, cooldown=0.4)
+    cfg = small("--steps", 100, "--warmup-steps", 10)
     factor = [pretrain.learning_rate_factor(s, cfg) for s in range(100)]
     assert factor[0] == pytest.approx(0.1)
     assert factor[9:61] == [1.0] * 52
@@ -124,9 +128,9 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero():
 
 
 def test_the_curriculum_begins_with_one_large_object():
-    cfg = small(batch_size=64, curriculum_steps=10)
-    first, _, _ = pretrain.draw_batch(cfg, 0, 0)
-    last, _, _ = pretrain.draw_batch(cfg, 0, 10)
+    cfg = small("--batch-size", 64, "--curriculum-steps", 10)
+    first, _, _ = pretrain.draw_batch(cfg, 0)
+    last, _, _ = pretrain.draw_batch(cfg, 10)
     assert first.count.eq(1).all()
     assert first.size[:, 0].eq(1).all()
     assert set(last.count.tolist()) == {1, 2, 3}
@@ -143,23 +147,23 @@ def test_the_model_is_a_function_of_the_seed():
 
 
 def test_options_of_the_command(tmp_path):
-    assert parse([])[:2] == (PretrainConfig(), 0)
-    cfg, seed, folder = parse(
-        f"--steps 3 --weights shape=1 --counts 1 0 0 --seed 7 --output {tmp_path}".split()
+    defaults = pretrain.parse([])
+    assert (defaults.steps, defaults.precision, defaults.counts) == (
+        2000,
+        "bf16",
+        (0.7, 0.15, 0.15),
     )
-    assert cfg == replace(
-        PretrainConfig(),
-        steps=3,
-        weights=PretrainConfig().weights | {"shape": 1.0},
-        counts=(1, 0, 0),
-    )
-    assert (seed, folder) == (7, tmp_path)
+    assert set(defaults.weights) == {"caption", *KINDS}
+    given = f"--steps 3 --weights shape=1 --counts 1 0 0 --seed 7 --output {tmp_path}"
+    cfg = pretrain.parse(given.split())
+    assert cfg.weights == {**defaults.weights, "shape": 1.0}
+    assert (cfg.steps, cfg.counts, cfg.seed, cfg.output) == (3, [1, 0, 0], 7, tmp_path)
 
 
 @pytest.mark.parametrize("wrong", ["--precision fp16", "--weights form=1", "--steps 0"])
 def test_wrong_options_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
-        parse(wrong.split())
+        pretrain.parse(wrong.split())
     assert wrong.split()[0][2:] in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -170,10 +174,18 @@ class Stopped(Exception):
     pass
 
 
-def test_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
-    cfg = small()
-    whole = pretrain.train(cfg, 0, tmp_path / "whole").state_dict()
+def test_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, caplog):
+    whole = pretrain.train(small("--output", tmp_path / "whole")).state_dict()
+    fresh = pretrain.build_model(0).state_dict()
+    assert not torch.equal(whole["visual.conv1.weight"], fresh["visual.conv1.weight"])
 
+    # The exported weights load in open_clip.
+    exported = str(tmp_path / "whole" / "weights.safetensors")
+    model = open_clip.create_model(tiny.register(), pretrained=exported)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, whole[name].half().float(), msg=name)
+
+    cut = small("--output", tmp_path / "cut")
     losses, calls = pretrain.scene_losses, []
 
     def stopping(*args):
@@ -185,28 +197,14 @@ def test_continued_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "scene_losses", stopping)
         with pytest.raises(Stopped):
-            pretrain.train(cfg, 0, tmp_path / "cut")
-    continued = pretrain.train(cfg, 0, tmp_path / "cut").state_dict()
-    assert all(torch.equal(whole[k], continued[k]) for k in whole)
-    fresh = pretrain.build_model(0).state_dict()
-    assert not torch.equal(whole["visual.conv1.weight"], fresh["visual.conv1.weight"])
-
-
-def test_a_damaged_checkpoint_is_named_and_not_gone_on_from(tmp_path, caplog):
-    whole = pretrain.train(small(steps=2), 0, tmp_path).state_dict()
-    path = tmp_path / "pretrain.ckpt"
+            pretrain.train(cut)
+    shutil.copytree(tmp_path / "cut", tmp_path / "damaged")
+    path = tmp_path / "damaged" / "pretrain.ckpt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    again = pretrain.train(small(steps=2), 0, tmp_path).state_dict()
-    assert "pretrain.ckpt does not match its checksum" in caplog.text
-    assert all(torch.equal(whole[k], again[k]) for k in whole)
-
-
-def test_exported_weights_load_in_open_clip(tmp_path):
-    pretrain.train(small(steps=2), 0, tmp_path)
-    path = tmp_path / "weights.safetensors"
-    model = open_clip.create_model(tiny.register(), pretrained=str(path))
-    trained = torch.load(tmp_path / "pretrain.ckpt", weights_only=True)["model"]
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, trained[name].half().float(), msg=name)
+    for cfg in (cut, small("--output", tmp_path / "damaged")):
+        continued = pretrain.train(cfg).state_dict()
+        assert all(torch.equal(whole[k], continued[k]) for k in whole)
+    # One from the checkpoint, the other from the start.
+    assert caplog.text.count("does not match its checksum") == 1

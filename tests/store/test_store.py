@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import subprocess
+from dataclasses import asdict
 
 import pytest
 
@@ -19,16 +20,17 @@ from clipsae.store import (
     put_checkpoint,
     whole_checkpoint,
 )
-from clipsae.store.lease import FREE, LEASE, Watch, new_token
+from clipsae.store.lease import FREE, LEASE, Owner, Watch, new_token
 
 
-def test_the_name_depends_on_the_content_of_the_key_alone():
+@pytest.fixture
+def stage(tmp_path):
+    return Store(tmp_path).stage("sae", ["x"], {"a": 1}, about={"model": "topk"})
+
+
+def test_the_name_depends_on_the_content_of_the_key_alone(tmp_path):
     assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
-    assert digest({"a": 1}) != digest({"a": 2})
-    assert digest({"a": 1}) != digest({"a": 1.5})
-
-
-def test_a_key_that_json_cannot_hold_is_refused(tmp_path):
+    assert len({digest({"a": value}) for value in (1, 2, 1.5)}) == 3
     with pytest.raises(TypeError):
         Store(tmp_path).stage("sae", ["x"], {"a": object()})
 
@@ -54,9 +56,7 @@ def test_made_once_and_then_used(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_an_interrupted_stage_is_not_there_and_finds_its_scratch_again(tmp_path):
-    stage = Store(tmp_path).stage("sae", ["x"], {"a": 1})
-
+def test_an_interrupted_stage_is_not_there_and_finds_its_scratch_again(tmp_path, stage):
     def interrupted(folder):
         (stage.scratch / "step").write_text("7")
         (folder / "half").write_text("ha")
@@ -75,8 +75,7 @@ def test_an_interrupted_stage_is_not_there_and_finds_its_scratch_again(tmp_path)
     assert not (stage.path / "scratch").exists()
 
 
-def test_a_folder_without_its_mark_is_never_read(tmp_path):
-    stage = Store(tmp_path).stage("sae", ["x"], {"a": 1})
+def test_a_folder_without_its_mark_is_never_read(tmp_path, stage):
     stage.path.mkdir(parents=True)
     (stage.path / "result.txt").write_text("half")
     assert not stage.finished
@@ -105,8 +104,7 @@ def truncate(file):
 
 @pytest.mark.parametrize("harm", [flip, truncate, os.unlink])
 @pytest.mark.parametrize("name", ["result.txt", "plots/a.bin", MARK])
-def test_what_is_damaged_is_named_set_aside_and_made_anew(tmp_path, caplog, harm, name):
-    stage = Store(tmp_path).stage("sae", ["x"], {"a": 1})
+def test_what_is_damaged_is_named_set_aside_and_recomputed(tmp_path, stage, caplog, harm, name):
     for n in (1, 2):
         stage.make(whole)
         stage.verify()
@@ -125,8 +123,7 @@ def test_what_is_damaged_is_named_set_aside_and_made_anew(tmp_path, caplog, harm
     assert Store(tmp_path).finished("sae") == [stage.path]
 
 
-def test_any_flipped_byte_is_found(tmp_path):
-    stage = Store(tmp_path).stage("sae", ["x"], {"a": 1})
+def test_any_flipped_byte_is_found(stage):
     stage.make(whole)
     for name in ("result.txt", MARK):
         file = stage.path / name
@@ -139,13 +136,8 @@ def test_any_flipped_byte_is_found(tmp_path):
             assert find_damage(stage.path) or json.loads(content) == json.loads(changed), at
         file.write_bytes(content)
     assert find_damage(stage.path) is None
-
-
-def test_what_is_too_large_is_looked_at_by_size(tmp_path):
-    stage = Store(tmp_path).stage("cache", ["x"], {"a": 1})
-    stage.make(whole)
     flip(stage.path / "result.txt")
-    stage.make(whole, check="size")
+    stage.make(whole, check="size")  # what is too large for checksums
     with pytest.raises(Damaged):
         stage.verify()
 
@@ -190,9 +182,7 @@ def test_a_checkpoint_is_whole_at_every_moment_of_its_replacement(tmp_path, monk
         assert whole_checkpoint(path) == path
 
 
-def test_a_failure_leaves_its_reason_until_the_next_start(tmp_path):
-    stage = Store(tmp_path).stage("sae", ["x"], {"a": 1}, about={"model": "topk"})
-
+def test_a_failure_leaves_its_reason_until_the_next_start(stage):
     def fails(folder):
         (folder / "half").write_text("ha")
         raise RuntimeError("a long story\nthe point of it")
@@ -221,9 +211,7 @@ def test_a_failure_leaves_its_reason_until_the_next_start(tmp_path):
         Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_said_in_one_sentence(tmp_path, error):
-    stage = Store(tmp_path).stage("sae", ["x"], {"a": 1})
-
+def test_a_full_disk_is_said_in_one_sentence(stage, error):
     def full(folder):
         (stage.scratch / "step").write_text("7")
         try:
@@ -238,24 +226,18 @@ def test_a_full_disk_is_said_in_one_sentence(tmp_path, error):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 1 MiB, and a function that makes it read-only."""
+    """A disk of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a file system cannot be mounted here")
-    yield (
-        folder,
-        lambda: subprocess.run(
-            ["mount", "-o", "remount,ro", str(folder)], check=True, capture_output=True
-        ),
-    )
+    yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_disk_that_is_really_full(small_disk):
-    folder, _ = small_disk
-    store = Store(folder)
+    folder, store = small_disk, Store(small_disk)
     other = store.stage("sae", ["other"], {"a": 0})
     other.make(whole)
     stage = store.stage("sae", ["x"], {"a": 1})
@@ -296,17 +278,14 @@ def test_a_disk_that_is_really_full(small_disk):
 
 
 def test_a_store_that_cannot_be_written_to(small_disk):
-    folder, make_read_only = small_disk
-    store = Store(folder)
+    store = Store(small_disk)
     there, missing = (store.stage("sae", ["x"], {"a": n}) for n in (1, 2))
     there.make(whole)
-    make_read_only()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert there.make(whole) == there.path
-    with pytest.raises(StoreError, match=r"cannot be written to.*paths\.output_dir"):
-        missing.make(whole)
-    other = store.stage("evaluation", ["x"], {"a": 1})
-    with pytest.raises(StoreError, match="cannot be written to"):
-        other.make(whole)
+    for one in (missing, store.stage("evaluation", ["x"], {"a": 1})):
+        with pytest.raises(StoreError, match=r"cannot be written to.*paths\.output_dir"):
+            one.make(whole)
 
 
 def test_death_is_judged_by_what_is_seen_on_ones_own_clock(tmp_path):
@@ -339,8 +318,8 @@ def test_what_needs_no_waiting_to_be_known_dead(tmp_path, monkeypatch):
     job = tmp_path / f"00000000-77-88-{end}"
     for folder in (free, mine, ended, reused, job):
         folder.mkdir()
-    lease = {"token": job.name, "job_id": "12", "restart": 0}
-    (job / LEASE).write_text(json.dumps(lease))
+    owner = Owner(job.name, "host", 77, "12", "2026-01-02", job_id="12")
+    (job / LEASE).write_text(json.dumps(asdict(owner)))
     assert [Watch(60).alive(s) for s in (free, ended, reused)] == [False] * 3
     assert Watch(60).alive(mine) is True
     assert Watch(60).alive(job) is None
@@ -350,12 +329,10 @@ def test_what_needs_no_waiting_to_be_known_dead(tmp_path, monkeypatch):
     assert Watch(60).alive(job) is False
 
 
-def test_other_files_in_the_place_of_an_unfinished_stage(tmp_path):
-    stage = Store(tmp_path).stage("sae", ["x"], {})
+def test_other_files_in_the_place_of_an_unfinished_stage(tmp_path, stage):
     stage.partial.mkdir(parents=True)
     stage.make(whole)
-    (tmp_path / "sae" / "x").mkdir()
-    other = Store(tmp_path).stage("sae", ["x"], {"a": 1})
+    other = Store(tmp_path).stage("sae", ["x"], {"a": 2})
     (other.partial / "notes").mkdir(parents=True)
     with pytest.raises(StoreError, match=r"not a folder of an unfinished stage \(notes\)"):
         other.make(whole)

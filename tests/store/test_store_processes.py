@@ -79,52 +79,40 @@ def test_an_owner_that_stood_still_gives_up_and_uses_what_the_other_made(root, s
     assert result(root) == expected(0, STEPS)
 
 
-def test_of_eight_that_find_a_dead_owner_one_takes_over(root, start, until):
-    first = start("--steps", STEPS)
-    until(lambda: checkpoint(root))
-    first.kill()
+@pytest.mark.parametrize("left", [True, False], ids=["a dead owner", "nothing"])
+def test_of_five_that_begin_at_once_one_makes_it(root, start, until, left):
+    if left:
+        first = start("--steps", STEPS)
+        until(lambda: checkpoint(root))
+        first.kill()
     gate = root.with_name("gate")
-    eight = [start("--steps", STEPS, "--pause", 0, "--gate", gate) for _ in range(8)]
-    for process in eight:
+    five = [start("--steps", STEPS, "--pause", 0, "--gate", gate) for _ in range(5)]
+    for process in five:
         assert process.stdout.readline() == "ready\n"
     gate.touch()
-    assert {said(process).splitlines()[-1] for process in eight} == {str(stage_of(root).path)}
-    assert len(builds(root)) == 3  # the first one's start; one other's start and end
+    assert {said(process).splitlines()[-1] for process in five} == {str(stage_of(root).path)}
+    assert len(builds(root)) == 2 + left  # one's start and end, and the start of the dead one
     assert result(root) == expected(0, STEPS)
 
 
-def test_of_eight_that_find_nothing_one_makes_it(root, start):
-    gate = root.with_name("gate")
-    eight = [start("--pause", 0, "--gate", gate) for _ in range(8)]
-    for process in eight:
-        assert process.stdout.readline() == "ready\n"
-    gate.touch()
-    for process in eight:
-        said(process)
-        assert process.returncode == 0
-    assert len(builds(root)) == 2
-    assert result(root) == expected(0, 10)
-
-
-@pytest.mark.parametrize("jump", [86_400, -86_400])
-def test_a_clock_that_jumps_by_a_day_changes_nothing(root, start, until, jump):
-    first = start("--steps", STEPS, "--clock", jump, "--dead-after", 10, "--host", "other")
+def test_clocks_that_jump_by_a_day_change_nothing(root, start, until):
+    first = start("--steps", STEPS, "--clock", 86_400, "--dead-after", 10, "--host", "other")
     until(lambda: checkpoint(root))
-    second = start("--steps", STEPS, "--clock", -jump, "--dead-after", 10)
+    second = start("--steps", STEPS, "--clock", -86_400, "--dead-after", 10)
     said(first), said(second)
     assert len(builds(root)) == 2
     assert result(root) == expected(0, STEPS)
 
 
 def test_who_does_not_wait_is_told_in_one_sentence(root, start, until):
-    first = start("--steps", 400, "--host", "other")
+    first = start("--steps", 1000, "--host", "other")
     until(lambda: checkpoint(root))
     words = said(start("--no-wait")).splitlines()[-1]
     assert words.startswith("clipsae.store.stage.Busy")
     assert f"is being made by other (process {first.pid}) since" in words
     # A dead one is no reason to skip.
     first.kill()
-    said(start("--no-wait", "--dead-after", 0.5, "--steps", 400, "--pause", 0))
+    said(start("--no-wait", "--dead-after", 0.5, "--steps", 1000, "--pause", 0))
     assert stage_of(root).finished
 
 

@@ -1,115 +1,150 @@
-"""Every choice of every group composes; what does not exist is refused by name."""
+"""Every choice of every group composes; what does not exist, and what no run can use, is one
+sentence that names it."""
 
+import copy
+import inspect
 import subprocess
 import sys
-from pathlib import Path
+from functools import cache
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
+from clipsae.errors import ConfigError
+from clipsae.overrides import with_bases
+from clipsae.tasks import options
+from clipsae.tasks.stages import sae
 from run import ROOT  # (and the resolvers that the configs use)
+from tests.warm import run_py
 
 GROUPS = [
-    "clip",
-    "model",
-    "optimizer",
-    "dataset",
-    "train_dataset",
-    "features",
-    "trainer",
-    "evaluation",
-    "measurement",
-    "logger",
-    "task",
+    *("paths", "clip", "model", "optimizer", "dataset", "train_dataset", "features", "task"),
+    *("trainer", "callbacks", "evaluation", "measurement", "logger"),
 ]
-CHOICES = [
-    f"{group}={file.stem}"
+CHOICES = {
+    f"{group}={file.stem}": OmegaConf.to_container(with_bases(file))
     for group in GROUPS
     for file in sorted((ROOT / "conf" / group).glob("[!_]*.yaml"))
-]
+}
+MODELS = [choice[6:] for choice in CHOICES if choice.startswith("model=")]
 SWEEPS = [file.stem for file in sorted((ROOT / "sweeps").glob("*.yaml"))]
+# Chosen by `defaults:` alone, or not a value that a user gives.
+NOT_VALUES = ("defaults", "_target_")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def composed():
+    @cache
+    def once(*overrides: str):
+        needed = ["dataset.root=x"] if "dataset=image_folder" in overrides else []
+        return compose("config", [*overrides, *needed])
+
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield lambda *overrides: compose("config", list(overrides), return_hydra_config=False)
+        yield lambda *overrides: copy.deepcopy(once(*overrides))
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_composes(composed, choice):
-    cfg = composed(choice)
-    group, name = choice.split("=")
-    file = OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml") or {}
-    for key in file:
-        assert key == "defaults" or key in [*cfg[group], *cfg]
+def leaves(node: dict, prefix: str = "") -> dict[str, object]:
+    found = {}
+    for key, value in node.items():
+        if isinstance(value, dict) and value and not {"train", "test"} <= set(value):
+            found |= leaves(value, f"{prefix}{key}.")
+        elif key not in NOT_VALUES and value != "${dataset}":
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def check(cfg, *overrides: str) -> None:
+    """What a run asks of its config before it loads the CLIP."""
+    options.check(cfg, overrides)
+    sae.check_options(cfg)
+
+
+def refusal(cfg, *overrides: str) -> str:
+    """The one sentence that answers a config."""
+    with pytest.raises(ConfigError) as caught:
+        check(cfg, *overrides)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+# --- what is there ---
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_choice_composes_and_a_wrong_value_of_its_keys_is_refused_by_name(composed, group):
+    seen = set()
+    for choice, content in CHOICES.items():
+        if choice.partition("=")[0] != group:
+            continue
+        cfg = composed(choice)
+        options.check(cfg)  # as it is, it is right
+        for key in OmegaConf.load(ROOT / "conf" / f"{choice.replace('=', '/')}.yaml") or {}:
+            assert key == "defaults" or key in [*cfg[group], *cfg]
+        for key, value in leaves(content.get("task", content)).items():
+            if key not in seen:
+                refuse_wrong(cfg, f"{group}.{key}", value)
+            seen.add(key)
+
+
+def test_a_wrong_value_of_a_key_at_the_top(composed):
+    top = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "config.yaml"))
+    for key, value in leaves(
+        {k: v for k, v in top.items() if k not in ("hydra", "defaults")}
+    ).items():
+        refuse_wrong(composed(), key, value)
+
+
+def refuse_wrong(cfg, key: str, value: object) -> None:
+    """Of a kind that the key cannot have."""
+    free = value is None or (isinstance(value, str) and not value.startswith("${oc.select:model"))
+    cfg = copy.deepcopy(cfg)
+    with open_dict(cfg):
+        OmegaConf.update(cfg, key, ["not", {"a": "text"}] if free else "nonsense!", merge=False)
+    said = refusal(cfg)
+    assert key.rpartition(".")[2] in said, said
 
 
 @pytest.mark.parametrize("clip", ["tiny", "vit_b_16", "vit_l_14"])
-@pytest.mark.parametrize("model", [c[6:] for c in CHOICES if c.startswith("model=")])
-def test_every_model_with_every_clip(composed, clip, model):
-    cfg = composed(f"clip={clip}", f"model={model}")
-    assert cfg.model.name == model
-    assert cfg.model.latents == (2048 if clip == "tiny" else 49152)
+def test_every_model_with_every_clip(composed, clip):
+    for model in MODELS:
+        cfg = composed(f"clip={clip}", f"model={model}")
+        assert cfg.model.name == model
+        assert cfg.model.latents == (2048 if clip == "tiny" else 49152)
+        # Gradients are clipped where the source clips them.
+        clipped = {"vit_b_16": 0.02, "tiny": 0.3}.get(clip) if "topk" in model else None
+        assert cfg.trainer.gradient_clip_val == clipped or clip == "vit_l_14"
 
 
-def test_a_value_on_the_command_line_beats_the_recipe(composed):
+def test_what_beats_what(composed):
     assert composed("model=topk", "model.latents=77").model.latents == 77
     assert composed("trainer.max_steps=3").trainer.max_steps == 3
-
-
-def test_a_model_names_its_optimizer_and_the_command_line_another(composed):
+    clipped = composed("clip=vit_b_16", "model=topk", "trainer.gradient_clip_val=0.5")
+    assert clipped.trainer.gradient_clip_val == 0.5
+    # A model names its optimizer, and the command line another.
     chosen = "clip=vit_l_14", "model=topk"  # a pair without a recipe
     assert composed(*chosen).optimizer.learning_rate == 1.15e-4
     assert composed(*chosen, "optimizer=default").optimizer.learning_rate == 4e-4
     assert composed("clip=vit_l_14", "model=relu").optimizer.warmup_steps == 500
-
-
-@pytest.mark.parametrize(
-    ("clip", "model", "expected"),
-    [
-        ("vit_b_16", "topk", 0.02),
-        ("vit_b_16", "batch_topk", 0.02),
-        ("tiny", "topk", 0.3),
-        ("tiny", "batch_topk", 0.3),
-        ("vit_b_16", "relu", None),
-        ("vit_b_16", "sparsemax", None),
-        ("tiny", "jumprelu", None),
-    ],
-)
-def test_gradients_are_clipped_where_the_source_clips_them(composed, clip, model, expected):
-    chosen = f"clip={clip}", f"model={model}"
-    assert composed(*chosen).trainer.gradient_clip_val == expected
-    assert composed(*chosen, "trainer.gradient_clip_val=0.5").trainer.gradient_clip_val == 0.5
-
-
-def test_an_unknown_key_and_an_unknown_choice_are_refused(composed):
-    with pytest.raises(ConfigCompositionException, match="modle"):
-        composed("modle.k=3")
-    with pytest.raises(ConfigCompositionException, match="laten"):
-        composed("model.laten=3")
-    with pytest.raises(Exception, match="batch_topk"):  # the message lists what exists
-        composed("model=topkk")
-
-
-def test_which_images_train_the_sae(composed):
+    # Which images train the SAE.
     assert composed("dataset=scenes_colour").train_dataset.name == "scenes"
-    cfg = composed("dataset=image_folder", "dataset.root=x")
+    cfg = composed("dataset=image_folder")
     assert cfg.train_dataset == cfg.dataset
 
 
-@pytest.mark.parametrize("sweep", SWEEPS)
-def test_a_sweep_is_chosen_by_name_and_its_axes_exist(sweep):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+def test_sweeps_are_chosen_by_name_and_their_axes_exist(composed):
+    tried = set()
+    for sweep in SWEEPS:
         cfg = compose("config", [f"sweeps={sweep}"], return_hydra_config=True)
         assert cfg.sweep_name == sweep
         assert str(cfg.hydra.mode) == "RunMode.MULTIRUN"
         for key, values in cfg.hydra.sweeper.params.items():
-            for value in str(values).split(","):
-                more = ["model=topk"] if key == "model.k" else []
-                assert compose("config", [*more, f"{key}={value}"])
+            more = ["model=topk"] if key == "model.k" else []
+            tried |= {(*more, f"{key}={value}") for value in str(values).split(",")}
+    for overrides in tried:
+        composed(*overrides)
 
 
 def test_the_benchmark_is_six_models_on_eleven_datasets():
@@ -120,35 +155,161 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
     assert len(params.model.split(",")) == 6
 
 
-def test_the_entry_point_does_not_import_torch():
-    code = "import sys, run; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=-1", "seed=-1: expected a whole number from 0 to 4294967295"),
+        ("seed=true", "seed=true: expected a whole number"),
+        ("together=1", "together=1: expected true or false"),
+        ("trainer.max_steps=0", "trainer.max_steps=0: expected a whole number, 1 or more"),
+        ("trainer.max_steps=1e3", "trainer.max_steps=1000.0: expected a whole number"),
+        ("trainer.precision=8", "trainer.precision=8"),
+        ("trainer.devices=[]", "trainer.devices=[]"),
+        ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0: expected a number above 0"),
+        ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan"),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9,1]"),
+        ("optimizer.decay=cosin", "optimizer.decay=cosin: expected constant, cosine or linear"),
+        ("evaluation.count_threshold=-0.1", "evaluation.count_threshold=-0.1"),
+        ("evaluation.protocol=papers", "evaluation.protocol=papers: expected paper or heldout"),
+        ("evaluation.ns=[5,0]", "evaluation.ns=[5,0]"),
+        ("evaluation.ns=5", "evaluation.ns=5: expected a list"),
+        ("measurement.threshold=1.1", "measurement.threshold=1.1"),
+        ("measurement.pooling=sum", "measurement.pooling=sum: expected mean, max or cls"),
+        ("logger.mode=on", "logger.mode=on: expected online, offline or disabled, or null"),
+        ("dataset.size.train=-1", "dataset.size={'train': -1"),
+        ("+model.decay=linear", "model.decay=linear: model.decay is now optimizer.decay"),
+        ("+foo=1", "foo=1: there is no such option"),
+        ("+task.foo=1", "task.foo=1: there is no such option"),
+        ("+evaluation.n=[1]", "did you mean evaluation.ns"),
+        ("+callbacks.checkpoint_every=1", "callbacks.checkpoint_every=1: there is no such option"),
+        ("+trainer.limit_train_batchs=1", "did you mean trainer.limit_train_batches"),
+        ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=true: expected no value"),
+        ("+trainer.max_epochs=2", "the length of a training is trainer.max_steps"),
+        ("+trainer.max_time=soon", "trainer.max_time=soon"),
+        ("+trainer.limit_train_batches=0", "trainer.limit_train_batches=0: expected"),
+        ("trainer.accelerator=gpux", "trainer.accelerator=gpux"),
+    ],
+)
+def test_what_is_out_of_range_or_read_by_nobody(composed, override, expected):
+    assert expected in refusal(compose("config", [override]), override)
+
+
+def test_what_others_define_is_theirs(composed):
+    cfg = composed()
+    with open_dict(cfg):
+        cfg.dataset = {"_target_": "theirs.Noise", "name": "noise", "size": "large"}
+        cfg.logger = {"_target_": "theirs.logger", "level": 3}
+        cfg.task = {"_target_": "theirs.run", "depth": 2}
+        cfg.model.temperature = 0.5  # a plugin's, which the SAE's class knows or refuses
+        cfg.note = "of a config file of their own"
+    options.check(cfg)
+
+
+def test_the_trainer_s_options_are_those_of_lightning():
+    from lightning import Trainer
+
+    assert sorted(options._trainer_options()) == sorted(inspect.signature(Trainer).parameters)
+
+
+def test_what_does_not_compose_or_is_not_given(composed):
+    for override in ("modle.k=3", "model.laten=3"):
+        with pytest.raises(ConfigCompositionException, match=override.partition("=")[0]):
+            composed(override)
+    with pytest.raises(Exception, match="batch_topk"):  # the message lists what exists
+        composed("model=topkk")
+    with pytest.raises(ConfigError, match=r"dataset\.root is not given"):
+        options.check(compose("config", ["dataset=image_folder"]))
+    options.check(compose("config", ["dataset=image_folder", "task=status"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "blocks"),
+    [("clipsae-tiny", 4, 4), ("clipsae-tiny", -5, 4), ("ViT-B-16-quickgelu", 12, 12)],
+)
+def test_a_block_that_is_not_there(composed, name, layer, blocks):
+    cfg = composed()
+    cfg.clip.name, cfg.clip.layer = name, layer
+    with pytest.raises(ConfigError, match=f"clip.layer={layer}: {name} has {blocks} blocks"):
+        options.check(cfg)
+    cfg.clip.layer = blocks - 1
+    options.check(cfg)
+    cfg.clip.name, cfg.clip.layer = "RN50", 99  # no plain ViT: what builds it says so
+    options.check(cfg)
+
+
+# --- the command ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["mdel=topk"], "mdel=topk: there is no such option; did you mean model?"),
+        (["model.laten=3"], "model.laten=3: there is no such option; did you mean model.latents"),
+        (["model=topk", "model.kk=3"], "did you mean model.k"),
+        (
+            ["model.learning_rate=1"],
+            "model.learning_rate=1: model.learning_rate is now optimizer.learning_rate",
+        ),
+        (["model.betas=[0,0],[0.9,0.9]", "-m"], "model.betas is now optimizer.betas"),
+        (["dataset=scene_shape"], "did you mean scenes_shape or"),
+        (["clip=vitb16"], "clip=vitb16: there is no such choice; "),
+        (["model=topk,relu"], "model=topk,relu: several values are a sweep: add -m"),
+        (["topk"], "'topk' is not key=value"),
+        (["seed=abc"], "seed=abc: expected a whole number"),
+        (["+foo=1"], "foo=1: there is no such option"),
+        (["+trainer.accelerator=gpu"], "+trainer.accelerator=gpu: it is there already: leave out"),
+        (["dataset=image_folder"], "dataset.root is not given"),
+        (
+            ["+dataset.foo=1"],
+            "dataset.foo=1: there is no such option; dataset has kind",
+        ),
+        (["dataset.kind=shap"], "unknown kind of scenes 'shap'"),
+        (["model.k=16"], "there is no such option; it is an option of model=batch_topk and topk"),
+        (["hydra.launcher.foo=1", "hydra/launcher=slurm"], "hydra.launcher has account"),
+        (["+model.k=16"], "k"),
+    ],
+)
+def test_the_command_answers_in_one_line(tmp_path, arguments, expected):
+    done = run_py(f"paths.output_dir={tmp_path}", *arguments)
+    said = (done.stdout + done.stderr).strip()
+    assert done.returncode == 1
+    assert expected in said
+    assert len(said.splitlines()) == 1, said
+
+
+def python(code: str, **options) -> subprocess.CompletedProcess[str]:
+    options = {"cwd": ROOT, "capture_output": True, "text": True} | options
+    return subprocess.run([sys.executable, "-c", code], **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["seed=abc"], 1), (["task=status"], 0), (["task=gc", "sweeps=demo"], 0)],
+)
+def test_a_typo_and_a_look_at_the_store_do_not_import_torch(tmp_path, arguments, status):
+    arguments = [*arguments, f"paths.output_dir={tmp_path}"]
+    code = f"import sys, run; sys.argv[1:] = {arguments}\ntry: run.main()\n"
+    done = python(code + "finally: print('torch' in sys.modules or 'lightning' in sys.modules)")
+    assert done.returncode == status, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_ctrl_c_is_answered_where_a_shell_has_it_ignored():
     """As it does for a command in the background."""
-    code = (
+    done = python(
         "import signal, sys, run; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "sys.argv[1:] = ['--info', 'searchpath']; run.main()\n"
         "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "True", done.stderr
 
 
-@pytest.mark.parametrize("look", [["task=status"], ["task=gc", "sweeps=demo"]])
-def test_a_look_at_the_store_does_not_import_torch(tmp_path, look):
-    arguments = [*look, f"paths.output_dir={tmp_path}"]
-    code = f"import sys, run; sys.argv[1:] = {arguments}; run.main(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "False"
-
-
-def test_help_works_from_any_folder(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "run.py", "--help"], cwd=tmp_path, capture_output=True, text=True
-    )
+def test_help_works_from_any_folder(tmp_path):
+    done = run_py("--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "batch_topk" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,8 @@
 
     image -> prefix -> tokens [B, T, d] -> tail -> embedding [B, e]
 
-`tail(prefix(x))` equals the whole model's `encode_image(x)` for every layer; whatever is done to
-the tokens in between (an SAE's reconstruction, a masked one) reaches the embedding.
+`tail(prefix(x))` equals the whole model's `encode_image(x)` for every layer; changes to the tokens
+in between (an SAE's reconstruction, a masked one) reach the embedding.
 
 B images, T tokens of an image (class token first, then the patches row by row), d width,
 e embedding size, S image side. DINOv2 through timm is cut in the same way, though it has no texts.
@@ -11,16 +11,15 @@ e embedding size, S image side. DINOv2 through timm is cut in the same way, thou
 
 from contextlib import nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip import get_model_config, get_tokenizer
 from torch import Tensor, nn
 
-from clipsae.clip.build import HUB, build_model, weights_file
+from clipsae.clip.build import build_model
 from clipsae.clip.changes import Changes
-from clipsae.clip.published import cache_alone_if_offline
+from clipsae.clip.sources import HUB, cache_alone_if_offline, weights_file
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
 from clipsae.rules import check_layer
@@ -55,16 +54,14 @@ class FrozenCLIP(nn.Module):
         precision: str = "fp32",
     ) -> None:
         super().__init__()
-        tower = tower_of(name, getattr(model, "visual", model))
-        blocks = tower.blocks
-        check_layer(name, layer, blocks)
         self.model: Any = model  # of a library without types
-        self.tower = tower
+        self.tower = tower = tower_of(name, getattr(model, "visual", model))
+        check_layer(name, layer, tower.blocks)
         self.name = name
         self.pretrained = pretrained
         self.precision = precision
-        self.blocks = blocks
-        self.layer = layer - blocks if layer >= 0 else layer
+        self.blocks = tower.blocks
+        self.layer = layer - tower.blocks if layer >= 0 else layer
         self.has_text = hasattr(model, "encode_text")
         self.width = tower.width
         self.grid = tower.grid
@@ -95,8 +92,8 @@ class FrozenCLIP(nn.Module):
                 "clipsae-tiny", or as for open_clip "local-dir:FOLDER" or "hf-hub:REPOSITORY" with
                 an `open_clip_config.json`.
             pretrained: a tag that open_clip (or timm) knows for this model; the path of a file of
-                weights (see `weights.py`), or of a folder or a repository in the cache of the
-                Hugging Face Hub that holds one; a repository of the Hub; "builtin": what comes
+                weights (see `weights.py`), or of a folder or cached repository of the Hugging Face
+                Hub that holds one; a repository of the Hub; "builtin": what comes
                 with clipsae-tiny or lies in the folder of `name`; None: random weights, with a
                 warning.
             layer: the prefix ends with this block: -2 is the second to last (the paper's), -1 the
@@ -108,34 +105,21 @@ class FrozenCLIP(nn.Module):
 
         Raises:
             ConfigError: an unknown name, tag or precision; a model that is no plain ViT; weights
-                trained with another activation, or that cannot be had; a layer out of range.
-                Nothing of this waits for a network that is not there.
+                trained with another activation, or not available; a layer out of range. None of
+                this waits for a network that is down.
         """
-        model = build_model(
-            name,
-            pretrained,
-            layer=layer,
-            precision=precision,
-            seed=seed,
-            image_size=image_size,
-        )
-        return cls(model, name=name, pretrained=pretrained, layer=layer, precision=precision)
+        options: dict[str, Any] = {"layer": layer, "precision": precision}
+        model = build_model(name, pretrained, seed=seed, image_size=image_size, **options)
+        return cls(model, name=name, pretrained=pretrained, **options)
 
-    @staticmethod
-    def weights_file(name: str, pretrained: str | None) -> Path | None:
-        """The local file that the weights come from; None: random, or fetched by open_clip."""
-        return weights_file(name, pretrained)
+    weights_file = staticmethod(weights_file)
 
     def train(self, mode: bool = True) -> "FrozenCLIP":
-        """Stays in eval mode whatever is asked: a trainer calls this on all it holds."""
+        """Stays in eval mode: a trainer calls this on all it holds."""
         return super().train(False)
 
     def require_text(self) -> None:
-        """Refuse what needs a text tower where there is none.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """Raises ConfigError if there is no text tower."""
         if not self.has_text:
             raise ConfigError(
                 f"clip.name={self.name!r} has no text tower, so it cannot name classes: train and "
@@ -156,16 +140,19 @@ class FrozenCLIP(nn.Module):
         """open_clip's tokenizer of this model: list of strings -> LongTensor [B, context].
 
         Raises:
-            ConfigError: there is no text tower, or the tokenizer cannot be had.
+            ConfigError: no text tower, or a tokenizer that cannot be loaded.
         """
         self.require_text()
+        of_hub = self.name.startswith(HUB) or (get_model_config(self.name) or {}).get(
+            "text_cfg", {}
+        ).get("hf_tokenizer_name")
         try:
-            with cache_alone_if_offline() if _tokenizer_of_hub(self.name) else nullcontext():
+            with cache_alone_if_offline() if of_hub else nullcontext():
                 return get_tokenizer(self.name)
-        except Exception as error:  # whatever a download or a missing package can raise
+        except Exception as error:  # a download or a missing package can raise anything
             detail = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"the tokenizer of clip.name={self.name!r} could not be had: it comes from the "
+                f"the tokenizer of clip.name={self.name!r} cannot be loaded: it comes from the "
                 f"Hugging Face Hub through the package transformers ({detail})"
             ) from error
 
@@ -188,8 +175,8 @@ class FrozenCLIP(nn.Module):
 
     def prefix(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> the residual stream after block `layer`, [B, T, d]."""
-        block = self.blocks + self.layer
-        return _at_least_fp32(self.tower.prefix(images.to(self.compute_dtype), block))
+        tokens = self.tower.prefix(images.to(self.compute_dtype), self.blocks + self.layer)
+        return _at_least_fp32(tokens)
 
     def tail(self, tokens: Tensor) -> Tensor:
         """The residual stream after block `layer` [B, T, d] -> embedding [B, e], not normalised.
@@ -200,16 +187,16 @@ class FrozenCLIP(nn.Module):
             raise ValueError(
                 f"tokens of shape {tuple(tokens.shape)}: expected [B, {self.tokens}, {self.width}]"
             )
-        block = self.blocks + self.layer
-        return _at_least_fp32(self.tower.tail(tokens.to(self.compute_dtype), block))
+        tokens = tokens.to(self.compute_dtype)
+        return _at_least_fp32(self.tower.tail(tokens, self.blocks + self.layer))
 
     def tail_of_changes(self, changes: Changes) -> Tensor:
         """The tail of versions of one image's stream -> embedding [V, e].
 
         With the default layer the work is by the changes, not by the tokens of all versions.
         """
-        changes, block = changes.to(self.compute_dtype), self.blocks + self.layer
-        return _at_least_fp32(self.tower.tail_of_changes(changes, block))
+        changes = changes.to(self.compute_dtype)
+        return _at_least_fp32(self.tower.tail_of_changes(changes, self.blocks + self.layer))
 
     def logits(self, tokens: Tensor, classifier: Tensor) -> Tensor:
         """Streams [B, T, d] and text embeddings [C, e] -> logits [B, C], temperature included."""
@@ -232,14 +219,6 @@ class FrozenCLIP(nn.Module):
         self.require_text()
         embedding = _at_least_fp32(self.model.encode_text(tokenised.to(self.device)))
         return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
-
-
-def _tokenizer_of_hub(name: str) -> bool:
-    """Whether a model's tokenizer comes from the Hugging Face Hub; CLIP's own is open_clip's."""
-    if name.startswith(HUB):
-        return True
-    config = get_model_config(name) or {}
-    return bool(config.get("text_cfg", {}).get("hf_tokenizer_name"))
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ __all__ = ["OPENAI_IMAGENET_TEMPLATES", "text_classifier"]
 
 Template = Callable[[str], str] | str
 
-# Bounds memory whatever the number of classes and templates.
+# Bounds memory for any number of classes and templates.
 _TEXTS_PER_BATCH = 256
 
 
@@ -26,17 +26,15 @@ def text_classifier(
 ) -> Tensor:
     """Text embeddings of classes, [C, e] float32: row c belongs to class index c.
 
-    A row is the mean over the templates of the unit embeddings of the prompts, made of unit
-    length again (open_clip's `build_zero_shot_classifier`, CLIP's own practice).
+    A row is the mean over the templates of the normalised prompt embeddings, normalised again
+    (open_clip's `build_zero_shot_classifier`, CLIP's own practice).
 
     Args:
         classnames: C names; they may repeat, a class is its index.
         templates: callables name -> prompt, or strings with one "{}"; None means the 80 of
             OpenAI's ImageNet ensemble.
-        renormalize: False leaves the plain mean, as PatchSAE's and the paper's released code do:
-            rows are then shorter than 1, the more so the more their prompts disagree.
-        progress: called with how many of the classes are done, and their number: 1,000 classes
-            in 80 templates take an hour on a CPU.
+        renormalize: False leaves the plain mean, as PatchSAE's and the paper's released code do.
+        progress: called with (classes done, classes): 1,000 in 80 templates take an hour on a CPU.
 
     Raises:
         ValueError: no class names or no templates.

@@ -4,8 +4,7 @@ B images, T tokens of an image (those that are no patches first, then the patche
 d width, e embedding size, S image side.
 """
 
-from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from open_clip.timm_model import TimmModel
@@ -20,7 +19,7 @@ from clipsae.errors import ConfigError
 EXAMPLES = "ViT-B-16-quickgelu, ViT-B-16-SigLIP or timm:vit_small_patch14_dinov2"
 
 
-class Tower(ABC):
+class Tower:
     """A ViT whose `tail(prefix(x, i), i)` is `whole(x)` for every block i = 0, 1, ...
 
     Attributes:
@@ -40,25 +39,25 @@ class Tower(ABC):
     std: tuple[float, ...]
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of its products."""
+        raise NotImplementedError
 
-    @abstractmethod
     def prefix(self, images: Tensor, block: int) -> Tensor:
         """Normalised images [B, 3, S, S] -> the residual stream after a block, [B, T, d]."""
+        raise NotImplementedError
 
-    @abstractmethod
     def tail(self, tokens: Tensor, block: int) -> Tensor:
         """The residual stream after a block, [B, T, d] -> embedding [B, e]."""
+        raise NotImplementedError
+
+    def whole(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] -> embedding [B, e], as the library computes it."""
+        raise NotImplementedError
 
     def tail_of_changes(self, changes: Changes, block: int) -> Tensor:
         """The tail of versions of one image's stream -> embedding [V, e]."""
         return self.tail(changes.streams(), block)
-
-    @abstractmethod
-    def whole(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, S, S] -> embedding [B, e], as the library computes it."""
 
     def direct(self, rows: Tensor) -> Tensor | None:
         """What rows [M, d], added to the last stream, add to the embedding [M, e] to first order,
@@ -73,17 +72,21 @@ def tower_of(name: str, visual: Any) -> Tower:
     Raises:
         ConfigError: it is no plain ViT.
     """
+    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
     if isinstance(visual, VisionTransformer):
-        return OpenClipTower(visual)
-    of_clip = isinstance(visual, TimmModel)
-    trunk = visual.trunk if of_clip else visual
-    # Subclasses may mix tokens in other ways.
-    if type(trunk) is not TimmViT:
-        raise ConfigError(
-            f"clip.name={name!r}: its image tower is timm's {type(trunk).__name__}; "
-            f"expected a plain ViT, such as {EXAMPLES}"
-        )
-    return TimmTower(trunk, visual.head, visual.preprocess_cfg) if of_clip else TimmTower(trunk)
+        if visual.attn_pool is not None:
+            reason = "it pools its tokens by attention"
+        elif visual.pool_type not in ("tok", "avg"):
+            reason = f"it pools its tokens by {visual.pool_type!r}"
+        elif len(set(visual.image_size)) > 1:
+            reason = "its images are not square ({} x {})".format(*visual.image_size)
+        else:
+            return OpenClipTower(visual)
+    elif type(trunk) is TimmViT:  # subclasses may mix tokens in other ways
+        return TimmTower(visual, trunk)
+    else:
+        reason = f"its image tower is {type(trunk).__name__}"
+    raise ConfigError(f"clip.name={name!r}: {reason}; expected a plain ViT, such as {EXAMPLES}")
 
 
 class OpenClipTower(Tower):
@@ -98,8 +101,11 @@ class OpenClipTower(Tower):
         self.grid = tuple(visual.grid_size)
         self.embed_dim = visual.output_dim
         self.image_size = visual.image_size[0]
-        self.mean = tuple(visual.preprocess_cfg["mean"])
-        self.std = tuple(visual.preprocess_cfg["std"])
+        how = getattr(visual, "preprocess_cfg", {"mean": (), "std": ()})
+        self.mean, self.std = tuple(how["mean"]), tuple(how["std"])
+        # Subclasses and custom blocks may mix tokens in other ways.
+        plain = type(visual.transformer.resblocks[-1]) is ResidualAttentionBlock
+        self._reads_class_token_only = plain and visual.pool_type == "tok"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,21 +124,12 @@ class OpenClipTower(Tower):
         return torch.cat(parts, dim=1)
 
     def tail(self, tokens: Tensor, block: int) -> Tensor:
-        visual = self.visual
-        remaining = list(visual.transformer.resblocks[block + 1 :])
-        last = remaining.pop() if remaining and self._reads_class_token_only else None
-        x = self._run(remaining, tokens)
-        if last is not None:
-            x = _class_token_of_block(last, x)
-        # Layer norm acts on each token by itself: before the pooling or after it is the same
-        # where the pooling picks a token, and not where it averages.
-        if visual.pool_type == "tok":
-            x = visual.ln_post(x[:, 0])
-        elif visual.final_ln_after_pool:
-            x = visual.ln_post(x[:, 1:].mean(dim=1))
-        else:
-            x = visual.ln_post(x)[:, 1:].mean(dim=1)
-        return self._projected(x)
+        x = tokens
+        for i in range(block + 1, self.blocks):
+            layer = self.visual.transformer.resblocks[i]
+            last = i == self.blocks - 1
+            x = _class_token(layer, x) if last and self._reads_class_token_only else layer(x)
+        return self._projected(self.visual._pool(x)[0])
 
     def tail_of_changes(self, changes: Changes, block: int) -> Tensor:
         if block != self.blocks - 2 or not self._reads_class_token_only:
@@ -151,38 +148,18 @@ class OpenClipTower(Tower):
         centred = (rows - rows.mean(dim=-1, keepdim=True)).float() * visual.ln_post.weight.float()
         return centred if visual.proj is None else centred @ visual.proj.float()
 
-    @property
-    def _reads_class_token_only(self) -> bool:
-        transformer = self.visual.transformer
-        # The block's own type: subclasses and custom blocks may mix tokens in other ways.
-        plain = type(transformer.resblocks[-1]) is ResidualAttentionBlock
-        return plain and self.visual.pool_type == "tok" and transformer.batch_first
-
-    def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
-        batch_first = self.visual.transformer.batch_first
-        x = x if batch_first else x.transpose(0, 1)
-        for block in blocks:
-            x = block(x)
-        return x if batch_first else x.transpose(0, 1)
-
 
 class TimmTower(Tower):
     """timm's ViT: DINOv2 by itself, SigLIP as the image tower of an open_clip model.
 
     Args:
+        visual: the whole tower: the ViT, or open_clip's wrapper with a head behind it.
         trunk: the ViT, without a classifier.
-        head: what open_clip puts behind it, if anything.
-        preprocess: how images are normalised; None: as timm says.
     """
 
-    def __init__(
-        self,
-        trunk: TimmViT,
-        head: nn.Module | None = None,
-        preprocess: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, visual: nn.Module, trunk: TimmViT) -> None:
         self.trunk = trunk
-        self.head = nn.Identity() if head is None else head
+        self.head = nn.Identity() if visual is trunk else cast(nn.Module, visual.head)
         self.blocks = len(trunk.blocks)
         self.width = trunk.embed_dim
         self.grid = tuple(trunk.patch_embed.grid_size)
@@ -190,7 +167,7 @@ class TimmTower(Tower):
         projections = [part for part in self.head.modules() if isinstance(part, nn.Linear)]
         self.embed_dim = projections[-1].out_features if projections else trunk.num_features
         self.image_size = trunk.patch_embed.img_size[0]
-        how = preprocess or resolve_model_data_config(trunk)
+        how: Any = getattr(visual, "preprocess_cfg", None) or resolve_model_data_config(trunk)
         self.mean, self.std = tuple(how["mean"]), tuple(how["std"])
 
     @property
@@ -212,16 +189,14 @@ class TimmTower(Tower):
         return torch.cat([others, patches], dim=1)
 
     def tail(self, tokens: Tensor, block: int) -> Tensor:
-        x = tokens
-        for layer in self.trunk.blocks[block + 1 :]:
-            x = layer(x)
+        x = self.trunk.blocks[block + 1 :](tokens)
         return self.head(self.trunk.forward_head(self.trunk.norm(x)))
 
     def whole(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(images))
 
 
-def _class_token_of_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+def _class_token(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     """The block's output for the class token alone: [B, T, d] -> [B, 1, d].
 
     Keys and values are needed of all tokens; query, attention's output and MLP of one.

@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +24,27 @@ from open_clip.model import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clipsae.clip.published import FILES
-
-# What archives hold beside weights: OpenAI's the sizes, all of them the mask of what follows.
-_SIZES = ("input_resolution", "context_length", "vocab_size")
-_MASK = "attn_mask"
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-_IN_BLOCKS = {
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-_OF_TRANSFORMERS = {
-    "logit_scale": "logit_scale",
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+# What archives hold beside weights: OpenAI's the sizes, all of them a mask.
+_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+# In this order, from transformers' names to open_clip's.
+_FROM_TRANSFORMERS = {
+    "text_model.embeddings.token_embedding": "token_embedding",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
     "text_projection.weight": "text_projection",
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",  # so it is spelled
-    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
-    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
-    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "vision_model.pre_layrnorm": "visual.ln_pre",  # (their spelling)
+    "vision_model.post_layernorm": "visual.ln_post",
     "visual_projection.weight": "visual.proj",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm": "ln_",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
 }
 
 
@@ -73,61 +65,39 @@ class Weights:
     Attributes:
         tensors: by open_clip's names.
         quick_gelu: whether they were trained with QuickGELU; None: the file does not say.
-        preprocess: how images are normalised, where a config beside the file says it.
+        preprocess: mean and std, where a config beside the file gives them.
     """
 
     tensors: dict[str, Tensor]
     quick_gelu: bool | None
-    preprocess: dict[str, Any]
-
-
-def file_in(path: Path) -> Path | None:
-    """A file of weights by its path or that of its folder: a plain one, or a repository's in the
-    cache of the Hugging Face Hub (`models--openai--clip-vit-base-patch16`); None: neither.
-
-    Raises:
-        ValueError: a folder without a file of weights, or with several.
-    """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        return None
-    folder = path
-    if (path / "snapshots").is_dir():
-        main = path / "refs" / "main"
-        revisions = sorted((path / "snapshots").iterdir(), key=lambda r: r.stat().st_mtime)
-        named = path / "snapshots" / (main.read_text().strip() if main.is_file() else "")
-        folder = named if main.is_file() and named.is_dir() else (revisions or [path])[-1]
-    for name in FILES:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
-    if len(found) != 1:
-        what = f"{len(found)} files of weights ({found[0].name}, ...)" if found else "no weights"
-        raise ValueError(f"{path} holds {what}: expected {FILES[0]}, {FILES[3]} or {FILES[4]}")
-    return found[0]
+    preprocess: dict[str, Any] = field(default_factory=dict)
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a file.
+    """Read a file and the config beside it.
 
     Raises:
         ValueError: it cannot be read, or holds something else.
     """
     quick_gelu = None
-    if path.suffix == ".safetensors":
-        try:
+    try:
+        if path.suffix == ".safetensors":
             content: Any = load_file(path)
-        except Exception as error:  # its reader has errors of its own, of several kinds
-            raise ValueError(f"it is no whole safetensors file ({_line(error)})") from error
-    elif _is_torchscript(path):
-        content, quick_gelu = _read_torchscript(path)
-    else:
-        content = _read_pickle(path)
+        elif _is_torchscript(path):
+            content, quick_gelu = _read_torchscript(path)
+        else:
+            content = _read_pickle(path)
+    except Exception as error:  # a broken or hostile file can make a reader raise anything
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = f"its pickle asks for {asked[1]}" if asked else lines[0][:200]
+        raise ValueError(f"no file of tensors that can be read ({why})") from error
     tensors = _tensors(content)
     if any(name.startswith("vision_model.") for name in tensors):
         config = _config(path.with_name("config.json"))
-        return Weights(_of_transformers(tensors), _quick_gelu_of_transformers(config), {})
+        activation = (config.get("vision_config") or {}).get("hidden_act", "quick_gelu")
+        quick_gelu = activation == "quick_gelu" if config else None
+        return Weights(_from_transformers(tensors), quick_gelu)
     config = _config(path.with_name("open_clip_config.json"))
     if "model_cfg" in config:
         quick_gelu = config["model_cfg"].get("quick_gelu", False)
@@ -138,40 +108,25 @@ def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load tensors into a model of open_clip as its own `load_checkpoint` does.
 
     Raises:
-        ValueError: they are not this model's.
+        RuntimeError: they are not this model's.
     """
     # OpenAI's are in half precision, in which positions cannot be interpolated on a CPU.
     whole = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     state = convert_state_dict(model, whole)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
-    own = model.state_dict()
-    for name in ("logit_scale", "logit_bias"):
-        if name in state and name in own:
-            state[name] = state[name].reshape(own[name].shape)
-    if "logit_bias" in own and "logit_bias" not in state:
-        state["logit_bias"] = torch.zeros_like(own["logit_bias"])
+    expected = model.state_dict()
+    for name in ("logit_scale", "logit_bias"):  # [] or [1]
+        if name in state and name in expected:
+            state[name] = state[name].reshape(expected[name].shape)
+    if "logit_bias" in expected:
+        state.setdefault("logit_bias", torch.zeros_like(expected["logit_bias"]))
     position_ids = "text.transformer.embeddings.position_ids"
-    if position_ids not in own:
+    if position_ids not in expected:
         state.pop(position_ids, None)
     resize_pos_embed(state, model)
     resize_text_pos_embed(state, model)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(_mismatch(own, state)) from error
-
-
-def _mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    for name in own:
-        if name in state and own[name].shape != state[name].shape:
-            shapes = f"{list(state[name].shape)}, and not {list(own[name].shape)}"
-            return f"{name} in it has shape {shapes}"
-    missing = [name for name in own if name not in state]
-    if missing:
-        return f"it lacks {len(missing):,} of the model's tensors, such as {missing[0]}"
-    more = [name for name in state if name not in own]
-    return f"it has {len(more):,} tensors that the model has not, such as {more[0]}"
+    model.load_state_dict(state)
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -182,33 +137,24 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _read_torchscript(path: Path) -> tuple[dict[str, Tensor], bool | None]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is no longer developed
-            module = torch.jit.load(path, map_location="cpu")
-    except RuntimeError as error:
-        raise ValueError(f"it is no whole TorchScript archive ({_line(error)})") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is no longer developed
+        module = torch.jit.load(path, map_location="cpu")
     tensors = module.state_dict()
     kinds = {part.original_name for part in module.modules()}
-    of_openai = _SIZES[0] in tensors  # all of which were trained with QuickGELU
+    of_openai = _NO_WEIGHTS[0] in tensors  # all of which were trained with QuickGELU
     quick_gelu = True if of_openai or "QuickGELU" in kinds else False if "GELU" in kinds else None
-    others = (*_SIZES, _MASK)
-    weights = {k: t for k, t in tensors.items() if k.rpartition(".")[2] not in others}
+    weights = {k: t for k, t in tensors.items() if k.rpartition(".")[2] not in _NO_WEIGHTS}
     return weights, quick_gelu
 
 
 def _read_pickle(path: Path) -> Any:
     try:
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # of a format before zip archives, or broken: the reader says it
-        others = []
-    try:
-        with torch.serialization.safe_globals([(Inert, name) for name in others]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile file can make the unpickler raise anything
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"its pickle asks for {asked[1]}" if asked else type(error).__name__
-        raise ValueError(f"it is no file of tensors that can be read ({why})") from error
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of a format before zip archives, or broken: reading it says so
+        classes = []
+    with torch.serialization.safe_globals([(Inert, name) for name in classes]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _tensors(content: Any) -> dict[str, Tensor]:
@@ -216,43 +162,31 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content:
+    values = content.values() if isinstance(content, Mapping) else [None]
+    if not values or not all(isinstance(value, Tensor) for value in values):
         raise ValueError("it holds no tensors by name")
     tensors = dict(content)
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
+    while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    wrong = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
-    if wrong:
-        raise ValueError(f"it holds no tensors by name: {wrong[0]} is none")
     return tensors
 
 
-def _of_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's names and layouts for those of transformers' `CLIPModel`."""
-    found: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
+    found = {}
     for name, tensor in tensors.items():
-        inside = re.fullmatch(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)\.(\w+)", name)
-        if name.endswith(".position_ids"):
-            continue
-        if inside is None:
-            if name not in _OF_TRANSFORMERS:
-                raise ValueError(f"{name} in it is no tensor of transformers' CLIPModel")
-            # A linear layer has the transpose of a matrix that is multiplied from the right.
-            projection = name.endswith("_projection.weight")
-            found[_OF_TRANSFORMERS[name]] = tensor.T if projection else tensor
-            continue
-        tower, block, layer, kind = inside.groups()
-        place = f"{'visual.' * (tower == 'vision')}transformer.resblocks.{block}."
-        if layer in _IN_BLOCKS:
-            found[f"{place}{_IN_BLOCKS[layer]}.{kind}"] = tensor
-        else:
-            parts.setdefault(f"{place}attn.in_proj_{kind}", {})[layer] = tensor
-    for name, three in parts.items():
-        expected = [f"self_attn.{part}_proj" for part in "qkv"]
-        if set(three) != set(expected):
-            raise ValueError(f"{', '.join(three)} in it are not what transformers' CLIPModel has")
-        found[name] = torch.cat([three[part] for part in expected])
+        # A linear layer has the transpose of a matrix that is multiplied from the right.
+        value = tensor.T if name.endswith("_projection.weight") else tensor
+        for theirs, ours in _FROM_TRANSFORMERS.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith(".position_ids"):
+            found[name] = value
+    for query in [name for name in found if ".self_attn.q_proj." in name]:
+        parts = [query.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if missing := [name for name in parts if name not in found]:
+            raise ValueError(f"it lacks {missing[0]} of transformers' CLIPModel")
+        together = torch.cat([found.pop(name) for name in parts])
+        found[query.replace("self_attn.q_proj.", "attn.in_proj_")] = together
     return found
 
 
@@ -262,15 +196,3 @@ def _config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _quick_gelu_of_transformers(config: Mapping[str, Any]) -> bool | None:
-    if not config:
-        return None
-    vision = config.get("vision_config") or {}
-    return vision.get("hidden_act", "quick_gelu") == "quick_gelu"
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -17,8 +17,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from clipsae.clip import FrozenCLIP, published
-from clipsae.clip.build import create_open_clip, create_timm, source_of
+from clipsae.clip import FrozenCLIP
+from clipsae.clip.build import create_open_clip, create_timm
+from clipsae.clip.sources import find_source, of_timm
 from clipsae.errors import ConfigError
 from clipsae.evaluation.truth import AttributeEncoder, has_truth
 
@@ -120,7 +121,7 @@ def image_encoder(name: str, dataset: Any = None) -> nn.Module:
 def _open_clip(name: str, model: str, weights: str) -> ImageEncoder:
     if open_clip.get_model_config(model) is None:
         raise ValueError(f"open_clip has no model {model!r}")
-    source = None if weights == RANDOM else source_of(model, weights)
+    source = None if weights == RANDOM else find_source(model, weights)
     built: Any = create_open_clip(model, source, weights_decide=True)
     how = built.visual.preprocess_cfg
     return ImageEncoder(name, built, built.encode_image, how["size"], how["mean"], how["std"])
@@ -131,8 +132,8 @@ def _timm(name: str, model: str, weights: str) -> ImageEncoder:
         file = None
     elif weights:
         file = Path(weights).expanduser()
-    elif (known := published.of_timm(model)) is not None:
-        file = known.get()
+    elif (known := of_timm(model)) is not None:
+        file = known.file()
     else:
         raise ValueError(f"timm knows no weights of {model!r}")
     built = create_timm(model, file)

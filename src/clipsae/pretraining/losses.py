@@ -13,12 +13,7 @@ from open_clip.model import CLIP
 from open_clip.transformer import Transformer
 from torch import Tensor, nn
 
-from clipsae.data.scenes.grammar import (
-    KINDS,
-    caption_targets,
-    kind_labels,
-    make_captions,
-)
+from clipsae.data.scenes.grammar import KINDS, caption_targets, kind_labels, make_captions
 from clipsae.data.scenes.world import Scenes, uniforms
 
 _TEMPLATE_STREAM = 0x7E4A

@@ -6,14 +6,14 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 MARK = "meta.json"  # written last: a folder without it is not finished
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FULL_WORDS = ("No space left on device", "Disk quota exceeded")
+FULL = ("No space left on device", "Disk quota exceeded")
 NEARLY_NOTHING = 1 << 20  # bytes
 
 
@@ -48,14 +48,6 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(folder: Path) -> None:
-    """Flush every file and folder below, and the folder itself."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            fsync(Path(parent) / name)
-        fsync(Path(parent))
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
@@ -82,7 +74,8 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
     }
     meta = {**about, "files": files}
     write_json(folder / MARK, {**meta, "seal": _seal(meta)})
-    fsync_tree(folder)
+    for path in (*folder.rglob("*"), folder):
+        fsync(path)
 
 
 def find_damage(folder: Path, *, content: bool = True) -> str | None:
@@ -126,18 +119,8 @@ def set_aside(path: Path) -> Path:
     Raises:
         FileNotFoundError: it is gone.
     """
-    n = 1
-    while True:
-        aside = path.with_name(f".{path.name}.damaged-{n}")
-        if not aside.exists():
-            try:
-                path.rename(aside)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-            else:
-                return aside
-        n += 1
+    places = (path.with_name(f".{path.name}.damaged-{n}") for n in count(1))
+    return path.rename(next(place for place in places if not place.exists()))
 
 
 # --- a checkpoint and its checksum ---
@@ -147,7 +130,7 @@ def put_checkpoint(aside: Path, path: Path, step: int) -> None:
     """Replace the checkpoint `path` by `aside`, its checksum beside it in `<name>.json`.
 
     Two files cannot be replaced at once: the checksums of the new and of the last ones are
-    written first, so that whichever a kill leaves is known to be whole.
+    written first, so that the one that a kill leaves is known to be whole.
 
     Args:
         aside: the new checkpoint, written and closed, in the same folder.
@@ -155,8 +138,8 @@ def put_checkpoint(aside: Path, path: Path, step: int) -> None:
         step: optimizer steps that it holds, for `task=status`.
     """
     fsync(aside)
-    last = read_json(_note(path)).get("saved", [])[:3]
-    write_json(_note(path), {"saved": [{"sha256": sha256(aside), "step": step}, *last]})
+    saved = [{"sha256": sha256(aside), "step": step}, *_saved(path)[:3]]
+    write_json(_note(path), {"saved": saved})
     aside.replace(path)
     fsync(path.parent)
 
@@ -170,7 +153,7 @@ def whole_checkpoint(path: Path) -> Path | None:
         return None
     except OSError as error:
         checksum = f"unreadable ({error.strerror})"
-    if any(saved["sha256"] == checksum for saved in read_json(_note(path)).get("saved", [])):
+    if any(saved["sha256"] == checksum for saved in _saved(path)):
         return path
     try:
         aside = set_aside(path)
@@ -182,16 +165,21 @@ def whole_checkpoint(path: Path) -> Path | None:
 
 def checkpoint_step(folder: Path) -> int | None:
     """Steps of the newest checkpoint noted in a folder; None where there is none."""
-    steps = [
-        saved[0]["step"]
-        for note in folder.glob("*.json")
-        if note.with_suffix("").exists() and (saved := read_json(note).get("saved"))
-    ]
+    paths = [note.with_suffix("") for note in folder.glob("*.json")]
+    steps = [_saved(path)[0]["step"] for path in paths if path.exists() and _saved(path)]
     return max(steps, default=None)
 
 
 def _note(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
+
+
+def _saved(path: Path) -> list[dict[str, Any]]:
+    """Checksums and steps of a checkpoint and the ones before it, the newest first."""
+    return read_json(_note(path)).get("saved", [])
+
+
+# --- a full disk ---
 
 
 def disk_is_full(error: BaseException, folder: Path) -> bool:
@@ -202,9 +190,7 @@ def disk_is_full(error: BaseException, folder: Path) -> bool:
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in FULL:
-            return True
-        if any(word in str(seen) for word in FULL_WORDS):
+        if any(words in str(seen) for words in FULL):
             return True
         seen = seen.__cause__ or seen.__context__
     vague = isinstance(error, RuntimeError) or (

@@ -31,7 +31,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ FREE = "free"
 LEASE = "lease.json"
 TOKEN = re.compile(r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<born>\d+)-[0-9a-f]{16}")
 TAKEN = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-REMIND = 300.0  # seconds between two lines about who is waited for
 
 
 class StoreError(ConfigError):
@@ -56,26 +55,63 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lease.
+    """Who holds a lease, as `lease.json` has it.
 
     Attributes:
+        token: the folder's name.
         host, pid: the process.
         job: its SLURM job ("123" or "123_4"), or None.
         since: local date and time on that host; shown, never compared.
         done, total: how far it is, in steps, or None.
+        job_id, restart: of SLURM: a requeued job has the same id.
+        group: what the ranks of one distributed run have in common; None: unknown.
     """
 
+    token: str
     host: str
     pid: int
     job: str | None
     since: str
     done: int | None = None
     total: int | None = None
+    job_id: str | None = None
+    restart: int = 0
+    group: str | None = None
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
         far = "" if self.done is None else f", step {self.done:,} of {self.total:,}"
         return f"{self.host} (process {self.pid}{job}) since {self.since}{far}"
+
+    @classmethod
+    def this_process(cls, token: str = "") -> "Owner":
+        env = os.environ
+        job_id, restart = env.get("SLURM_JOB_ID"), int(env.get("SLURM_RESTART_COUNT", 0))
+        array = [env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")]
+        group = None
+        if "TORCHELASTIC_RUN_ID" in env:
+            group = f"{env['TORCHELASTIC_RUN_ID']}:{env.get('MASTER_PORT')}"
+        elif job_id and "SLURM_STEP_ID" in env:
+            group = f"{job_id}.{env['SLURM_STEP_ID']}.{restart}"
+        return cls(
+            token,
+            platform.node(),
+            os.getpid(),
+            "_".join(map(str, array)) if all(array) else job_id,
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            job_id=job_id,
+            restart=restart,
+            group=group,
+        )
+
+
+def owner_of(folder: Path) -> Owner | None:
+    """Who holds a lease, or held it last; None where nothing was written."""
+    lease = read_json(folder / LEASE)
+    try:
+        return Owner(**{f.name: lease[f.name] for f in fields(Owner) if f.name in lease})
+    except TypeError:
+        return None
 
 
 class Lease:
@@ -90,17 +126,7 @@ class Lease:
         self.folder = folder
         self.lost = False
         self._beats = 0
-        self._progress: tuple[int | None, int | None] = (None, None)
-        self._owner = {
-            "token": folder.name,
-            "host": platform.node(),
-            "pid": os.getpid(),
-            "job": slurm_job(),
-            "job_id": os.environ.get("SLURM_JOB_ID"),
-            "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "group": process_group(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
+        self._owner = Owner.this_process(folder.name)
         self._write()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, args=(beat,), daemon=True)
@@ -112,12 +138,12 @@ class Lease:
         Raises:
             LeaseLost: another process has taken over.
         """
-        self._progress = (done, total)
+        self._owner = replace(self._owner, done=done, total=total)
         if self.lost:
             raise LeaseLost(self.folder.parent.name)
 
     def release(self) -> None:
-        """Leave the folder to whoever comes next."""
+        """Leave the folder to the next process."""
         self.stop()
         with contextlib.suppress(OSError):
             self.folder.rename(self.folder.with_name(FREE))
@@ -130,7 +156,7 @@ class Lease:
             self.folder.parent.rmdir()
 
     def stop(self) -> None:
-        """End the heartbeat, with a last word on how far the work was."""
+        """End the heartbeat, with a last note on how far the work was."""
         self._ended.set()
         self._thread.join(timeout=5)
         self._write()
@@ -141,11 +167,9 @@ class Lease:
 
     def _write(self) -> None:
         self._beats += 1
-        done, total = self._progress
-        content = {**self._owner, "beat": self._beats, "done": done, "total": total}
         path, aside = self.folder / LEASE, self.folder / f".{LEASE}.tmp"
         try:
-            aside.write_text(json.dumps(content))
+            aside.write_text(json.dumps({**asdict(self._owner), "beat": self._beats}))
             aside.replace(path)
         except OSError:
             # On a full disk a new time stamp is a sign of life, too; without the folder none is.
@@ -156,7 +180,7 @@ class Lease:
 
 
 class Watch:
-    """Judges whether the owners of leases are alive by what it sees itself.
+    """Judges whether the owners of leases are alive by the changes it has seen.
 
     Args:
         dead_after: seconds without a change after which an owner counts as dead.
@@ -167,13 +191,16 @@ class Watch:
         self.dead_after = dead_after
         self.clock = clock
         self._seen: dict[str, tuple[Any, float, int]] = {}
-        self._said = ("", 0.0)
 
     def alive(self, folder: Path) -> bool | None:
         """True: a sign of life was seen. False: dead, or free. None: not known yet."""
         if surely_dead(folder):
             return False
-        sign = _sign(folder)
+        try:
+            path = folder / LEASE
+            sign = path.stat().st_mtime_ns, path.read_bytes()
+        except OSError:
+            sign = None
         last, when, changes = self._seen.get(folder.name, (None, 0.0, -1))
         if changes < 0 or sign != last:
             when, changes = self.clock(), changes + 1
@@ -181,14 +208,6 @@ class Watch:
         if self.clock() - when > self.dead_after:
             return False
         return True if changes > 0 or lives_here(folder.name) else None
-
-    def is_news(self, folder: Path) -> bool:
-        """Whether it is time to say whose lease this is."""
-        name, when = self._said
-        if name == folder.name and self.clock() - when <= REMIND:
-            return False
-        self._said = (folder.name, self.clock())
-        return True
 
 
 def surely_dead(folder: Path) -> bool:
@@ -199,57 +218,30 @@ def surely_dead(folder: Path) -> bool:
     match = TOKEN.fullmatch(folder.name)
     if match and match["machine"] == machine():
         return not lives_here(folder.name)
-    owner = read_json(folder / LEASE)
-    job = os.environ.get("SLURM_JOB_ID")
-    return (
-        owner.get("token") == folder.name
-        and job is not None
-        and owner.get("job_id") == job
-        and owner.get("restart", 0) < int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    )
-
-
-def _sign(folder: Path) -> Any:
-    """What changes with every beat."""
-    path = folder / LEASE
-    try:
-        found = path.stat()
-        return found.st_mtime_ns, found.st_ino, path.read_bytes()
-    except OSError:
-        return None
-
-
-def owner_of(folder: Path) -> Owner | None:
-    """Who holds a lease, or held it last; None where nothing was written."""
-    lease = read_json(folder / LEASE)
-    try:
-        return Owner(*(lease[name] for name in ("host", "pid", "job", "since", "done", "total")))
-    except KeyError:
-        return None
+    owner, me = owner_of(folder), Owner.this_process()
+    if owner is None or owner.token != folder.name:
+        return False
+    return me.job_id is not None and owner.job_id == me.job_id and owner.restart < me.restart
 
 
 def is_my_group(folder: Path) -> bool:
     """Whether the first rank of the distributed run that this process is in holds a lease."""
-    lease = read_json(folder / LEASE)
-    if lease.get("token") != folder.name:
+    owner = owner_of(folder)
+    if owner is None or owner.token != folder.name:
         return False
-    if lease["group"] is not None and lease["group"] == process_group():
+    if owner.group is not None and owner.group == Owner.this_process().group:
         return True
     return folder.name.startswith(f"{machine()}-{os.getppid()}-")
 
 
 def find(partial: Path) -> Path | None:
     """The lease of an unfinished stage; None where there is none."""
-    try:
-        names = [path.name for path in partial.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    found = [name for name in names if name == FREE or TOKEN.fullmatch(name)]
+    found = [name for name in _names(partial) if name == FREE or TOKEN.fullmatch(name)]
     return partial / found[0] if found else None
 
 
 def begin(partial: Path, beat: float) -> Lease | None:
-    """Begin an unfinished stage with a lease of one's own; None where another was faster.
+    """Begin an unfinished stage with a lease of this process; None where another was faster.
 
     Raises:
         StoreError: there are other files in its place.
@@ -260,7 +252,7 @@ def begin(partial: Path, beat: float) -> Lease | None:
     if _rename(aside, partial, partial / token):
         return Lease(partial / token, beat)
     shutil.rmtree(aside, ignore_errors=True)
-    names = [path.name for path in partial.iterdir()] if partial.is_dir() else []
+    names = _names(partial)
     if names and not any(name == FREE or TOKEN.fullmatch(name) for name in names):
         raise StoreError(f"{partial}: not a folder of an unfinished stage ({names[0]}): remove it")
     return None
@@ -270,6 +262,13 @@ def take(folder: Path, beat: float) -> Lease | None:
     """Take a lease whose owner is dead; None where another was faster."""
     mine = folder.with_name(new_token())
     return Lease(mine, beat) if _rename(folder, mine, mine) else None
+
+
+def _names(partial: Path) -> list[str]:
+    try:
+        return [path.name for path in partial.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _rename(source: Path, target: Path, proof: Path) -> bool:
@@ -301,16 +300,17 @@ def born(pid: int) -> int | None:
     """When a process of this machine started, in ticks since boot (0 where there is no /proc);
     None: it has ended."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         if Path("/proc/self/stat").exists():
             return None
         try:
             os.kill(pid, 0)
-        except OSError as error:
-            return None if isinstance(error, ProcessLookupError) else 0
+        except ProcessLookupError:
+            return None
+        except OSError:  # of another user
+            return 0
         return 0
-    state, *rest = text.rpartition(")")[2].split()
     return None if state in "ZX" else int(rest[18])
 
 
@@ -325,21 +325,3 @@ def lives_here(token: str) -> bool:
     if match is None or match["machine"] != machine():
         return False
     return born(int(match["pid"])) == int(match["born"])
-
-
-def process_group() -> str | None:
-    """What the ranks of one distributed run have in common; None: unknown."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        return f"{env['TORCHELASTIC_RUN_ID']}:{env.get('MASTER_PORT')}"
-    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" in env:
-        return f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}.{env.get('SLURM_RESTART_COUNT', 0)}"
-    return None
-
-
-def slurm_job() -> str | None:
-    """This process's SLURM job as `squeue` shows it: "123", of an array "123_4"."""
-    env = os.environ
-    if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
-        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    return env.get("SLURM_JOB_ID")

@@ -1,5 +1,6 @@
 """The store and its stages."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -27,6 +28,7 @@ ABOUT = "about.json"  # what an unfinished stage is
 FAILED = "failed.json"  # why its last making failed
 BEAT = 15.0  # seconds between two signs of life
 DEAD_AFTER = 180.0  # seconds without one; a network file system may show files a minute late
+REMIND = 300.0  # seconds between two lines about who is waited for
 POLLS = (0.05, 5.0)  # seconds between two checks while waiting: at first, in the end
 PACKAGES = ("clipsae", "torch", "lightning", "open_clip_torch", "torchmetrics", "hydra-core")
 
@@ -40,7 +42,7 @@ class Busy(StoreError):
 
 
 def digest(key: Mapping[str, Any]) -> str:
-    """Ten hex digits of the SHA-256 of a JSON-like mapping, whatever the order of its keys.
+    """Ten hex digits of the SHA-256 of a JSON-like mapping, in any order of its keys.
 
     Raises:
         TypeError: a value that JSON cannot hold.
@@ -66,7 +68,8 @@ class Stage:
     beat: float = BEAT
     dead_after: float = DEAD_AFTER
     _lease: Lease | None = field(default=None, init=False, repr=False)
-    _joined: Path | None = field(default=None, init=False, repr=False)
+    _joined: Path | None = field(default=None, init=False, repr=False)  # the first rank's lease
+    _named: tuple[str, float] = field(default=("", 0.0), init=False, repr=False)
 
     @property
     def partial(self) -> Path:
@@ -140,7 +143,7 @@ class Stage:
         """
         watch, (pause, longest) = Watch(self.dead_after), POLLS
         while True:
-            if self.path.exists() and find_damage(self.path, content=check == "content") is None:
+            if self.path.exists() and self._damage(check) is None:
                 return self.path
             made = self._join(build, watch) if rank else self._lead(build, watch, wait, check)
             if made:
@@ -148,16 +151,27 @@ class Stage:
             time.sleep(pause * random.uniform(0.8, 1.2))  # a hundred jobs are no burden
             pause = min(1.3 * pause, longest)
 
+    def _damage(self, check: str) -> str | None:
+        return find_damage(self.path, content=check == "content")
+
     def _lead(self, build: Callable[[Path], None], watch: Watch, wait: bool, check: str) -> bool:
         """Make it if the lease can be had; whether it is finished now."""
         try:
-            self._lease = self._acquire(watch, wait)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder = lease.find(self.partial)
+            if folder is None:
+                self._lease = lease.begin(self.partial, self.beat)
+            elif not self._is_held(folder, watch, wait):
+                owner = lease.owner_of(folder)
+                self._lease = lease.take(folder, self.beat)
+                if self._lease and folder.name != FREE:
+                    log.info("%s was left by %s: taking over", self.path.name, owner)
         except OSError as error:
             raise self._readable(error) from error
         if self._lease is None:
             return False
         try:
-            self._build(build, check)
+            self._build(self._lease, build, check)
         except LeaseLost:
             log.warning(
                 "%s was taken over by another process while this one stood still: using what that "
@@ -170,19 +184,6 @@ class Stage:
             self._lease = None
         return True
 
-    def _acquire(self, watch: Watch, wait: bool) -> Lease | None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        folder = lease.find(self.partial)
-        if folder is None:
-            return lease.begin(self.partial, self.beat)
-        if self._is_held(folder, watch, wait):
-            return None
-        owner = lease.owner_of(folder)
-        taken = lease.take(folder, self.beat)
-        if taken and folder.name != FREE:
-            log.info("%s was left by %s: taking over", self.path.name, owner)
-        return taken
-
     def _is_held(self, folder: Path, watch: Watch, wait: bool) -> bool:
         """Whether the owner of a lease may be alive. Says who is waited for, now and then."""
         alive = watch.alive(folder)
@@ -191,16 +192,16 @@ class Stage:
         owner = lease.owner_of(folder) or "another process"
         if alive and not wait:
             raise Busy(f"{self.path.name} is being made by {owner}: run again later")
-        if watch.is_news(folder):
+        if self._named[0] != folder.name or time.monotonic() - self._named[1] > REMIND:
+            self._named = folder.name, time.monotonic()
             log.info("waiting for %s: made by %s", self.path.name, owner)
         return True
 
-    def _build(self, build: Callable[[Path], None], check: str) -> None:
+    def _build(self, held: Lease, build: Callable[[Path], None], check: str) -> None:
         """Make it, holding the lease."""
-        held = self._lease
         try:
             if self.path.exists():
-                wrong = find_damage(self.path, content=check == "content")
+                wrong = self._damage(check)
                 if wrong is None:  # made while the lease was being taken
                     held.discard()
                     return
@@ -210,57 +211,46 @@ class Stage:
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir()
             self.scratch.mkdir(exist_ok=True)
-            write_json(held.folder / ABOUT, {"key": dict(self.key), "about": dict(self.about)})
+            stage = {"key": dict(self.key), "about": dict(self.about)}
+            write_json(held.folder / ABOUT, stage)
             started, clock = time.time(), time.monotonic()
             build(self.staging)
-            self._publish(started, time.monotonic() - clock)
+            meta = {
+                **stage,
+                "schema": SCHEMA,
+                "started": started,
+                "finished": time.time(),
+                "seconds": time.monotonic() - clock,
+                "versions": {name: version(name) for name in PACKAGES},
+                "python": platform.python_version(),
+                "git_commit": git_commit(),
+                "host": platform.node(),
+            }
+            files.seal(self.staging, meta)
+            try:
+                self.staging.rename(self.path)
+            except OSError:
+                # There already: finished by another, which a network file system showed late.
+                if not self.finished:
+                    raise
+            files.fsync(self.path.parent)
+            held.discard()
         except Exception as error:
             if held.lost or not held.folder.exists():
                 raise LeaseLost(self.path.name) from error
             readable = self._readable(error)
             shutil.rmtree(self.staging, ignore_errors=True)  # of no use, and the disk may be full
-            self._note_failure(readable)
+            failure = {
+                "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "host": platform.node(),
+                "type": type(readable).__name__,
+                "message": (str(readable).strip().splitlines() or [""])[-1],
+            }
+            with contextlib.suppress(OSError):
+                write_json(held.folder / FAILED, failure)
             if readable is error:
                 raise
             raise readable from error
-
-    def _publish(self, started: float, seconds: float) -> None:
-        files.seal(
-            self.staging,
-            {
-                "schema": SCHEMA,
-                "key": dict(self.key),
-                "about": dict(self.about),
-                "started": started,
-                "finished": time.time(),
-                "seconds": seconds,
-                "versions": {name: version(name) for name in PACKAGES},
-                "python": platform.python_version(),
-                "git_commit": git_commit(),
-                "host": platform.node(),
-            },
-        )
-        try:
-            self.staging.rename(self.path)
-        except OSError:
-            # There already: finished by another, which a network file system showed late.
-            if not self.finished:
-                raise
-        files.fsync(self.path.parent)
-        self._lease.discard()
-
-    def _note_failure(self, error: Exception) -> None:
-        said = str(error).strip().splitlines()
-        failure = {
-            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "host": platform.node(),
-            "type": type(error).__name__,
-            "message": said[-1] if said else "",
-        }
-        try:
-            write_json(self.lease_folder / FAILED, failure)
-        except OSError:
-            log.debug("the failure could not be noted", exc_info=True)
 
     def _join(self, build: Callable[[Path], None], watch: Watch) -> bool:
         """As a rank that is not the first: build along in the first one's folder once it is there,
@@ -308,13 +298,11 @@ class Stage:
 def git_commit() -> str | None:
     """The commit of the working tree that the package lies in; None outside of one."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    options: Any = {"cwd": Path(__file__).parent, "capture_output": True, "timeout": 10}
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, text=True, check=True, **options).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 class Store:

@@ -1,4 +1,4 @@
-"""`task=cache`: only make the feature cache, or look whether it is as it was written."""
+"""`task=cache`: only make the feature cache, or verify it."""
 
 import logging
 

@@ -1,9 +1,8 @@
-"""What each key of `conf/` may be. Looked at before torch is imported: a slip of the hand is
-answered within a second.
+"""What each key of `conf/` may be. Checked before torch is imported: a typo is answered within a
+second.
 
-What needs more than the value itself (files, the model, the dataset) is checked by those who use
-it. Groups that plugins extend, `model` and the datasets, have rules for the keys that are there;
-what else they may hold, their classes know.
+What needs more than the value itself (files, the model, the dataset) is checked where it is used.
+Groups that plugins extend have rules for the keys that are there; their classes know the others.
 """
 
 import ast
@@ -21,25 +20,29 @@ from omegaconf import DictConfig, OmegaConf
 from clipsae.errors import ConfigError
 from clipsae.overrides import near, renamed
 from clipsae.rules import (
+    CLIP,
     FLAG,
     NAME,
     TEXT,
     Rule,
     check_layer,
     either,
-    is_number,
     is_whole,
     list_of,
     number,
     one_of,
     or_null,
+    require,
     share,
+    unset,
     whole,
 )
 from clipsae.store.files import read_json
 
 SPLIT = one_of("train", "test")
 TINY = Path(__file__).parents[1] / "clip" / "tiny"
+
+SHARE = Rule("a share of them, up to 1.0", lambda v: isinstance(v, float) and 0 <= v <= 1)
 
 TRAINER = {
     "_target_": TEXT,
@@ -56,50 +59,77 @@ TRAINER = {
     "gradient_clip_val": or_null(number(above=0)),
     "log_every_n_steps": whole(1),
     "val_check_interval": whole(1),
-    "limit_val_batches": either(whole(0), Rule("a share of them, 0.0 to 1.0", lambda v: _share(v))),
+    "limit_val_batches": either(whole(0), SHARE),
     "num_sanity_val_steps": whole(0),
     "deterministic": one_of(True, False, "warn"),
-    "limit_train_batches": or_null(
-        either(whole(1), Rule("a share of them, up to 1.0", lambda v: _share(v) and v > 0))
-    ),
-}
-
-# Keys of Lightning's Trainer that a run sets itself, or that leave nothing to go on from.
-REFUSED_BY_TRAINER = {
+    "limit_train_batches": or_null(either(whole(1), SHARE)),
+    # What a run sets itself, or what would leave nothing to continue from.
     **dict.fromkeys(
         ("fast_dev_run", "max_epochs", "min_epochs", "min_steps", "barebones"),
-        "how long a training is, is trainer.max_steps",
+        unset("the length of a training is trainer.max_steps"),
     ),
-    **dict.fromkeys(("logger", "enable_autolog_hparams"), "choose logger=wandb, csv or none"),
+    **dict.fromkeys(
+        ("logger", "enable_autolog_hparams"), unset("choose logger=wandb, csv or none")
+    ),
     **dict.fromkeys(
         ("callbacks", "enable_checkpointing", "check_val_every_n_epoch"),
-        "see callbacks. and trainer.val_check_interval",
+        unset("see callbacks. and trainer.val_check_interval"),
     ),
-    "enable_progress_bar": "it is callbacks.progress_bar",
-    "enable_model_summary": "there is none",
-    "default_root_dir": "it is paths.output_dir",
-    "plugins": "the run chooses them",
-    "model_registry": "SAEs are uploaded by logger.upload_sae or task=export",
+    "enable_progress_bar": unset("it is callbacks.progress_bar"),
+    "enable_model_summary": unset("there is none"),
+    "default_root_dir": unset("it is paths.output_dir"),
+    "plugins": unset("the run chooses them"),
+    "model_registry": unset("SAEs are uploaded by logger.upload_sae or task=export"),
 }
 
-CLOSED: dict[str, Mapping[str, Any]] = {
-    "paths": {"output_dir": TEXT, "data_dir": TEXT},
-    "clip": {
-        "name": TEXT,
-        "pretrained": or_null(TEXT),
-        "layer": whole(),
-        "precision": one_of("fp32", "bf16"),
-        "seed": whole(0),
-        "image_size": or_null(whole(1)),
-    },
-    "optimizer": {
-        "learning_rate": number(above=0),
-        "betas": Rule(
-            "two numbers from 0 to below 1",
+DATASET = {
+    "_target_": TEXT,
+    "name": NAME,
+    "root": TEXT,
+    "split_source": one_of("auto", "coop", "official"),
+    "classnames": one_of("clean", "raw"),
+    "classes": one_of("all", "present"),
+    "templates": one_of("imagenet", "dataset"),
+    "on_bad_image": one_of("error", "skip"),
+    "download": FLAG,
+    "kind": TEXT,
+    "seed": whole(0),
+    "size": either(
+        whole(1),
+        Rule(
+            "such a number for train and test",
             lambda v: (
-                isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v)
+                isinstance(v, dict)
+                and set(v) == {"train", "test"}
+                and all(is_whole(n) and n >= 1 for n in v.values())
             ),
         ),
+    ),
+}
+OPTIONS: dict[str, Mapping[str, Any]] = {
+    "": {
+        "seed": whole(0, 2**32 - 1),
+        "plugins": list_of(TEXT),
+        "together": FLAG,
+        "sweep_name": NAME,
+    },
+    "paths": {"output_dir": TEXT, "data_dir": TEXT},
+    "clip": CLIP,
+    "trainer": TRAINER,
+    "model": {
+        "name": NAME,
+        "architecture": TEXT,
+        "activation": TEXT,
+        "latents": whole(1),
+        "initial_images": whole(1),
+        "compile": FLAG,
+        "k": either(whole(1), Rule("auto", lambda v: v == "auto")),
+    },
+    "dataset": DATASET,
+    "train_dataset": DATASET,
+    "optimizer": {
+        "learning_rate": number(above=0),
+        "betas": list_of(share("a number from 0 to below 1", one=False), least=2, most=2),
         "warmup_steps": whole(0),
         "decay": one_of("constant", "cosine", "linear"),
     },
@@ -187,7 +217,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "words": or_null(TEXT),
         "upload": FLAG,
         "serve": FLAG,
-        "port": Rule("a port, 0 to 65535", lambda v: is_whole(v) and 0 <= v <= 65535),
+        "port": whole(0, 65535),
     },
     "export": {
         "sae": or_null(TEXT),
@@ -223,53 +253,13 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "max_strength": number(least=0),
     },
 }
-# These look at what is there, and need no dataset.
+OPEN = ("", "trainer", "model", "dataset", "train_dataset")  # may have more keys
+# These need no dataset.
 WITHOUT_DATASET = ("dashboard", "data", "gc", "report", "status")
-
-# Groups whose classes may have more keys.
-MODEL = {
-    "name": NAME,
-    "architecture": TEXT,
-    "activation": TEXT,
-    "latents": whole(1),
-    "initial_images": whole(1),
-    "compile": FLAG,
-    "k": Rule("a whole number, 1 or more, or auto", lambda v: v == "auto" or whole(1).holds(v)),
-}
-DATASET = {
-    "_target_": TEXT,
-    "name": NAME,
-    "root": TEXT,
-    "split_source": one_of("auto", "coop", "official"),
-    "classnames": one_of("clean", "raw"),
-    "classes": one_of("all", "present"),
-    "templates": one_of("imagenet", "dataset"),
-    "on_bad_image": one_of("error", "skip"),
-    "download": FLAG,
-    "kind": TEXT,
-    "seed": whole(0),
-    "size": either(
-        whole(1),
-        Rule(
-            "such a number for train and test",
-            lambda v: (
-                isinstance(v, dict)
-                and set(v) == {"train", "test"}
-                and all(is_whole(n) and n >= 1 for n in v.values())
-            ),
-        ),
-    ),
-}
-TOP = {
-    "seed": Rule("a whole number, 0 to 4294967295", lambda v: is_whole(v) and 0 <= v < 2**32),
-    "plugins": list_of(TEXT),
-    "together": FLAG,
-    "sweep_name": NAME,
-}
 
 
 def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
-    """Refuse values that no run can use, and keys that nobody reads.
+    """Refuse values that no run can use, and unknown keys.
 
     Args:
         cfg: composed, as `run.py` has it.
@@ -281,7 +271,8 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     # Hydra's own part, which a launcher's configs have, cannot be resolved before a job.
     cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     # What is missing first: an interpolation of it could not be resolved.
-    task = _own(OmegaConf.to_container(cfg.task, resolve=False), "run")
+    target = str(OmegaConf.to_container(cfg.task, resolve=False).get("_target_"))
+    task = target.removeprefix("clipsae.tasks.").removesuffix(".run")
     if task not in WITHOUT_DATASET:
         for key in sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(f"{key} is not given: add {key}=... to the command")
@@ -295,30 +286,19 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     for group in ("dataset", "train_dataset"):
         if "_target_" not in node[group]:
             raise ConfigError(f"{group} has no _target_: with train_dataset=same set dataset's")
-    for name, rule in TOP.items():
-        _check_value(name, node[name], rule)
-    for group, rules in CLOSED.items():
-        if "_target_" not in node[group] or _own(node[group]):
-            _check_group(group, node[group], rules, closed=True)
-    if task in TASKS:
-        _check_group("task", node["task"], {**RUN, **TASKS[task]}, closed=True)
-    for key, value in node["trainer"].items():
-        if key in REFUSED_BY_TRAINER and value is not None:
-            raise ConfigError(
-                f"trainer.{key}={_shown(value)}: not to be set: {REFUSED_BY_TRAINER[key]}"
-            )
     if (new := node["trainer"].keys() - TRAINER.keys()) and (known := _trainer_options()):
         for key in sorted(new - set(known)):
             raise unknown_key("trainer", key, known, node["trainer"][key])
+    of_task = {"task": {**RUN, **TASKS[task]}} if task in TASKS else {}
+    for group, rules in {**OPTIONS, **of_task}.items():
+        values = node[group] if group else {key: node[key] for key in rules}
+        if str(values.get("_target_", "clipsae")).startswith(("clipsae", "lightning")):
+            _check_group(group, values, rules, group not in OPEN)
     if blocks := _blocks(node["clip"]["name"]):
         check_layer(node["clip"]["name"], node["clip"]["layer"], blocks)
-    _check_group("trainer", node["trainer"], TRAINER)
-    _check_group("model", node["model"], MODEL)
     if is_whole(k := node["model"].get("k")):
-        _check_value("model.k", k, whole(1, node["model"]["latents"], "model.latents"))
-    for group in ("dataset", "train_dataset"):
-        if _own(node[group]):
-            _check_group(group, node[group], DATASET)
+        most = whole(1, node["model"]["latents"], "model.latents")
+        require("model.k", k, most, shown=_shown)
 
 
 def set_by_recipe(cfg: DictConfig) -> str | None:
@@ -333,15 +313,6 @@ def set_by_recipe(cfg: DictConfig) -> str | None:
     values = [(f"{group}.{key}", value) for group in node for key, value in node[group].items()]
     kept = [f"{key}={value}" for key, value in values if OmegaConf.select(cfg, key) == value]
     return f"recipe={choice} sets {' '.join(kept)}" if kept else None
-
-
-def _own(node: Mapping[str, Any], function: str | None = None) -> str | None:
-    """The name of what a node's `_target_` is in this package, without `function`; None: it is
-    somebody else's."""
-    package, *path = str(node.get("_target_")).split(".")
-    if function is not None and path[-1:] == [function]:
-        path.pop()
-    return path[-1] if package == "clipsae" and path else None
 
 
 def _trainer_options() -> list[str]:
@@ -372,39 +343,25 @@ def _blocks(clip: str) -> int | None:
 
 
 def unknown_key(group: str, key: str, known: Iterable[str], value: Any = None) -> ConfigError:
-    """The error for a key that nobody reads, with names that are near."""
+    """The error for an unknown key, with similar names."""
     name = f"{group}.{key}" if group else key
     given = name if value is None else f"{name}={_shown(value)}"
     return ConfigError(f"{given}: there is no such option; {near(key, known, group)}")
 
 
 def _check_group(
-    group: str, node: Mapping[str, Any], rules: Mapping[str, Any], closed: bool = False
+    group: str, node: Mapping[str, Any], rules: Mapping[str, Any], closed: bool
 ) -> None:
     for key, value in node.items():
-        rule = rules.get(key)
-        if rule is None:
-            if closed:
-                raise unknown_key(group, key, rules, value)
-        elif isinstance(rule, Mapping):
-            if value is None and key == "cache":  # features=online
-                continue
-            if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{group}.{key}={_shown(value)}: expected {', '.join(rule)} in it"
-                )
-            _check_group(f"{group}.{key}", value, rule, closed)
-        else:
-            _check_value(f"{group}.{key}", value, rule)
-
-
-def _check_value(name: str, value: Any, rule: Rule) -> None:
-    if not rule.holds(value):
-        raise ConfigError(f"{name}={_shown(value)}: expected {rule.expected}")
-
-
-def _share(value: Any) -> bool:
-    return isinstance(value, float) and 0 <= value <= 1
+        name, rule = f"{group}.{key}" if group else key, rules.get(key)
+        if isinstance(rule, Rule):
+            require(name, value, rule, shown=_shown)
+        elif isinstance(value, Mapping) and rule:
+            _check_group(name, value, rule, closed)
+        elif rule and value is not None:
+            raise ConfigError(f"{name}={_shown(value)}: expected {', '.join(rule)} in it")
+        elif rule is None and closed:
+            raise unknown_key(group, key, rules, value)
 
 
 def _shown(value: Any) -> str:
