@@ -10,16 +10,10 @@ from typing import Literal
 from open_clip import IMAGENET_CLASSNAMES
 
 from clipsae.data.class_folders import ClassFolders, find_class_folders, words
-from clipsae.data.dataset import ImageList, OnBadImage
+from clipsae.data.dataset import ImageList, OnBadImage, check_choice
 from clipsae.data.listing import LeftOut, files_in, list_images
 
 log = logging.getLogger(__name__)
-
-_CHOICES = {
-    "split": ("train", "test"),
-    "classnames": ("clean", "raw"),
-    "classes": ("all", "present"),
-}
 
 
 class ImageFolder(ImageList):
@@ -63,10 +57,9 @@ class ImageFolder(ImageList):
         classes: Literal["all", "present"] = "all",
         on_bad_image: OnBadImage = "error",
     ) -> None:
-        chosen = (split, classnames, classes)
-        for (option, choices), value in zip(_CHOICES.items(), chosen, strict=True):
-            if value not in choices:
-                raise ValueError(f"{option}={value!r}: expected {' or '.join(choices)}")
+        check_choice("split", split, "train", "test")
+        check_choice("classnames", classnames, "clean", "raw")
+        check_choice("classes", classes, "all", "present")
         root = Path(root).expanduser()
         if not root.exists():
             raise FileNotFoundError(f"dataset.root={root}: there is no such folder")
