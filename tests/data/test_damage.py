@@ -61,7 +61,7 @@ def test_looking_ends_after_its_time_and_says_so(folder, caplog, monkeypatch):
 def test_a_set_is_looked_at_once(folder, monkeypatch):
     refuse_damaged(dataset(folder))
     monkeypatch.setattr(reader, "read_batches", None)
-    assert find_damage(dataset(folder)).read == 80
+    assert find_damage(dataset(folder)) == (80, [])
 
 
 def test_images_are_left_out_where_some_are_skipped(folder):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.data.eleven.toys import BUILDERS
+from tests.data.published.toys import BUILDERS
 from tests.warm import run_py
 
 

@@ -148,10 +148,10 @@ def test_sweeps_are_chosen_by_name_and_their_axes_exist(composed):
 
 
 def test_the_benchmark_is_six_models_on_eleven_datasets():
-    from clipsae.data.eleven import ELEVEN
+    from clipsae.data.published import DATASETS
 
     params = OmegaConf.load(ROOT / "sweeps" / "benchmark.yaml").hydra.sweeper.params
-    assert params.dataset.split(",") == list(ELEVEN)
+    assert params.dataset.split(",") == list(DATASETS)
     assert len(params.model.split(",")) == 6
 
 

@@ -1,9 +1,8 @@
-"""Where the class folders lie in a folder: its splits by their usual names, folders that only wrap
-others, and what is no class."""
+"""Finds the class folders of a folder: splits by their usual names, folders that only wrap others,
+folders that are no class."""
 
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,20 +20,18 @@ _SPLIT_WORDS = {
     ),
 }
 _FILLERS = ("set", "split", "data", "dataset", "image", "images", "img", "imgs", "folder")
-# As many folders, all with the same folders in them, are more likely splits or views than classes.
-_FEW = 12
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """What was found in a root.
+    """The splits and classes of a root.
 
     Attributes:
         splits: for "train" and "test" the folder, relative to the root, that holds the class
-            folders: "" for the root itself. The same for both where there is one split only.
-        classes: for each split the class folders that have images in it, sorted.
+            folders: "" for the root itself. The same for both if there is one split only.
+        classes: for each split the class folders with images in it, sorted.
         top: the folder, relative to the root, that holds the split folders or the classes.
-        doubt: what is likely to be meant otherwise, a sentence; "" where nothing is.
+        doubt: why the classes are likely to be other folders, a sentence or "".
     """
 
     splits: dict[str, str]
@@ -77,44 +74,37 @@ def find_class_folders(root: Path) -> ClassFolders:
         raise ValueError(_why_none(root))
     found = _splits(root / top, names)
     if not found:
-        _refuse_nested(root / top, names)
-        if len(names) > 1 and all((of := _split_word(name)) and not of[2] for name in names):
-            raise ValueError(
-                f"{root / top} holds {names[0]}/ and {names[1]}/ without class folders in them: "
-                f"expected {root / top / names[0]}/<class>/<image>.jpg; images without classes go "
-                "into one folder there"
-            )
+        _refuse_splits(root / top, names)
         same = dict.fromkeys(_SPLIT_WORDS, top)
-        doubt = _doubt(root / top, names)
-        return ClassFolders(same, dict.fromkeys(same, names), top, doubt)
+        classes = dict.fromkeys(same, names)
+        return ClassFolders(same, classes, top, _doubt(root / top, names))
     others = [name for name in names if not _split_word(name)]
     if len(found) == 1 and others:
         ((name, *_),) = found.values()
         raise ValueError(
             f"{root / top} holds {name}/ with class folders in it, and {others[0]}/ beside it: "
-            f"take dataset.root={root / top / name}, or call the other split test"
+            f"use dataset.root={root / top / name}, or call the other split test"
         )
     splits: dict[str, str] = {}
-    classes: dict[str, list[str]] = {}
+    classes = {}
     for split, candidates in found.items():  # train first
         for name in candidates:
             at = _unwrapped(root, _join(top, name), splits=False)
             inside = _with_images(root / at)
-            if split not in splits and not _is_unlabelled(inside, classes.get("train", [])):
+            # `val/images` beside a training split with other classes has no labels.
+            train = classes.get("train", [])
+            unlabelled = len(inside) == 1 and len(train) > 1 and inside[0] not in train
+            if split not in splits and not unlabelled:
                 splits[split], classes[split] = at, inside
     (only, *_) = splits
     splits = {split: splits.get(split, splits[only]) for split in _SPLIT_WORDS}
     classes = {split: classes.get(split, classes[only]) for split in _SPLIT_WORDS}
     _refuse_two_spellings(root, classes)
-    return ClassFolders(splits, classes, top, _superclasses(root / splits[only], classes[only]))
+    return ClassFolders(splits, classes, top, _doubt(root / splits[only], classes[only]))
 
 
 def _refuse_two_spellings(root: Path, classes: dict[str, list[str]]) -> None:
-    """Refuse `train/Black` beside `test/black`: they would compete, as two classes of one name.
-
-    Raises:
-        ValueError: there are such.
-    """
+    """ValueError for `train/Black` and `test/black`: two classes of one name."""
     train = {words(name).lower(): name for name in {*classes["train"]} - {*classes["test"]}}
     for name in sorted({*classes["test"]} - {*classes["train"]}):
         if other := train.get(words(name).lower()):
@@ -124,35 +114,13 @@ def _refuse_two_spellings(root: Path, classes: dict[str, list[str]]) -> None:
             )
 
 
-def _superclasses(folder: Path, names: list[str]) -> str:
-    """Why class folders may be groups of classes: none has images of its own, each holds several
-    folders that do; "" where that is not so."""
-    inside = {}
-    for name in names:
-        if has_images(folder / name, directly=True) or len(of := _with_images(folder / name)) < 2:
-            return ""
-        inside[name] = of
-    first = names[0]
-    return (
-        f"{len(names)} folders count as classes and have no images of their own, but folders, such "
-        f"as {first}/{inside[first][0]} and {first}/{inside[first][1]}: if those are the classes, "
-        "put them directly into the split's folder"
-    )
-
-
-def _is_unlabelled(test: list[str], train: list[str]) -> bool:
-    """Whether the one folder of a test split is none of the training split's several classes:
-    `val/images` has no labels."""
-    return len(test) == 1 and len(train) > 1 and test[0] not in train
-
-
 def _splits(folder: Path, names: list[str]) -> dict[str, list[str]]:
-    """The folders among `names` that are splits of class folders: of "train" and of "test", the
-    one to be taken first."""
+    """The folders among `names` that are splits of class folders, those of "train" and of "test"
+    by preference."""
     called: dict[str, dict[str, list[tuple[int, str]]]] = {}
     for name in names:
-        if (of := _split_word(name)) and _holds_classes(folder / name):
-            split, rank, rest = of
+        if (meaning := _split_word(name)) and _holds_classes(folder / name):
+            split, rank, rest = meaning
             called.setdefault(rest, {}).setdefault(split, []).append((rank, name))
     # "birds_train" is a split where "birds_test" is there, too.
     found = called.pop("", {})
@@ -203,46 +171,44 @@ def _with_images(folder: Path) -> list[str]:
     return [name for name in folders_in(folder) if has_images(folder / name)]
 
 
-def _refuse_nested(folder: Path, names: list[str]) -> None:
-    """Refuse several folders of splits, `cropped/train` beside `full/train`.
-
-    Raises:
-        ValueError: there are.
-    """
+def _refuse_splits(folder: Path, names: list[str]) -> None:
+    """ValueError for splits that are no class folders: several folders of splits (`cropped/train`
+    beside `full/train`), or splits of images without classes."""
     for name in names:
         if len(_splits(folder / name, folders_in(folder / name))) == 2:
             raise ValueError(
                 f"{folder} holds {', '.join(f'{n}/' for n in names[:3])} and {name}/ has splits in "
-                f"it: take the one that is meant, such as dataset.root={folder / name}"
+                f"it: choose one, such as dataset.root={folder / name}"
             )
+    meanings = [_split_word(name) for name in names]
+    if len(names) > 1 and all(meaning and not meaning[2] for meaning in meanings):
+        raise ValueError(
+            f"{folder} holds {names[0]}/ and {names[1]}/ without class folders in them: expected "
+            f"{folder / names[0]}/<class>/<image>.jpg; images without classes go into one folder "
+            "there"
+        )
 
 
 def _doubt(folder: Path, names: list[str]) -> str:
-    """Why folders may be no classes: a single one with folders in it, or several that have no
-    images of their own but the same folders in each."""
-    if len(names) == 1:
-        inner = _with_images(folder / names[0])
-        if len(inner) < 2:
-            return ""
-        return (
-            f"{names[0]} is the only class, and holds the folders {inner[0]}, {inner[1]}, ...: if "
-            f"those are the classes, take dataset.root={folder / names[0]}"
-        )
-    if any(has_images(folder / name, directly=True) for name in names):
+    """Why the classes may be other folders: a single one holds several folders with images, or none
+    has images of its own and each holds several folders, or splits. "" where that is not so."""
+    if len(names) > 1 and any(has_images(folder / name, directly=True) for name in names):
         return ""
-    inside = Counter(inner for name in names for inner in _with_images(folder / name))
-    shared = sorted(inner for inner, count in inside.items() if count == len(names))
+    inside = {name: _with_images(folder / name) for name in names}
+    first = names[0]
+    shared = sorted(set.intersection(*map(set, inside.values())))
     if any(map(_split_word, shared)):
         return (
             f"each class holds the folders {', '.join(shared)}, whose images are taken together: "
-            f"splits are expected above the classes, {folder}/train/{names[0]}"
+            f"splits are expected above the classes, {folder}/train/{first}"
         )
-    if len(shared) < 2 or len(names) > _FEW:
-        return _superclasses(folder, names)
+    if min(map(len, inside.values())) < 2:
+        return ""
+    examples = " and ".join(f"{first}/{name}" for name in inside[first][:2])
     return (
-        f"{names[0]} and {names[-1]} count as classes, and each holds the folders {shared[0]}, "
-        f"{shared[1]}, ...: if those are the classes, call the folders train and test, or take "
-        f"dataset.root={folder / names[0]}"
+        f"the classes are {', '.join(names[:3])}{', ...' * (len(names) > 3)}, which hold folders "
+        f"such as {examples}: if those are the classes, put them directly into the folder of the "
+        f"split, or use dataset.root={folder / first}"
     )
 
 
@@ -251,7 +217,7 @@ def _why_none(folder: Path) -> str:
     if has_images(folder, directly=True):
         return (
             f"{folder} holds images and no class folders: {expected}; if it is a class itself, "
-            f"take dataset.root={folder.parent}"
+            f"use dataset.root={folder.parent}"
         )
     if folders := folders_in(folder):
         return f"{folder} holds no images in its {len(folders)} folders: {expected}"

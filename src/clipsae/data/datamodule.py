@@ -63,8 +63,7 @@ class FeatureDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache = cache
-        self.block_images = block_images
-        self.buffer_images = buffer_images
+        self.reading = {"block_images": block_images, "buffer_images": buffer_images}
         self.source: Source | None = None
         self._mixed: Tensor | None = None  # the tokens of the current block, already permuted
         self._train_loader: ResumableLoader | None = None
@@ -97,20 +96,14 @@ class FeatureDataModule(LightningDataModule):
             "source": self.source,
         }
         if self.cache is not None:
-            return CachedLoader(
-                self.cache,
-                self.batch_size,
-                block_images=self.block_images,
-                buffer_images=self.buffer_images,
-                **options,
-            )
+            return CachedLoader(self.cache, self.batch_size, **self.reading, **options)
         return ResumableLoader(
             self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
         )
 
     def tokens_at(self, epoch: int, position: int) -> Tensor:
-        """The tokens [B, T, d] that a training on one device gets at a place in the stream, on the
-        CLIP's device. Fast where the place follows the last one."""
+        """The tokens [B, T, d] of a training on one device at a position in the stream, on the
+        CLIP's device. Fast if the position follows the last one."""
         if self._train_loader is None:
             self._train_loader = self._loader()
         batch = self._train_loader.read(epoch, position)
@@ -123,9 +116,7 @@ class FeatureDataModule(LightningDataModule):
         if isinstance(batch, Tensor):
             return batch.to(device)
         images, block = batch
-        if images is not None:
-            images = [some.to(device, non_blocking=True) for some in images]
-        return images, block
+        return images and [part.to(device, non_blocking=True) for part in images], block
 
     def on_after_batch_transfer(self, batch: Batch | Tensor, dataloader_idx: int) -> Tensor:
         """Tokens [B, T, d], float32, without a gradient."""
@@ -142,13 +133,10 @@ class FeatureDataModule(LightningDataModule):
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for a backward pass
     def _tokens(self, images: list[Tensor]) -> Tensor:
-        parts = [
-            # Tokens of a cache are no bytes.
-            self.clip.prefix(self.clip.normalize(some))
-            if some.dtype == torch.uint8
-            else some.float()
-            for some in images
-        ]
+        parts = []
+        for part in images:
+            is_token = part.dtype != torch.uint8  # of a cache
+            parts.append(part.float() if is_token else self.clip.prefix(self.clip.normalize(part)))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _permuted(self, tokens: Tensor, seed: int) -> Tensor:
@@ -159,16 +147,16 @@ class FeatureDataModule(LightningDataModule):
         return flat[order].view_as(tokens)
 
     def first_batch(self, images: int) -> Tensor:
-        """Tokens [n, T, d] of the first n images of the first epoch, for an initialisation that
-        looks at data; fewer where the dataset has fewer. The same on every rank. From a cache
-        they are the first before a buffer permutes them, which are read in one go."""
+        """Tokens [n, T, d] of the first n images of the first epoch (fewer if the dataset has
+        fewer), for an initialisation from data; the same on every rank. From a cache they are the
+        first before a buffer permutes them."""
         count = min(images, len(self.train_dataset))
         if self.cache is not None:
             positions = self._loader().order(0)[:count]
             return self.cache.read(positions).to(self.clip.device).float()
         loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
         (first,), _ = next(iter(loader))
-        return self._tokens([some.to(self.clip.device) for some in first.split(self.batch_size)])
+        return self._tokens([part.to(self.clip.device) for part in first.split(self.batch_size)])
 
 
 class ValidationLoader:

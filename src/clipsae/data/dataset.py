@@ -21,6 +21,12 @@ CONTENT_FILES = 10_000
 CONTENT_BYTES = 256 << 20
 
 
+def check_choice(option: str, value: str, *choices: str) -> None:
+    """ValueError where an option has none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{option}={value!r}: expected {' or '.join(choices)}")
+
+
 class ImageDataset(Protocol):
     """One split of a dataset. Classes are keyed by index: names may repeat.
 
@@ -77,8 +83,7 @@ class ImageList(Dataset):
         on_bad_image: OnBadImage = "error",
         as_seen: bool = True,
     ) -> None:
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image={on_bad_image!r}: expected error or skip")
+        check_choice("on_bad_image", on_bad_image, "error", "skip")
         if not len(files):
             raise ValueError(f"{root} holds no images: expected at least one")
         if len(files) != len(labels):

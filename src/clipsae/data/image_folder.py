@@ -10,16 +10,10 @@ from typing import Literal
 from open_clip import IMAGENET_CLASSNAMES
 
 from clipsae.data.class_folders import ClassFolders, find_class_folders, words
-from clipsae.data.dataset import ImageList, OnBadImage
+from clipsae.data.dataset import ImageList, OnBadImage, check_choice
 from clipsae.data.listing import LeftOut, files_in, list_images
 
 log = logging.getLogger(__name__)
-
-_CHOICES = {
-    "split": ("train", "test"),
-    "classnames": ("clean", "raw"),
-    "classes": ("all", "present"),
-}
 
 
 class ImageFolder(ImageList):
@@ -33,7 +27,7 @@ class ImageFolder(ImageList):
     the same in each. Where all of them are wnids of ImageNet (`n01440764`), labels are ImageNet's
     indices 0..999, and names are open_clip's.
 
-    Photos are seen as a person sees them (`read_image`'s `as_seen`).
+    Photos are read as a viewer shows them (`read_image`'s `as_seen`).
 
     Args:
         root: the folder.
@@ -63,19 +57,17 @@ class ImageFolder(ImageList):
         classes: Literal["all", "present"] = "all",
         on_bad_image: OnBadImage = "error",
     ) -> None:
-        chosen = (split, classnames, classes)
-        for (option, choices), value in zip(_CHOICES.items(), chosen, strict=True):
-            if value not in choices:
-                raise ValueError(f"{option}={value!r}: expected {' or '.join(choices)}")
+        check_choice("split", split, "train", "test")
+        check_choice("classnames", classnames, "clean", "raw")
+        check_choice("classes", classes, "all", "present")
         root = Path(root).expanduser()
         if not root.exists():
             raise FileNotFoundError(f"dataset.root={root}: there is no such folder")
         if not root.is_dir():
             raise ValueError(f"dataset.root={root}: expected a folder of class folders, not a file")
         found = find_class_folders(root)
-        folders = found.all_classes
-        indices, names = _labels(folders, classnames, classes, root)
-        of_folder = dict(zip(folders, indices, strict=True))
+        indices, names = _labels(found.all_classes, classnames, classes, root)
+        label = dict(zip(found.all_classes, indices, strict=True))
         inside, left_out = found.splits[split], LeftOut()
         files: list[str] = []
         labels: list[int] = []
@@ -83,7 +75,7 @@ class ImageFolder(ImageList):
             images = list_images(root / inside / folder, left_out)
             place = f"{inside}/{folder}" if inside else folder
             files += [f"{place}/{image}" for image in images]
-            labels += [of_folder[folder]] * len(images)
+            labels += [label[folder]] * len(images)
         super().__init__(
             root, files, labels, names, image_size=image_size, on_bad_image=on_bad_image
         )
@@ -94,38 +86,33 @@ class ImageFolder(ImageList):
 def _report(
     root: Path, split: str, found: ClassFolders, data: ImageList, left_out: LeftOut
 ) -> None:
-    """One line: what is taken as the split, what is left out and why; and a warning each for what
-    is likely not to be meant."""
-    taken, competing = found.classes[split], len(data.classnames)
+    """One line on what is read as the split and what is left out; a warning for each thing that is
+    likely not intended."""
+    here, train, names = found.classes[split], found.classes["train"], data.classnames
     beside = found.beside(root, split)
     more = f" and {len(beside) - 4} more folders" * (len(beside) > 4)
     for folder in {found.top, found.splits[split]}:
         for file, reason in files_in(root / folder, deep=False):
-            left_out.add(reason or "beside the class folders", file)
+            left_out[reason or "beside the class folders"].append(file)
     log.info(
         "%s split: %s images of %s%s (such as %r) in %s; %s%s",
         split,
         f"{len(data):,}",
-        f"{len(taken):,} of " if len(taken) < competing else "",
-        "1 class" if competing == 1 else f"{competing:,} classes",
-        data.classnames[int(data.labels[0])],
+        f"{len(here):,} of " if len(here) < len(names) else "",
+        "1 class" if len(names) == 1 else f"{len(names):,} classes",
+        names[int(data.labels[0])],
         root / found.splits[split],
         left_out,
         f"; no part of it: {', '.join(f'{name}/' for name in beside[:4])}{more}" if beside else "",
     )
     if found.doubt:
         log.warning("%s: %s", root, found.doubt)
-    if split == "test":
-        _warn(root, found, data)
-
-
-def _warn(root: Path, found: ClassFolders, data: ImageList) -> None:
-    """Warn of what makes accuracies on the test split other than they seem."""
-    here, train = found.classes["test"], found.classes["train"]
+    if split != "test":
+        return
     if found.one_split:
         log.warning(
-            "%s has class folders of one split only: both splits are the same %s images%s, so that "
-            "an SAE trained on them is evaluated on what it has seen",
+            "%s has class folders of one split only: both splits are the same %s images%s, so an "
+            "SAE is evaluated on its training images",
             root,
             f"{len(data):,}",
             f" of {found.splits['test']}/" if found.splits["test"] else "",
@@ -136,10 +123,8 @@ def _warn(root: Path, found: ClassFolders, data: ImageList) -> None:
             "as %s",
             *(root, len(new), len(here), new[0]),
         )
-    if found.all_classes[0] in wnids():  # of ImageNet's names two are the same
-        return
-    twice = [n for n, count in Counter(map(str.lower, data.classnames)).items() if count > 1]
-    if twice:
+    twice = [name for name, count in Counter(map(str.lower, names)).items() if count > 1]
+    if twice and found.all_classes[0] not in wnids():  # of ImageNet's names two are the same
         log.warning(
             "%s: %d class names belong to several folders, such as %r: CLIP cannot tell them apart",
             *(root, len(twice), twice[0]),
@@ -162,18 +147,16 @@ def _labels(
     """
     index = {wnid: i for i, wnid in enumerate(wnids())}
     unknown = [folder for folder in folders if folder not in index]
-    own = list(range(len(folders)))
+    labels = list(range(len(folders)))
     if not unknown:
         names = list(IMAGENET_CLASSNAMES if classnames == "clean" else wnids())
         indices = [index[folder] for folder in folders]
-        if classes == "all":
-            return indices, names
-        return own, [names[i] for i in indices]
+        return (indices, names) if classes == "all" else (labels, [names[i] for i in indices])
     if classnames == "raw":
-        return own, folders
+        return labels, folders
     if len(unknown) < len(folders):
         raise ValueError(
             f"{root}: {unknown[0]} is no wnid of ImageNet-1k, while {len(folders) - len(unknown)} "
             f"of the {len(folders)} class folders are: remove it, or choose classnames=raw"
         )
-    return own, [words(name) for name in folders]
+    return labels, [words(name) for name in folders]

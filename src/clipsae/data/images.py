@@ -1,12 +1,13 @@
 """One image file -> the pixels that CLIP sees."""
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import Compose
 
@@ -17,16 +18,6 @@ _LONGEST_ASPECT = 200
 # Formats whose mode "I" is 16 bits from black to white; in any other 32 bits have no known white.
 _SIXTEEN_BITS = ("PNG", "PPM")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
-_ORIENTATION = 0x0112  # a tag of EXIF: how to turn the pixels, by its values
-_TURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class BadImageError(ConfigError):
@@ -112,20 +103,12 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
 def _as_seen(image: Image.Image) -> Image.Image:
     """An image that has been loaded, as RGB of what a viewer shows."""
-    shown = _turned(_in_eight_bits(image), image)
+    with suppress(Exception):  # a broken EXIF tag makes Pillow raise anything
+        ImageOps.exif_transpose(image, in_place=True)
+    shown = _in_eight_bits(image)
     if shown.mode == "La":  # which converts to nothing else
         shown = shown.convert("LA")
     if shown.has_transparency_data:
         shown = shown.convert("RGBA")
         shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
     return shown if shown.mode == "RGB" else shown.convert("RGB")
-
-
-def _turned(pixels: Image.Image, of: Image.Image) -> Image.Image:
-    """Pixels as the EXIF tag of the image that they are of says; a broken tag says nothing."""
-    try:
-        orientation = of.getexif().get(_ORIENTATION)
-    except Exception:  # whatever a broken tag makes Pillow raise
-        return pixels
-    how = _TURN.get(orientation)
-    return pixels if how is None else pixels.transpose(how)

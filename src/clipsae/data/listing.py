@@ -2,6 +2,7 @@
 nothing, so that a million files are listed without being opened."""
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -31,45 +32,37 @@ _OF_SYSTEMS = (
 _SHOWN = 6  # reasons that a line lists
 
 
-class LeftOut:
-    """Files that were not taken: how many for each reason, and an example."""
+class LeftOut(defaultdict[str, list[str]]):
+    """Files that were not taken, by reason."""
 
     def __init__(self) -> None:
-        self.total = 0
-        self._of: dict[str, tuple[int, str]] = {}
-
-    def add(self, reason: str, example: str) -> None:
-        count, first = self._of.get(reason, (0, example))
-        self._of[reason] = count + 1, first
-        self.total += 1
+        super().__init__(list)
 
     def __str__(self) -> str:
-        if not self.total:
+        total = sum(map(len, self.values()))
+        if not total:
             return "no file left out"
         parts = [
-            f"{count:,} {reason} (such as {example})"
-            for reason, (count, example) in sorted(self._of.items(), key=lambda one: -one[1][0])
+            f"{len(files):,} {reason} (such as {files[0]})"
+            for reason, files in sorted(self.items(), key=lambda item: -len(item[1]))
         ]
         more = f", {len(parts) - _SHOWN} more kinds" * (len(parts) > _SHOWN)
-        files = "file" if self.total == 1 else "files"
-        return f"left out {self.total:,} {files}: {', '.join(parts[:_SHOWN])}{more}"
+        files = "file" if total == 1 else "files"
+        return f"left out {total:,} {files}: {', '.join(parts[:_SHOWN])}{more}"
 
 
 def list_images(folder: Path, left_out: LeftOut | None = None) -> list[str]:
     """Paths of the images anywhere below a folder, relative to it, sorted.
 
-    Left out is what is hidden (`._a.jpg`, which a Mac leaves beside `a.jpg`, is no image), what
-    lies in the folders of a system (`@eaDir`, `__MACOSX`), and what Pillow cannot read.
-
-    Args:
-        left_out: takes note of the other files.
+    Hidden files (`._a.jpg`, which a Mac leaves beside `a.jpg`), those in the folders of a system
+    (`@eaDir`, `__MACOSX`) and what Pillow cannot read are left out, and added to `left_out`.
     """
     found = []
     for file, reason in files_in(folder):
         if not reason:
             found.append(file)
         elif left_out is not None:
-            left_out.add(reason, f"{folder.name}/{file}")
+            left_out[reason].append(f"{folder.name}/{file}")
     return sorted(found)
 
 
@@ -93,11 +86,8 @@ def is_of_system(name: str) -> bool:
 def endings() -> frozenset[str]:
     """Endings of image files that this Pillow reads, lower-case with the dot."""
     known = Image.registered_extensions()  # loads the plugins
-    return frozenset(e for e, of in known.items() if of in _FORMATS and _reads(of))
-
-
-def _reads(name: str) -> bool:
-    return name in Image.OPEN or name == "MPO"  # MPO is opened as a JPEG
+    readable = {*Image.OPEN, "MPO"}.intersection(_FORMATS)  # MPO is opened as a JPEG
+    return frozenset(ending for ending, name in known.items() if name in readable)
 
 
 def files_in(folder: Path, inside: str = "", *, deep: bool = True) -> Iterator[tuple[str, str]]:

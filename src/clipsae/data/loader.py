@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from clipsae.data.dataset import ImageDataset
-from clipsae.data.images import BadImageError
 from clipsae.data.reader import BadImages, read_batches
 
 
@@ -27,6 +26,16 @@ class Block:
     seed: int
     part: int
     parts: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A block to be read: of its epoch the `number`-th on this rank, from `part` on."""
+
+    epoch: int
+    number: int
+    indices: Tensor
+    part: int
 
 
 # Several times uint8 images [B, 3, S, S], or from a cache tokens [n, T, d].
@@ -100,7 +109,7 @@ class ResumableLoader:
         self._resumed = False  # within an epoch that is yet to be continued
         self._stream: Iterator[Batch] | None = None
         self._stream_at = (0, 0)  # epoch and position of what the stream brings next
-        self._bad = BadImages(dataset, "replaced by the next in the training")
+        self._bad = BadImages(dataset, "replaced by the next in the training", replaced=True)
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank; a remainder that does not fill one is left out."""
@@ -153,21 +162,15 @@ class ResumableLoader:
         """The permutation of the images in an epoch, LongTensor [N]."""
         return permutation(len(self.dataset), self.seed, epoch)
 
-    def blocks(self, epoch: int) -> list[tuple[Tensor, int]]:
-        """This rank's blocks of an epoch: image indices, and a number that is the block's own."""
-        order = self.order(epoch)
+    def indices(self, epoch: int) -> Tensor:
+        """This rank's images of an epoch: blocks r, r + world_size, ... of the order. What does not
+        fill a block on every rank is dealt out as shorter ones."""
+        order = self.order(epoch)[: len(self) * self.batch_size * self.world_size]
         size = self.parts * self.batch_size
-        usable = len(self) * self.world_size * self.batch_size
-        whole = usable // (size * self.world_size) * self.world_size
-        found = [
-            (order[b * size : (b + 1) * size], b) for b in range(self.rank, whole, self.world_size)
-        ]
-        # What does not fill a block on every rank is dealt out as shorter ones.
-        rest = (usable - whole * size) // self.world_size
-        if rest:
-            start = whole * size + self.rank * rest
-            found.append((order[start : start + rest], whole + self.rank))
-        return found
+        whole = len(order) // (size * self.world_size) * size * self.world_size
+        blocks = order[:whole].view(-1, self.world_size, size)[:, self.rank]
+        rest = order[whole:].view(self.world_size, -1)[self.rank]
+        return torch.cat([blocks.flatten(), rest])
 
     def _rest_of_epoch(self) -> Iterator[Batch | Tensor]:
         while self.position < len(self):
@@ -175,9 +178,7 @@ class ResumableLoader:
             batch = self.read(*at) if self.source is None else self.source(*at)
             self.position += 1
             self._resumed = False
-            if self.position == len(
-                self
-            ):  # before it is handed out: Lightning does not come back after it
+            if self.position == len(self):  # now, as Lightning does not ask again after the last
                 self._bad.report()
             yield batch
 
@@ -190,43 +191,43 @@ class ResumableLoader:
         self._stream_at = (epoch + 1, 0) if last else (epoch, position + 1)
         return batch
 
-    def _blocks_from(self, epoch: int, position: int) -> Iterator[tuple[Tensor, int, int]]:
-        """Blocks without end: image indices, the seed of their mix, the part to begin with."""
+    def _blocks_from(self, epoch: int, position: int) -> Iterator[Planned]:
+        """Blocks without end."""
         first, part = divmod(position, self.parts)
         for at in count(epoch):
-            for indices, number in self.blocks(at)[first:]:
-                yield indices, mix(self.seed, at, number), part
+            blocks = self.indices(at).split(self.parts * self.batch_size)
+            for number in range(first, len(blocks)):
+                yield Planned(at, number, blocks[number], part)
                 part = 0
             first = 0
 
     def _read_from(self, epoch: int, position: int) -> Iterator[Batch]:
         """Batches without end."""
+        for block, images in self._read(epoch, position):
+            number = block.number * self.world_size + self.rank
+            seed = mix(self.seed, block.epoch, number)
+            parts = len(block.indices) // self.batch_size
+            for part in range(block.part, parts):
+                yield (images if part == block.part else None), Block(seed, part, parts)
+
+    def _read(self, epoch: int, position: int) -> Iterator[tuple[Planned, list[Tensor]]]:
+        """Blocks without end, with their images."""
         wanted = (
             chunk.tolist()
-            for indices, _, _ in self._blocks_from(epoch, position)
-            for chunk in indices.split(self.batch_size)
+            for block in self._blocks_from(epoch, position)
+            for chunk in block.indices.split(self.batch_size)
         )
-        reader = iter(
-            read_batches(
-                self.dataset,
-                wanted,
-                num_workers=self.num_workers,
-                pin_memory=self.pin_memory,
-                replace=True,
-                ahead=self.parts,  # the next block is read while this one is trained on
-            )
+        batches = read_batches(
+            self.dataset,
+            wanted,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            replace=True,
+            ahead=self.parts,  # the next block is read while this one is trained on
         )
-        for indices, seed, first in self._blocks_from(epoch, position):
-            parts = len(indices) // self.batch_size
-            images = []
-            for _ in range(parts):
-                chunk, _, _, errors = next(reader)
-                self._bad.add(errors)
-                if chunk is None:
-                    raise BadImageError("the training set has no image that can be read")
-                images.append(chunk)
-            for part in range(first, parts):
-                yield (images if part == first else None), Block(seed, part, parts)
+        reader = self._bad.checked(batches)
+        for block in self._blocks_from(epoch, position):
+            yield block, [next(reader)[0] for _ in range(len(block.indices) // self.batch_size)]
 
 
 def image_batches(
@@ -253,11 +254,9 @@ def image_batches(
     wanted = torch.as_tensor(range(len(dataset)) if indices is None else indices).long()
     batches = [batch.tolist() for batch in wanted.split(batch_size)] if len(wanted) else []
     bad = BadImages(dataset, "left out")
-    reader = read_batches(dataset, batches, num_workers=min(num_workers, len(batches)))
-    for images, labels, found, errors in reader:
-        bad.add(errors)
-        if images is not None:
-            yield images, labels, found
+    yield from bad.checked(
+        read_batches(dataset, batches, num_workers=min(num_workers, len(batches)))
+    )
     bad.report()
 
 

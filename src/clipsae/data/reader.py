@@ -7,8 +7,7 @@ B images of a batch, S image side, N images of the dataset.
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +23,12 @@ log = logging.getLogger(__name__)
 _PREFETCH = 4  # batches that each worker holds ready
 SECONDS = 30.0  # that are spent on looking before a training
 _BATCH = 32
-_found: dict[tuple[str, str], "Damage"] = {}  # by root and fingerprint, in this process
+# What `find_damage` found in this process, by root and fingerprint.
+_found: dict[tuple[str, str], tuple[int, list[str]]] = {}
+
+# A batch: images [B, 3, S, S] or None, labels [B], indices [B], what is wrong with the others.
+Read = tuple[Tensor | None, Tensor, Tensor, list[str]]
+_Item = tuple[Tensor | None, int, int, str | None]
 
 
 def read_batches(
@@ -78,23 +82,31 @@ class BadImages:
     Args:
         dataset: N images.
         fate: what became of those that were skipped, for the report.
+        replaced: whether others take their places.
     """
 
-    def __init__(self, dataset: ImageDataset, fate: str) -> None:
+    def __init__(self, dataset: ImageDataset, fate: str, *, replaced: bool = False) -> None:
         self.skip = skips(dataset)
         self.fate = fate
+        self.replaced = replaced
         self.errors: dict[str, None] = {}  # a set that keeps the order
         self._reported = 0
 
-    def add(self, errors: list[str]) -> None:
-        """Take note of a batch's errors.
+    def checked(self, batches: Iterable[Read]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images, labels and indices of what `read_batches` yields, where any are readable.
 
         Raises:
-            BadImageError: there is one, and the dataset does not skip.
+            BadImageError: an unreadable image of a dataset that does not skip, or no readable one
+                to replace it.
         """
-        if errors and not self.skip:
-            raise BadImageError(f"{errors[0]}; on_bad_image=skip goes on without such files")
-        self.errors.update(dict.fromkeys(errors))
+        for images, labels, indices, errors in batches:
+            if errors and not self.skip:
+                raise BadImageError(f"{errors[0]}; on_bad_image=skip goes on without such files")
+            self.errors.update(dict.fromkeys(errors))
+            if images is not None:
+                yield images, labels, indices
+            elif self.replaced:
+                raise BadImageError("the training set has no image that can be read")
 
     def report(self) -> None:
         """One warning: how many so far, and the first few; none where nothing is new."""
@@ -114,17 +126,9 @@ def skips(dataset: Any) -> bool:
     return getattr(dataset, "on_bad_image", "error") == "skip"
 
 
-@dataclass(frozen=True)
-class _Item:
-    image: Tensor | None
-    label: int
-    index: int
-    error: str | None = None
-
-
 class _Indexed(Dataset):
-    """Items with their indices; a bad image is an item with an error, which outlives a worker
-    process better than an exception."""
+    """Items (image, label, index, error) with an image or an error: an exception would end a worker
+    process."""
 
     def __init__(self, dataset: ImageDataset, replace: bool) -> None:
         self.dataset = dataset
@@ -136,47 +140,31 @@ class _Indexed(Dataset):
     def __getitems__(self, indices: list[int]) -> list[_Item]:
         if hasattr(self.dataset, "__getitems__"):
             found = self.dataset.__getitems__(indices)
-            return [_Item(image, int(y), i) for (image, y), i in zip(found, indices, strict=True)]
+            return [(image, int(y), i, None) for (image, y), i in zip(found, indices, strict=True)]
         return [item for index in indices for item in self._read(index)]
 
     def _read(self, index: int) -> list[_Item]:
-        """The item; with `replace`, bad ones are followed by the next good one of the list."""
+        """The item; with `replace`, bad ones are followed by the next good one of the dataset."""
         items: list[_Item] = []
-        for offset in range(len(self.dataset)):
+        for offset in range(len(self.dataset) if self.replace else 1):
             at = (index + offset) % len(self.dataset)
             try:
                 image, label = self.dataset[at]
+                return [*items, (image, int(label), at, None)]
             except BadImageError as error:
-                items.append(_Item(None, -1, at, str(error)))
-                if not self.replace:
-                    break
-            else:
-                items.append(_Item(image, int(label), at))
-                break
+                items.append((None, -1, at, str(error)))
         return items
 
 
-def _collate(items: list[_Item]) -> tuple[Tensor | None, Tensor, Tensor, list[str]]:
-    good = [item for item in items if item.image is not None]
+def _collate(items: list[_Item]) -> Read:
+    good = [(image, label, index) for image, label, index, _ in items if image is not None]
+    images, labels, indices = zip(*good, strict=True) if good else ((), (), ())
     return (
-        torch.stack([item.image for item in good]) if good else None,
-        torch.tensor([item.label for item in good], dtype=torch.long),
-        torch.tensor([item.index for item in good], dtype=torch.long),
-        [item.error for item in items if item.error is not None],
+        torch.stack(images) if good else None,
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(indices, dtype=torch.long),
+        [error for *_, error in items if error is not None],
     )
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What was found.
-
-    Attributes:
-        read: images that were read, of N.
-        errors: what is wrong with those that cannot be read, a sentence each.
-    """
-
-    read: int
-    errors: list[str]
 
 
 def refuse_damaged(dataset: ImageDataset, num_workers: int = 0) -> None:
@@ -194,18 +182,18 @@ def refuse_damaged(dataset: ImageDataset, num_workers: int = 0) -> None:
     if not isinstance(dataset, ImageList) or skips(dataset):
         return
     with Bar(f"looking for damaged images in {dataset.root}") as bar:
-        found = find_damage(dataset, num_workers=num_workers, seconds=SECONDS, progress=bar)
-    if found.errors:
-        more = f" ({len(found.errors):,} such files)" if len(found.errors) > 1 else ""
+        read, errors = find_damage(dataset, num_workers=num_workers, seconds=SECONDS, progress=bar)
+    if errors:
+        more = f" ({len(errors):,} such files)" if len(errors) > 1 else ""
         raise BadImageError(
-            f"{found.errors[0]}{more}: repair or remove it, or go on without such files by "
+            f"{errors[0]}{more}: repair or remove it, or go on without such files by "
             "on_bad_image=skip"
         )
-    if found.read < len(dataset):
+    if read < len(dataset):
         log.info(
             "%s: looked for damaged images for %.0f s: none among %s of %s; the others are read as "
             "they come",
-            *(dataset.root, SECONDS, f"{found.read:,}", f"{len(dataset):,}"),
+            *(dataset.root, SECONDS, f"{read:,}", f"{len(dataset):,}"),
         )
 
 
@@ -219,7 +207,7 @@ def leaves_out(dataset: ImageDataset) -> bool:
         return False
     if not isinstance(dataset, ImageList) or not dataset.is_small:
         return True
-    return bool(find_damage(dataset).errors)
+    return bool(find_damage(dataset)[1])
 
 
 def find_damage(
@@ -228,13 +216,16 @@ def find_damage(
     num_workers: int = 0,
     seconds: float = float("inf"),
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Damage:
-    """Read the images in a fixed random order, all of them or as many as the time allows; what was
-    found in this process is not looked for again.
+) -> tuple[int, list[str]]:
+    """Read the images in a fixed random order, all of them or as many as the time allows. Results
+    are remembered in this process.
 
     Args:
         num_workers: processes that read images; 0: this one.
         progress: called with the images read, and N.
+
+    Returns:
+        How many images were read, and a sentence for each that cannot be.
     """
     key = str(dataset.root), dataset.fingerprint
     if key not in _found:
@@ -248,5 +239,5 @@ def find_damage(
             progress(read, len(dataset))
             if time.monotonic() - start > seconds:
                 break
-        _found[key] = Damage(read, errors)
+        _found[key] = read, errors
     return _found[key]

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from clipsae.data.eleven import ELEVEN
+from clipsae.data.published import DATASETS
 from clipsae.evaluation.numbers import SETTINGS
 from clipsae.report.published import table_numbers
 
@@ -43,7 +43,7 @@ def model_title(model: str) -> str:
 
 def dataset_title(dataset: str) -> str:
     """As its authors call it; one that is not of the eleven by its own name."""
-    return ELEVEN[dataset].about.title if dataset in ELEVEN else dataset
+    return DATASETS[dataset].about.title if dataset in DATASETS else dataset
 
 
 def slug(dataset: str) -> str:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from clipsae.data.eleven import DTD
+from clipsae.data.published import DTD
 from clipsae.tasks.stages.evaluation import check_zero_shot
 from run import ROOT
 

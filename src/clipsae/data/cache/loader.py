@@ -6,16 +6,14 @@ B images of a batch, N images of the cache, T tokens of an image, d width.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipsae.data.cache.reader import TokenCache
-from clipsae.data.loader import Batch, Block, ResumableLoader, mix, permutation
-
-Window = list[tuple[Tensor, int, int]]  # of each mixing block: positions, its seed, first part
+from clipsae.data.loader import Planned, ResumableLoader, permutation
 
 
 def check_reading(block_images: int, buffer_images: int) -> None:
@@ -81,51 +79,35 @@ class CachedLoader(ResumableLoader):
         positions = (blocks[:, None] * size + torch.arange(size)).flatten()
         return positions[positions < len(self.cache)]
 
-    def blocks(self, epoch: int) -> list[tuple[Tensor, int]]:
-        """This rank's mixing blocks of an epoch: positions, and a number that is the block's."""
-        share, size = len(self) * self.batch_size, self.parts * self.batch_size
-        mine = self.order(epoch)[self.rank * share : (self.rank + 1) * share]
-        if self.buffer_images:
-            buffers = mine.split(self.window * size)
-            mine = torch.cat(
-                [
-                    buffer[permutation(len(buffer), self.seed, epoch, self.rank, i)]
-                    for i, buffer in enumerate(buffers)
-                ]
-            )
-        return [(b, i * self.world_size + self.rank) for i, b in enumerate(mine.split(size))]
+    def indices(self, epoch: int) -> Tensor:
+        """This rank's positions of an epoch: a stretch of the order, permuted within buffers."""
+        share = len(self) * self.batch_size
+        stretch = self.order(epoch)[self.rank * share : (self.rank + 1) * share]
+        if not self.buffer_images:
+            return stretch
+        buffers = stretch.split(self.window * self.parts * self.batch_size)
+        return torch.cat(
+            [
+                buffer[permutation(len(buffer), self.seed, epoch, self.rank, i)]
+                for i, buffer in enumerate(buffers)
+            ]
+        )
 
-    def _windows_from(self, epoch: int, position: int) -> Iterator[Window]:
-        """What is read in one go, without end; after a resumption only what is left of it."""
-        first, part = divmod(position, self.parts)
-        for at in count(epoch):
-            blocks = self.blocks(at)
-            while first < len(blocks):
-                end = (first // self.window + 1) * self.window
-                window = [(b, mix(self.seed, at, number), 0) for b, number in blocks[first:end]]
-                window[0] = (*window[0][:2], part)
-                yield window
-                first, part = end, 0
-            first = 0
-
-    def _read_from(self, epoch: int, position: int) -> Iterator[Batch]:
-        """Batches without end."""
-        windows = self._windows_from(epoch, position)
+    def _read(self, epoch: int, position: int) -> Iterator[tuple[Planned, list[Tensor]]]:
+        """A thread reads the next buffer, after a resumption what is left of it."""
+        blocks = self._blocks_from(epoch, position)
+        by_buffer = groupby(blocks, lambda block: (block.epoch, block.number // self.window))
+        buffers = (list(group) for _, group in by_buffer)
         with ThreadPoolExecutor(1, "feature-cache") as reader:
-            window = next(windows)
-            ahead = reader.submit(self._read, window)
-            while True:
-                blocks = ahead.result()
-                following = next(windows)
-                ahead = reader.submit(self._read, following)
-                for (_, seed, first), tokens in zip(window, blocks, strict=True):
-                    parts = len(tokens) // self.batch_size
-                    for part in range(first, parts):
-                        yield ([tokens] if part == first else None), Block(seed, part, parts)
-                window = following
+            ahead = reader.submit(self._read_buffer, next(buffers))
+            for following in buffers:
+                tokens = ahead.result()
+                ahead = reader.submit(self._read_buffer, following)
+                yield from tokens
 
-    def _read(self, window: Window) -> tuple[Tensor, ...]:
-        """Tokens [n, T, d] of each mixing block."""
-        positions = torch.cat([block for block, _, _ in window])
+    def _read_buffer(self, blocks: list[Planned]) -> list[tuple[Planned, list[Tensor]]]:
+        """Each mixing block with its tokens [n, T, d]."""
+        positions = torch.cat([block.indices for block in blocks])
         tokens = self.cache.read(positions, pin_memory=self.pin_memory)
-        return tokens.split([len(block) for block, _, _ in window])
+        parts = tokens.split([len(block.indices) for block in blocks])
+        return [(block, [part]) for block, part in zip(blocks, parts, strict=True)]

@@ -12,7 +12,6 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data.cache.layout import DTYPES, Layout
 from clipsae.data.dataset import ImageDataset
-from clipsae.data.images import BadImageError
 from clipsae.data.reader import BadImages, read_batches
 
 BATCH = 64  # not an option: the last bit of a token may depend on its batch
@@ -45,7 +44,7 @@ def write_shard(
     start, n = shard * layout.shard_images, layout.count(shard)
     images = layout.order()[start : start + n]
     batches = [chunk.tolist() for chunk in images.split(BATCH)]
-    bad = BadImages(dataset, "replaced by the next in the feature cache")
+    bad = BadImages(dataset, "replaced by the next in the feature cache", replaced=True)
     reader = read_batches(
         dataset,
         batches,
@@ -56,10 +55,7 @@ def write_shard(
     sources, done = [], 0
     with (folder / layout.file(shard)).open("wb") as file:
         file.write(layout.header(shard))
-        for pixels, _, indices, errors in reader:
-            bad.add(errors)
-            if pixels is None:
-                raise BadImageError("the training set has no image that can be read")
+        for pixels, _, indices in bad.checked(reader):
             tokens = clip.prefix(clip.normalize(pixels)).to(DTYPES[layout.dtype])
             if layout.dtype == "fp16" and not tokens.isfinite().all():
                 raise ValueError(

@@ -11,6 +11,8 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data.cache import Layout, TokenCache
 from clipsae.data.images import BadImageError
 from clipsae.data.scenes import ScenesDataset
+from clipsae.store.files import sha256
+from tests.data.counting import Numbers
 
 
 @pytest.fixture(scope="module")
@@ -18,37 +20,51 @@ def clip():
     return FrozenCLIP.load("clipsae-tiny", "builtin")
 
 
+@pytest.fixture(scope="module")
+def expected(clip):
+    """150 scenes, and the tokens of one image at a time."""
+    scenes = ScenesDataset(kind="all", split="train", size=150)
+    with torch.inference_mode():
+        return scenes, [clip.prefix(clip.normalize(scenes[i][0][None]))[0] for i in range(150)]
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("fp32", 1e-5), ("fp16", 2.0**-11), ("bf16", 2.0**-8)]
 )
-def test_the_cache_holds_the_prefixs_tokens(clip, write, dtype, tolerance):
-    """Compared with the prefix of one image at a time, and read by safetensors itself."""
-    scenes = ScenesDataset(kind="all", split="train", size=150)
-    options = {"tokens": clip.tokens, "width": clip.width, "dtype": dtype, "shard_images": 64}
-    folder = write(150, clip=clip, dataset=scenes, **options)
-    cache = TokenCache(folder)
-    with torch.inference_mode():
-        expected = [clip.prefix(clip.normalize(scenes[i][0][None]))[0] for i in range(150)]
-    found = cache.read(torch.arange(150)).float()
-    for position, image in enumerate(cache.images.tolist()):
+def test_the_cache_holds_the_prefixs_tokens(clip, expected, cache, dtype, tolerance):
+    """Also as safetensors reads it."""
+    scenes, tokens = expected
+    sizes = {"tokens": clip.tokens, "width": clip.width, "dtype": dtype, "shard_images": 64}
+    written = cache(150, clip=clip, dataset=scenes, **sizes)
+    found = written.read(torch.arange(150)).float()
+    for position, image in enumerate(written.images.tolist()):
         torch.testing.assert_close(
-            found[position], expected[image], rtol=tolerance, atol=max(tolerance / 64, 1e-5)
+            found[position], tokens[image], rtol=tolerance, atol=max(tolerance / 64, 1e-5)
         )
-    by_others = [load_file(folder / f"tokens-0000{s}.safetensors") for s in range(3)]
+    by_others = [load_file(written.folder / f"tokens-0000{s}.safetensors") for s in range(3)]
     assert [len(shard["images"]) for shard in by_others] == [64, 64, 22]
     assert torch.equal(torch.cat([s["tokens"] for s in by_others]).float(), found)
-    assert torch.equal(torch.cat([s["images"] for s in by_others]), cache.images)
+    assert torch.equal(torch.cat([s["images"] for s in by_others]), written.images)
 
 
-def test_bf16_loses_nothing_of_a_clip_in_bf16(write):
+def test_bf16_loses_nothing_of_a_clip_in_bf16(cache):
     clip = FrozenCLIP.load("clipsae-tiny", "builtin", precision="bf16")
     scenes = ScenesDataset(kind="all", split="train", size=64)
     sizes = {"tokens": clip.tokens, "width": clip.width}
     half, whole = (
-        TokenCache(write(64, clip=clip, dataset=scenes, dtype=dtype, folder=dtype, **sizes))
+        cache(64, clip=clip, dataset=scenes, dtype=dtype, **sizes).read(torch.arange(64)).float()
         for dtype in ("bf16", "fp32")
     )
-    assert torch.equal(half.read(torch.arange(64)).float(), whole.read(torch.arange(64)))
+    assert torch.equal(half, whole)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "digest"),
+    [("fp32", "482cd99a6afaa37f"), ("bf16", "15148476d0270acf")],
+)
+def test_files_are_the_same_byte_for_byte_as_ever(cache, dtype, digest):
+    folder = cache(100, dtype=dtype).folder
+    assert sha256(folder / "tokens-00000.safetensors")[:16] == digest
 
 
 def test_any_positions_are_read_in_the_order_asked_for(cache):
@@ -56,23 +72,22 @@ def test_any_positions_are_read_in_the_order_asked_for(cache):
     positions = torch.randperm(250)[:90].repeat(2)  # across shards, and twice
     tokens = found.read(positions)
     assert torch.equal(tokens[:, 0, 0].long(), found.images[positions] * 4)
-    assert torch.equal(tokens - tokens[:, :1], torch.arange(4.0).view(1, 4, 1).expand(180, 4, 1))
     assert found.read(positions[:0]).shape == (0, 4, 1)
 
 
 def test_the_order_is_random_and_a_matter_of_the_seed(cache):
-    first = cache(500, folder="a").images
-    assert torch.equal(first, cache(500, folder="b", shard_images=64).images)
-    assert not torch.equal(first, cache(500, folder="c", order_seed=1).images)
+    first = cache(500).images
+    assert torch.equal(first, cache(500, shard_images=64).images)
+    assert not torch.equal(first, cache(500, order_seed=1).images)
     at = torch.arange(500.0)
     assert abs(torch.corrcoef(torch.stack([at, first.float()]))[0, 1]) < 0.2  # 4.5 sigma
     neighbours = (first[1:] - first[:-1]).abs() == 1
     assert neighbours.sum() < 12  # 2 expected
 
 
-def test_sizes_are_known_before_anything_is_written(write):
+def test_sizes_are_known_before_anything_is_written(cache):
     layout = Layout(images=250, tokens=4, width=1, dtype="fp32", shard_images=64)
-    folder = write(250, shard_images=64)
+    folder = cache(250, shard_images=64).folder
     for shard in range(layout.shards):
         path = folder / layout.file(shard)
         assert path.stat().st_size == layout.bytes(shard)
@@ -84,8 +99,8 @@ def test_sizes_are_known_before_anything_is_written(write):
     assert imagenet.shard_images % 64 == 0
 
 
-def test_an_image_that_cannot_be_read(write, indices, caplog):
-    class Partly(indices):
+def test_an_image_that_cannot_be_read(cache, caplog):
+    class Partly(Numbers):
         on_bad_image = "skip"
 
         def __getitem__(self, index):
@@ -93,22 +108,21 @@ def test_an_image_that_cannot_be_read(write, indices, caplog):
                 raise BadImageError(f"{index}.png: no such file")
             return super().__getitem__(index)
 
-    folder = write(200, dataset=Partly(200))
+    found = cache(200, dataset=Partly(200))
     assert "2 images could not be read and were replaced by the next" in caplog.text
-    cache = TokenCache(folder)
-    assert sorted(cache.images.tolist()) == list(range(200))
-    replaced = cache.images != cache.sources
-    assert sorted(cache.images[replaced].tolist()) == [7, 8]
-    assert set(cache.sources[replaced].tolist()) == {9}
-    assert torch.equal(cache.read(torch.arange(200))[:, 0, 0].long(), cache.sources * 4)
+    assert sorted(found.images.tolist()) == list(range(200))
+    replaced = found.images != found.sources
+    assert sorted(found.images[replaced].tolist()) == [7, 8]
+    assert set(found.sources[replaced].tolist()) == {9}
+    assert torch.equal(found.read(torch.arange(200))[:, 0, 0].long(), found.sources * 4)
     Partly.on_bad_image = "error"
     with pytest.raises(BadImageError, match=r"[78]\.png.*on_bad_image=skip"):
-        write(200, dataset=Partly(200), folder="other")
+        cache(200, dataset=Partly(200))
 
 
-def test_fp16_refuses_what_it_cannot_hold(write):
+def test_fp16_refuses_what_it_cannot_hold(cache):
     with pytest.raises(ValueError, match=r"dtype=fp16.*use bf16 or fp32"):
-        write(20_000, dtype="fp16", shard_images=20_000)
+        cache(20_000, dtype="fp16", shard_images=20_000)
 
 
 def edit(folder, **changes):
@@ -139,8 +153,8 @@ def edit(folder, **changes):
         ),
     ],
 )
-def test_another_cache_is_refused_in_a_sentence(write, spoil, words):
-    folder = write(150)
+def test_another_cache_is_refused_in_a_sentence(cache, spoil, words):
+    folder = cache(150).folder
     TokenCache(folder, {"clip": "counting"})
     spoil(folder)
     with pytest.raises(ValueError, match=words) as refused:
@@ -149,23 +163,22 @@ def test_another_cache_is_refused_in_a_sentence(write, spoil, words):
     assert "\n" not in str(refused.value)
 
 
-def test_an_image_that_is_there_twice_is_noticed(write):
-    folder = write(100)
-    path = folder / "tokens-00000.safetensors"
+def repeat_an_image(path):
     content = bytearray(path.read_bytes())
     content[-1600:-1592] = content[-1592:-1584]  # the first of `images` becomes the second
     path.write_bytes(content)
+
+
+def test_damage_that_sizes_do_not_show(cache):
+    found = cache(100)
+    path = found.folder / "tokens-00000.safetensors"
+    repeat_an_image(path)
     with pytest.raises(ValueError, match="each of 100 images once"):
-        TokenCache(folder)
-
-
-def test_a_shard_cut_while_it_is_open(write):
-    folder = write(100)
-    cache = TokenCache(folder)
-    with (folder / "tokens-00000.safetensors").open("r+b") as file:
+        TokenCache(found.folder)
+    with path.open("r+b") as file:  # cut while it is open
         file.truncate(1000)
     with pytest.raises(ValueError, match="ends within image"):
-        cache.read(torch.arange(100))
+        found.read(torch.arange(100))
 
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"images": 0}, {"shard_images": 0}])

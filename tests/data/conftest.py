@@ -1,0 +1,19 @@
+"""The fixture that makes feature caches."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clipsae.data.cache import TokenCache
+from tests.data.counting import write_cache
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Callable[..., TokenCache]:
+    """Makes caches, `cache(n, ...)`, each in a folder of its own."""
+
+    def cache(n: int, **options) -> TokenCache:
+        return write_cache(tmp_path / f"cache-{len(list(tmp_path.iterdir()))}", n, **options)
+
+    return cache

@@ -1,0 +1,54 @@
+"""Datasets and caches whose tokens say which image they are of: token t of image i is 4 i + t."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from clipsae.data.cache import Layout, TokenCache, write_manifest, write_shard
+from clipsae.store.files import sha256
+
+T = 4
+
+
+class Numbers(Dataset):
+    """Image i: its number, in three digits to the base 256."""
+
+    def __init__(self, n: int) -> None:
+        self.labels = torch.arange(n)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        digits = [index % 256, index // 256 % 256, index // 65536]
+        return torch.tensor(digits, dtype=torch.uint8).view(3, 1, 1), index
+
+
+class Counting(nn.Module):
+    """A stand-in for the frozen CLIP: tokens 4 i + (0, 1, 2, 3), [B, 4, 1]."""
+
+    device = torch.device("cpu")
+
+    def normalize(self, images):
+        return images.float()
+
+    def prefix(self, images):
+        index = images.flatten(1) @ torch.tensor([1.0, 256.0, 65536.0])
+        return (index[:, None] * T + torch.arange(T)).unsqueeze(-1)
+
+
+def write_cache(
+    folder: Path, n: int, *, clip=None, dataset=None, about=None, **options
+) -> TokenCache:
+    """Write a cache as a stage would, and open it."""
+    options = {"tokens": T, "width": 1, "dtype": "fp32", "shard_images": 100, **options}
+    layout = Layout(images=n, **options)
+    folder.mkdir()
+    for shard in range(layout.shards):
+        write_shard(folder, layout, shard, clip or Counting(), dataset or Numbers(n))
+    files = [folder / layout.file(shard) for shard in range(layout.shards)]
+    sealed = [{"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files]
+    write_manifest(folder, layout, about or {"clip": "counting"}, sealed)
+    return TokenCache(folder)
