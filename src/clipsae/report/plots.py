@@ -15,21 +15,13 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 from clipsae.report import published
 from clipsae.report.collect import NO_K
-from clipsae.report.names import (
-    column_order,
-    column_title,
-    dataset_title,
-    model_style,
-    model_title,
-    slug,
-)
-from clipsae.report.select import Selection, of_line
-from clipsae.report.tables import row_title
-from clipsae.report.variants import Line
+from clipsae.report.names import column_order, column_title, dataset_title, model_style, slug
+from clipsae.report.select import Selection
+from clipsae.report.settings import Line
 
 WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels high
 INK = "#1b1f24"  # of text and axes: the page replaces it by the reader's own
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -64,14 +56,12 @@ class Plot:
     Attributes:
         name: of its files.
         title, caption: plain text.
-        dataset: what it shows; "": several.
         figure: drawn.
     """
 
     name: str
     title: str
     caption: str
-    dataset: str
     figure: Figure
 
 
@@ -87,15 +77,14 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.4)
         for line in selection.lines:
-            style, rank = model_style(line.model, selection.models), _rank(selection, line)
-            mine = of_line(cells[cells.metric.isin(keys)], line)
-            mine = mine.assign(x=mine.metric.map(position))
-            _line(axes, mine, *style, row_title(selection, line), rank)
+            mine = cells[cells.line.eq(line) & cells.metric.isin(keys)]
+            style = _style(selection, line)
+            _curve(axes, mine.assign(x=mine.metric.map(position)), style, selection.title(line))
             theirs = {key: known.get((dataset, line.model, key)) for key in keys}
             points = [(position[key], float(y)) for key, y in theirs.items() if y is not None]
-            if points and not rank:
+            if points and style["linestyle"] == "-":
                 xy = zip(*points, strict=True)
-                axes.plot(*xy, color=style[0], linestyle=(0, (3, 2)), linewidth=1)
+                axes.plot(*xy, color=style["color"], linestyle=(0, (3, 2)), linewidth=1)
         alone = cells[cells.metric == "no_sae"].value
         if len(alone):
             axes.axhline(alone.mean(), color=INK, linewidth=1, linestyle=":", label="no SAE")
@@ -110,7 +99,6 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
         name=f"accuracy_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: accuracy over n",
         caption=f"Steps of n are drawn evenly. Dotted: CLIP alone.{paper}{_spread(cells)}",
-        dataset=dataset,
         figure=figure,
     )
 
@@ -122,8 +110,7 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
     if not swept:
         return None
     cells = cells[cells.metric.str.startswith("on_")]
-    guides = [line for line in selection.lines if line.model == "sparsemax"]
-    of_swept = pd.concat([of_line(cells, line) for line in swept])
+    of_swept = cells[cells.line.isin(swept)]
     columns = sorted(set(of_swept.metric), key=column_order)
     rows = -(-len(columns) // 2)
     with matplotlib.rc_context(STYLE):
@@ -131,29 +118,19 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
         for axes, column in zip(panels, columns, strict=False):
             here = cells[cells.metric == column]
             for line in swept:
-                mine = of_line(here, line)
-                mine = mine[mine.k > NO_K]
-                style = model_style(line.model, selection.models)
-                _line(axes, mine.assign(x=mine.k), *style, _called(line), _rank(selection, line))
-            for guide in guides:
+                mine = here[here.line.eq(line) & here.k.gt(NO_K)]
+                _curve(axes, mine.assign(x=mine.k), _style(selection, line), line.title)
+            for guide in (line for line in selection.lines if line.model == "sparsemax"):
                 support = mean_support(selection, dataset, guide)
                 if support is None:
                     continue
-                point = of_line(here, guide)
-                colour, marker = model_style("sparsemax", selection.models)
-                axes.axvline(support, color=colour, linewidth=1, linestyle=":")
+                style = _style(selection, guide) | {"linestyle": "none"}
+                axes.axvline(support, color=style["color"], linewidth=1, linestyle=":")
+                point = here[here.line.eq(guide)]
                 if len(point):
-                    axes.errorbar(
-                        [support],
-                        point.value,
-                        yerr=point["std"].fillna(0),
-                        color=colour,
-                        marker=marker,
-                        markersize=9,
-                        markerfacecolor="none" if _rank(selection, guide) else colour,
-                        linestyle="none",
-                        label=f"{_called(guide)} (mean support {support:.1f})",
-                    )
+                    label = f"{guide.title} (mean support {support:.1f})"
+                    spread = point["std"].fillna(0)
+                    axes.errorbar([support], point.value, yerr=spread, **style, label=label)
             ks = sorted(set(of_swept.k[(of_swept.metric == column) & (of_swept.k > NO_K)]))
             ks = ks[:: -(-len(ks) // 5)]  # thinned where they would collide
             axes.set_xscale("log", base=2)
@@ -174,7 +151,6 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
             "A panel for each on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
             f"which needs no k; the star is its accuracy.{_spread(cells)}"
         ),
-        dataset=dataset,
         figure=figure,
     )
 
@@ -183,38 +159,23 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     """L0 against FVU, every model and k; None: nothing measured."""
     metrics = selection.metrics
     metrics = metrics[(metrics.dataset == dataset) & metrics.metric.isin(["l0", "fvu"])]
-    by = ["model", "common", "own", "k"]
-    value = metrics.pivot_table(index=by, columns="metric", values="value")
-    if not {"l0", "fvu"} <= set(value.columns):
+    wide = metrics.pivot(index=["line", "k"], columns="metric", values=["value", "std"])
+    if not {("value", "l0"), ("value", "fvu")} <= set(wide.columns):
         return None
-    value = value.dropna()
-    std = metrics.pivot_table(index=by, columns="metric", values="std")
-    std = std.reindex(value.index).reindex(columns=["l0", "fvu"]).fillna(0)
-    there = set(value.index.droplevel("k"))
-    shown = [x for x in selection.lines if (x.model, x.common, x.own) in there]
+    wide = wide.dropna(subset=[("value", "l0"), ("value", "fvu")]).fillna(0)
+    there = set(wide.index.get_level_values("line"))
+    shown = [line for line in selection.lines if line in there]
     if not shown:
         return None
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.2)
         above = True  # curves of k lie near each other: their labels take different sides
         for line in shown:
-            colour, marker = model_style(line.model, selection.models)
-            at = (line.model, line.common, line.own)
-            points, error = value.loc[at].sort_index(), std.loc[at].sort_index()
-            axes.errorbar(
-                points.l0,
-                points.fvu,
-                xerr=error.l0,
-                yerr=error.fvu,
-                color=colour,
-                marker=marker,
-                markersize=9 if marker == "*" else 6,
-                markerfacecolor="none" if _rank(selection, line) else colour,
-                linewidth=1,
-                elinewidth=1,
-                label=_called(line),
-            )
-            for k, point in points[points.index != NO_K].iterrows():
+            style = _style(selection, line) | {"linestyle": "-", "linewidth": 1, "elinewidth": 1}
+            points = wide.xs(line, level="line").sort_index()
+            value, std = points["value"], points["std"]
+            axes.errorbar(value.l0, value.fvu, xerr=std.l0, yerr=std.fvu, **style, label=line.title)
+            for k, point in value[value.index != NO_K].iterrows():
                 axes.annotate(
                     f"k {k}",
                     (point.l0, point.fvu),
@@ -224,9 +185,9 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
                     va="bottom" if above else "top",
                     fontsize=8,
                 )
-            above ^= any(points.index != NO_K)
+            above ^= any(value.index != NO_K)
         axes.set_xscale("log")
-        _plain_log_ticks(axes, value.l0)
+        _plain_log_ticks(axes, wide["value"].l0)
         axes.set_xlabel("L0: active latents per token")
         axes.set_ylabel("FVU")
         axes.set_ylim(bottom=0)
@@ -235,31 +196,20 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
         name=f"sparsity_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: sparsity against FVU",
         caption=f"Lower left is better.{_spread(metrics)}",
-        dataset=dataset,
         figure=figure,
     )
 
 
 def mean_support(selection: Selection, dataset: str, line: Line) -> float | None:
     """Mean number of active latents per token of a Sparsemax SAE, over seeds."""
-    rows = of_line(selection.metrics, line)
-    rows = rows[(rows.dataset == dataset) & (rows.metric == "l0")]
+    rows = selection.metrics
+    rows = rows[rows.line.eq(line) & rows.dataset.eq(dataset) & rows.metric.eq("l0")]
     return float(rows.value.mean()) if len(rows) else None
 
 
 def swept_k(rows: pd.DataFrame, line: Line) -> set[int]:
     """The values of k that a line has results of."""
-    return set(of_line(rows, line).k) - {NO_K}
-
-
-def _called(line: Line) -> str:
-    """A line's name without its k."""
-    return model_title(line.model) + (f", {line.variant}" if line.variant else "")
-
-
-def _rank(selection: Selection, line: Line) -> int:
-    """0 for a model's first line, 1 for its second, ..."""
-    return [x for x in selection.lines if x.model == line.model].index(line)
+    return set(rows.k[rows.line.eq(line)]) - {NO_K}
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -267,31 +217,29 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, lis
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _line(
-    axes: Axes, cells: pd.DataFrame, colour: str, marker: str, label: str, rank: int = 0
-) -> None:
-    """A line through `value` over `x`, with a band of one standard deviation over seeds.
+def _style(selection: Selection, line: Line) -> dict[str, Any]:
+    """A model's colour and marker; its lines but the first are dash-dotted, markers hollow."""
+    colour, marker = model_style(line.model, selection.models)
+    first = line == selection.main(line.model)
+    return {
+        "color": colour,
+        "marker": marker,
+        "markersize": 9 if marker == "*" else 5,
+        "markerfacecolor": colour if first else "none",
+        "linestyle": "-" if first else "-.",
+    }
 
-    Args:
-        rank: 0 for a model's first line; others are dash-dotted with hollow markers.
-    """
+
+def _curve(axes: Axes, cells: pd.DataFrame, style: dict[str, Any], label: str) -> None:
+    """A line through `value` over `x`, with a band of one standard deviation over seeds."""
     if cells.empty:
         return
     cells = cells.sort_values("x")
-    axes.plot(
-        cells.x,
-        cells.value,
-        color=colour,
-        marker=marker,
-        markersize=8 if marker == "*" else None,
-        markerfacecolor="none" if rank else colour,
-        linestyle="-." if rank else "-",
-        label=label,
-    )
+    axes.plot(cells.x, cells.value, **style, label=label)
     several = cells[cells.seeds > 1]
     if len(several):
         low, high = several.value - several["std"], several.value + several["std"]
-        axes.fill_between(several.x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(several.x, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def _plain_log_ticks(axes: Axes, values: Iterable[float]) -> None:

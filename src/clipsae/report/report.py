@@ -4,19 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from clipsae.report import plots, tables
 from clipsae.report.collect import Collected
 from clipsae.report.findings import findings
 from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
-from clipsae.report.names import dataset_title, model_title, slug
+from clipsae.report.names import dataset_title, slug
 from clipsae.report.plots import Plot
 from clipsae.report.published import table_numbers
 from clipsae.report.select import Selection
-from clipsae.report.stability import Stability, seed_stability
 from clipsae.report.table import Table
-from clipsae.report.tables import MEASURED_ON
 
 
 @dataclass(frozen=True)
@@ -66,10 +62,6 @@ class Report:
         return [t for section in self.sections for t in (*section.tables, *section.folded)]
 
     @property
-    def has_published(self) -> bool:
-        return any(table.has_published for table in self.tables)
-
-    @property
     def plots(self) -> list[Plot]:
         return [plot for section in self.sections for plot in section.plots]
 
@@ -79,14 +71,15 @@ def make_report(
 ) -> Report:
     """Build tables, plots and sentences from a selection of what the store at `root` holds."""
     missing = missing_cells(selection, commands)
-    stable, unread = seed_stability(root, found, selection)
+    fidelity = tables.fidelity_table(selection)
+    stability, unread = tables.stability_table(root, found, selection)
     swept = [plots.k_plot(selection, dataset) for dataset in selection.datasets]
     sections = [
         _overview(selection),
         *(_dataset_section(selection, dataset) for dataset in selection.datasets),
         Section("ablation", "Ablation", tables.ablation_tables(selection)),
         Section("k", "Sweep of k", plots=[plot for plot in swept if plot is not None]),
-        _beyond(selection, stable),
+        Section("beyond", "Beyond the paper", [t for t in (fidelity, stability) if not t.empty]),
     ]
     return Report(
         selection=selection,
@@ -104,6 +97,7 @@ def make_report(
 
 
 def _overview(selection: Selection) -> Section:
+    """Averages and ranks over the eleven datasets, and over others."""
     eleven, others = selection.eleven, selection.others
     called = "the eleven" if len(eleven) == 11 else f"{len(eleven)} of the eleven"
     kinds = [
@@ -112,46 +106,34 @@ def _overview(selection: Selection) -> Section:
     ]
     if not eleven:
         kinds = [(others, "", f"{len(others)} datasets")]
-    section = Section("overview", "Average and ranks")
+    found = []
     for datasets, suffix, title in kinds:
         if len(datasets) < 2:
             continue
-        section.tables.append(tables.average_table(selection, datasets, f"average{suffix}", title))
+        found.append(tables.average_table(selection, datasets, f"average{suffix}", title))
         groups = [x for x in tables.compared(selection, datasets) if len(x.datasets) > 1]
         for at, group in enumerate(groups, start=1):
             rank = f"rank{suffix}" + (f"_{at}" if len(groups) > 1 else "")
-            section.tables.append(tables.rank_table(selection, group, rank))
-    return section
+            found.append(tables.rank_table(selection, group, rank))
+    return Section("overview", "Average and ranks", found)
 
 
 def _dataset_section(selection: Selection, dataset: str) -> Section:
     """Accuracy, sparsity and interpretability of one dataset."""
     number = table_numbers().get(dataset)
-    of_paper = f" (Table {number})" if number else ""
-    accuracy = tables.dataset_table(selection, dataset)
+    shown = [tables.dataset_table(selection, dataset)]
     others = tables.other_settings_table(selection, dataset)
-    measured = [
-        *tables.sparsity_tables(selection, dataset),
-        *tables.interpretability_tables(selection, dataset),
-    ]
-    recovered = tables.recovery_table(selection, dataset)
-    paper = dataset == MEASURED_ON
-    folded = [others, *([] if paper else measured), recovered]
+    folded = [others] if others.columns else []
+    in_paper = dataset == tables.MEASURED_ON
+    (shown if in_paper else folded).extend(tables.metric_tables(selection, dataset))
     drawn = plots.accuracy_plot(selection, dataset), plots.sparsity_plot(selection, dataset)
     return Section(
         f"dataset-{slug(dataset)}",
-        dataset_title(dataset) + of_paper,
-        [accuracy, *(measured if paper else [])],
+        dataset_title(dataset) + (f" (Table {number})" if number else ""),
+        shown,
         [plot for plot in drawn if plot is not None],
-        [table for table in folded if table.columns],
+        folded,
     )
-
-
-def _beyond(selection: Selection, stable: list[Stability]) -> Section:
-    found = [tables.fidelity_table(selection)]
-    found = [table for table in found if not table.empty]
-    found += [tables.stability_table(selection, stable)] if stable else []
-    return Section("beyond", "Beyond the paper", found)
 
 
 def _several_k(selection: Selection) -> list[str]:
@@ -160,23 +142,17 @@ def _several_k(selection: Selection) -> list[str]:
     for line in selection.lines:
         ks = sorted(plots.swept_k(selection.cells, line))
         if len(ks) > 1:
-            variant = f", {line.variant}" if line.variant else ""
             sentences.append(
-                f"{model_title(line.model)}{variant} has results with k = "
-                f"{', '.join(map(str, ks))}. The tables show k = {selection.k[line]} "
-                "(task.k chooses another), the plots over k all of them."
+                f"{line.title} has results with k = {', '.join(map(str, ks))}. The tables show "
+                f"k = {selection.k[line]} (task.k chooses another), the plots over k all of them."
             )
     return sentences
 
 
 def _counts(selection: Selection) -> list[str]:
     """How many results were not used, or only cover a part of the images."""
-    wanted = selection.wanted
-    limited = {
-        row.folder
-        for row in selection.runs.drop_duplicates("folder").itertuples()
-        if dict(row.settings).get("evaluation.limit_images", "null") != "null"
-    }
+    wanted, limit = selection.wanted, "evaluation.limit_images"
+    runs = selection.runs.drop_duplicates("folder")
     settings = "".join(f", {name}={value}" for name, value in wanted.settings.items())
     counts = {
         "superseded by a newer one with the same settings.": selection.superseded,
@@ -184,7 +160,9 @@ def _counts(selection: Selection) -> list[str]:
         f"{wanted.layer}), the {wanted.protocol} protocol and M = {wanted.latents}{settings}.": (
             selection.unfitting
         ),
-        "used that cover a part of the images only (evaluation.limit_images).": len(limited),
+        f"used that cover a part of the images only ({limit}).": sum(
+            dict(one).get(limit, "null") != "null" for one in runs.settings
+        ),
     }
     return [
         f"{n} {'result is' if n == 1 else 'results are'} {what}" for what, n in counts.items() if n
@@ -192,12 +170,11 @@ def _counts(selection: Selection) -> list[str]:
 
 
 def _origins(found: Collected, selection: Selection) -> list[dict[str, Any]]:
-    columns = ["folder", "model", "dataset", "k", "seed", "finished"]
-    every = pd.concat([frame[columns] for frame in (found.results, found.measurements)])
-    rows = []
-    for row in every[every.folder.isin(selection.folders)].drop_duplicates("folder").itertuples():
+    rows = found.figures.sort_values("measured", kind="stable").drop_duplicates("folder")
+    origins = []
+    for row in rows[rows.folder.isin(selection.folders)].itertuples():
         meta = found.origins[row.folder]["meta"]
-        rows.append(
+        origins.append(
             {
                 "kind": "evaluation",
                 "name": row.folder,
@@ -211,4 +188,4 @@ def _origins(found: Collected, selection: Selection) -> list[dict[str, Any]]:
                 "host": meta.get("host") or "",
             }
         )
-    return rows
+    return origins

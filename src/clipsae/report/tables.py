@@ -1,32 +1,30 @@
 """The tables: accuracies (Tables 7-17), their average and ranks, fidelity, the ablation, metrics
 (Tables 5 and 6, concepts found) and seed stability."""
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
+from safetensors import SafetensorError
 
-from clipsae.evaluation.metrics import NUMBERS
+from clipsae.evaluation.metrics import NUMBERS, mean_max_cosine
 from clipsae.evaluation.metrics.fidelity import fidelity
 from clipsae.evaluation.numbers import Number
 from clipsae.report import published
-from clipsae.report.collect import NO_K
-from clipsae.report.names import (
-    SIX,
-    column_order,
-    column_title,
-    dataset_title,
-    model_title,
-    slug,
-)
+from clipsae.report.collect import Collected
+from clipsae.report.names import SIX, column_order, column_title, dataset_title, slug
 from clipsae.report.select import Selection
-from clipsae.report.stability import Stability
-from clipsae.report.table import Cell, Column, Row, Table
-from clipsae.report.variants import Line
+from clipsae.report.settings import Line
+from clipsae.report.table import Cell, Row, Table
+from clipsae.sae import SAE
 
 PAPER_COLUMNS = ("no_sae", "on_1", "on_5", "on_10", "on_50", "on_all")
 MEASURED_ON = "imagenet"  # our reading of Tables 5 and 6, which do not say it
+LARGEST = 8192  # latents; from there comparing two seeds takes minutes without a GPU
+Known = Mapping[tuple[str, str], str]  # published figures by model and key
 _COUNTED = {
     "paper": "latents counted on the evaluated images themselves",
     "heldout": "latents counted on the training split",
@@ -38,54 +36,13 @@ _WHICH_CODE = (
 )
 
 
-def row_title(selection: Selection, line: Line) -> str:
-    """A model's title, with its k where it has one, and what sets its line apart."""
-    k = selection.k.get(line, NO_K)
-    title = model_title(line.model) + (f" (k = {k})" if k != NO_K else "")
-    return f"{title}, {line.variant}" if line.variant else title
-
-
-def _row(
-    selection: Selection,
-    line: Line,
-    figures: pd.DataFrame,
-    keys: Iterable[str],
-    known: Mapping[tuple[str, str], str],
-    *labels: str,
-) -> Row:
-    """A line's figures, of those of one dataset, beside the published ones by model and key."""
-    ours = selection.rows(figures, line).set_index("metric")
-    cells = {}
-    for key in keys:
-        printed = known.get((line.model, key.removesuffix("_dense")), "")
-        cell = Cell(published=float(printed), printed=printed) if printed else Cell()
-        if key in ours.index and not pd.isna(ours.value[key]):
-            cell = replace(cell, ours=float(ours.value[key]))
-            if key != "no_sae":  # CLIP alone: seeds change nothing
-                seeds = int(ours.seeds[key])
-                cell = replace(
-                    cell, std=float(ours["std"][key]) if seeds > 1 else None, seeds=seeds
-                )
-        cells[key] = cell
-    return Row((row_title(selection, line), *labels), cells, line.model)
-
-
-def _rows(
-    selection: Selection,
-    figures: pd.DataFrame,
-    keys: Sequence[str],
-    known: Mapping[tuple[str, str], str],
-) -> tuple[Row, ...]:
-    """A row a line, of a part of `cells` or `metrics`."""
-    lines = selection.shown(figures[figures.metric.isin(keys)])
-    return tuple(_row(selection, line, figures, keys, known) for line in lines)
+# --- what they are made of ---
 
 
 def accuracy_columns(selection: Selection, datasets: Iterable[str]) -> list[str]:
     """no_sae and on_n: all that were evaluated, and the paper's where it has a dataset or
     nothing was."""
-    datasets = list(datasets)
-    cells = selection.cells
+    datasets, cells = list(datasets), selection.cells
     cells = cells[cells.dataset.isin(datasets) & cells.model.isin(selection.models)]
     found = {c for c in cells.metric if c == "no_sae" or c.startswith("on_")}
     if not found or set(datasets) & set(published.table_numbers()):
@@ -93,37 +50,72 @@ def accuracy_columns(selection: Selection, datasets: Iterable[str]) -> list[str]
     return sorted(found, key=column_order)
 
 
-def _columns(selection: Selection, keys: Iterable[str], best: str = "max") -> tuple[Column, ...]:
+def _columns(selection: Selection, keys: Iterable[str], better: str = "max") -> tuple[Number, ...]:
     """Columns of accuracies: higher is better, but for CLIP alone and without the latents."""
-    ends = {"no_sae": "", "off": "min"}
+    ends = {"no": "", "off": "min"}
     return tuple(
-        Column(
+        Number(
             key,
             column_title(key, selection.wanted.latents),
-            best=ends.get(key, ends.get(key.partition("_")[0], best)),
+            format=".2f",
+            better=ends.get(key.partition("_")[0], better),
         )
         for key in keys
     )
 
 
+def _row(
+    selection: Selection,
+    line: Line,
+    figures: pd.DataFrame,
+    columns: Sequence[Number],
+    known: Known,
+    *labels: str,
+) -> Row:
+    """A line's figures, of those of one dataset, beside the published ones."""
+    ours = selection.rows(figures, line).set_index("metric")
+    cells = {}
+    for key in (column.key for column in columns):
+        printed = known.get((line.model, key.removesuffix("_dense")), "")
+        cell = Cell(published=float(printed), printed=printed) if printed else Cell()
+        if key in ours.index and not pd.isna(ours.value[key]):
+            cell = replace(cell, ours=float(ours.value[key]))
+            if key != "no_sae":  # CLIP alone: seeds change nothing
+                seeds = int(ours.seeds[key])
+                std = float(ours["std"][key]) if seeds > 1 else None
+                cell = replace(cell, std=std, seeds=seeds)
+        cells[key] = cell
+    return Row((selection.title(line), *labels), cells, line.model)
+
+
+def _rows(
+    selection: Selection, figures: pd.DataFrame, columns: Sequence[Number], known: Known
+) -> tuple[Row, ...]:
+    """A row a line, of a part of `cells` or `metrics`."""
+    lines = selection.shown(figures[figures.metric.isin([column.key for column in columns])])
+    return tuple(_row(selection, line, figures, columns, known) for line in lines)
+
+
+# --- accuracies ---
+
+
 def dataset_table(selection: Selection, dataset: str) -> Table:
     """One of Tables 7-17, or its counterpart for a dataset that the paper does not have."""
-    keys = accuracy_columns(selection, [dataset])
-    title, number = dataset_title(dataset), published.table_numbers().get(dataset)
+    columns = _columns(selection, accuracy_columns(selection, [dataset]))
+    title, at = dataset_title(dataset), published.table_numbers().get(dataset)
     protocol = selection.wanted.protocol
     cells = selection.cells[selection.cells.dataset == dataset]
     known = {(m, key): v for (d, m, key), v in published.zero_shot().items() if d == dataset}
     return Table(
-        name=f"table_{number:02d}_{slug(dataset)}" if number else f"accuracy_{slug(dataset)}",
-        title=f"Table {number}: {title}" if number else f"{title}: accuracy",
+        name=f"table_{at:02d}_{slug(dataset)}" if at else f"accuracy_{slug(dataset)}",
+        title=f"Table {at}: {title}" if at else f"{title}: accuracy",
         caption=(
             "Macro accuracy in percent. on_n keeps the n latents of the image's own class "
             f"({_COUNTED.get(protocol, protocol)}), on_{selection.wanted.latents} all of them; "
             f"no_sae is CLIP alone.{_images(cells)}"
         ),
-        heads=("model",),
-        columns=_columns(selection, keys),
-        rows=_rows(selection, cells, keys, known),
+        columns=columns,
+        rows=_rows(selection, cells, columns, known),
     )
 
 
@@ -144,6 +136,7 @@ def other_settings_table(selection: Selection, dataset: str) -> Table:
     cells = selection.cells[selection.cells.dataset == dataset]
     there = {key for line in selection.lines for key in selection.of(line, dataset).metric}
     keys = sorted((k for k in there if k.startswith(("off_", "self_"))), key=column_order)
+    columns = _columns(selection, keys)
     return Table(
         name=f"settings_{slug(dataset)}",
         title=f"{dataset_title(dataset)}: without the class's latents, and without labels",
@@ -152,10 +145,47 @@ def other_settings_table(selection: Selection, dataset: str) -> Table:
             "image's class (lower: those n carried more); self_n keeps the n latents that are "
             "most active in the image itself and uses no label."
         ),
-        heads=("model",),
-        columns=_columns(selection, keys),
-        rows=_rows(selection, cells, keys, {}),
+        columns=columns,
+        rows=_rows(selection, cells, columns, {}),
     )
+
+
+def ablation_tables(selection: Selection) -> list[Table]:
+    """The 2 x 2 ablation, architecture x activation: on ImageNet with the eleven datasets, and
+    wherever there are results of its two mixed models. Published for ImageNet."""
+    parts = published.ablation_parts()
+    found = set(selection.cells.dataset[selection.cells.model.isin(set(parts) - set(SIX))])
+    if selection.wanted.models is None:
+        found |= {published.ABLATED_ON} & set(selection.eleven)
+    tables = []
+    for dataset in (name for name in selection.datasets if name in found):
+        known = published.ablation() if dataset == published.ABLATED_ON else {}
+        columns = _columns(selection, PAPER_COLUMNS[1:5])
+        rows = [
+            _row(selection, line, cells, columns, known, *parts[line.model])
+            for line in selection.ablated
+            if len(cells := selection.of(line, dataset)) or line == selection.main(line.model)
+        ]
+        caption = "Macro accuracy in percent."
+        if known:
+            caption += (
+                " Published: the ablation's own figures for the mixed models, Table 12 for the "
+                "others."
+            )
+        tables.append(
+            Table(
+                name=f"ablation_{slug(dataset)}",
+                title=f"Ablation of architecture and activation: {dataset_title(dataset)}",
+                caption=caption,
+                columns=columns,
+                rows=tuple(sorted(rows, key=lambda r: (r.labels[1] != "linear", r.labels[2]))),
+                heads=("model", "architecture", "activation"),
+            )
+        )
+    return tables
+
+
+# --- over several datasets ---
 
 
 def average_table(selection: Selection, datasets: tuple[str, ...], name: str, title: str) -> Table:
@@ -166,27 +196,20 @@ def average_table(selection: Selection, datasets: tuple[str, ...], name: str, ti
         there = frozenset(selection.of(line).dataset) & frozenset(datasets)
         cells = {key: _average(selection, line, datasets, key) for key in keys}
         cells["datasets"] = Cell(float(len(there)))
-        rows.append(Row((row_title(selection, line),), cells, line.model))
+        rows.append(Row((selection.title(line),), cells, line.model))
         over |= {there} if there else set()
     caption = (
         "Mean macro accuracy in percent over the datasets that a row has results for; their "
         "number is in the last column."
     )
-    if len(over) > 1:
-        caption += " Rows over different datasets are not comparable: no best is marked."
-    if set(datasets) & set(published.table_numbers()):
-        caption += " Published means are over the same datasets, or over all where we have none."
     columns = _columns(selection, keys)
     if len(over) > 1:
-        columns = tuple(replace(column, best="") for column in columns)
-    return Table(
-        name=name,
-        title=f"Average over {title}",
-        caption=caption,
-        heads=("model",),
-        columns=(*columns, Column("datasets", f"of {len(datasets)}", 0, "")),
-        rows=tuple(rows),
-    )
+        caption += " Rows over different datasets are not comparable: no best is marked."
+        columns = tuple(replace(column, better="") for column in columns)
+    if set(datasets) & set(published.table_numbers()):
+        caption += " Published means are over the same datasets, or over all where we have none."
+    count = Number("datasets", f"of {len(datasets)}", format=".0f", better="")
+    return Table(name, f"Average over {title}", caption, (*columns, count), tuple(rows))
 
 
 def _average(selection: Selection, line: Line, datasets: tuple[str, ...], key: str) -> Cell:
@@ -196,7 +219,7 @@ def _average(selection: Selection, line: Line, datasets: tuple[str, ...], key: s
     cells = cells[(cells.metric == key) & cells.dataset.isin(datasets)]
     known = published.zero_shot()
     figures = [known.get((d, line.model, key)) for d in list(cells.dataset) or datasets]
-    mean = statistics.fmean(map(float, figures)) if None not in figures else None
+    mean = None if None in figures else statistics.fmean(float(x or "nan") for x in figures)
     runs = selection.rows(selection.runs, line)
     runs = runs[(runs.metric == key) & runs.dataset.isin(datasets)]
     by_seed = runs.pivot(index="seed", columns="dataset", values="value").dropna()
@@ -226,6 +249,22 @@ class Compared:
     datasets: tuple[str, ...]
     left_out: dict[Line, int]
 
+    def values(self, selection: Selection, figures: pd.DataFrame, key: str) -> pd.DataFrame:
+        """Values of `cells` or `metrics` [dataset, line], datasets with a gap left out."""
+        figures = figures[(figures.metric == key) & figures.dataset.isin(self.datasets)]
+        columns = {x: selection.rows(figures, x).set_index("dataset").value for x in self.lines}
+        return pd.DataFrame(columns, columns=list(self.lines)).dropna()
+
+    def published(self, datasets: Iterable[str], key: str) -> pd.DataFrame:
+        """The paper's counterpart; empty if a figure is missing or a model has several lines."""
+        known = published.zero_shot()
+        rows = {
+            d: {x: float(known.get((d, x.model, key), "nan")) for x in self.lines} for d in datasets
+        }
+        frame = pd.DataFrame.from_dict(rows, orient="index", dtype=float)
+        alone = len({x.model for x in self.lines}) == len(self.lines)
+        return frame if alone and not frame.isna().any(axis=None) else pd.DataFrame()
+
 
 def compared(selection: Selection, datasets: tuple[str, ...]) -> list[Compared]:
     """What can be compared within each group of results with the same settings.
@@ -233,10 +272,13 @@ def compared(selection: Selection, datasets: tuple[str, ...]) -> list[Compared]:
     The lines with results on most datasets are taken, as many of them as make the largest table of
     lines by datasets without a gap: a model with one dataset does not cost the others theirs.
     """
+    groups: dict[str, dict[Line, set[str]]] = {}
+    for line in selection.lines:
+        if there := set(selection.of(line).dataset):
+            groups.setdefault(line.common, {})[line] = there & set(datasets)
     found = []
-    for label, lines in selection.groups:
-        has = {line: set(selection.of(line).dataset) & set(datasets) for line in lines}
-        ordered = sorted((x for x in lines if has[x]), key=lambda line: -len(has[line]))
+    for label, has in groups.items():
+        ordered = sorted((line for line in has if has[line]), key=lambda line: -len(has[line]))
         shared = {
             n: set.intersection(*(has[line] for line in ordered[:n]))
             for n in range(2, len(ordered) + 1)
@@ -244,7 +286,7 @@ def compared(selection: Selection, datasets: tuple[str, ...]) -> list[Compared]:
         best = max(shared, key=lambda n: (n * len(shared[n]), n), default=0)
         over = tuple(name for name in datasets if best and name in shared[best])
         if over:
-            chosen = tuple(line for line in lines if set(over) <= has[line])
+            chosen = tuple(line for line in has if set(over) <= has[line])
             left_out = {x: len(has[x] & set(over)) for x in ordered if x not in chosen}
             found.append(Compared(label, chosen, over, left_out))
     return found
@@ -256,8 +298,8 @@ def rank_table(selection: Selection, group: Compared, name: str) -> Table:
     rows: dict[Line, dict[str, Cell]] = {line: {} for line in group.lines}
     counts = []
     for key in keys:
-        ours = pivot(selection.cells, selection, group, key)
-        theirs = published_pivot(group.lines, ours.index, key)
+        ours = group.values(selection, selection.cells, key)
+        theirs = group.published(ours.index, key)
         counts.append(len(ours))
         mean, published_mean = (f.rank(axis=1, ascending=False).mean() for f in (ours, theirs))
         for line in group.lines:
@@ -267,10 +309,10 @@ def rank_table(selection: Selection, group: Compared, name: str) -> Table:
                 published=None if rank is None else float(rank),
                 printed="" if rank is None else f"{rank:.2f}",
             )
-    listed, fewest = ", ".join(map(dataset_title, group.datasets)), min(counts, default=0)
+    names, fewest = ", ".join(map(dataset_title, group.datasets)), min(counts, default=0)
     fewer = f" Some columns have figures for {fewest} of them." * (fewest < len(group.datasets))
     if group.left_out:
-        absent = (f"{row_title(selection, line)} ({n})" for line, n in group.left_out.items())
+        absent = (f"{selection.title(line)} ({n})" for line, n in group.left_out.items())
         fewer += f" Excluded, with results for fewer of these datasets: {', '.join(absent)}."
     return Table(
         name=name,
@@ -278,43 +320,26 @@ def rank_table(selection: Selection, group: Compared, name: str) -> Table:
         + (f": {group.group}" if group.group else ""),
         caption=(
             f"1 is the best of {len(group.lines)}; ties share their mean rank. Over the datasets "
-            f"that all of them have results for: {listed}.{fewer} Published ranks, where there are "
+            f"that all of them have results for: {names}.{fewer} Published ranks, where there are "
             "any, are among the same models and datasets."
         ),
-        heads=("model",),
-        columns=_columns(selection, keys, best="min"),
-        rows=tuple(Row((row_title(selection, x),), rows[x], x.model) for x in group.lines),
+        columns=_columns(selection, keys, "min"),
+        rows=tuple(Row((selection.title(x),), rows[x], x.model) for x in group.lines),
     )
-
-
-def pivot(frame: pd.DataFrame, selection: Selection, group: Compared, key: str) -> pd.DataFrame:
-    """Values of `cells` or `metrics` [dataset, line], datasets with a gap left out."""
-    frame = frame[(frame.metric == key) & frame.dataset.isin(group.datasets)]
-    series = {x: selection.rows(frame, x).set_index("dataset").value for x in group.lines}
-    return pd.DataFrame(series, columns=list(group.lines)).dropna()
-
-
-def published_pivot(lines: tuple[Line, ...], datasets: Iterable[str], key: str) -> pd.DataFrame:
-    """The paper's counterpart; empty where a figure is missing or a model has several lines."""
-    known = published.zero_shot()
-    rows = {d: {x: float(known.get((d, x.model, key), "nan")) for x in lines} for d in datasets}
-    frame = pd.DataFrame.from_dict(rows, orient="index", dtype=float)
-    alone = len({x.model for x in lines}) == len(lines)
-    return frame if alone and not frame.isna().any(axis=None) else pd.DataFrame()
 
 
 def fidelity_table(selection: Selection) -> Table:
     """(on_M - chance) / (no_sae - chance) of every dataset and model."""
-    lines = selection.shown(selection.cells)
+    lines = {selection.title(line): line for line in selection.shown(selection.cells)}
     rows = []
     for dataset in selection.datasets:
         cells = {}
-        for line in lines:
+        for title, line in lines.items():
             figures = selection.of(line, dataset).set_index("metric")
             if {"no_sae", "on_all"} <= set(figures.index):
                 chance = 100 / float(figures.competing["on_all"])
                 value = fidelity(figures.value["on_all"], figures.value["no_sae"], chance)
-                cells[row_title(selection, line)] = Cell(None if pd.isna(value) else float(value))
+                cells[title] = Cell(None if pd.isna(value) else float(value))
         rows.append(Row((dataset_title(dataset),), cells))
     return Table(
         name="fidelity",
@@ -324,117 +349,51 @@ def fidelity_table(selection: Selection) -> Table:
             "accuracy above chance that is left when every token is replaced by its "
             "reconstruction. Ours only."
         ),
-        heads=("dataset",),
-        columns=tuple(Column(t, t, 3, "") for t in (row_title(selection, x) for x in lines)),
+        columns=tuple(Number(title, title, better="") for title in lines),
         rows=tuple(rows),
+        heads=("dataset",),
     )
 
 
-def ablation_tables(selection: Selection) -> list[Table]:
-    """The 2 x 2 ablation, architecture x activation: on ImageNet with the eleven datasets, and
-    wherever there are results of its two mixed models."""
-    parts = published.ablation_parts()
-    found = set(selection.cells.dataset[selection.cells.model.isin(set(parts) - set(SIX))])
-    if selection.wanted.models is None:
-        found |= {published.ABLATED_ON} & set(selection.eleven)
-    return [
-        ablation_table(selection, dataset) for dataset in selection.datasets if dataset in found
-    ]
+# --- measured numbers ---
 
 
-def ablation_table(selection: Selection, dataset: str) -> Table:
-    """Architecture x activation on one dataset; published for ImageNet."""
-    known = published.ablation() if dataset == published.ABLATED_ON else {}
-    keys, parts = PAPER_COLUMNS[1:5], published.ablation_parts()
-    rows = [
-        _row(selection, line, cells, keys, known, *parts[line.model])
-        for line in selection.ablated
-        if len(cells := selection.of(line, dataset)) or line == selection.main(line.model)
-    ]
-    return Table(
-        name=f"ablation_{slug(dataset)}",
-        title=f"Ablation of architecture and activation: {dataset_title(dataset)}",
-        caption="Macro accuracy in percent."
-        + " Published: the ablation's own figures for the mixed models, Table 12 for the others."
-        * bool(known),
-        heads=("model", "architecture", "activation"),
-        columns=_columns(selection, keys),
-        rows=tuple(sorted(rows, key=lambda row: (row.labels[1] != "linear", row.labels[2]))),
-    )
-
-
-def _metric_table(
-    selection: Selection,
-    figures: pd.DataFrame,
-    numbers: Iterable[Number],
-    name: str,
-    title: str,
-    caption: str,
-    paper: bool = False,
-) -> Table:
-    """A table of the numbers that are there, and with `paper` those that the paper has.
-
-    Args:
-        caption: {} stands for what the numbers are.
-    """
-    there = set(figures.metric)
-    numbers = [n for n in numbers if n.key in there or (paper and n.paper)]
-    # Of several levels of one number the first says it.
-    meanings = {n.label.partition(", ")[0]: n.meaning for n in numbers if n.meaning}
-    return Table(
-        name=name,
-        title=title,
-        caption=caption.replace("{}", " ".join(f"{x}: {said}." for x, said in meanings.items())),
-        heads=("model",),
-        columns=tuple(Column(n.key, n.label, n.digits, n.better) for n in numbers),
-        rows=_rows(
-            selection, figures, [n.key for n in numbers], published.metrics() if paper else {}
-        ),
-    )
-
-
-def sparsity_tables(selection: Selection, dataset: str) -> list[Table]:
-    """Table 5 of one dataset: of the codes as selected, and of the code without its selection."""
+def metric_tables(selection: Selection, dataset: str) -> list[Table]:
+    """Table 5 of one dataset, of the codes as selected and of the code without its selection;
+    Table 6, one for each pooling and image encoder that was used; concepts found. Those that have
+    a figure, of ImageNet the paper's in any case."""
     paper = dataset == MEASURED_ON
-    label = "Table 5" if paper else "As Table 5"
-    name = "table_05" if paper else f"sparsity_{slug(dataset)}"
+    on, title = slug(dataset), dataset_title(dataset)
+    metrics = selection.metrics[selection.metrics.dataset == dataset]
+    alone = metrics[metrics.image_encoder == ""]
+    label, name = ("Table 5", "table_05") if paper else ("As Table 5", f"sparsity_{on}")
     also = " Published: on data that the paper does not name." if paper else ""
-    figures = _without_encoder(selection, dataset)
-    numbers = [n for n in NUMBERS if n.table == "sparsity"]
-    selected = _metric_table(
-        selection,
-        figures,
-        [n for n in numbers if not n.key.endswith("_dense")],
-        f"{name}_selected",
-        f"{label}: sparsity and reconstruction on {dataset_title(dataset)}",
-        f"The code as the SAE selects it. {{}}{also}",
-        paper,
-    )
-    dense = _metric_table(
-        selection,
-        figures,
-        [n for n in numbers if n.key.endswith("_dense")],
-        f"{name}_dense",
-        f"{label}: the same without the selection, on {dataset_title(dataset)}",
-        "The code without its selection: the positive scores before top-k, threshold or "
-        f"sparsemax. {_WHICH_CODE if paper else ''}{{}}",
-        paper,
-    )
-    return [table for table in (selected, dense) if paper or not table.empty]
-
-
-def interpretability_tables(selection: Selection, dataset: str) -> list[Table]:
-    """Table 6 of one dataset, one for each pooling and image encoder that was used."""
-    paper = dataset == MEASURED_ON
-    numbers = [n for n in NUMBERS if n.table == "interpretability"]
-    figures = selection.metrics[
-        (selection.metrics.dataset == dataset)
-        & selection.metrics.metric.isin([n.key for n in numbers])
+    tables = [
+        _metric_table(
+            selection,
+            alone,
+            "sparsity",
+            f"{name}_selected",
+            f"{label}: sparsity and reconstruction on {title}",
+            f"The code as the SAE selects it. {{}}{also}",
+            paper=paper,
+        ),
+        _metric_table(
+            selection,
+            alone,
+            "sparsity",
+            f"{name}_dense",
+            f"{label}: the same without the selection, on {title}",
+            "The code without its selection: the positive scores before top-k, threshold or "
+            f"sparsemax. {_WHICH_CODE if paper else ''}{{}}",
+            paper=paper,
+            dense=True,
+        ),
     ]
-    ways = sorted(set(zip(figures.image_encoder, figures.pooling, strict=True)))
-    tables = []
+    label, name = ("Table 6", "table_06") if paper else ("As Table 6", f"monosemanticity_{on}")
+    scores = metrics[metrics.image_encoder != ""]
+    ways = sorted(set(zip(scores.image_encoder, scores.pooling, strict=True)))
     for at, (encoder, pooling) in enumerate(ways or [("", "")] * paper, start=1):
-        several = len(ways) > 1
         caption = (
             "Mean and maximum over live latents of the similarity of the images that a latent is "
             "active on, weighted by its activations."
@@ -443,57 +402,108 @@ def interpretability_tables(selection: Selection, dataset: str) -> list[Table]:
             caption += f" Image encoder: {encoder}; pooling of token codes: {pooling}."
         if paper:
             caption += " The paper does not say which encoder, pooling and data it used."
+        several = len(ways) > 1
         tables.append(
             _metric_table(
                 selection,
-                figures[(figures.image_encoder == encoder) & (figures.pooling == pooling)],
-                numbers,
-                ("table_06" if paper else f"monosemanticity_{slug(dataset)}")
-                + (f"_{at}" if several else ""),
-                f"{'Table 6' if paper else 'As Table 6'}: MonoSemanticity on "
-                f"{dataset_title(dataset)}" + (f" ({encoder}, {pooling})" if several else ""),
+                scores[scores.image_encoder.eq(encoder) & scores.pooling.eq(pooling)],
+                "interpretability",
+                name + f"_{at}" * several,
+                f"{label}: MonoSemanticity on {title}" + f" ({encoder}, {pooling})" * several,
                 caption,
-                paper,
+                paper=paper,
             )
         )
-    return tables
-
-
-def recovery_table(selection: Selection, dataset: str) -> Table:
-    """How well single latents are the concepts of a dataset with ground truth."""
-    return _metric_table(
+    recovered = _metric_table(
         selection,
-        _without_encoder(selection, dataset),
-        [n for n in NUMBERS if n.table == "recovery"],
-        f"recovery_{slug(dataset)}",
-        f"Concepts found on {dataset_title(dataset)}",
+        alone,
+        "recovery",
+        f"recovery_{on}",
+        f"Concepts found on {title}",
         "Against the ground truth, per patch and per image. {} Ours only.",
     )
+    found = [*tables, recovered]
+    return [table for table in found if table.columns and (paper or not table.empty)]
 
 
-def _without_encoder(selection: Selection, dataset: str) -> pd.DataFrame:
-    """Metrics of one dataset that have nothing to do with an image encoder."""
-    metrics = selection.metrics
-    return metrics[(metrics.dataset == dataset) & (metrics.image_encoder == "")]
+def _metric_table(
+    selection: Selection,
+    figures: pd.DataFrame,
+    kind: str,
+    name: str,
+    title: str,
+    caption: str,
+    *,
+    paper: bool = False,
+    dense: bool = False,
+) -> Table:
+    """A table of the numbers that are there, and with `paper` those that the paper has.
 
-
-def stability_table(selection: Selection, found: list[Stability]) -> Table:
-    """Mean max cosine between the decoders of different seeds."""
-    return Table(
-        name="stability",
-        title="Seed stability",
-        caption=(
-            "For each decoder row of one seed the largest cosine with a row of another seed, mean "
-            "over rows and over ordered pairs of seeds (spread: over pairs). Ours only."
-        ),
-        heads=("model", "trained on"),
-        columns=(Column("cosine", "mean max cosine", 3), Column("pairs", "pairs of seeds", 0, "")),
-        rows=tuple(
-            Row(
-                (row_title(selection, s.line), s.trained_on),
-                {"cosine": Cell(s.mean, s.std, s.pairs), "pairs": Cell(float(s.pairs))},
-                s.line.model,
-            )
-            for s in found
-        ),
+    Args:
+        kind: `Number.table`.
+        caption: {} stands for what the numbers are.
+        dense: those of the code without its selection.
+    """
+    there = set(figures.metric)
+    columns = tuple(
+        n
+        for n in NUMBERS
+        if n.table == kind
+        and n.key.endswith("_dense") == dense
+        and (n.key in there or (paper and n.paper))
     )
+    # Of several levels of one number the first says it.
+    meanings = {n.label.partition(", ")[0]: n.meaning for n in columns if n.meaning}
+    caption = caption.replace("{}", " ".join(f"{x}: {said}." for x, said in meanings.items()))
+    rows = _rows(selection, figures, columns, published.metrics() if paper else {})
+    return Table(name, title, caption, columns, rows)
+
+
+# --- seeds ---
+
+
+def stability_table(
+    root: Path | str, found: Collected, selection: Selection
+) -> tuple[Table, list[str]]:
+    """Mean max cosine between the decoders of different seeds, of each model with the tables' k.
+
+    Returns:
+        the table, and a line for each SAE that could not be read. Nothing is compared above
+        `LARGEST` latents.
+    """
+    groups: dict[tuple[Line, str], dict[int, str]] = {}
+    if selection.wanted.latents <= LARGEST:
+        for run in selection.runs.drop_duplicates("folder").itertuples():
+            meta, config = found.origins[run.folder].values()
+            name = (meta.get("key") or {}).get("sae")
+            trained_on = (config.get("train_dataset") or {}).get("name") or run.dataset
+            if name and selection.k.get(run.line) == run.k:
+                groups.setdefault((run.line, trained_on), {})[run.seed] = name
+    rows, problems = [], []
+    order = {line: at for at, line in enumerate(selection.lines)}
+    for line, trained_on in sorted(groups, key=lambda group: order.get(group[0], len(order))):
+        by_seed = groups[line, trained_on]
+        decoders = []
+        for name in by_seed.values() if len(by_seed) > 1 else ():
+            folder = Path(root) / "sae" / name
+            try:
+                decoders.append(SAE.load(folder).decoder_rows().detach())
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                why = " ".join(str(error).split())
+                problems.append(f"sae/{name}: {why.replace(f'{folder}/', '')}")
+        values = [float(mean_max_cosine(a, b)) for a, b in itertools.permutations(decoders, 2)]
+        if values:
+            std = statistics.stdev(values) if len(values) > 2 else None
+            cosine = Cell(statistics.fmean(values), std, len(values))
+            cells = {"cosine": cosine, "pairs": Cell(float(len(values)))}
+            rows.append(Row((selection.title(line), trained_on), cells, line.model))
+    caption = (
+        "For each decoder row of one seed the largest cosine with a row of another seed, mean "
+        "over rows and over ordered pairs of seeds (spread: over pairs). Ours only."
+    )
+    columns = (
+        Number("cosine", "mean max cosine"),
+        Number("pairs", "pairs of seeds", format=".0f", better=""),
+    )
+    heads = ("model", "trained on")
+    return Table("stability", "Seed stability", caption, columns, tuple(rows), heads), problems

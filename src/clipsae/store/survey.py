@@ -81,6 +81,13 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for _, file in files.files_below(path))
 
 
+def short(value: str) -> str:
+    """A setting's value with the names of stages, and hashes, cut to what tells them apart."""
+    if FINISHED.fullmatch(value):
+        return f"…{value[-10:]}"
+    return re.sub(r"[0-9a-f]{16,}", lambda found: found[0][:8], value)
+
+
 def _finished(kind: str, path: Path) -> Entry:
     meta = read_json(path / MARK)
     wrong = find_damage(path, content=False)
