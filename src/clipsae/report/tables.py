@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 from safetensors import SafetensorError
 
-from clipsae.evaluation.metrics import NUMBERS, mean_max_cosine
+from clipsae.evaluation.metrics import NUMBERS
 from clipsae.evaluation.metrics.fidelity import fidelity
+from clipsae.evaluation.metrics.stability import mean_max_cosine
 from clipsae.evaluation.numbers import Number
 from clipsae.report import published
 from clipsae.report.collect import Collected
