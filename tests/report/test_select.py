@@ -6,7 +6,7 @@ import pytest
 
 from clipsae.report import collect
 from clipsae.report.settings import Line, settings_of
-from clipsae.report.tables import dataset_table
+from clipsae.report.tables import accuracy_tables
 
 
 def value(selection, model, dataset, column):
@@ -14,7 +14,7 @@ def value(selection, model, dataset, column):
 
 
 def figures(selection, dataset, column="on_5"):
-    rows = dataset_table(selection, dataset).rows
+    rows = accuracy_tables(selection, dataset)[0].rows
     return {row.labels[0]: row.cells[column].ours for row in rows if row.cells[column].ours}
 
 

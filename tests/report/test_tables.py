@@ -10,12 +10,11 @@ from clipsae.report import Commands, collect, published
 from clipsae.report.missing import fewer_seeds, missing_cells
 from clipsae.report.tables import (
     ablation_tables,
+    accuracy_tables,
     average_table,
     compared,
-    dataset_table,
     fidelity_table,
     metric_tables,
-    other_settings_table,
     rank_table,
     stability_table,
 )
@@ -32,7 +31,7 @@ def test_a_cell_is_ours_published_and_their_difference(store):
     for seed, accuracy in enumerate((8.0, 9.0)):
         columns = {"no_sae": 67.0, "on_5": accuracy, "on_all": 50.0}
         store.evaluation("topk", "imagenet", columns, k=32, seed=seed)
-    table = dataset_table(store.selection(), "imagenet")
+    (table,) = accuracy_tables(store.selection(), "imagenet")
     assert table.title == "Table 12: ImageNet"
     assert [c.label for c in table.columns][-2:] == ["on_50", "on_128"]
     row = cells(table)["topk"]
@@ -52,11 +51,10 @@ def test_a_cell_is_ours_published_and_their_difference(store):
 def test_a_dataset_of_ones_own_has_ours_only(store):
     accuracy = {"no_sae": 99.0, "on_20": 3.0, "off_20": 7.0}
     store.evaluation("relu", "mine", accuracy, classes=5, competing=1000)
-    table = dataset_table(store.selection(), "mine")
+    table, settings = accuracy_tables(store.selection(), "mine")
     assert not table.has_published
     assert [c.key for c in table.columns] == ["no_sae", "on_20"]
     assert table.caption.endswith("1,000 images, 5 of 1,000 classes.")
-    settings = other_settings_table(store.selection(), "mine")
     assert cells(settings)["relu"]["off_20"].ours == 7.0
 
 

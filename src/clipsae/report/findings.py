@@ -11,7 +11,7 @@ from clipsae.report.plots import mean_support
 from clipsae.report.select import Selection
 from clipsae.report.settings import Line
 from clipsae.report.table import number
-from clipsae.report.tables import Compared, accuracy_columns, compared, dataset_table
+from clipsae.report.tables import Compared, accuracy_columns, accuracy_tables, compared
 
 LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published figure
 GUIDED_BY = "on_10"
@@ -99,7 +99,7 @@ def _against_published(selection: Selection) -> Iterator[str]:
     cells = [
         (cell.difference, row.labels[0], dataset, key)
         for dataset in selection.eleven
-        for row in dataset_table(selection, dataset).rows
+        for row in accuracy_tables(selection, dataset)[0].rows
         for key, cell in row.cells.items()
         if cell.difference is not None
     ]

@@ -16,32 +16,21 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Missing:
-    """One model on one dataset that lacks figures.
-
-    Attributes:
-        model, dataset: which; several datasets joined by ", ".
-        what: the columns that lack, or `ALL`.
-        command: the command line that fills them.
-    """
+    """One model on one dataset that lacks figures."""
 
     model: str
-    dataset: str
-    what: str
-    command: str
+    dataset: str  # several joined by ", "
+    what: str  # the columns that lack, or `ALL`
+    command: str  # the command line that fills them
 
 
 @dataclass(frozen=True)
 class Commands:
-    """How to ask for a result.
+    """How to ask for a result."""
 
-    Attributes:
-        common: overrides that every command takes, such as "clip=vit_b_16".
-        seed: of results that there is no seed of.
-        datasets: overrides that choose a dataset, where it is not `dataset=<name>`.
-    """
-
-    common: Sequence[str]
-    seed: int = 0
+    common: Sequence[str]  # overrides that every command takes, such as "clip=vit_b_16"
+    seed: int = 0  # of results that there is no seed of
+    # Overrides that choose a dataset, where it is not `dataset=<name>`.
     datasets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def line(

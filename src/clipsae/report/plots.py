@@ -51,15 +51,9 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure and its caption.
+    """A figure and its caption."""
 
-    Attributes:
-        name: of its files.
-        title, caption: plain text.
-        figure: drawn.
-    """
-
-    name: str
+    name: str  # of its files
     title: str
     caption: str
     figure: Figure

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsae.report import plots, tables
-from clipsae.report.collect import Collected
+from clipsae.report.collect import NO_K, Collected
 from clipsae.report.findings import findings
 from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
 from clipsae.report.names import dataset_title, slug
@@ -17,45 +17,27 @@ from clipsae.report.table import Table
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A part of the page."""
 
-    Attributes:
-        name: its anchor.
-        title: plain text.
-        tables, plots: shown.
-        folded: tables shown when asked for.
-    """
-
-    name: str
+    name: str  # its anchor
     title: str
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
-    folded: list[Table] = field(default_factory=list)
+    folded: list[Table] = field(default_factory=list)  # shown when asked for
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is written.
+    """Everything that is written."""
 
-    Attributes:
-        selection: what it rests on.
-        sections: in order; the first holds the averages.
-        differences: sentences on the settings that differ between results.
-        findings: sentences.
-        missing, fewer: gaps, with commands.
-        notes: lines on what was left out.
-        origins: a dict a result that is used: kind, name, model, dataset, k, seed, finished
-            (seconds since 1970), commit, versions, host.
-    """
-
-    selection: Selection
-    sections: list[Section]
-    differences: list[str]
-    findings: list[str]
-    missing: list[Missing]
+    selection: Selection  # what it rests on
+    sections: list[Section]  # the first holds the averages
+    differences: list[str]  # sentences on the settings that differ between results
+    findings: list[str]  # sentences
+    missing: list[Missing]  # gaps, with commands
     fewer: list[Missing]
-    notes: list[str]
-    origins: list[dict[str, Any]]
+    notes: list[str]  # on what was left out
+    origins: list[dict[str, Any]]  # of each result that is used: where it comes from
 
     @property
     def tables(self) -> list[Table]:
@@ -121,18 +103,16 @@ def _overview(selection: Selection) -> Section:
 def _dataset_section(selection: Selection, dataset: str) -> Section:
     """Accuracy, sparsity and interpretability of one dataset."""
     number = table_numbers().get(dataset)
-    shown = [tables.dataset_table(selection, dataset)]
-    others = tables.other_settings_table(selection, dataset)
-    folded = [others] if others.columns else []
+    accuracy, *others = tables.accuracy_tables(selection, dataset)
+    measured = tables.metric_tables(selection, dataset)
     in_paper = dataset == tables.MEASURED_ON
-    (shown if in_paper else folded).extend(tables.metric_tables(selection, dataset))
     drawn = plots.accuracy_plot(selection, dataset), plots.sparsity_plot(selection, dataset)
     return Section(
         f"dataset-{slug(dataset)}",
         dataset_title(dataset) + (f" (Table {number})" if number else ""),
-        shown,
+        [accuracy, *measured] if in_paper else [accuracy],
         [plot for plot in drawn if plot is not None],
-        folded,
+        others if in_paper else [*others, *measured],
     )
 
 
@@ -171,21 +151,13 @@ def _counts(selection: Selection) -> list[str]:
 
 def _origins(found: Collected, selection: Selection) -> list[dict[str, Any]]:
     rows = found.figures.sort_values("measured", kind="stable").drop_duplicates("folder")
-    origins = []
-    for row in rows[rows.folder.isin(selection.folders)].itertuples():
-        meta = found.origins[row.folder]["meta"]
-        origins.append(
-            {
-                "kind": "evaluation",
-                "name": row.folder,
-                "model": row.model,
-                "dataset": row.dataset,
-                "k": row.k or "",
-                "seed": row.seed,
-                "finished": row.finished,
-                "commit": meta.get("git_commit") or "",
-                "versions": meta.get("versions") or {},
-                "host": meta.get("host") or "",
-            }
-        )
-    return origins
+    rows = rows[rows.folder.isin(selection.folders)].rename(columns={"folder": "name"})
+    metas = [found.origins[name]["meta"] for name in rows.name]
+    rows = rows[["name", "model", "dataset", "k", "seed", "finished"]].assign(
+        kind="evaluation",
+        k=rows.k.astype(object).where(rows.k != NO_K, ""),
+        commit=[meta.get("git_commit") or "" for meta in metas],
+        versions=[meta.get("versions") or {} for meta in metas],
+        host=[meta.get("host") or "" for meta in metas],
+    )
+    return rows.to_dict("records")

@@ -15,30 +15,22 @@ from clipsae.report.settings import Line, set_apart
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a report is about.
+    """What a report is about."""
 
-    Attributes:
-        clip, weights, layer: of the CLIP, as `conf/clip` names them (weights: `str(pretrained)`).
-        protocol: "paper" or "heldout".
-        latents: M.
-        models, datasets: rows and tables; None: the six variants and others found; the eleven
-            datasets if any of them has a result, and others found.
-        k: of TopK and BatchTopK in the tables; None: the k with results on most datasets.
-        settings: what all results must have, such as {"trainer.max_steps": "600"}; those that a
-            result does not have at all are not asked of it.
-        usual: settings of the composed config: of a model's unlike results those with these come
-            first, and are the ones that are missing.
-    """
-
-    clip: str
-    weights: str
+    clip: str  # this and the next two as `conf/clip` names them
+    weights: str  # `str(pretrained)`
     layer: int
-    protocol: str
+    protocol: str  # "paper" or "heldout"
     latents: int
+    # Rows and tables; None: the six variants, the eleven datasets if any has a result, and others.
     models: tuple[str, ...] | None = None
     datasets: tuple[str, ...] | None = None
-    k: int | None = None
+    k: int | None = None  # of TopK and BatchTopK; None: the k with results on most datasets
+    # What all results must have, such as {"trainer.max_steps": "600"}; settings that a result does
+    # not have at all are not asked of it.
     settings: Mapping[str, str] = field(default_factory=dict)
+    # Of the composed config: of a model's unlike results those with these come first, and are the
+    # ones that are missing.
     usual: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -52,21 +44,12 @@ class Selection:
     """The results that the report shows.
 
     Attributes:
-        wanted: what it is about.
         cells: accuracies, a row a (line, dataset, k, metric): value (mean over seeds), std (over
             seeds, with n - 1; NaN for one), seeds (how many), images, classes, competing.
         metrics: the same of measured numbers, also by image_encoder and pooling.
         runs: accuracies before the mean over seeds, with seed and folder.
         lines: rows of the tables, in order: models, and of each first the line that is most like
             `wanted.usual`, of several such that with most results.
-        ablated: rows of the ablation's tables.
-        expected: models that should have results.
-        eleven, others: datasets of the tables, in order.
-        k: line -> its k in the tables, `NO_K` for those without.
-        differences: a sentence for each setting that differs between results.
-        folders: names of the results that are used.
-        superseded: how many fitting results a newer one replaces.
-        unfitting: how many results are of another CLIP, protocol or M.
     """
 
     wanted: Wanted
@@ -74,15 +57,15 @@ class Selection:
     metrics: pd.DataFrame
     runs: pd.DataFrame
     lines: tuple[Line, ...]
-    ablated: tuple[Line, ...]
-    expected: tuple[str, ...]
-    eleven: tuple[str, ...]
+    ablated: tuple[Line, ...]  # rows of the ablation's tables
+    expected: tuple[str, ...]  # models that should have results
+    eleven: tuple[str, ...]  # datasets of the tables, in order
     others: tuple[str, ...]
-    k: dict[Line, int]
-    differences: tuple[str, ...]
-    folders: tuple[str, ...]
-    superseded: int
-    unfitting: int
+    k: dict[Line, int]  # in the tables; `NO_K` for those without
+    differences: tuple[str, ...]  # a sentence for each setting that differs between results
+    folders: tuple[str, ...]  # names of the results that are used
+    superseded: int  # fitting results that a newer one replaces
+    unfitting: int  # results of another CLIP, protocol or M
 
     @property
     def datasets(self) -> tuple[str, ...]:

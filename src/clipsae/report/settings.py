@@ -43,16 +43,14 @@ _IDLE = re.compile(
     r"|trainer\.(accelerator|devices|num_nodes|strategy|log_every_n_steps|val_check_interval"
     r"|limit_val_batches|num_sanity_val_steps|enable_.*)|evaluation\.batch_size"
 )
-_FIRST = ("trainer.max_steps", "schema")  # in a label, before others that say as much
+# What belongs to a model, so that different models are expected to differ.
+_OF_MODEL = (
+    *("model.", "optimizer.", "plugins"),
+    *("trainer.gradient_clip", "evaluation.count_threshold"),
+)
 _OVERRIDE = re.compile(
     r"(?!\w+\.batches_a_step)(trainer|model|optimizer|features|evaluation)\.[\w.]+=\S+"
 )
-_EXPLAINED = {
-    "schema": " (of what the code computes; a smaller number is an older version)",
-    "dataset.fingerprint": " (a hash of the images that were evaluated)",
-    "dataset.train_fingerprint": " (a hash of the images that were trained on)",
-    "train_dataset.fingerprint": " (a hash of the images that were trained on)",
-}
 
 
 def settings_of(
@@ -112,20 +110,14 @@ def _config_name(name: str) -> str:
 
 @dataclass(frozen=True, order=True)
 class Line:
-    """A row of the tables: a model by the settings of its results.
-
-    Attributes:
-        model: its name.
-        common: those of the settings that are not the model's own and that differ in the report,
-            such as "trainer.max_steps=3"; "": none does.
-        own: the model's own settings that differ between its results.
-        settings: all settings that `common` is short for.
-    """
+    """A row of the tables: a model by the settings of its results."""
 
     model: str
+    # Those of the settings that are not the model's own and that differ in the report, such as
+    # "trainer.max_steps=3", as few as tell the lines apart.
     common: str = ""
-    own: str = ""
-    settings: Settings = field(default=(), compare=False, repr=False)
+    own: str = ""  # the model's own settings that differ between its results
+    settings: Settings = field(default=(), compare=False, repr=False)  # that `common` is short for
 
     @property
     def variant(self) -> str:
@@ -163,7 +155,7 @@ def set_apart(figures: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     for name in values:  # whoever lacks one of these has another value; of others nothing is known
         if decides_codes(name):
             values[name] = values[name].fillna(NOT_SET)
-    common = _varying(results, values, [name for name in values if not _is_own(name)])
+    common = _varying(results, values[[name for name in values if not name.startswith(_OF_MODEL)]])
     sentences = [_sentence(name, results, values) for name in common]
     for name in common:  # every dataset has a hash of its images: of interest if it has several
         if name.startswith("dataset.") and name.endswith("fingerprint"):
@@ -172,40 +164,44 @@ def set_apart(figures: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     labels, shared = _labels(values[common])
     lines: dict[tuple[Any, ...], Line] = {}
     for model, mine in results.groupby("model"):
-        own = _varying(mine, values.loc[mine.index], [n for n in values if _is_own(n)])
+        own = _varying(mine, values.loc[mine.index, [n for n in values if n.startswith(_OF_MODEL)]])
         sentences += [f"{model_title(model)}: {_sentence(n, mine, values)}" for n in own]
-        of_model, _ = _labels(values.loc[mine.index, own])
+        own_labels, _ = _labels(values.loc[mine.index, own])
         for row in mine.itertuples():
-            line = Line(model, labels[row.Index], of_model[row.Index], shared[row.Index])
+            line = Line(model, labels[row.Index], own_labels[row.Index], shared[row.Index])
             lines[model, row.dataset, row.settings] = line
     keys = zip(figures.model, figures.dataset, figures.settings, strict=True)
     line = pd.Series([lines[key] for key in keys], figures.index, dtype=object)
     return figures.assign(line=line), sentences
 
 
-def _is_own(name: str) -> bool:
-    """Whether a setting belongs to a model, so that different models are expected to differ."""
-    own = ("model.", "optimizer.", "plugins", "trainer.gradient_clip", "evaluation.count_threshold")
-    return name.startswith(own)
-
-
-def _varying(results: pd.DataFrame, values: pd.DataFrame, names: Iterable[str]) -> list[str]:
+def _varying(results: pd.DataFrame, values: pd.DataFrame) -> list[str]:
     """Names of the settings that differ, in the order in which labels prefer them.
 
     A setting of a dataset may differ between datasets. Results of another schema are compared
     among themselves: their settings may have other names.
     """
-    schema = values.get("schema", pd.Series("", values.index))
-    found = []
-    for name in sorted(names, key=_preference):
-        by = [schema] * (name != "schema") + [results.dataset] * name.startswith("dataset.")
-        groups = by or [pd.Series("", values.index)]
-        if (values[name].groupby(groups, dropna=False).nunique() > 1).any():
-            found.append(name)
+    schema = results.settings.map(lambda settings: dict(settings).get("schema", ""))
+    same = pd.Series("", values.index)
+
+    def differs(name: str, by: list[pd.Series]) -> bool:
+        return bool((values[name].groupby(by, dropna=False).nunique() > 1).any())
+
+    first = ("trainer.max_steps", "schema")  # in a label, before others that say as much
+    found = [
+        name
+        for name in (*(n for n in first if n in values), *sorted(set(values) - set(first)))
+        if differs(
+            name,
+            [
+                same if name == "schema" else schema,
+                results.dataset if name.startswith("dataset.") else same,
+            ],
+        )
+    ]
     # Without the hashes of images where another setting says why they differ.
     for name in [n for n in found if n.endswith("fingerprint")]:
-        by = [results.dataset, *(values[n] for n in found if n != name)]
-        if (values[name].groupby(by, dropna=False).nunique() <= 1).all():
+        if not differs(name, [results.dataset, *(values[n] for n in found if n != name)]):
             found.remove(name)
     return found
 
@@ -235,18 +231,18 @@ def _labels(values: pd.DataFrame) -> tuple[dict[int, str], dict[int, Settings]]:
 def _sentence(name: str, results: pd.DataFrame, values: pd.DataFrame) -> str:
     """How many results have which value of a setting."""
     known = results.assign(value=values[name]).dropna(subset="value").drop_duplicates("folder")
+    places = known.model.map(model_title) + " on " + known.dataset.map(dataset_title)
+    counts = known.value.value_counts(sort=False).sort_values(ascending=False, kind="stable")
     parts = []
-    groups = [rows for _, rows in known.groupby("value", sort=False)]
-    for rows in sorted(groups, key=len, reverse=True):
-        places = dict.fromkeys(
-            f"{model_title(model)} on {dataset_title(dataset)}"
-            for model, dataset in zip(rows.model, rows.dataset, strict=True)
-        )
-        where = f" ({', '.join(places)})" if len(places) <= 2 else ""
-        count = f"{len(rows)} result{'s' * (len(rows) != 1)}"
-        parts.append(f"{short(rows.value.iloc[0])} in {count}{where}")
-    return f"{name}{_EXPLAINED.get(name, '')} is {listed(parts)}."
-
-
-def _preference(name: str) -> tuple[int, str]:
-    return _FIRST.index(name) if name in _FIRST else len(_FIRST), name
+    for value, count in counts.items():
+        where = places[known.value == value].unique()
+        of_places = f" ({', '.join(where)})" if len(where) <= 2 else ""
+        parts.append(f"{short(str(value))} in {count} result{'s' * (count != 1)}{of_places}")
+    hashed = " (a hash of the images that were {} on)"
+    explained = {
+        "schema": " (of what the code computes; a smaller number is an older version)",
+        "dataset.fingerprint": hashed.format("evaluated"),
+        "dataset.train_fingerprint": hashed.format("trained"),
+        "train_dataset.fingerprint": hashed.format("trained"),
+    }
+    return f"{name}{explained.get(name, '')} is {listed(parts)}."

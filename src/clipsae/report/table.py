@@ -10,7 +10,6 @@ import pandas as pd
 from clipsae.evaluation.numbers import Number
 
 MINUS = "\u2212"
-_LINES = ("ours", "published", "difference")
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
@@ -27,21 +26,13 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure.
+    """One figure."""
 
-    Attributes:
-        ours: mean over seeds; None: not there.
-        std: over seeds (n - 1); None for one seed.
-        seeds: how many.
-        published: the paper's figure as a number; None: it has none.
-        printed: the same as the paper prints it.
-    """
-
-    ours: float | None = None
-    std: float | None = None
+    ours: float | None = None  # mean over seeds
+    std: float | None = None  # over seeds (n - 1); None for one seed
     seeds: int = 0
     published: float | None = None
-    printed: str = ""
+    printed: str = ""  # the same as the paper prints it
 
     @property
     def difference(self) -> float | None:
@@ -62,15 +53,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A line: labels, one for each of the table's heads, and cells by column key.
+    """A line of a table."""
 
-    Attributes:
-        model: whose colour it takes; "": nobody's.
-    """
-
-    labels: tuple[str, ...]
-    cells: dict[str, Cell]
-    model: str = ""
+    labels: tuple[str, ...]  # one for each of the table's heads
+    cells: dict[str, Cell]  # by the column's key
+    model: str = ""  # whose colour it takes; "": nobody's
 
     def cell(self, column: Number) -> Cell:
         return self.cells.get(column.key, Cell())
@@ -78,22 +65,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with everything that its files and its place on the page need.
+    """A table with everything that its files and its place on the page need."""
 
-    Attributes:
-        name: of its files.
-        title, caption: plain text.
-        columns: what each figure is.
-        rows: in order.
-        heads: headings of the labels.
-    """
-
-    name: str
-    title: str
+    name: str  # of its files
+    title: str  # plain text, as the caption
     caption: str
     columns: tuple[Number, ...]
     rows: tuple[Row, ...]
-    heads: tuple[str, ...] = ("model",)
+    heads: tuple[str, ...] = ("model",)  # headings of the labels
 
     @property
     def has_published(self) -> bool:
@@ -105,8 +84,7 @@ class Table:
         return all(c.ours is None for row in self.rows for c in row.cells.values())
 
     def is_best(self, row: Row, column: Number) -> bool:
-        """Whether ours is the best of its column, as it is shown; never where there is none to
-        compare."""
+        """Whether ours is the best of its column, as it is shown, where there is one to compare."""
         ours = [r.cell(column).ours for r in self.rows]
         values = [round(x, column.digits) for x in ours if x is not None]
         value = row.cell(column).ours
@@ -114,23 +92,23 @@ class Table:
             return False
         return round(value, column.digits) == {"max": max, "min": min}[column.better](values)
 
+    @property
+    def headings(self) -> list[str]:
+        """Those of `lines`."""
+        between = [""] * self.has_published
+        return [*self.heads, *between, *(column.label for column in self.columns)]
+
     def lines(self, row: Row) -> list[list[str]]:
         """A row as text: ours, and where there are published figures two lines more."""
         cells = [row.cell(column).texts(column) for column in self.columns]
         ours = [f"{c['ours']} ± {c['std']}" if c["std"] else c["ours"] for c in cells]
         if not self.has_published:
             return [[*row.labels, *ours]]
-        lines = [[*row.labels, _LINES[0], *ours]]
+        lines = [[*row.labels, "ours", *ours]]
         if any(c["published"] for c in cells):
             blank = [""] * len(row.labels)
-            lines += [[*blank, name, *(c[name] for c in cells)] for name in _LINES[1:]]
+            lines += [[*blank, n, *(c[n] for c in cells)] for n in ("published", "difference")]
         return lines
-
-    @property
-    def headings(self) -> list[str]:
-        """Those of `lines`."""
-        between = [""] * self.has_published
-        return [*self.heads, *between, *(column.label for column in self.columns)]
 
 
 def number(value: float | None, digits: int, *, signed: bool = False) -> str:
