@@ -3,7 +3,6 @@
 Drawn without pyplot, so that nothing global is touched. Every model has its one colour and marker.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from clipsae.report import published
 from clipsae.report.collect import NO_K
@@ -21,28 +20,15 @@ from clipsae.report.settings import Line
 
 WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels high
 INK = "#1b1f24"  # of text and axes: the page replaces it by the reader's own
+_INKED = ("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color", "xtick.color")
+_EMPTY = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
 STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "grid.color": INK,
-    "grid.alpha": 0.14,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "legend.columnspacing": 1.2,
-    "legend.handlelength": 1.6,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
+    **dict.fromkeys((*_INKED, "ytick.color"), INK),
+    **dict.fromkeys(_EMPTY, "none"),
+    **{"font.size": 10, "axes.spines.top": False, "axes.spines.right": False},
+    **{"axes.grid": True, "grid.alpha": 0.14, "grid.linewidth": 0.6, "lines.linewidth": 1.6},
+    **{"legend.frameon": False, "legend.fontsize": 9},
+    **{"legend.columnspacing": 1.2, "legend.handlelength": 1.6},
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "clipsae",  # the same data, the same file
     "pdf.fonttype": 42,
@@ -89,12 +75,9 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
         axes.set_ylim(bottom=0)
         _legend(figure, axes)
     paper = " Dashed: published." if dataset in published.table_numbers() else ""
-    return Plot(
-        name=f"accuracy_{slug(dataset)}",
-        title=f"{dataset_title(dataset)}: accuracy over n",
-        caption=f"Steps of n are drawn evenly. Dotted: CLIP alone.{paper}{_spread(cells)}",
-        figure=figure,
-    )
+    caption = f"Steps of n are drawn evenly. Dotted: CLIP alone.{paper}{_spread(cells)}"
+    title = f"{dataset_title(dataset)}: accuracy over n"
+    return Plot(f"accuracy_{slug(dataset)}", title, caption, figure)
 
 
 def k_plot(selection: Selection, dataset: str) -> Plot | None:
@@ -138,15 +121,11 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
         for axes in panels[::2]:
             axes.set_ylabel("accuracy, %")
         _legend(figure, panels[0])
-    return Plot(
-        name=f"k_{slug(dataset)}",
-        title=f"{dataset_title(dataset)}: accuracy over k",
-        caption=(
-            "A panel for each on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
-            f"which needs no k; the star is its accuracy.{_spread(cells)}"
-        ),
-        figure=figure,
+    caption = (
+        "A panel for each on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
+        f"which needs no k; the star is its accuracy.{_spread(cells)}"
     )
+    return Plot(f"k_{slug(dataset)}", f"{dataset_title(dataset)}: accuracy over k", caption, figure)
 
 
 def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
@@ -170,28 +149,25 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
             value, std = points["value"], points["std"]
             axes.errorbar(value.l0, value.fvu, xerr=std.l0, yerr=std.fvu, **style, label=line.title)
             for k, point in value[value.index != NO_K].iterrows():
-                axes.annotate(
-                    f"k {k}",
-                    (point.l0, point.fvu),
-                    xytext=(4, 4) if above else (-4, -4),
-                    textcoords="offset points",
-                    ha="left" if above else "right",
-                    va="bottom" if above else "top",
-                    fontsize=8,
-                )
+                side: Any = {"xytext": (4, 4), "ha": "left", "va": "bottom"}
+                if not above:
+                    side: Any = {"xytext": (-4, -4), "ha": "right", "va": "top"}
+                xy = point.l0, point.fvu
+                axes.annotate(f"k {k}", xy, textcoords="offset points", fontsize=8, **side)
             above ^= any(value.index != NO_K)
+        l0 = wide["value"].l0
         axes.set_xscale("log")
-        _plain_log_ticks(axes, wide["value"].l0)
+        axes.set_xlim(max(l0.min(), 1e-3) / 1.3, max(l0.max(), 1e-3) * 1.3)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("L0: active latents per token")
         axes.set_ylabel("FVU")
         axes.set_ylim(bottom=0)
         _legend(figure, axes)
-    return Plot(
-        name=f"sparsity_{slug(dataset)}",
-        title=f"{dataset_title(dataset)}: sparsity against FVU",
-        caption=f"Lower left is better.{_spread(metrics)}",
-        figure=figure,
-    )
+    title = f"{dataset_title(dataset)}: sparsity against FVU"
+    caption = f"Lower left is better.{_spread(metrics)}"
+    return Plot(f"sparsity_{slug(dataset)}", title, caption, figure)
 
 
 def mean_support(selection: Selection, dataset: str, line: Line) -> float | None:
@@ -234,20 +210,6 @@ def _curve(axes: Axes, cells: pd.DataFrame, style: dict[str, Any], label: str) -
     if len(several):
         low, high = several.value - several["std"], several.value + several["std"]
         axes.fill_between(several.x, low, high, color=style["color"], alpha=0.18, linewidth=0)
-
-
-def _plain_log_ticks(axes: Axes, values: Iterable[float]) -> None:
-    """1, 2, 5, 10, ... within the values' range, as numbers."""
-    values = [v for v in values if v > 0]
-    if not values:
-        return
-    low, high = min(values) / 1.3, max(values) * 1.3
-    axes.set_xlim(low, high)
-    ticks = [b * 10**e for e in range(-3, 7) for b in (1, 2, 5) if low <= b * 10**e <= high]
-    if len(ticks) > 7:
-        ticks = [t for t in ticks if str(t).strip("0.")[0] == "1"]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -25,34 +25,22 @@ _ASIDE = re.compile(rf"\.({_NAME})\.(?:damaged-\d+|gone-\w+|partial\.\S+)")
 class Entry:
     """One folder of the store.
 
-    Attributes:
-        kind: "sae", "evaluation", ...
-        name: the stage's.
-        path: the folder (of unfinished work the one that belongs to its owner).
-        state: done · running · stalled: nobody works on it, the next to need it continues ·
-            failed · damaged · left over: of a process killed while it tidied up.
-        about: model, dataset, k, seed.
-        key: what determines its content.
-        schema: of the key; None where it is not known.
-        host: where it was or is made.
-        when: local time on that host: finished, failed or started.
-        owner: who makes it, or made it last.
-        step: of its newest checkpoint.
-        why: of a failure or damage.
+    Its state: done · running · stalled: nobody works on it, the next to need it continues ·
+    failed · damaged · left over: of a process killed while it tidied up.
     """
 
-    kind: str
-    name: str
-    path: Path
+    kind: str  # "sae", "evaluation", ...
+    name: str  # the stage's
+    path: Path  # of unfinished work the folder that belongs to its owner
     state: State
-    about: Mapping[str, Any] = field(default_factory=dict)
-    key: Mapping[str, Any] = field(default_factory=dict)
-    schema: int | None = None
-    host: str | None = None
-    when: str | None = None
-    owner: Owner | None = None
-    step: int | None = None
-    why: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)  # model, dataset, k, seed
+    key: Mapping[str, Any] = field(default_factory=dict)  # what determines its content
+    schema: int | None = None  # of the key; None where it is not known
+    host: str | None = None  # where it was or is made
+    when: str | None = None  # local time on that host: finished, failed or started
+    owner: Owner | None = None  # who makes it, or made it last
+    step: int | None = None  # of its newest checkpoint
+    why: str | None = None  # of a failure or damage
 
     @property
     def place(self) -> Path:

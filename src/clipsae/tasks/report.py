@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from clipsae.errors import ConfigError
 from clipsae.evaluation.numbers import Number
@@ -217,32 +216,27 @@ def print_report(report: Report, page: Path) -> None:
 
 
 def in_parts(table: Table, console: Console) -> list[RichTable]:
-    """The table, or where its figures do not fit in the terminal's width parts of its columns."""
-    count, unbounded = len(table.columns), console.options.update_width(10_000)
-    found: list[RichTable] = []
-    for size in (-(-count // parts) for parts in range(1, count + 1)):
-        found = [_rich(table, table.columns[at : at + size]) for at in range(0, count, size)]
-        widths = [Measurement.get(console, unbounded, part).minimum for part in found]
-        if max(widths, default=0) <= console.width:
+    """Ours, and behind it the difference to the published figure; in several tables where the
+    columns do not fit in the terminal's width."""
+    unbounded, count = console.options.update_width(10_000), len(table.columns)
+
+    def part(columns: Sequence[Number]) -> RichTable:
+        found = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for head in table.heads:
+            found.add_column(head, overflow="fold", min_width=16)
+        for column in columns:
+            found.add_column(column.label, justify="right", no_wrap=True)
+        for row in table.rows:
+            texts = [row.cell(column).texts(column) for column in columns]
+            figures = (f"{t['ours']} [dim]{t['difference']}[/]".strip() for t in texts)
+            found.add_row(*map(escape, row.labels), *figures)
+        if table.has_published:
+            found.caption, found.caption_justify = "dim: difference to the published figure", "left"
+        return found
+
+    for size in range(count, 0, -1):
+        found = [part(table.columns[at : at + size]) for at in range(0, count, size)]
+        widths = [Measurement.get(console, unbounded, one).minimum for one in found]
+        if max(widths) <= console.width:
             break
     return found
-
-
-def _rich(table: Table, columns: Sequence[Number]) -> RichTable:
-    """Ours, and behind it the difference to the published figure where there is one."""
-    rich = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for head in table.heads:
-        rich.add_column(head, overflow="fold", min_width=16)
-    figures = []
-    for column in columns:
-        texts = [row.cell(column).texts(column) for row in table.rows]
-        figures.append(
-            [t["ours"] + f" [dim]{t['difference']}[/]" * bool(t["difference"]) for t in texts]
-        )
-        width = max(Text.from_markup(text).cell_len for text in (column.label, *figures[-1]))
-        rich.add_column(column.label, justify="right", no_wrap=True, min_width=width)
-    for at, row in enumerate(table.rows):
-        rich.add_row(*map(escape, row.labels), *(texts[at] for texts in figures))
-    if table.has_published:
-        rich.caption, rich.caption_justify = "dim: difference to the published figure", "left"
-    return rich

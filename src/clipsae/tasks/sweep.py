@@ -41,17 +41,11 @@ _ANY_SIZE = 224  # pixels; no key of a stage depends on it
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one job ended.
+    """How one job ended."""
 
-    Attributes:
-        cell: its overrides.
-        why: the last line of what went wrong; None: it is done.
-        log: where more is to be read.
-    """
-
-    cell: str
-    why: str | None = None
-    log: str | None = None
+    cell: str  # its overrides
+    why: str | None = None  # the last line of what went wrong; None: it is done
+    log: str | None = None  # where more is to be read
 
     def __str__(self) -> str:
         return f"{self.cell}: {'done' if self.why is None else f'FAILED: {self.why}'}"
@@ -59,27 +53,16 @@ class Outcome:
 
 @dataclass(eq=False)
 class Job:
-    """What a launcher starts as one process.
+    """What a launcher starts as one process."""
 
-    Attributes:
-        name: for messages.
-        cells: the numbers of the sweep's cells that it runs; of a training those that need it.
-        numbers: Hydra's job numbers, and
-        overrides: the overrides of what it runs, one for each.
-        after: the training that it waits for.
-        trains: whether it only trains an SAE, which several cells need.
-        handle: submitit's job, once it is submitted.
-        outcome: once it is over.
-    """
-
-    name: str
-    cells: list[int]
-    numbers: list[int]
-    overrides: list[list[str]]
-    after: "Job | None" = None
-    trains: bool = False
-    handle: Any = None
-    outcome: Outcome | None = None
+    name: str  # for messages
+    cells: list[int]  # numbers of the cells that it runs; of a training those that need it
+    numbers: list[int]  # Hydra's job numbers
+    overrides: list[list[str]]  # of what it runs, for each number
+    after: "Job | None" = None  # the training that it waits for
+    trains: bool = False  # whether it only trains an SAE, which several cells need
+    handle: Any = None  # submitit's job, once it is submitted
+    outcome: Outcome | None = None  # once it is over
 
     @property
     def is_open(self) -> bool:
@@ -89,17 +72,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of a sweep.
+    """One point of a sweep."""
 
-    Attributes:
-        about: what sets it apart: the sweep's overrides, by their last names.
-        stages: of the store, in the order in which they are made: an SAE and what is made of it.
-        why: why its stages are not known; None: they are.
-    """
-
-    about: Mapping[str, str]
-    stages: tuple[Stage, ...] = ()
-    why: str | None = None
+    about: Mapping[str, str]  # what sets it apart: overrides, by their last names
+    stages: tuple[Stage, ...] = ()  # in the order in which they are made: SAE, evaluation
+    why: str | None = None  # why its stages are not known; None: they are
 
     @property
     def finished(self) -> bool:
