@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 from matplotlib.figure import Figure
 
-from clipsae.report import Commands, Wanted, collect, make_report, select, write_report
+from clipsae.report import write_report
 from tests.report.conftest import METRICS, FakeStore
 
 FROZEN = Path(__file__).with_name("frozen")
@@ -59,9 +59,7 @@ def written(root: Path) -> dict[str, str]:
     recovered = {
         f"{level}_{name}": 0.1 + at / 7
         for level in ("patch", "image")
-        for at, name in enumerate(
-            ("concepts_found", "auroc", "f1", "purity", "splitting", "merging")
-        )
+        for at, name in enumerate(RECOVERY)
     }
     store.measurement("sparsemax", "scenes", {"cknna": 0.5, **recovered}, image_encoder=None)
     ms = {"monosemanticity_mean": 0.3, "monosemanticity_max": 0.6}
@@ -74,10 +72,7 @@ def written(root: Path) -> dict[str, str]:
     store.evaluation("relu", "imagenet", {"on_5": 33.0}, finished=900)
     broken = store.evaluation("gated", "dtd", {"on_5": 1.0})
     (broken / "results.csv").write_text("nothing")
-    found = collect(store.root)
-    wanted = Wanted("clipsae-tiny", "builtin", -2, "paper", 128, datasets=DATASETS)
-    selection = select(found, wanted)
-    report = make_report(store.root, found, selection, Commands(["clip=tiny"]))
+    report = store.report(datasets=DATASETS)
     with patch.object(Figure, "savefig", drawn):
         folder = write_report(report, store.root / "report").parent
     texts = {name: (folder / name).read_text() for name in FILES}

@@ -6,20 +6,33 @@ import json
 import xml.etree.ElementTree as ET
 
 import pytest
+from rich.console import Console
 
-from clipsae.report import Commands, Wanted, collect, make_report, select, write_report
-from clipsae.report.formats import latex, to_csv, to_latex, to_markdown
-from clipsae.report.page import inline_svg
+from clipsae.evaluation.numbers import Number
+from clipsae.report import Commands, write_report
+from clipsae.report.findings import findings
+from clipsae.report.missing import missing_cells
 from clipsae.report.plots import k_plot
-from clipsae.report.table import MINUS, Cell, Column, Row, Table, number
+from clipsae.report.table import (
+    MINUS,
+    Cell,
+    Row,
+    Table,
+    latex,
+    number,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+from clipsae.report.tables import average_table
+from clipsae.report.write import inline_svg
+from clipsae.tasks.report import in_parts
 
-TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
 TABLE = Table(
     name="table_08_dtd",
     title="Table 8: a&b",
     caption="100 % of on_5",
-    heads=("model",),
-    columns=(Column("on_5", "on_5"), Column("fvu", "FVU", 3, "min")),
+    columns=(Number("on_5", "on_5", format=".2f"), Number("fvu", "FVU", better="min")),
     rows=(
         Row(("new_model",), {"on_5": Cell(8.0, 0.5, 2, 8.2501, "8.2501"), "fvu": Cell(0.1)}),
         Row(("x|y",), {"on_5": Cell(7.0), "fvu": Cell(published=0.3, printed="0.30")}),
@@ -28,19 +41,11 @@ TABLE = Table(
 )
 
 
-def write(store, **more):
-    found = collect(store.root)
-    selection = select(found, Wanted(**{**vars(TINY), **more}))
-    report = make_report(store.root, found, selection, Commands(["clip=tiny"]))
-    write_report(report, store.root / "report")
-    return report, store.root / "report"
-
-
 def test_numbers_have_a_real_minus_and_zero_has_no_sign():
     assert number(-0.2501, 2, signed=True) == f"{MINUS}0.25"
     assert number(0.2, 2, signed=True) == "+0.20"
     assert number(-0.001, 2, signed=True) == "0.00"
-    assert number(float("nan"), 2) == ""
+    assert number(float("nan"), 2) == number(None, 2) == ""
 
 
 def test_csv_has_figures_in_full_and_published_as_printed():
@@ -57,15 +62,15 @@ def test_csv_has_figures_in_full_and_published_as_printed():
 def test_markdown_has_a_line_each_for_ours_published_and_difference():
     lines = to_markdown(TABLE).splitlines()
     assert lines[0] == "## Table 8: a&b"
-    assert lines[4:10] == [
+    assert lines[4:11] == [
         "| new\\_model | ours | 8.00 ± 0.50 | 0.100 |",
         "|  | published | 8.2501 |  |",
         f"|  | difference | {MINUS}0.25 |  |",
         "| x\\|y | ours | 7.00 |  |",
         "|  | published |  | 0.30 |",
         "|  | difference |  |  |",
+        "| gone | ours |  |  |",
     ]
-    assert lines[10] == "| gone | ours |  |  |"
 
 
 def test_latex_is_escaped_and_bold_where_best():
@@ -76,54 +81,80 @@ def test_latex_is_escaped_and_bold_where_best():
     assert r"x\textbar{}y & ours & 7.00 &  \\" in text
     assert text.count(r"\begin{") == text.count(r"\end{") == 2
     assert r"\begin{tabular}{llrr}" in text
+    assert latex("$5 #1 {x}~^\\²") == (
+        r"\$5 \#1 \{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}\textsuperscript{2}"
+    )
 
 
-@pytest.mark.parametrize(
-    ("plain", "escaped"),
-    [
-        ("a_b & 50 %", r"a\_b \& 50 \%"),
-        ("$5 #1 {x}", r"\$5 \#1 \{x\}"),
-        ("~^", r"\textasciitilde{}\textasciicircum{}"),
-        ("back\\slash", r"back\textbackslash{}slash"),
-        ("|x|²", r"\textbar{}x\textbar{}\textsuperscript{2}"),
-    ],
-)
-def test_latex_escapes(plain, escaped):
-    assert latex(plain) == escaped
+def test_a_narrow_terminal_cuts_no_figure(store):
+    datasets = [f"dataset_{i}" for i in range(3)]
+    for i, dataset in enumerate(datasets):
+        accuracy = {f"on_{n}": 33.25 + n + i for n in (1, 5, 10, 20, 50)}
+        store.evaluation("sparsemax", dataset, accuracy)
+        store.evaluation("sparsemax", dataset, {"on_5": 1.25 + i}, max_steps=3)
+    table = average_table(store.selection(), tuple(datasets), "average", "datasets")
+    figures = [cell.ours for row in table.rows for cell in row.cells.values()]
+    for width in (40, 60, 80, 200):
+        console = Console(width=width, file=io.StringIO())
+        for part in in_parts(table, console):
+            console.print(part)
+        said = console.file.getvalue()
+        assert max(map(len, said.splitlines())) <= width
+        assert all(f"{x:.2f}" in said for x in figures if x and x > 3)
+        assert "…" not in said
 
 
 def test_a_report_of_a_store_in_any_state(store):
-    """Names that need escaping, gaps, several seeds and k, an unreadable folder."""
+    """Names that need escaping, gaps, several seeds and k, unlike settings, an unreadable folder;
+    files of an earlier report go and other files stay."""
     for seed in (0, 1):
         for k in (8, 16):
             accuracy = {"no_sae": 90.0, "on_5": 20.0 + k + seed, "on_all": 80.0}
             store.evaluation("topk", "dtd", accuracy, k=k, seed=seed)
-    store.evaluation("sparsemax", "dtd", {"no_sae": 90.0, "on_5": 50.0, "on_10": 51.0})
     store.evaluation("sparsemax", "my <b>&_50%", {"no_sae": 90.0, "on_5": 50.0})
+    store.evaluation("sparsemax", "my <b>&_50%", {"on_5": 1.25}, max_steps=3)
     broken = store.evaluation("relu", "dtd", {"on_5": 1.0})
     (broken / "results.csv").write_text("nothing")
-    report, folder = write(store)
+    folder = store.root / "report"
+    (folder / "tables").mkdir(parents=True)
+    for name in ("accuracy_first.md", "notes.txt"):
+        (folder / "tables" / name).write_text("earlier")
+    (folder / "files.json").write_text(json.dumps(["tables/accuracy_first.md", "../evaluation"]))
+    report = store.report()
+    page = write_report(report, folder).read_text()
 
-    page = (folder / "index.html").read_text()
+    tables = {path.name for path in (folder / "tables").iterdir()}
+    assert "accuracy_first.md" not in tables
+    assert "notes.txt" in tables
+    assert (store.root / "evaluation").is_dir()
+    for at, dataset in ((7, "caltech101"), (8, "dtd"), (17, "ucf101")):
+        for end in ("md", "csv", "tex"):
+            assert f"table_{at:02d}_{dataset}.{end}" in tables
+    assert {"table_05_selected.tex", "table_06.md", "average.csv"} <= tables
+    assert "rank.csv" not in tables  # one dataset is shared: no mean
     assert "my &lt;b&gt;&amp;_50%" in page
     assert "my <b>" not in page
     assert f"evaluation/{broken.name}: results.csv lacks the columns" in page
     assert "http" not in page.replace("https://", "http").split("<script>")[0].lower()
+    # What is not alike stands above everything else.
+    said, of_k = report.differences
+    assert said == (
+        "trainer.max_steps is 600 in 5 results (Sparsemax on my <b>&_50%, TopK on DTD) and 3 in 1 "
+        "result (Sparsemax on my <b>&_50%)."
+    )
+    assert of_k.startswith("TopK, trainer.max_steps=600 has results with k = 8, 16.")
+    said = "trainer.max_steps is 600 in "
+    assert page.index(said) < page.index("<h2>Findings") < page.index("<table")
     missing = (folder / "missing.md").read_text()
-    assert "python run.py model=relu dataset=dtd clip=tiny seed=0" in missing
-    assert "python run.py model=relu 'dataset=my <b>&_50%' clip=tiny seed=0" in missing
+    steps = "trainer.max_steps=600"
+    assert f"python run.py model=relu dataset=dtd clip=tiny {steps} seed=0" in missing
+    assert f"python run.py model=relu 'dataset=my <b>&_50%' clip=tiny {steps} seed=0" in missing
     assert f"{len(report.missing)} commands" in missing
-    tables = {path.name for path in (folder / "tables").iterdir()}
-    for number_, dataset in ((7, "caltech101"), (8, "dtd"), (17, "ucf101")):
-        for end in ("md", "csv", "tex"):
-            assert f"table_{number_:02d}_{dataset}.{end}" in tables
-    assert {"table_05_selected.tex", "table_06.md", "average.csv"} <= tables
-    assert "rank.csv" not in tables  # one dataset is shared: no mean
     (row,) = [
         row
         for row in csv.DictReader((folder / "cells.csv").open())
         if row["table"] == "table_08_dtd"
-        and row["row"] == "TopK (k = 8)"
+        and row["row"].startswith("TopK (k = 8)")
         and row["column"] == "on_5"
     ]
     assert float(row["ours"]) == 28.5
@@ -134,22 +165,6 @@ def test_a_report_of_a_store_in_any_state(store):
     assert not list(folder.rglob(".*"))
 
 
-def test_files_of_an_earlier_report_go_and_other_files_stay(store):
-    store.evaluation("relu", "first", {"no_sae": 90.0, "on_5": 50.0})
-    _, folder = write(store)
-    assert (folder / "tables" / "accuracy_first.md").is_file()
-    (folder / "tables" / "mine.txt").write_text("notes")
-    (folder / "files.json").write_text(
-        json.dumps([*json.loads((folder / "files.json").read_text()), "../evaluation"])
-    )
-    store.evaluation("relu", "second", {"no_sae": 90.0, "on_5": 50.0})
-    write(store, datasets=("second",))
-    assert not (folder / "tables" / "accuracy_first.md").exists()
-    assert (folder / "tables" / "accuracy_second.md").is_file()
-    assert (folder / "tables" / "mine.txt").read_text() == "notes"
-    assert (store.root / "evaluation").is_dir()
-
-
 def sparsity(l0, fvu):
     return {"l0": l0, "zero_fraction": 1 - l0 / 128, "fvu": fvu}
 
@@ -157,30 +172,27 @@ def sparsity(l0, fvu):
 def test_findings_follow_the_data(store):
     accuracies = {"a": (10.0, 30.0), "b": (20.0, 16.0), "c": (15.0, 23.0)}
     for dataset, (relu, sparse) in accuracies.items():
-        store.evaluation(
-            "relu", dataset, {"on_5": relu, "on_10": 50.0}, metrics=sparsity(100.0, 0.1)
-        )
-        store.evaluation(
-            "sparsemax",
-            dataset,
-            {"on_5": sparse, "on_10": 40.0},
-            metrics=sparsity(15, 0.2),
-        )
+        metrics = sparsity(100.0, 0.1)
+        store.evaluation("relu", dataset, {"on_5": relu, "on_10": 50.0}, metrics=metrics)
+        metrics = sparsity(15, 0.2)
+        store.evaluation("sparsemax", dataset, {"on_5": sparse, "on_10": 40.0}, metrics=metrics)
     for k, accuracy in ((8, 30.0), (16, 33.0), (32, 35.0)):
         store.evaluation("topk", "a", {"on_10": accuracy}, k=k, metrics=sparsity(k, 0.3))
-    report, _ = write(store)
-    text = " ".join(report.findings)
-    # TopK, which has one of the datasets, takes the other two away from nobody.
-    assert "Highest mean accuracy over the 3 datasets that 2 models share: Sparsemax" in text
-    assert "One seed each" in text
-    assert "Sparsemax at on_5 (23.00 %)" in text
-    assert "ReLU at on_10 (50.00 %)" in text
-    assert "Sparsemax uses the fewest latents per token (15.0, FVU 0.200)" in text
-    assert "ReLU reconstructs best (FVU 0.100, 100.0 latents)" in text
-    # Mean support 15: the nearest k is 16, two points below the best of the sweep.
-    assert "mean support is 15.0" in text
-    assert "best by on_10 in 0 of 1 sweep " in text
-    assert "2.00 points below the best" in text
+    text = " ".join(findings(store.selection(), []))
+    for said in (
+        # TopK, which has one of the datasets, takes the other two away from nobody.
+        "Highest mean accuracy over the 3 datasets that 2 models share: Sparsemax",
+        "One seed each",
+        "Sparsemax at on_5 (23.00 %)",
+        "ReLU at on_10 (50.00 %)",
+        "Sparsemax uses the fewest latents per token (15.0, FVU 0.200)",
+        "ReLU reconstructs best (FVU 0.100, 100.0 latents)",
+        # Mean support 15: the nearest k is 16, two points below the best of the sweep.
+        "mean support is 15.0",
+        "best by on_10 in 0 of 1 sweep ",
+        "2.00 points below the best",
+    ):
+        assert said in text
 
 
 def test_no_finding_is_drawn_from_too_few_cells(store):
@@ -190,8 +202,8 @@ def test_no_finding_is_drawn_from_too_few_cells(store):
             store.evaluation(model, dataset, {"on_10": accuracy}, metrics={"l0": 12, "fvu": 0.1})
     for k in (8, 16):
         store.evaluation("topk", "dtd", {"on_10": float(k)}, k=k)
-    report, _ = write(store)
-    (only,) = report.findings
+    selection = store.selection()
+    (only,) = findings(selection, missing_cells(selection, Commands([])))
     assert only.startswith("5 of 66 pairs of a model and a dataset have results;")
 
 
@@ -199,8 +211,7 @@ def test_an_inline_plot_is_one_svg_element_in_the_readers_colours(store):
     for k in (8, 16, 32):
         store.evaluation("topk", "a", {"on_5": float(k), "on_all": 80.0}, k=k)
     store.evaluation("sparsemax", "a", {"on_5": 40.0, "on_all": 85.0})
-    selection = select(collect(store.root), TINY)
-    plot = k_plot(selection, "a")
+    plot = k_plot(store.selection(), "a")
     text = inline_svg(plot.figure, plot.name, 'a "quoted" title')
     root = ET.fromstring(text)
     assert root.tag == "svg"

@@ -1,52 +1,54 @@
-"""Which result fills a cell."""
+"""Which result fills a cell; results that are not alike are never averaged or shown as one."""
 
-import json
 import math
 
 import pytest
 
-from clipsae.report import Wanted, collect, select
-from clipsae.report.variants import Line
-
-TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
-
-
-def choose(store, **more):
-    return select(collect(store.root), Wanted(**{**vars(TINY), **more}))
+from clipsae.report import collect
+from clipsae.report.settings import Line, settings_of
+from clipsae.report.tables import accuracy_tables
 
 
 def value(selection, model, dataset, column):
-    of = selection.of(selection.main(model), dataset).set_index("metric")
-    return of.value[column]
+    return selection.of(selection.main(model), dataset).set_index("metric").value[column]
+
+
+def figures(selection, dataset, column="on_5"):
+    rows = accuracy_tables(selection, dataset)[0].rows
+    return {row.labels[0]: row.cells[column].ours for row in rows if row.cells[column].ours}
 
 
 def test_an_empty_or_missing_store_gives_nothing(store):
-    selection = choose(store)
-    assert selection.folders == ()
-    assert selection.datasets == ()
+    selection = store.selection()
+    assert selection.folders == selection.datasets == ()
     assert selection.superseded == selection.unfitting == 0
 
 
 def test_the_mean_over_seeds_and_its_spread(store):
     for seed, accuracy in enumerate((10.0, 20.0, 60.0)):
         store.evaluation("relu", "scenes", {"no_sae": 90.0, "on_5": accuracy}, seed=seed)
-    cell = choose(store).of(Line("relu"), "scenes").set_index("metric").loc["on_5"]
+    cell = store.selection().of(Line("relu"), "scenes").set_index("metric").loc["on_5"]
     assert cell.value == pytest.approx(30.0)
     assert cell["std"] == pytest.approx(math.sqrt((20**2 + 10**2 + 30**2) / 2))
     assert cell.seeds == 3
 
 
-def test_the_newest_result_of_a_seed_counts_whatever_its_name(store):
-    store.evaluation("relu", "scenes", {"on_5": 1.0, "on_10": 7.0}, finished=300)
-    store.evaluation("relu", "scenes", {"on_5": 2.0}, finished=500)
-    store.evaluation("relu", "scenes", {"on_5": 3.0}, finished=400)
-    selection = choose(store)
+def test_the_newest_figure_of_a_seed_counts_whatever_its_name(store):
+    first = {"cosine": 0.5, "fvu": 0.25}
+    more = {"on_5": 1.0, "on_10": 7.0}
+    store.evaluation("relu", "scenes", more, metrics=first, finished=300)
+    store.evaluation("relu", "scenes", {"on_5": 2.0}, metrics={}, finished=500)
+    store.evaluation("relu", "scenes", {"on_5": 3.0}, metrics={}, finished=400)
+    store.measurement("relu", "scenes", {"cosine": 0.75, "cknna": 0.5}, finished=600)
+    store.measurement("relu", "scenes", {"cknna": 0.25}, finished=900)
+    selection = store.selection()
     assert value(selection, "relu", "scenes", "on_5") == 2.0
-    # All three have the same settings: a later one with fewer n takes no figure away.
+    # All have the same settings: a later one with fewer n takes no figure away.
     assert value(selection, "relu", "scenes", "on_10") == 7.0
+    metrics = selection.metrics.set_index("metric").value
+    assert metrics.to_dict() == {"cosine": 0.75, "cknna": 0.25, "fvu": 0.25}
     assert selection.lines[0] == Line("relu")
-    assert selection.superseded == 1
-    assert selection.differences == ()
+    assert (selection.superseded, selection.differences) == (1, ())
 
 
 @pytest.mark.parametrize(
@@ -61,65 +63,44 @@ def test_the_newest_result_of_a_seed_counts_whatever_its_name(store):
 def test_results_of_another_clip_protocol_or_size_do_not_mix(store, other):
     store.evaluation("relu", "scenes", {"on_5": 1.0}, finished=1)
     store.evaluation("relu", "scenes", {"on_5": 2.0}, finished=2, **other)
-    selection = choose(store)
+    selection = store.selection()
     assert value(selection, "relu", "scenes", "on_5") == 1.0
-    assert selection.unfitting == 1
-    assert selection.superseded == 0
+    assert (selection.unfitting, selection.superseded) == (1, 0)
 
 
 def test_the_tables_k_is_that_with_most_datasets_ties_to_the_smallest(store):
     for k, datasets in ((16, "ab"), (32, "abc"), (64, "bcd")):
         for dataset in datasets:
             store.evaluation("topk", dataset, {"on_5": float(k)}, k=k)
-    assert choose(store).k[Line("topk")] == 32
-    assert value(choose(store), "topk", "a", "on_5") == 32.0
-    assert choose(store, k=64).k[Line("topk")] == 64
-    assert choose(store).k[Line("relu")] == 0
+    selection = store.selection()
+    assert value(selection, "topk", "a", "on_5") == 32.0
+    assert (selection.k[Line("topk")], selection.k[Line("relu")]) == (32, 0)
+    assert store.selection(k=64).k[Line("topk")] == 64
 
 
-def test_rows_are_the_six_and_others_found_but_not_the_ablation(store):
+def test_rows_and_datasets(store):
+    """The six and others found, but not the ablation's; the eleven once one has a result."""
     for model in ("mine", "attention_relu", "relu"):
-        store.evaluation(model, "scenes", {"on_5": 1.0})
+        store.evaluation(model, "my_photos", {"on_5": 1.0})
     six = ("relu", "jumprelu", "gated", "topk", "batch_topk", "sparsemax")
-    selection = choose(store)
+    selection = store.selection()
     assert selection.models == (*six, "mine")
     assert selection.expected == six
-    assert choose(store, models=("mine",)).models == ("mine",)
-
-
-def test_the_eleven_are_expected_once_one_of_them_has_a_result(store):
-    store.evaluation("relu", "my_photos", {"on_5": 1.0})
-    assert choose(store).datasets == ("my_photos",)
+    assert selection.datasets == ("my_photos",)
+    assert store.selection(models=("mine",)).models == ("mine",)
     store.evaluation("relu", "dtd", {"on_5": 1.0})
-    assert len(choose(store).eleven) == 11
-    assert choose(store).others == ("my_photos",)
-    assert choose(store, datasets=("dtd",)).datasets == ("dtd",)
-
-
-def test_the_newest_of_each_number_counts(store):
-    first = {"cosine": 0.5, "fvu": 0.25}
-    store.evaluation("relu", "scenes", {"on_5": 1.0}, metrics=first, finished=1)
-    store.measurement("relu", "scenes", {"cosine": 0.75, "cknna": 0.5}, finished=2)
-    store.measurement("relu", "scenes", {"cknna": 0.25}, finished=9)
-    metrics = choose(store).metrics.set_index("metric").value
-    assert metrics.to_dict() == {"cosine": 0.75, "cknna": 0.25, "fvu": 0.25}
-
-
-def test_measurements_of_an_earlier_version_are_named_in_one_line(store):
-    folder = store.measurement("relu", "scenes", {"l0": 0.75})
-    old = store.root / "measurement" / folder.name
-    old.parent.mkdir()
-    folder.rename(old)
-    found = collect(store.root)
-    (line,) = found.problems
-    assert "1 of an earlier version" in line
-    assert found.measurements.empty
+    assert len(store.selection().eleven) == 11
+    assert store.selection().others == ("my_photos",)
+    assert store.selection(datasets=("dtd",)).datasets == ("dtd",)
 
 
 def test_metrics_of_0_1_have_todays_names_and_meanings(store):
     store.measurement("topk", "scenes", {"l0": 0.75, "active": 32.0}, k=32)
-    metrics = choose(store).metrics.set_index("metric").value
+    metrics = store.selection().metrics.set_index("metric").value
     assert metrics.to_dict() == {"zero_fraction": 0.75, "l0": 32.0}
+
+
+# --- what cannot be read ---
 
 
 @pytest.mark.parametrize(
@@ -144,7 +125,7 @@ def test_a_folder_that_cannot_be_read_is_named_in_one_line(store, name, content,
     assert line.startswith(f"evaluation/{broken.name}: ")
     assert says in line
     assert "\n" not in line
-    assert set(found.results.model) == {"relu"}
+    assert set(found.figures.model) == {"relu"}
 
 
 def test_a_missing_file_and_text_in_place_of_a_number_are_problems_too(store):
@@ -155,14 +136,173 @@ def test_a_missing_file_and_text_in_place_of_a_number_are_problems_too(store):
     (folder / "metrics.csv").write_text(text)
     found = collect(store.root)
     assert len(found.problems) == 2
-    assert found.results.empty
-    assert found.measurements.empty
+    assert found.figures.empty
 
 
-def test_unfinished_folders_are_not_looked_at(store):
-    folder = store.evaluation("relu", "scenes", {"on_5": 1.0})
-    partial = folder.with_name(f".{folder.name}.partial")
-    folder.rename(partial)
-    json.loads((partial / "meta.json").read_text())
-    assert collect(store.root).problems == []
-    assert collect(store.root).results.empty
+def test_unfinished_folders_and_measurements_of_an_earlier_version_are_left_out(store):
+    partial = store.evaluation("relu", "scenes", {"on_5": 1.0})
+    partial.rename(partial.with_name(f".{partial.name}.partial"))
+    folder = store.measurement("relu", "scenes", {"l0": 0.75})
+    (store.root / "measurement").mkdir()
+    folder.rename(store.root / "measurement" / folder.name)
+    found = collect(store.root)
+    (line,) = found.problems
+    assert "1 of an earlier version" in line
+    assert found.figures.empty
+
+
+# --- settings that differ ---
+
+
+def trained(store, name, *, learning_rate=0.001, fingerprint="f" * 16, seed=0, **trainer):
+    """An SAE's record, as the store has it."""
+    key = {
+        "clip": {"name": "clipsae-tiny", "pretrained": "builtin", "layer": -2},
+        "train_dataset": {"name": "scenes", "fingerprint": fingerprint},
+        "sae": {"latents": 128, "k": 8},
+        "training": {
+            "learning_rate": learning_rate,
+            "batch_size": 32,
+            "seed": seed,
+            "trainer": {"max_steps": 600, **trainer},
+        },
+    }
+    return store.sae(name, key)
+
+
+def test_names_are_those_of_the_config():
+    topn = {"ns": [1, 5], "settings": ["on"], "count_threshold": 2.0, "split": "test"}
+    key = {"sae": "x", "dataset": {"name": "a"}, "evaluation": topn}
+    training = {"batch_size": 4, "precision": "32-true", "seed": 3, "cache": {"dtype": "bf16"}}
+    of_sae = {"sae": {"latents": 8, "scale": 1.0}, "training": training}
+    assert dict(settings_of(key, of_sae, {"train_dataset": {"_target_": "x"}}, 3)) == {
+        "dataset.name": "a",
+        "evaluation.split": "test",
+        "features.batch_size": "4",
+        "features.cache.dtype": "bf16",
+        "evaluation.count_threshold": "2.0",
+        "model.scale": "1.0",
+        "schema": "3",
+        "trainer.precision": "32-true",
+    }
+
+
+def test_a_smoke_run_replaces_nothing_and_is_averaged_with_nothing(store):
+    for dataset in "ab":
+        for seed, more in ((0, 0.0), (1, 2.0)):
+            store.evaluation("sparsemax", dataset, {"on_5": 33.0 + more}, seed=seed)
+            store.evaluation("relu", dataset, {"on_5": 20.0 + more}, seed=seed)
+    store.evaluation("sparsemax", "a", {"on_5": 1.25}, max_steps=3, seed=0)
+    selection = store.selection()
+    full = {"ReLU, trainer.max_steps=600": 21.0, "Sparsemax, trainer.max_steps=600": 34.0}
+    assert figures(selection, "a") == full | {"Sparsemax, trainer.max_steps=3": 1.25}
+    assert figures(selection, "b") == full
+    assert selection.differences == (
+        "trainer.max_steps is 600 in 8 results and 3 in 1 result (Sparsemax on a).",
+    )
+    # The report on those alone that have a setting.
+    asked = store.selection(settings={"trainer.max_steps": "600"})
+    assert figures(asked, "a") == {"ReLU": 21.0, "Sparsemax": 34.0}
+    assert (asked.differences, asked.unfitting) == ((), 1)
+
+
+def test_the_report_on_measurements_with_a_setting(store):
+    for threshold, found in ((0.9, 0.5), (0.8, 0.75)):
+        key = {"dataset": {"name": "a"}, "measurement": {"threshold": threshold}}
+        store.evaluation("relu", "a", {"on_5": 1.0}, metrics={"image_auroc": found}, key=key)
+    selection = store.selection(settings={"measurement.threshold": "0.8"})
+    assert selection.metrics.value.tolist() == [0.75]
+    assert figures(selection, "a") == {"ReLU": 1.0}
+
+
+def test_many_smoke_runs_do_not_decide_what_is_missing(store):
+    for dataset in "abc":
+        store.evaluation("sparsemax", dataset, {"on_5": 1.0}, max_steps=3)
+        store.evaluation("topk", dataset, {"on_5": 1.0}, max_steps=3, k=8)
+    store.evaluation("sparsemax", "a", {"on_5": 33.0})
+    models = ("sparsemax", "topk")
+    selection = store.selection(usual={"trainer.max_steps": "600"}, models=models)
+    assert [(line.model, line.common) for line in selection.lines] == [
+        ("sparsemax", "trainer.max_steps=600"),
+        ("sparsemax", "trainer.max_steps=3"),
+        ("topk", "trainer.max_steps=3"),
+    ]
+    # Without a config that says what is usual the most results do.
+    assert store.selection(models=models).lines[0].common == "trainer.max_steps=3"
+
+
+def test_what_is_usual_is_told_by_all_settings_not_by_those_that_a_label_names(store):
+    """Two settings change together, and the label names the one that says nothing."""
+    for name, steps, precision in (("old", 600, "16"), ("new", 600, "32")):
+        sae = trained(store, name, max_steps=steps, precision=precision, zeta=name)
+        for dataset in "ab" if name == "old" else "a":
+            store.evaluation("topk", dataset, {"on_5": 1.0}, k=8, sae=sae)
+    line = store.selection(usual={"trainer.zeta": "new"}).main("topk")
+    assert line.common == "trainer.precision=32"
+
+
+@pytest.mark.parametrize(
+    ("changed", "label"),
+    [
+        ({"max_time": {"minutes": 1}}, "trainer.max_time.minutes=1"),
+        ({"limit_train_batches": 0.5}, "trainer.limit_train_batches=0.5"),
+        ({"learning_rate": 0.01}, "optimizer.learning_rate=0.01"),
+        ({"fingerprint": "0" * 16}, "train_dataset.fingerprint=00000000"),
+    ],
+)
+def test_whatever_is_in_the_key_sets_results_apart(store, changed, label):
+    first, second = trained(store, "x-1"), trained(store, "x-2", **changed)
+    store.evaluation("topk", "a", {"on_5": 10.0}, k=8, sae=first)
+    store.evaluation("topk", "a", {"on_5": 30.0}, k=8, sae=second)
+    selection = store.selection()
+    labels = {line.variant for line in selection.lines if line.model == "topk"}
+    assert label in labels
+    assert len(labels) == 2
+    assert sorted(figures(selection, "a").values()) == [10.0, 30.0]
+
+
+def test_seeds_and_the_models_own_recipes_set_nothing_apart(store):
+    for seed in (0, 1):
+        for model, rate in (("relu", 0.1), ("topk", 0.2)):
+            name = trained(store, f"{model}-{seed}", learning_rate=rate, seed=seed)
+            k = 8 if model == "topk" else None
+            key = {"dataset": {"name": "a"}, "evaluation": {"count_threshold": rate}}
+            store.evaluation(model, "a", {"on_5": 10.0 + seed}, k=k, seed=seed, sae=name, key=key)
+    selection = store.selection()
+    assert selection.differences == ()
+    assert figures(selection, "a") == {"ReLU": 10.5, "TopK (k = 8)": 10.5}
+
+
+def test_changed_images_are_told_apart_by_their_hash_on_that_dataset_alone(store):
+    """Unless an option says why they are others."""
+    for dataset, prints in (("a", ("1" * 16, "2" * 16)), ("b", ("3" * 16,))):
+        for at, fingerprint in enumerate(prints):
+            key = {"dataset": {"name": dataset, "fingerprint": fingerprint}}
+            store.evaluation("relu", dataset, {"on_5": 10.0 + at}, key=key)
+    selection = store.selection()
+    assert figures(selection, "a") == {
+        "ReLU, dataset.fingerprint=11111111": 10.0,
+        "ReLU, dataset.fingerprint=22222222": 11.0,
+    }
+    assert figures(selection, "b") == {"ReLU": 10.0}
+
+
+def test_a_hash_of_images_is_not_named_where_an_option_says_why_they_are_others(store):
+    for size in (100, 200):
+        options = {"name": "a", "size": {"test": size}, "fingerprint": f"{size:016x}"}
+        store.evaluation("relu", "a", {"on_5": 1.0 * size}, key={"dataset": options})
+    assert figures(store.selection(), "a") == {
+        "ReLU, dataset.size.test=100": 100.0,
+        "ReLU, dataset.size.test=200": 200.0,
+    }
+
+
+def test_a_measurement_is_in_the_row_of_the_evaluation_of_its_sae(store):
+    for steps in (3, 600):
+        more = {"max_steps": steps}
+        store.evaluation("relu", "a", {"on_5": 1.0 * steps}, metrics={"cosine": 0.5}, **more)
+        store.measurement("relu", "a", {"cknna": 0.001 * steps}, **more)
+    selection = store.selection()
+    assert len([line for line in selection.lines if line.model == "relu"]) == 2
+    rows = selection.rows(selection.metrics, Line("relu", "trainer.max_steps=3"))
+    assert rows.set_index("metric").value.to_dict() == {"cosine": 0.5, "cknna": 0.003}

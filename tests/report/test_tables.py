@@ -2,29 +2,25 @@
 
 import math
 
+import numpy as np
 import pytest
+import torch
 
-from clipsae.report import Commands, Wanted, collect, published, select
+from clipsae.report import Commands, collect, published
 from clipsae.report.missing import fewer_seeds, missing_cells
 from clipsae.report.tables import (
     ablation_tables,
+    accuracy_tables,
     average_table,
     compared,
-    dataset_table,
     fidelity_table,
-    interpretability_tables,
-    other_settings_table,
+    metric_tables,
     rank_table,
-    recovery_table,
-    sparsity_tables,
+    stability_table,
 )
+from clipsae.sae import SAE
 
 PAPER = ("no_sae", "on_1", "on_5", "on_10", "on_50", "on_all")
-TINY = Wanted("clipsae-tiny", "builtin", -2, "paper", 128)
-
-
-def choose(store, **more):
-    return select(collect(store.root), Wanted(**{**vars(TINY), **more}))
 
 
 def cells(table):
@@ -35,9 +31,9 @@ def test_a_cell_is_ours_published_and_their_difference(store):
     for seed, accuracy in enumerate((8.0, 9.0)):
         columns = {"no_sae": 67.0, "on_5": accuracy, "on_all": 50.0}
         store.evaluation("topk", "imagenet", columns, k=32, seed=seed)
-    table = dataset_table(choose(store), "imagenet")
+    (table,) = accuracy_tables(store.selection(), "imagenet")
     assert table.title == "Table 12: ImageNet"
-    assert [c.title for c in table.columns][-2:] == ["on_50", "on_128"]
+    assert [c.label for c in table.columns][-2:] == ["on_50", "on_128"]
     row = cells(table)["topk"]
     assert row["on_5"].ours == 8.5
     assert row["on_5"].std == pytest.approx(math.sqrt(0.5))
@@ -53,18 +49,19 @@ def test_a_cell_is_ours_published_and_their_difference(store):
 
 
 def test_a_dataset_of_ones_own_has_ours_only(store):
-    store.evaluation("relu", "my_photos", {"no_sae": 99.0, "on_20": 3.0, "off_20": 7.0})
-    table = dataset_table(choose(store), "my_photos")
+    accuracy = {"no_sae": 99.0, "on_20": 3.0, "off_20": 7.0}
+    store.evaluation("relu", "mine", accuracy, classes=5, competing=1000)
+    table, settings = accuracy_tables(store.selection(), "mine")
     assert not table.has_published
     assert [c.key for c in table.columns] == ["no_sae", "on_20"]
-    settings = other_settings_table(choose(store), "my_photos")
+    assert table.caption.endswith("1,000 images, 5 of 1,000 classes.")
     assert cells(settings)["relu"]["off_20"].ours == 7.0
 
 
 def test_the_average_compares_over_the_same_datasets(store):
     for dataset, accuracy in (("dtd", 30.0), ("eurosat", 50.0)):
         store.evaluation("sparsemax", dataset, dict.fromkeys(PAPER, accuracy))
-    selection = choose(store)
+    selection = store.selection()
     rows = cells(average_table(selection, selection.eleven, "average", "the eleven"))
     cell = rows["sparsemax"]["on_10"]
     assert cell.ours == 40.0
@@ -83,8 +80,8 @@ def test_the_averages_spread_is_that_of_the_seeds_averages(store):
     for (dataset, seed), value in accuracy.items():
         store.evaluation("relu", dataset, {"on_5": value}, seed=seed)
     store.evaluation("relu", "a", {"on_5": 99.0}, seed=2)  # no such seed of b
-    selection = choose(store)
-    cell = cells(average_table(selection, ("a", "b"), "average", "two"))["relu"]["on_5"]
+    table = average_table(store.selection(), ("a", "b"), "average", "two")
+    cell = cells(table)["relu"]["on_5"]
     assert cell.ours == pytest.approx(((10 + 30 + 99) / 3 + 40) / 2)
     assert cell.std == pytest.approx(math.sqrt(15**2 + 15**2))
     assert cell.seeds == 2
@@ -96,15 +93,17 @@ def test_mean_ranks_share_ties_and_leave_out_datasets_with_gaps(store):
         "eurosat": {"relu": 40.0, "topk": 40.0, "sparsemax": 5.0},  # 1.5, 1.5, 3
         "food101": {"relu": 90.0, "topk": 1.0},  # sparsemax is missing
     }
-    for dataset, of in accuracies.items():
-        for model, accuracy in of.items():
+    for dataset, by_model in accuracies.items():
+        for model, accuracy in by_model.items():
             k = 32 if model == "topk" else None
             store.evaluation(model, dataset, {"on_1": accuracy}, k=k)
-    selection = choose(store)
-    (of,) = compared(selection, selection.eleven)
-    table = rank_table(selection, of, "rank")
+    store.evaluation("mine", "dtd", {"on_1": 99.0})  # takes the other dataset from nobody
+    selection = store.selection()
+    (group,) = compared(selection, selection.eleven)
+    table = rank_table(selection, group, "rank")
     assert table.title == "Mean rank over 2 datasets"
     assert "all of them have results for: DTD, EuroSAT." in table.caption
+    assert "Excluded, with results for fewer of these datasets: mine (1)." in table.caption
     rows = cells(table)
     assert list(rows) == ["relu", "topk", "sparsemax"]
     assert [rows[m]["on_1"].ours for m in rows] == [2.25, 1.75, 2.0]
@@ -118,8 +117,7 @@ def test_the_ablation_beside_the_published_one(store):
     accuracy = {"on_1": 5.0, "on_5": 20.0, "on_10": 25.0, "on_50": 40.0}
     store.evaluation("attention_relu", "imagenet", accuracy)
     store.evaluation("linear_sparsemax", "scenes", accuracy)
-    selection = choose(store)
-    table, other = ablation_tables(selection)
+    table, other = ablation_tables(store.selection())
     assert [row.labels[1:] for row in table.rows] == [
         ("linear", "relu"),
         ("linear", "sparsemax"),
@@ -135,7 +133,7 @@ def test_the_ablation_beside_the_published_one(store):
 
 def test_fidelity_is_above_chance(store):
     store.evaluation("relu", "scenes", {"no_sae": 90.0, "on_all": 50.0}, classes=10)
-    cell = cells(fidelity_table(choose(store)))["scenes"]["ReLU"]
+    cell = cells(fidelity_table(store.selection()))["scenes"]["ReLU"]
     assert cell.ours == pytest.approx((50 - 10) / (90 - 10))
 
 
@@ -149,7 +147,7 @@ def test_table_5_shows_both_codes_beside_the_published_figures(store):
         "decoder_orthogonality": 0.0013,
     }
     store.measurement("topk", "imagenet", values, k=32)
-    selected, dense = sparsity_tables(choose(store), "imagenet")
+    selected, dense, table_6 = metric_tables(store.selection(), "imagenet")
     row = cells(selected)["topk"]
     assert row["zero_fraction"].difference == pytest.approx(0.9993 - 0.966)
     assert row["fvu_per_token"].difference == pytest.approx(0.2 - 0.169)
@@ -159,32 +157,58 @@ def test_table_5_shows_both_codes_beside_the_published_figures(store):
     for word in ("share of zeros", "per token", "corpus", "decoder", "dead"):
         assert word in selected.caption
     assert "0.9993" in dense.caption
-    # On other data: ours only, and the dense table only where it was measured.
-    store.measurement("topk", "scenes", {"cosine": 0.5}, k=32)
-    (other,) = sparsity_tables(choose(store), "scenes")
+    assert table_6.has_published
+    # On other data: ours only, and tables only of what was measured.
+    numbers = {"cosine": 0.5, "patch_concepts_found": 0.5, "image_auroc": 0.75}
+    store.measurement("topk", "scenes", numbers, k=32)
+    other, recovery = metric_tables(store.selection(), "scenes")
     assert not other.has_published
+    assert [c.label for c in recovery.columns] == ["concepts found, patch", "AUROC, image"]
+    assert cells(recovery)["topk"]["image_auroc"].ours == 0.75
 
 
 def test_table_6_names_encoder_and_pooling_one_table_each(store):
     scores = {"monosemanticity_mean": 0.5, "monosemanticity_max": 0.9}
     store.measurement("sparsemax", "imagenet", scores, image_encoder="a/b", pooling="mean")
-    (table,) = interpretability_tables(choose(store), "imagenet")
+    table = metric_tables(store.selection(), "imagenet")[-1]
     assert "Image encoder: a/b; pooling of token codes: mean." in table.caption
-    assert cells(table)["sparsemax"]["monosemanticity_mean"].difference == pytest.approx(
-        0.5 - 0.3484
-    )
+    score = cells(table)["sparsemax"]["monosemanticity_mean"]
+    assert score.difference == pytest.approx(0.5 - 0.3484)
     store.measurement("sparsemax", "imagenet", scores, image_encoder="a/b", pooling="max")
-    assert len(interpretability_tables(choose(store), "imagenet")) == 2
-    assert interpretability_tables(choose(store), "scenes") == []
+    names = [table.name for table in metric_tables(store.selection(), "imagenet")]
+    assert names[2:] == ["table_06_1", "table_06_2"]
+    assert metric_tables(store.selection(), "scenes") == []
 
 
-def test_recovery_has_the_columns_that_were_measured(store):
-    store.measurement("relu", "scenes", {"patch_concepts_found": 0.5, "image_auroc": 0.75})
-    table = recovery_table(choose(store), "scenes")
-    assert [c.key for c in table.columns] == ["patch_concepts_found", "image_auroc"]
-    assert [c.title for c in table.columns] == ["concepts found, patch", "AUROC, image"]
-    assert cells(table)["relu"]["image_auroc"].ours == 0.75
-    assert not recovery_table(choose(store), "dtd").columns
+def test_decoders_of_all_seeds_are_compared_both_ways_and_what_is_missing_is_said(store):
+    rows = []
+    for seed in (0, 1, 2):
+        torch.manual_seed(seed)
+        sae = SAE(d=8, latents=128, architecture="linear", activation="topk", k=2)
+        folder = store.root / "sae" / f"topk-{seed}"
+        folder.mkdir(parents=True)
+        sae.save(folder)
+        unit = sae.decoder_rows().detach().double().numpy()
+        rows.append(unit / np.linalg.norm(unit, axis=1, keepdims=True))
+        store.evaluation("topk", "scenes", {"on_5": 1.0}, k=2, seed=seed, sae=folder.name)
+        store.evaluation("relu", "scenes", {"on_5": 1.0}, seed=seed, sae=f"gone-{seed}")
+    store.evaluation("topk", "scenes", {"on_5": 1.0}, k=4, seed=0, sae="another-k")
+    table, problems = stability_table(store.root, collect(store.root), store.selection())
+    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
+    values = [(rows[a] @ rows[b].T).max(axis=1).mean() for a, b in pairs]
+    (row,) = table.rows
+    assert row.labels == ("TopK (k = 2)", "scenes")
+    assert row.cells["pairs"].ours == 6
+    assert row.cells["cosine"].ours == pytest.approx(np.mean(values), abs=1e-6)
+    assert row.cells["cosine"].std == pytest.approx(np.std(values, ddof=1), abs=1e-6)
+    assert [line.split(":")[0] for line in problems] == ["sae/gone-0", "sae/gone-1", "sae/gone-2"]
+
+
+# --- what is missing ---
+
+
+def gaps(selection, commands):
+    return {(gap.model, gap.dataset): gap for gap in missing_cells(selection, commands)}
 
 
 def test_missing_cells_name_the_command_that_fills_them(store):
@@ -192,14 +216,13 @@ def test_missing_cells_name_the_command_that_fills_them(store):
     for model in ("relu", "topk"):
         store.evaluation(model, "dtd", full, k=16 if model == "topk" else None)
     store.evaluation("relu", "eurosat", {"no_sae": 1.0, "on_5": 1.0})
-    selection = choose(store, models=("relu", "topk"), datasets=("dtd", "eurosat", "mine"))
-    commands = Commands(["clip=vit_b_16", "paths.output_dir=/a b"], seed=3)
-    gaps = {(g.model, g.dataset): g for g in missing_cells(selection, commands)}
+    selection = store.selection(models=("relu", "topk"), datasets=("dtd", "eurosat", "mine"))
+    found = gaps(selection, Commands(["clip=vit_b_16", "paths.output_dir=/a b"], seed=3))
     nothing_of_mine = {("relu", "mine"), ("topk", "mine")}
-    assert set(gaps) == {("relu", "eurosat"), ("topk", "eurosat"), *nothing_of_mine}
-    assert gaps["relu", "eurosat"].what == "on_1, on_10, on_50, on_128"
-    assert gaps["topk", "eurosat"].what == "all"
-    assert gaps["topk", "eurosat"].command == (
+    assert set(found) == {("relu", "eurosat"), ("topk", "eurosat"), *nothing_of_mine}
+    assert found["relu", "eurosat"].what == "on_1, on_10, on_50, on_128"
+    assert found["topk", "eurosat"].what == "all"
+    assert found["topk", "eurosat"].command == (
         "python run.py model=topk model.k=16 dataset=eurosat clip=vit_b_16 "
         "'paths.output_dir=/a b' seed=3"
     )
@@ -207,35 +230,51 @@ def test_missing_cells_name_the_command_that_fills_them(store):
 
 def test_with_imagenet_the_ablation_and_the_measurements_are_expected_too(store):
     store.evaluation("relu", "imagenet", dict.fromkeys(PAPER, 1.0), metrics={"zero_fraction": 0.5})
-    gaps = {(g.model, g.dataset): g for g in missing_cells(choose(store), Commands([]))}
-    assert gaps["attention_relu", "imagenet"].command == (
+    found = gaps(store.selection(), Commands([]))
+    assert found["attention_relu", "imagenet"].command == (
         "python run.py model=attention_relu dataset=imagenet seed=0"
     )
-    assert gaps["topk", "dtd"].command == "python run.py model=topk dataset=dtd seed=0"
-    lacking = gaps["relu", "imagenet"].what.split(", ")
+    assert found["topk", "dtd"].command == "python run.py model=topk dataset=dtd seed=0"
+    lacking = found["relu", "imagenet"].what.split(", ")
     assert "zero_fraction" not in lacking
     assert {"cknna", "cosine", "monosemanticity_mean"} <= set(lacking)
-    assert len(gaps) == 6 * 11 + 2
+    assert len(found) == 6 * 11 + 2
 
 
-def test_fewer_seeds_are_one_multirun_a_model(store):
-    for dataset in ("a", "b", "c"):
+def test_a_gap_is_filled_with_what_sets_its_row_apart(store):
+    for dataset, steps in (("a", 600), ("b", 600), ("a", 3)):
+        store.evaluation("sparsemax", dataset, {"on_5": 33.0}, max_steps=steps)
+    store.evaluation("topk", "b", {"on_5": 33.0}, k=8)
+    found = gaps(store.selection(), Commands(["clip=tiny"]))
+    assert ("sparsemax", "a") not in found
+    assert found["topk", "a"].command == (
+        "python run.py model=topk model.k=8 dataset=a clip=tiny trainer.max_steps=600 seed=0"
+    )
+    # A model without any is to be like most of the others.
+    assert found["relu", "a"].command == (
+        "python run.py model=relu dataset=a clip=tiny trainer.max_steps=600 seed=0"
+    )
+
+
+def test_a_pair_that_has_a_figure_by_another_recipe_of_the_model_is_not_missing(store):
+    for dataset, rate in (("a", 0.001), ("b", 0.002), ("c", 0.001)):
+        key = {"training": {"learning_rate": rate}, "train_dataset": {"name": "scenes"}}
+        sae = store.sae(f"sparsemax-{dataset}", key)
+        store.evaluation("sparsemax", dataset, {"on_5": 30.0}, sae=sae)
+    selection = store.selection(models=("sparsemax",))
+    assert len(selection.lines) == 2
+    assert gaps(selection, Commands([])) == {}
+
+
+def test_fewer_seeds_are_one_multirun_a_model_and_a_folder_of_ones_own(store):
+    for dataset in ("a", "b", "c", "mine"):
         for seed in (0, 1, 2) if dataset == "a" else (0,):
-            store.evaluation("relu", dataset, {"on_5": 1.0}, seed=seed)
-    (entry,) = fewer_seeds(choose(store), Commands(["clip=tiny"]))
-    assert entry.command == "python run.py -m model=relu dataset=b,c clip=tiny seed=1,2"
-
-
-def test_a_folder_of_ones_own_is_chosen_by_its_own_overrides(store):
-    for dataset in ("a", "b", "mine"):
-        for seed in (0, 1) if dataset == "a" else (0,):
             store.evaluation("relu", dataset, {"on_5": 1.0}, seed=seed)
     mine = ["dataset=image_folder", "dataset.root=/photos", "dataset.name=mine"]
     commands = Commands(["clip=tiny"], datasets={"mine": mine})
-    assert [entry.command for entry in fewer_seeds(choose(store), commands)] == [
-        "python run.py -m model=relu dataset=b clip=tiny seed=1",
-        f"python run.py -m model=relu {' '.join(mine)} clip=tiny seed=1",
+    assert [entry.command for entry in fewer_seeds(store.selection(), commands)] == [
+        "python run.py -m model=relu dataset=b,c clip=tiny seed=1,2",
+        f"python run.py -m model=relu {' '.join(mine)} clip=tiny seed=1,2",
     ]
-    gaps = {(g.model, g.dataset): g for g in missing_cells(choose(store), commands)}
     expected = f"python run.py model=gated {' '.join(mine)} clip=tiny seed=0"
-    assert gaps["gated", "mine"].command == expected
+    assert gaps(store.selection(), commands)["gated", "mine"].command == expected

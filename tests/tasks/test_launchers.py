@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from clipsae.tasks.outcome import Job, Outcome
+from clipsae.tasks.sweep import Job, Outcome
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 

@@ -5,11 +5,10 @@ sentences, gaps) -> write_report (files)
 """
 
 from clipsae.report.collect import Collected, collect
-from clipsae.report.formats import to_frame
 from clipsae.report.missing import Commands
 from clipsae.report.report import Report, make_report
 from clipsae.report.select import Selection, Wanted, select
-from clipsae.report.table import Table, shown
+from clipsae.report.table import Table, to_frame
 from clipsae.report.write import write_report
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "collect",
     "make_report",
     "select",
-    "shown",
     "to_frame",
     "write_report",
 ]

@@ -1,4 +1,4 @@
-"""What the store holds: all finished evaluations as tidy frames.
+"""What the store holds: all finished evaluations as one tidy frame.
 
 Any number, of any age. A folder that cannot be read is named in one line and left out.
 """
@@ -15,24 +15,23 @@ from yaml import YAMLError
 
 from clipsae.evaluation.numbers import SETTINGS, current_names
 from clipsae.overrides import renamed
-from clipsae.report.settings import Settings, of_metrics, of_topn, settings_of
+from clipsae.report.settings import decides_codes, settings_of
 from clipsae.store import MARK, Store
 from clipsae.store.files import read_json
 
-IDENTITY = ("model", "dataset", "clip", "latents", "k", "seed")
-NO_K = 0  # of variants that have no k
-_RESULT_COLUMNS = (*IDENTITY, "protocol", "setting", "n", "accuracy", "images", "classes")
-_COMPETING = "competing"  # classes that an image could be given; results of older versions lack it
-_METRIC_COLUMNS = (*IDENTITY, "metric", "value")
-_MEASUREMENT_COLUMNS = (*_METRIC_COLUMNS, "image_encoder", "pooling")
+IDENTITY = ["model", "dataset", "clip", "latents", "k", "seed"]
+ENCODER = ["image_encoder", "pooling"]
+NO_K = 0  # of models without k
+_IN_FILE = {
+    "results.csv": [*IDENTITY, "protocol", "setting", "n", "accuracy", "images", "classes"],
+    "metrics.csv": [*IDENTITY, "metric", "value", *ENCODER],
+}
+_ABOUT = ["weights", "layer", "folder", "finished", "settings"]
+_COUNTS = ["images", "classes", "competing"]
+_COLUMNS = [*IDENTITY, "metric", "value", "measured", "protocol", *_COUNTS, *ENCODER, *_ABOUT]
 _UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    OmegaConfBaseException,
-    YAMLError,
+    *(OSError, ValueError, TypeError, KeyError, AttributeError),
+    *(OmegaConfBaseException, YAMLError),
 )
 
 
@@ -40,21 +39,18 @@ _UNREADABLE = (
 class Collected:
     """Everything readable in a store.
 
-    Every frame has the columns of `IDENTITY` (k is `NO_K` for variants without), `weights`,
-    `layer`, `folder` (its name), `finished` (seconds since 1970), `settings` (all that decides the
-    figures but what `IDENTITY` says).
-
     Attributes:
-        results: a row a (evaluation, setting, n): metric ("no_sae", "on_5", "on_all" for all M),
-            value (macro accuracy, %), protocol, images, classes (those with images), competing
-            (those that an image could be given).
-        measurements: a row a (evaluation, metric): metric, value, image_encoder, pooling.
+        figures: a row a figure of an evaluation: `IDENTITY` (k is `NO_K` for models without),
+            metric ("no_sae", "on_5", "on_all" for all M, or a measured number's key), value (an
+            accuracy is macro, in %), measured (False: an accuracy). Accuracies have protocol,
+            images, classes (with images) and competing (that an image could be given);
+            MonoSemanticity has image_encoder and pooling, "" elsewhere. Of the evaluation: weights,
+            layer, folder (its name), finished (seconds since 1970), settings (see `settings_of`).
         origins: folder name -> {"meta": ..., "config": ...}.
         problems: a line for each folder that was left out.
     """
 
-    results: pd.DataFrame
-    measurements: pd.DataFrame
+    figures: pd.DataFrame
     origins: dict[str, dict[str, Any]]
     problems: list[str]
 
@@ -62,119 +58,103 @@ class Collected:
 def collect(root: Path | str) -> Collected:
     """Read all finished evaluations of the store at `root`."""
     store = Store(root)
-    results, measurements = [], []
+    frames: list[pd.DataFrame] = []
     origins: dict[str, dict[str, Any]] = {}
     problems = []
     for folder in store.finished("evaluation"):
         try:
             origin = _origin(folder)
-            common = _common(origin, folder)
-            settings = _settings(store.root, origin)
-            parts = []
-            if (folder / "results.csv").exists() or not (folder / "metrics.csv").exists():
-                parts.append((results, _with(_evaluation(folder), common, of_topn(settings))))
-            if (folder / "metrics.csv").exists():
-                found = _with(_measurement(folder), common, of_metrics(settings))
-                parts.append((measurements, found))
+            found = _figures(store.root, folder, **origin)
         except _UNREADABLE as error:
             why = " ".join(str(error).split()) or type(error).__name__
             problems.append(f"evaluation/{folder.name}: {why.replace(f'{folder}/', '')}")
         else:
             origins[folder.name] = origin
-            for frames, frame in parts:
-                frames.append(frame)
+            frames += found
     if old := len(list(store.finished("measurement"))):
         problems.append(
             f"measurement: {old} of an earlier version, ignored; the commands that made them make "
             "them again, as a part of the evaluation"
         )
-    columns = ["weights", "layer", "folder", "finished", "settings"]
-    return Collected(
-        results=_stack(
-            results, [*_METRIC_COLUMNS, "protocol", "images", "classes", _COMPETING, *columns]
-        ),
-        measurements=_stack(measurements, [*_MEASUREMENT_COLUMNS, *columns]),
-        origins=origins,
-        problems=problems,
-    )
+    figures = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return Collected(figures.reindex(columns=_COLUMNS), origins, problems)
 
 
 def _origin(folder: Path) -> dict[str, Any]:
     meta = json.loads((folder / MARK).read_text())
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     if not isinstance(meta, dict) or not isinstance(config, dict):
         raise ValueError(f"{MARK} and config.yaml: expected mappings")
     for old, (new, value) in renamed(config).items():
-        group, key = new.split(".")
+        (old_group, old_key), (group, key) = old.split("."), new.split(".")
         config.setdefault(group, {})[key] = value
-        config[old.partition(".")[0]].pop(old.partition(".")[2])
+        config[old_group].pop(old_key)
     return {"meta": meta, "config": config}
 
 
-def _common(origin: dict[str, Any], folder: Path) -> dict[str, Any]:
-    clip = origin["config"]["clip"]
-    return {
-        "weights": str(clip.get("pretrained")),
-        "layer": int(clip["layer"]),
-        "folder": folder.name,
-        "finished": float(origin["meta"]["finished"]),
-    }
-
-
-def _settings(root: Path, origin: dict[str, Any]) -> Settings:
-    meta = origin["meta"]
+def _figures(
+    root: Path, folder: Path, meta: dict[str, Any], config: dict[str, Any]
+) -> list[pd.DataFrame]:
+    """Accuracies and measured numbers of one evaluation, whichever it has."""
     key = meta.get("key") or {}
     of_sae = read_json(root / "sae" / str(key.get("sae")) / MARK).get("key") or {}
-    return settings_of(key, of_sae, origin["config"], meta.get("schema"))
-
-
-def _with(rows: pd.DataFrame, common: dict[str, Any], settings: Settings) -> pd.DataFrame:
-    same = pd.Series([settings] * len(rows), index=rows.index, dtype=object)
-    return rows.assign(**common, settings=same)
-
-
-def _evaluation(folder: Path) -> pd.DataFrame:
-    rows = _table(folder / "results.csv", _RESULT_COLUMNS)
-    unknown = set(rows.setting) - set(SETTINGS)
-    if unknown:
-        raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {', '.join(SETTINGS)}")
-    if _COMPETING not in rows:
-        rows[_COMPETING] = rows.classes
-    rows["value"] = rows.accuracy.astype(float)
-    counts = rows.n.astype(float)
-    rows["metric"] = [
-        "no_sae" if setting == "no_sae" else f"{setting}_{'all' if n == latents else int(n)}"
-        for setting, n, latents in zip(rows.setting, counts, rows.latents, strict=True)
+    settings = settings_of(key, of_sae, config, meta.get("schema"))
+    about = {
+        "weights": str(config["clip"].get("pretrained")),
+        "layer": int(config["clip"]["layer"]),
+        "folder": folder.name,
+        "finished": float(meta["finished"]),
+    }
+    found = []
+    has_metrics = (folder / "metrics.csv").exists()
+    if (folder / "results.csv").exists() or not has_metrics:
+        deciding = tuple(s for s in settings if not s[0].startswith("measurement."))
+        found.append((_accuracies(folder), deciding))
+    if has_metrics:
+        deciding = tuple(
+            s for s in settings if decides_codes(s[0]) or s[0].startswith("measurement.")
+        )
+        found.append((_measured(folder), deciding))
+    return [
+        rows.assign(**about, settings=pd.Series([deciding] * len(rows), rows.index, dtype=object))
+        for rows, deciding in found
     ]
-    return rows
 
 
-def _measurement(folder: Path) -> pd.DataFrame:
-    rows = _table(folder / "metrics.csv", _MEASUREMENT_COLUMNS)
+def _accuracies(folder: Path) -> pd.DataFrame:
+    rows = _read(folder / "results.csv")
+    if unknown := set(rows.setting) - set(SETTINGS):
+        raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {', '.join(SETTINGS)}")
+    kept = zip(rows.setting, rows.n.astype(float), rows.latents, strict=True)
+    metric = [
+        "no_sae" if setting == "no_sae" else f"{setting}_{'all' if n == latents else int(n)}"
+        for setting, n, latents in kept
+    ]
+    competing = rows.get("competing", rows.classes)  # results of older versions lack it
+    found = rows.assign(
+        **{"metric": metric, "value": rows.accuracy.astype(float), "measured": False},
+        **{"competing": competing, "image_encoder": "", "pooling": ""},
+    )
+    return found[[c for c in _COLUMNS if c in found]]
+
+
+def _measured(folder: Path) -> pd.DataFrame:
+    rows = _read(folder / "metrics.csv")
     rows["metric"] = list(current_names(dict.fromkeys(rows.metric, 0.0)))
-    rows["value"] = rows.value.astype(float)
-    for name in ("image_encoder", "pooling"):
-        rows[name] = rows[name].astype(object).fillna("").astype(str)
-    return rows
+    with_encoder = rows.metric.str.startswith("monosemanticity_")
+    for name in ENCODER:
+        rows[name] = rows[name].astype(object).fillna("").astype(str).where(with_encoder, "")
+    found = rows.assign(value=rows.value.astype(float), measured=True)
+    return found[[*IDENTITY, "metric", "value", "measured", *ENCODER]]
 
 
-def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+def _read(path: Path) -> pd.DataFrame:
     """A CSV file with whole numbers where they are whole."""
     rows = pd.read_csv(path)
-    absent = [name for name in columns if name not in rows.columns]
-    if absent:
+    if absent := [name for name in _IN_FILE[path.name] if name not in rows.columns]:
         raise ValueError(f"{path.name} lacks the columns {', '.join(absent)}")
     if rows.empty:
         raise ValueError(f"{path.name} has no rows")
-    rows["k"] = rows.k.fillna(NO_K).astype(int)
-    for name in ("latents", "seed"):
-        rows[name] = rows[name].astype(int)
-    for name in ("model", "dataset", "clip"):
-        rows[name] = rows[name].astype(str)
-    return rows
-
-
-def _stack(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
-    if not frames:
-        return pd.DataFrame(columns=columns)
-    return pd.concat(frames, ignore_index=True)[columns]
+    rows["k"] = rows.k.fillna(NO_K)
+    whole, text = dict.fromkeys(["k", "latents", "seed"], int), ["model", "dataset", "clip"]
+    return rows.astype(whole | dict.fromkeys(text, str))

@@ -8,18 +8,10 @@ from clipsae.report.collect import NO_K
 from clipsae.report.missing import ALL, Missing
 from clipsae.report.names import WITH_K, column_title, dataset_title, listed
 from clipsae.report.plots import mean_support
-from clipsae.report.select import Selection, of_line
+from clipsae.report.select import Selection
+from clipsae.report.settings import Line
 from clipsae.report.table import number
-from clipsae.report.tables import (
-    Compared,
-    accuracy_columns,
-    compared,
-    dataset_table,
-    pivot,
-    published_pivot,
-    row_title,
-)
-from clipsae.report.variants import Line
+from clipsae.report.tables import Compared, accuracy_columns, accuracy_tables, compared
 
 LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published figure
 GUIDED_BY = "on_10"
@@ -48,7 +40,7 @@ def findings(selection: Selection, missing: list[Missing]) -> list[str]:
 
 def _called(selection: Selection, line: Line) -> str:
     """A line's title where its group was already named."""
-    title = row_title(selection, line)
+    title = selection.title(line)
     return title.replace(f", {line.common}", "", 1) if line.common else title
 
 
@@ -72,7 +64,7 @@ def _winners(selection: Selection, group: Compared) -> Iterator[str]:
     leading: dict[str, list[str]] = {}
     counts, agree = [], []
     for key in accuracy_columns(selection, group.datasets):
-        ours = pivot(selection.cells, selection, group, key)
+        ours = group.values(selection, selection.cells, key)
         if key == "no_sae" or len(ours) < FEWEST_DATASETS:
             continue
         mean = ours.mean()
@@ -82,7 +74,7 @@ def _winners(selection: Selection, group: Compared) -> Iterator[str]:
         leading.setdefault(_called(selection, best), []).append(
             f"{title} ({number(mean[best], 2)} %)"
         )
-        theirs = published_pivot(group.lines, ours.index, key)
+        theirs = group.published(ours.index, key)
         if len(theirs):
             agree.append(theirs.mean().idxmax() == best)
     if not leading:
@@ -107,7 +99,7 @@ def _against_published(selection: Selection) -> Iterator[str]:
     cells = [
         (cell.difference, row.labels[0], dataset, key)
         for dataset in selection.eleven
-        for row in dataset_table(selection, dataset).rows
+        for row in accuracy_tables(selection, dataset)[0].rows
         for key, cell in row.cells.items()
         if cell.difference is not None
     ]
@@ -135,7 +127,7 @@ def _against_published(selection: Selection) -> Iterator[str]:
 
 def _sparsity(selection: Selection, group: Compared) -> Iterator[str]:
     """Fewest latents and lowest FVU."""
-    tables = [pivot(selection.metrics, selection, group, metric) for metric in ("l0", "fvu")]
+    tables = [group.values(selection, selection.metrics, metric) for metric in ("l0", "fvu")]
     if min(map(len, tables)) < FEWEST_DATASETS:
         return
     l0, fvu = (table.mean() for table in tables)
@@ -163,7 +155,7 @@ def _guidance(selection: Selection) -> Iterator[str]:
             continue
         for dataset in selection.datasets:
             support = mean_support(selection, dataset, guides[line.common])
-            swept = of_line(cells[cells.dataset == dataset], line).set_index("k").value
+            swept = cells[cells.line.eq(line) & cells.dataset.eq(dataset)].set_index("k").value
             if support is None or len(swept) < FEWEST_K:
                 continue
             if min(swept.index) <= support <= max(swept.index):

@@ -4,66 +4,49 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from clipsae.report import published
 from clipsae.report.collect import NO_K
 from clipsae.report.names import column_title
-from clipsae.report.published import ABLATED_ON, ablation_parts, metrics
 from clipsae.report.select import Selection
+from clipsae.report.settings import Line
 from clipsae.report.tables import MEASURED_ON, PAPER_COLUMNS, accuracy_columns
-from clipsae.report.variants import Line
 
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class Missing:
-    """One model on one dataset that lacks figures.
-
-    Attributes:
-        model, dataset: which; several datasets joined by ", ".
-        what: the columns that lack, or `ALL`.
-        command: the command line that fills them.
-    """
+    """One model on one dataset that lacks figures."""
 
     model: str
-    dataset: str
-    what: str
-    command: str
+    dataset: str  # several joined by ", "
+    what: str  # the columns that lack, or `ALL`
+    command: str  # the command line that fills them
 
 
 @dataclass(frozen=True)
 class Commands:
-    """How to ask for a result.
+    """How to ask for a result."""
 
-    Attributes:
-        common: overrides that every command takes, such as "clip=vit_b_16".
-        seed: of results that there is no seed of.
-        datasets: overrides that choose a dataset, where it is not `dataset=<name>`.
-    """
-
-    common: Sequence[str]
-    seed: int = 0
+    common: Sequence[str]  # overrides that every command takes, such as "clip=vit_b_16"
+    seed: int = 0  # of results that there is no seed of
+    # Overrides that choose a dataset, where it is not `dataset=<name>`.
     datasets: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def line(
-        self,
-        selection: Selection,
-        line: Line,
-        dataset: str,
-        seed: str | None = None,
-        *,
-        multirun: bool = False,
+        self, selection: Selection, line: Line, datasets: Sequence[str], seeds: Sequence[int] = ()
     ) -> str:
-        """The command line of one cell, or of several: seeds and datasets joined by commas."""
+        """The command line of one cell, or of several: a multirun over seeds and datasets."""
         k = selection.k.get(line, NO_K)
         # A model without results is to be like most results of the others.
         like = line if line.variant or len(selection.of(line)) else selection.usual(line.model)
         given = {word.partition("=")[0] for word in self.common}
-        words = ["python", "run.py", *["-m"] * multirun, f"model={line.model}"]
+        words = ["python", "run.py", *["-m"] * bool(seeds), f"model={line.model}"]
         words += [f"model.k={k}"] * (k != NO_K)
-        words += self.datasets.get(dataset, [f"dataset={dataset}"])
+        words += self.datasets.get(datasets[0], [f"dataset={','.join(datasets)}"])
         words += self.common
         words += [word for word in like.overrides if word.partition("=")[0] not in given]
-        return shlex.join([*words, f"seed={self.seed if seed is None else seed}"])
+        return shlex.join([*words, f"seed={','.join(map(str, seeds or [self.seed]))}"])
 
 
 def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
@@ -73,24 +56,28 @@ def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
     mixed models and the measurements of the models in Tables 5 and 6 on it. Of a model with several
     lines the first is to be filled, unless one as much like the usual settings has the figure.
     """
-    columns = {dataset: accuracy_columns(selection, [dataset]) for dataset in selection.datasets}
-    expected = [(m, dataset, columns[dataset]) for dataset in columns for m in selection.expected]
-    if ABLATED_ON in selection.eleven and selection.wanted.models is None:
-        mixed = [model for model in ablation_parts() if model not in selection.expected]
-        expected += [(model, ABLATED_ON, list(PAPER_COLUMNS[1:5])) for model in mixed]
-    measured = selection.metrics[selection.metrics.dataset == MEASURED_ON]
+    expected = [
+        (model, dataset, accuracy_columns(selection, [dataset]))
+        for dataset in selection.datasets
+        for model in selection.expected
+    ]
+    if published.ABLATED_ON in selection.eleven and selection.wanted.models is None:
+        mixed = [m for m in published.ablation_parts() if m not in selection.expected]
+        expected += [(m, published.ABLATED_ON, list(PAPER_COLUMNS[1:5])) for m in mixed]
     found = []
     for model, dataset, keys in expected:
-        line = selection.main(model)
-        of_lines = [selection.of(one, dataset) for one in selection.alike(line)]
-        has = {metric for cells in of_lines for metric in cells.metric[cells.value.notna()]}
+        lines = selection.alike(model)
+        cells = [selection.of(line, dataset).dropna(subset="value") for line in lines]
+        has = {metric for rows in cells for metric in rows.metric}
         lacking = [key for key in keys if key not in has] if has else [ALL]
         if has and dataset == MEASURED_ON and model in selection.expected:
-            there = set(selection.rows(measured, line).metric)
-            lacking += [metric for m, metric in metrics() if m == model and metric not in there]
+            figures = selection.metrics[selection.metrics.dataset == dataset]
+            there = {metric for line in lines for metric in selection.rows(figures, line).metric}
+            lacking += [n for m, n in published.metrics() if m == model and n not in there]
         if lacking:
             what = ", ".join(column_title(key, selection.wanted.latents) for key in lacking)
-            found.append(Missing(model, dataset, what, commands.line(selection, line, dataset)))
+            command = commands.line(selection, lines[0], [dataset])
+            found.append(Missing(model, dataset, what, command))
     return found
 
 
@@ -109,7 +96,7 @@ def fewer_seeds(selection: Selection, commands: Commands) -> list[Missing]:
                 alone = dataset if dataset in commands.datasets else ""
                 lacking.setdefault((alone, absent), []).append(dataset)
         for (_, seeds), datasets in lacking.items():
-            listed = ",".join(map(str, seeds))
-            command = commands.line(selection, line, ",".join(datasets), listed, multirun=True)
-            found.append(Missing(model, ", ".join(datasets), f"seed {listed}", command))
+            what = f"seed {','.join(map(str, seeds))}"
+            command = commands.line(selection, line, datasets, seeds)
+            found.append(Missing(model, ", ".join(datasets), what, command))
     return found

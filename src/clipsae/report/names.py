@@ -12,33 +12,32 @@ SIX = ("relu", "jumprelu", "gated", "topk", "batch_topk", "sparsemax")
 WITH_K = ("topk", "batch_topk")
 ELEVEN_NAMES = tuple(table_numbers())  # in the order of the paper's tables
 
+# Title, colour, marker. The palette of Okabe and Ito can be told apart with any kind of colour
+# vision; markers differ as well.
 _MODELS = {
-    "relu": "ReLU",
-    "jumprelu": "JumpReLU",
-    "gated": "Gated",
-    "topk": "TopK",
-    "batch_topk": "BatchTopK",
-    "sparsemax": "Sparsemax",
-    "attention_relu": "Attention + ReLU",
-    "linear_sparsemax": "Linear + sparsemax",
+    "relu": ("ReLU", "#0072b2", "o"),
+    "jumprelu": ("JumpReLU", "#56b4e9", "s"),
+    "gated": ("Gated", "#009e73", "D"),
+    "topk": ("TopK", "#e69f00", "^"),
+    "batch_topk": ("BatchTopK", "#cc79a7", "v"),
+    "sparsemax": ("Sparsemax", "#d55e00", "*"),
+    "attention_relu": ("Attention + ReLU", "#999999", "P"),
+    "linear_sparsemax": ("Linear + sparsemax", "#b8a500", "X"),
 }
-# Okabe and Ito's palette, distinguishable with any kind of colour vision; markers differ as well.
-_COLOURS = {
-    "relu": ("#0072b2", "o"),
-    "jumprelu": ("#56b4e9", "s"),
-    "gated": ("#009e73", "D"),
-    "topk": ("#e69f00", "^"),
-    "batch_topk": ("#cc79a7", "v"),
-    "sparsemax": ("#d55e00", "*"),
-    "attention_relu": ("#999999", "P"),
-    "linear_sparsemax": ("#b8a500", "X"),
-}
-_MORE_COLOURS = (("#7f5fb0", "h"), ("#8c564b", "<"), ("#5f7f3f", ">"), ("#c0508f", "d"))
+_OTHERS = (("#7f5fb0", "h"), ("#8c564b", "<"), ("#5f7f3f", ">"), ("#c0508f", "d"))
 
 
 def model_title(model: str) -> str:
     """As the paper writes it; a model that it does not have by its own name."""
-    return _MODELS.get(model, model)
+    return _MODELS[model][0] if model in _MODELS else model
+
+
+def model_style(model: str, models: Sequence[str]) -> tuple[str, str]:
+    """Colour ("#rrggbb") and matplotlib marker of a model among the `models` of a report."""
+    if model in _MODELS:
+        return _MODELS[model][1:]
+    others = [name for name in models if name not in _MODELS]
+    return _OTHERS[others.index(model) % len(_OTHERS)]
 
 
 def dataset_title(dataset: str) -> str:
@@ -53,14 +52,6 @@ def slug(dataset: str) -> str:
     if plain == dataset:
         return dataset
     return f"{plain}-{hashlib.sha256(dataset.encode()).hexdigest()[:6]}"
-
-
-def model_style(model: str, models: tuple[str, ...]) -> tuple[str, str]:
-    """Colour ("#rrggbb") and matplotlib marker of a model among the `models` of a report."""
-    if model in _COLOURS:
-        return _COLOURS[model]
-    unknown = [name for name in models if name not in _COLOURS]
-    return _MORE_COLOURS[unknown.index(model) % len(_MORE_COLOURS)]
 
 
 def listed(words: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 Drawn without pyplot, so that nothing global is touched. Every model has its one colour and marker.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,46 +10,25 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from clipsae.report import published
 from clipsae.report.collect import NO_K
-from clipsae.report.names import (
-    column_order,
-    column_title,
-    dataset_title,
-    model_style,
-    model_title,
-    slug,
-)
-from clipsae.report.select import Selection, of_line
-from clipsae.report.tables import row_title
-from clipsae.report.variants import Line
+from clipsae.report.names import column_order, column_title, dataset_title, model_style, slug
+from clipsae.report.select import Selection
+from clipsae.report.settings import Line
 
 WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels high
 INK = "#1b1f24"  # of text and axes: the page replaces it by the reader's own
-STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "grid.color": INK,
-    "grid.alpha": 0.14,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "legend.columnspacing": 1.2,
-    "legend.handlelength": 1.6,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
+_INKED = ("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color", "xtick.color")
+_EMPTY = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+STYLE: Any = {
+    **dict.fromkeys((*_INKED, "ytick.color"), INK),
+    **dict.fromkeys(_EMPTY, "none"),
+    **{"font.size": 10, "axes.spines.top": False, "axes.spines.right": False},
+    **{"axes.grid": True, "grid.alpha": 0.14, "grid.linewidth": 0.6, "lines.linewidth": 1.6},
+    **{"legend.frameon": False, "legend.fontsize": 9},
+    **{"legend.columnspacing": 1.2, "legend.handlelength": 1.6},
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "clipsae",  # the same data, the same file
     "pdf.fonttype": 42,
@@ -59,19 +37,11 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure and its caption.
+    """A figure and its caption."""
 
-    Attributes:
-        name: of its files.
-        title, caption: plain text.
-        dataset: what it shows; "": several.
-        figure: drawn.
-    """
-
-    name: str
+    name: str  # of its files
     title: str
     caption: str
-    dataset: str
     figure: Figure
 
 
@@ -87,15 +57,14 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.4)
         for line in selection.lines:
-            style, rank = model_style(line.model, selection.models), _rank(selection, line)
-            mine = of_line(cells[cells.metric.isin(keys)], line)
-            mine = mine.assign(x=mine.metric.map(position))
-            _line(axes, mine, *style, row_title(selection, line), rank)
+            mine = cells[cells.line.eq(line) & cells.metric.isin(keys)]
+            style = _style(selection, line)
+            _curve(axes, mine.assign(x=mine.metric.map(position)), style, selection.title(line))
             theirs = {key: known.get((dataset, line.model, key)) for key in keys}
             points = [(position[key], float(y)) for key, y in theirs.items() if y is not None]
-            if points and not rank:
+            if points and style["linestyle"] == "-":
                 xy = zip(*points, strict=True)
-                axes.plot(*xy, color=style[0], linestyle=(0, (3, 2)), linewidth=1)
+                axes.plot(*xy, color=style["color"], linestyle=(0, (3, 2)), linewidth=1)
         alone = cells[cells.metric == "no_sae"].value
         if len(alone):
             axes.axhline(alone.mean(), color=INK, linewidth=1, linestyle=":", label="no SAE")
@@ -106,13 +75,9 @@ def accuracy_plot(selection: Selection, dataset: str) -> Plot | None:
         axes.set_ylim(bottom=0)
         _legend(figure, axes)
     paper = " Dashed: published." if dataset in published.table_numbers() else ""
-    return Plot(
-        name=f"accuracy_{slug(dataset)}",
-        title=f"{dataset_title(dataset)}: accuracy over n",
-        caption=f"Steps of n are drawn evenly. Dotted: CLIP alone.{paper}{_spread(cells)}",
-        dataset=dataset,
-        figure=figure,
-    )
+    caption = f"Steps of n are drawn evenly. Dotted: CLIP alone.{paper}{_spread(cells)}"
+    title = f"{dataset_title(dataset)}: accuracy over n"
+    return Plot(f"accuracy_{slug(dataset)}", title, caption, figure)
 
 
 def k_plot(selection: Selection, dataset: str) -> Plot | None:
@@ -122,8 +87,7 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
     if not swept:
         return None
     cells = cells[cells.metric.str.startswith("on_")]
-    guides = [line for line in selection.lines if line.model == "sparsemax"]
-    of_swept = pd.concat([of_line(cells, line) for line in swept])
+    of_swept = cells[cells.line.isin(swept)]
     columns = sorted(set(of_swept.metric), key=column_order)
     rows = -(-len(columns) // 2)
     with matplotlib.rc_context(STYLE):
@@ -131,29 +95,19 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
         for axes, column in zip(panels, columns, strict=False):
             here = cells[cells.metric == column]
             for line in swept:
-                mine = of_line(here, line)
-                mine = mine[mine.k > NO_K]
-                style = model_style(line.model, selection.models)
-                _line(axes, mine.assign(x=mine.k), *style, _called(line), _rank(selection, line))
-            for guide in guides:
+                mine = here[here.line.eq(line) & here.k.gt(NO_K)]
+                _curve(axes, mine.assign(x=mine.k), _style(selection, line), line.title)
+            for guide in (line for line in selection.lines if line.model == "sparsemax"):
                 support = mean_support(selection, dataset, guide)
                 if support is None:
                     continue
-                point = of_line(here, guide)
-                colour, marker = model_style("sparsemax", selection.models)
-                axes.axvline(support, color=colour, linewidth=1, linestyle=":")
+                style = _style(selection, guide) | {"linestyle": "none"}
+                axes.axvline(support, color=style["color"], linewidth=1, linestyle=":")
+                point = here[here.line.eq(guide)]
                 if len(point):
-                    axes.errorbar(
-                        [support],
-                        point.value,
-                        yerr=point["std"].fillna(0),
-                        color=colour,
-                        marker=marker,
-                        markersize=9,
-                        markerfacecolor="none" if _rank(selection, guide) else colour,
-                        linestyle="none",
-                        label=f"{_called(guide)} (mean support {support:.1f})",
-                    )
+                    label = f"{guide.title} (mean support {support:.1f})"
+                    spread = point["std"].fillna(0)
+                    axes.errorbar([support], point.value, yerr=spread, **style, label=label)
             ks = sorted(set(of_swept.k[(of_swept.metric == column) & (of_swept.k > NO_K)]))
             ks = ks[:: -(-len(ks) // 5)]  # thinned where they would collide
             axes.set_xscale("log", base=2)
@@ -167,99 +121,65 @@ def k_plot(selection: Selection, dataset: str) -> Plot | None:
         for axes in panels[::2]:
             axes.set_ylabel("accuracy, %")
         _legend(figure, panels[0])
-    return Plot(
-        name=f"k_{slug(dataset)}",
-        title=f"{dataset_title(dataset)}: accuracy over k",
-        caption=(
-            "A panel for each on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
-            f"which needs no k; the star is its accuracy.{_spread(cells)}"
-        ),
-        dataset=dataset,
-        figure=figure,
+    caption = (
+        "A panel for each on_n. Dotted: the mean support of the Sparsemax SAE on this dataset, "
+        f"which needs no k; the star is its accuracy.{_spread(cells)}"
     )
+    return Plot(f"k_{slug(dataset)}", f"{dataset_title(dataset)}: accuracy over k", caption, figure)
 
 
 def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     """L0 against FVU, every model and k; None: nothing measured."""
     metrics = selection.metrics
     metrics = metrics[(metrics.dataset == dataset) & metrics.metric.isin(["l0", "fvu"])]
-    by = ["model", "common", "own", "k"]
-    value = metrics.pivot_table(index=by, columns="metric", values="value")
-    if not {"l0", "fvu"} <= set(value.columns):
+    wide = metrics.pivot(index=["line", "k"], columns="metric", values=["value", "std"])
+    if not {("value", "l0"), ("value", "fvu")} <= set(wide.columns):
         return None
-    value = value.dropna()
-    std = metrics.pivot_table(index=by, columns="metric", values="std")
-    std = std.reindex(value.index).reindex(columns=["l0", "fvu"]).fillna(0)
-    there = set(value.index.droplevel("k"))
-    shown = [x for x in selection.lines if (x.model, x.common, x.own) in there]
+    wide = wide.dropna(subset=[("value", "l0"), ("value", "fvu")]).fillna(0)
+    there = set(wide.index.get_level_values("line"))
+    shown = [line for line in selection.lines if line in there]
     if not shown:
         return None
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.2)
         above = True  # curves of k lie near each other: their labels take different sides
         for line in shown:
-            colour, marker = model_style(line.model, selection.models)
-            at = (line.model, line.common, line.own)
-            points, error = value.loc[at].sort_index(), std.loc[at].sort_index()
-            axes.errorbar(
-                points.l0,
-                points.fvu,
-                xerr=error.l0,
-                yerr=error.fvu,
-                color=colour,
-                marker=marker,
-                markersize=9 if marker == "*" else 6,
-                markerfacecolor="none" if _rank(selection, line) else colour,
-                linewidth=1,
-                elinewidth=1,
-                label=_called(line),
-            )
-            for k, point in points[points.index != NO_K].iterrows():
-                axes.annotate(
-                    f"k {k}",
-                    (point.l0, point.fvu),
-                    xytext=(4, 4) if above else (-4, -4),
-                    textcoords="offset points",
-                    ha="left" if above else "right",
-                    va="bottom" if above else "top",
-                    fontsize=8,
-                )
-            above ^= any(points.index != NO_K)
+            style = _style(selection, line) | {"linestyle": "-", "linewidth": 1, "elinewidth": 1}
+            points = wide.xs(line, level="line").sort_index()
+            value, std = points["value"], points["std"]
+            axes.errorbar(value.l0, value.fvu, xerr=std.l0, yerr=std.fvu, **style, label=line.title)
+            for k, point in value[value.index != NO_K].iterrows():
+                side: Any = {"xytext": (4, 4), "ha": "left", "va": "bottom"}
+                if not above:
+                    side: Any = {"xytext": (-4, -4), "ha": "right", "va": "top"}
+                xy = point.l0, point.fvu
+                axes.annotate(f"k {k}", xy, textcoords="offset points", fontsize=8, **side)
+            above ^= any(value.index != NO_K)
+        l0 = wide["value"].l0
         axes.set_xscale("log")
-        _plain_log_ticks(axes, value.l0)
+        axes.set_xlim(max(l0.min(), 1e-3) / 1.3, max(l0.max(), 1e-3) * 1.3)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("L0: active latents per token")
         axes.set_ylabel("FVU")
         axes.set_ylim(bottom=0)
         _legend(figure, axes)
-    return Plot(
-        name=f"sparsity_{slug(dataset)}",
-        title=f"{dataset_title(dataset)}: sparsity against FVU",
-        caption=f"Lower left is better.{_spread(metrics)}",
-        dataset=dataset,
-        figure=figure,
-    )
+    title = f"{dataset_title(dataset)}: sparsity against FVU"
+    caption = f"Lower left is better.{_spread(metrics)}"
+    return Plot(f"sparsity_{slug(dataset)}", title, caption, figure)
 
 
 def mean_support(selection: Selection, dataset: str, line: Line) -> float | None:
     """Mean number of active latents per token of a Sparsemax SAE, over seeds."""
-    rows = of_line(selection.metrics, line)
-    rows = rows[(rows.dataset == dataset) & (rows.metric == "l0")]
+    rows = selection.metrics
+    rows = rows[rows.line.eq(line) & rows.dataset.eq(dataset) & rows.metric.eq("l0")]
     return float(rows.value.mean()) if len(rows) else None
 
 
 def swept_k(rows: pd.DataFrame, line: Line) -> set[int]:
     """The values of k that a line has results of."""
-    return set(of_line(rows, line).k) - {NO_K}
-
-
-def _called(line: Line) -> str:
-    """A line's name without its k."""
-    return model_title(line.model) + (f", {line.variant}" if line.variant else "")
-
-
-def _rank(selection: Selection, line: Line) -> int:
-    """0 for a model's first line, 1 for its second, ..."""
-    return [x for x in selection.lines if x.model == line.model].index(line)
+    return set(rows.k[rows.line.eq(line)]) - {NO_K}
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -267,45 +187,29 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, lis
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _line(
-    axes: Axes, cells: pd.DataFrame, colour: str, marker: str, label: str, rank: int = 0
-) -> None:
-    """A line through `value` over `x`, with a band of one standard deviation over seeds.
+def _style(selection: Selection, line: Line) -> dict[str, Any]:
+    """A model's colour and marker; its lines but the first are dash-dotted, markers hollow."""
+    colour, marker = model_style(line.model, selection.models)
+    first = line == selection.main(line.model)
+    return {
+        "color": colour,
+        "marker": marker,
+        "markersize": 9 if marker == "*" else 5,
+        "markerfacecolor": colour if first else "none",
+        "linestyle": "-" if first else "-.",
+    }
 
-    Args:
-        rank: 0 for a model's first line; others are dash-dotted with hollow markers.
-    """
+
+def _curve(axes: Axes, cells: pd.DataFrame, style: dict[str, Any], label: str) -> None:
+    """A line through `value` over `x`, with a band of one standard deviation over seeds."""
     if cells.empty:
         return
     cells = cells.sort_values("x")
-    axes.plot(
-        cells.x,
-        cells.value,
-        color=colour,
-        marker=marker,
-        markersize=8 if marker == "*" else None,
-        markerfacecolor="none" if rank else colour,
-        linestyle="-." if rank else "-",
-        label=label,
-    )
+    axes.plot(cells.x, cells.value, **style, label=label)
     several = cells[cells.seeds > 1]
     if len(several):
         low, high = several.value - several["std"], several.value + several["std"]
-        axes.fill_between(several.x, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def _plain_log_ticks(axes: Axes, values: Iterable[float]) -> None:
-    """1, 2, 5, 10, ... within the values' range, as numbers."""
-    values = [v for v in values if v > 0]
-    if not values:
-        return
-    low, high = min(values) / 1.3, max(values) * 1.3
-    axes.set_xlim(low, high)
-    ticks = [b * 10**e for e in range(-3, 7) for b in (1, 2, 5) if low <= b * 10**e <= high]
-    if len(ticks) > 7:
-        ticks = [t for t in ticks if str(t).strip("0.")[0] == "1"]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.fill_between(several.x, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -4,70 +4,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from clipsae.report import plots, tables
-from clipsae.report.collect import Collected
+from clipsae.report.collect import NO_K, Collected
 from clipsae.report.findings import findings
 from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
-from clipsae.report.names import dataset_title, model_title, slug
+from clipsae.report.names import dataset_title, slug
 from clipsae.report.plots import Plot
 from clipsae.report.published import table_numbers
 from clipsae.report.select import Selection
-from clipsae.report.stability import Stability, seed_stability
 from clipsae.report.table import Table
-from clipsae.report.tables import MEASURED_ON
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A part of the page."""
 
-    Attributes:
-        name: its anchor.
-        title: plain text.
-        tables, plots: shown.
-        folded: tables shown when asked for.
-    """
-
-    name: str
+    name: str  # its anchor
     title: str
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
-    folded: list[Table] = field(default_factory=list)
+    folded: list[Table] = field(default_factory=list)  # shown when asked for
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is written.
+    """Everything that is written."""
 
-    Attributes:
-        selection: what it rests on.
-        sections: in order; the first holds the averages.
-        differences: sentences on the settings that differ between results.
-        findings: sentences.
-        missing, fewer: gaps, with commands.
-        notes: lines on what was left out.
-        origins: a dict a result that is used: kind, name, model, dataset, k, seed, finished
-            (seconds since 1970), commit, versions, host.
-    """
-
-    selection: Selection
-    sections: list[Section]
-    differences: list[str]
-    findings: list[str]
-    missing: list[Missing]
+    selection: Selection  # what it rests on
+    sections: list[Section]  # the first holds the averages
+    differences: list[str]  # sentences on the settings that differ between results
+    findings: list[str]  # sentences
+    missing: list[Missing]  # gaps, with commands
     fewer: list[Missing]
-    notes: list[str]
-    origins: list[dict[str, Any]]
+    notes: list[str]  # on what was left out
+    origins: list[dict[str, Any]]  # of each result that is used: where it comes from
 
     @property
     def tables(self) -> list[Table]:
         return [t for section in self.sections for t in (*section.tables, *section.folded)]
-
-    @property
-    def has_published(self) -> bool:
-        return any(table.has_published for table in self.tables)
 
     @property
     def plots(self) -> list[Plot]:
@@ -79,14 +53,15 @@ def make_report(
 ) -> Report:
     """Build tables, plots and sentences from a selection of what the store at `root` holds."""
     missing = missing_cells(selection, commands)
-    stable, unread = seed_stability(root, found, selection)
+    fidelity = tables.fidelity_table(selection)
+    stability, unread = tables.stability_table(root, found, selection)
     swept = [plots.k_plot(selection, dataset) for dataset in selection.datasets]
     sections = [
         _overview(selection),
         *(_dataset_section(selection, dataset) for dataset in selection.datasets),
         Section("ablation", "Ablation", tables.ablation_tables(selection)),
         Section("k", "Sweep of k", plots=[plot for plot in swept if plot is not None]),
-        _beyond(selection, stable),
+        Section("beyond", "Beyond the paper", [t for t in (fidelity, stability) if not t.empty]),
     ]
     return Report(
         selection=selection,
@@ -104,6 +79,7 @@ def make_report(
 
 
 def _overview(selection: Selection) -> Section:
+    """Averages and ranks over the eleven datasets, and over others."""
     eleven, others = selection.eleven, selection.others
     called = "the eleven" if len(eleven) == 11 else f"{len(eleven)} of the eleven"
     kinds = [
@@ -112,46 +88,32 @@ def _overview(selection: Selection) -> Section:
     ]
     if not eleven:
         kinds = [(others, "", f"{len(others)} datasets")]
-    section = Section("overview", "Average and ranks")
+    found = []
     for datasets, suffix, title in kinds:
         if len(datasets) < 2:
             continue
-        section.tables.append(tables.average_table(selection, datasets, f"average{suffix}", title))
+        found.append(tables.average_table(selection, datasets, f"average{suffix}", title))
         groups = [x for x in tables.compared(selection, datasets) if len(x.datasets) > 1]
         for at, group in enumerate(groups, start=1):
             rank = f"rank{suffix}" + (f"_{at}" if len(groups) > 1 else "")
-            section.tables.append(tables.rank_table(selection, group, rank))
-    return section
+            found.append(tables.rank_table(selection, group, rank))
+    return Section("overview", "Average and ranks", found)
 
 
 def _dataset_section(selection: Selection, dataset: str) -> Section:
     """Accuracy, sparsity and interpretability of one dataset."""
     number = table_numbers().get(dataset)
-    of_paper = f" (Table {number})" if number else ""
-    accuracy = tables.dataset_table(selection, dataset)
-    others = tables.other_settings_table(selection, dataset)
-    measured = [
-        *tables.sparsity_tables(selection, dataset),
-        *tables.interpretability_tables(selection, dataset),
-    ]
-    recovered = tables.recovery_table(selection, dataset)
-    paper = dataset == MEASURED_ON
-    folded = [others, *([] if paper else measured), recovered]
+    accuracy, *others = tables.accuracy_tables(selection, dataset)
+    measured = tables.metric_tables(selection, dataset)
+    in_paper = dataset == tables.MEASURED_ON
     drawn = plots.accuracy_plot(selection, dataset), plots.sparsity_plot(selection, dataset)
     return Section(
         f"dataset-{slug(dataset)}",
-        dataset_title(dataset) + of_paper,
-        [accuracy, *(measured if paper else [])],
+        dataset_title(dataset) + (f" (Table {number})" if number else ""),
+        [accuracy, *measured] if in_paper else [accuracy],
         [plot for plot in drawn if plot is not None],
-        [table for table in folded if table.columns],
+        others if in_paper else [*others, *measured],
     )
-
-
-def _beyond(selection: Selection, stable: list[Stability]) -> Section:
-    found = [tables.fidelity_table(selection)]
-    found = [table for table in found if not table.empty]
-    found += [tables.stability_table(selection, stable)] if stable else []
-    return Section("beyond", "Beyond the paper", found)
 
 
 def _several_k(selection: Selection) -> list[str]:
@@ -160,23 +122,17 @@ def _several_k(selection: Selection) -> list[str]:
     for line in selection.lines:
         ks = sorted(plots.swept_k(selection.cells, line))
         if len(ks) > 1:
-            variant = f", {line.variant}" if line.variant else ""
             sentences.append(
-                f"{model_title(line.model)}{variant} has results with k = "
-                f"{', '.join(map(str, ks))}. The tables show k = {selection.k[line]} "
-                "(task.k chooses another), the plots over k all of them."
+                f"{line.title} has results with k = {', '.join(map(str, ks))}. The tables show "
+                f"k = {selection.k[line]} (task.k chooses another), the plots over k all of them."
             )
     return sentences
 
 
 def _counts(selection: Selection) -> list[str]:
     """How many results were not used, or only cover a part of the images."""
-    wanted = selection.wanted
-    limited = {
-        row.folder
-        for row in selection.runs.drop_duplicates("folder").itertuples()
-        if dict(row.settings).get("evaluation.limit_images", "null") != "null"
-    }
+    wanted, limit = selection.wanted, "evaluation.limit_images"
+    runs = selection.runs.drop_duplicates("folder")
     settings = "".join(f", {name}={value}" for name, value in wanted.settings.items())
     counts = {
         "superseded by a newer one with the same settings.": selection.superseded,
@@ -184,7 +140,9 @@ def _counts(selection: Selection) -> list[str]:
         f"{wanted.layer}), the {wanted.protocol} protocol and M = {wanted.latents}{settings}.": (
             selection.unfitting
         ),
-        "used that cover a part of the images only (evaluation.limit_images).": len(limited),
+        f"used that cover a part of the images only ({limit}).": sum(
+            dict(one).get(limit, "null") != "null" for one in runs.settings
+        ),
     }
     return [
         f"{n} {'result is' if n == 1 else 'results are'} {what}" for what, n in counts.items() if n
@@ -192,23 +150,14 @@ def _counts(selection: Selection) -> list[str]:
 
 
 def _origins(found: Collected, selection: Selection) -> list[dict[str, Any]]:
-    columns = ["folder", "model", "dataset", "k", "seed", "finished"]
-    every = pd.concat([frame[columns] for frame in (found.results, found.measurements)])
-    rows = []
-    for row in every[every.folder.isin(selection.folders)].drop_duplicates("folder").itertuples():
-        meta = found.origins[row.folder]["meta"]
-        rows.append(
-            {
-                "kind": "evaluation",
-                "name": row.folder,
-                "model": row.model,
-                "dataset": row.dataset,
-                "k": row.k or "",
-                "seed": row.seed,
-                "finished": row.finished,
-                "commit": meta.get("git_commit") or "",
-                "versions": meta.get("versions") or {},
-                "host": meta.get("host") or "",
-            }
-        )
-    return rows
+    rows = found.figures.sort_values("measured", kind="stable").drop_duplicates("folder")
+    rows = rows[rows.folder.isin(selection.folders)].rename(columns={"folder": "name"})
+    metas = [found.origins[name]["meta"] for name in rows.name]
+    rows = rows[["name", "model", "dataset", "k", "seed", "finished"]].assign(
+        kind="evaluation",
+        k=rows.k.astype(object).where(rows.k != NO_K, ""),
+        commit=[meta.get("git_commit") or "" for meta in metas],
+        versions=[meta.get("versions") or {} for meta in metas],
+        host=[meta.get("host") or "" for meta in metas],
+    )
+    return rows.to_dict("records")

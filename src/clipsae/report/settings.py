@@ -1,37 +1,55 @@
-"""What decides a result, as flat settings by the names of the config: "trainer.max_steps", ...
+"""What decides a result, as flat settings by the names of the config ("trainer.max_steps", ...),
+and which of them differ between results.
 
 They are read from the keys of the store's stages, where everything that decides a content is, so
-that no option can be forgotten here.
+that no option can be forgotten here. Two results may be averaged if all settings that decide them
+are the same but the seed. Otherwise each is a line of its own in the tables.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import pandas as pd
+
 from clipsae.overrides import flat
+from clipsae.report.names import dataset_title, listed, model_title
+from clipsae.store.survey import short
 
 Settings = tuple[tuple[str, str], ...]  # names and values, sorted
 NOT_SET = "not set"
-# What a cell of the tables is known by anyway.
-_CELL = ("model.k", "model.latents", "trainer.seed", "features.seed", "evaluation.protocol")
-# What chooses which figures there are, and leaves each of them as it is.
-_CHOICES = ("evaluation.ns", "evaluation.settings", "measurement.metrics")
-# The image encoder's figures have tables of their own.
-_APART = ("measurement.image_encoder",)
+_LEFT_OUT = (
+    # What a cell of the tables is known by anyway.
+    *("model.k", "model.latents", "trainer.seed", "features.seed", "evaluation.protocol"),
+    # What chooses which figures there are, and leaves each of them as it is.
+    *("evaluation.ns", "evaluation.settings", "measurement.metrics"),
+    # The image encoder's figures have tables of their own.
+    "measurement.image_encoder",
+)
 # Of key["training"], whose other entries are of conf/model.
 _FEATURES = ("batch_size", "shuffle_buffer_images", "cache", "block_images", "buffer_images")
-_OPTIMIZER = ("learning_rate", "betas", "warmup_steps", "decay")
-_TRAINER = ("max_steps", "precision", "gradient_clip_val", "batches_a_step", "seed")
-_PLACES = {
-    **dict.fromkeys(_FEATURES, "features"),
-    **dict.fromkeys(_OPTIMIZER, "optimizer"),
-    **dict.fromkeys(_TRAINER, "trainer"),
+_GROUPS = {
+    **dict.fromkeys(_FEATURES, "features."),
+    **dict.fromkeys(("learning_rate", "betas", "warmup_steps", "decay"), "optimizer."),
+    **dict.fromkeys(
+        ("max_steps", "precision", "gradient_clip_val", "batches_a_step", "seed"), "trainer."
+    ),
+    **dict.fromkeys(("trainer", "features"), ""),
 }
 # Of a config, for results whose SAE is no longer there to be asked: what decides nothing.
 _IDLE = re.compile(
     r"model\.(name|compile)|(.*\.)?(_target_|root|download|num_workers|pin_memory|folder)"
     r"|trainer\.(accelerator|devices|num_nodes|strategy|log_every_n_steps|val_check_interval"
     r"|limit_val_batches|num_sanity_val_steps|enable_.*)|evaluation\.batch_size"
+)
+# What belongs to a model, so that different models are expected to differ.
+_OF_MODEL = (
+    *("model.", "optimizer.", "plugins"),
+    *("trainer.gradient_clip", "evaluation.count_threshold"),
+)
+_OVERRIDE = re.compile(
+    r"(?!\w+\.batches_a_step)(trainer|model|optimizer|features|evaluation)\.[\w.]+=\S+"
 )
 
 
@@ -46,72 +64,185 @@ def settings_of(
         config: resolved, of the run that made it.
         schema: of the key.
     """
-    named = dict(_of_sae(of_sae) if of_sae else _of_config(config))
+    if of_sae:
+        named = {_config_name(name): value for name, value in flat(of_sae)}
+    else:
+        features = {k: v for k, v in (config.get("features") or {}).items() if k in _FEATURES}
+        groups = ("clip", "model", "optimizer", "train_dataset", "trainer", "features")
+        named = config_settings({**config, "features": features}, groups)
     trained_on = config.get("train_dataset", {"_target_": ""}) or {}
     if trained_on == config.get("dataset") or "_target_" not in trained_on:
-        named = _trained_on_itself(named)
+        images = named.get("train_dataset.fingerprint")
+        named = {n: v for n, v in named.items() if not n.startswith("train_dataset.")}
+        named["train_dataset.name"] = "the dataset itself"
+        named |= {} if images is None else {"dataset.train_fingerprint": images}
     for name, value in flat({k: v for k, v in key.items() if k != "sae"}):
-        named[_of_result(name)] = value
+        named[f"evaluation.{name}" if name in ("split", "limit_images") else name] = value
     if not key:
         named |= config_settings(config, ("dataset", "evaluation"))
     if schema is not None:
         named["schema"] = str(schema)
-    left_out = {*_CELL, *_CHOICES, *_APART}
-    return tuple(sorted((n, v) for n, v in named.items() if n not in left_out))
+    return tuple(sorted((n, v) for n, v in named.items() if n not in _LEFT_OUT))
 
 
-def of_topn(settings: Settings) -> Settings:
-    """Those that decide accuracies."""
-    return tuple((name, value) for name, value in settings if not name.startswith("measurement."))
-
-
-def of_metrics(settings: Settings) -> Settings:
-    """Those that decide what is measured."""
-    return tuple((n, v) for n, v in settings if is_of_codes(n) or n.startswith("measurement."))
-
-
-def is_of_codes(name: str) -> bool:
-    """Whether a setting decides an SAE's codes on the images."""
-    if name in ("evaluation.split", "evaluation.limit_images"):
-        return True
-    return not name.startswith(("evaluation.", "measurement."))
-
-
-def _of_sae(key: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in flat(key):
-        group, _, rest = name.partition(".")
-        if group == "sae":
-            name = f"model.{rest}"
-        elif group == "training":
-            first = rest.partition(".")[0]
-            known = first in ("trainer", "features")  # "training.trainer.max_steps"
-            name = rest if known else f"{_PLACES.get(first, 'model')}.{rest}"
-        yield name, value
-
-
-def _of_result(name: str) -> str:
-    """A name of an evaluation's key as the config has it."""
-    if name in ("split", "limit_images"):
-        return f"evaluation.{name}"
-    return name
-
-
-def _trained_on_itself(named: dict[str, str]) -> dict[str, str]:
-    """Of an SAE that is trained on the dataset it is evaluated on: its images are the dataset's."""
-    kept = {n: v for n, v in named.items() if not n.startswith("train_dataset.")}
-    kept["train_dataset.name"] = "the dataset itself"
-    if "train_dataset.fingerprint" in named:
-        kept["dataset.train_fingerprint"] = named["train_dataset.fingerprint"]
-    return kept
-
-
-def _of_config(config: Mapping[str, Any]) -> dict[str, str]:
-    features = {k: v for k, v in (config.get("features") or {}).items() if k in _FEATURES}
-    named = config_settings(config, ("clip", "model", "optimizer", "train_dataset", "trainer"))
-    return named | config_settings({"features": features}, ("features",))
-
-
-def config_settings(config: Mapping[str, Any], groups: tuple[str, ...]) -> dict[str, str]:
+def config_settings(config: Mapping[str, Any], groups: Iterable[str]) -> dict[str, str]:
     """Settings of groups of a resolved config, but for those that decide no result."""
     chosen = {group: config[group] for group in groups if config.get(group)}
     return {name: value for name, value in flat(chosen) if not _IDLE.fullmatch(name)}
+
+
+def decides_codes(name: str) -> bool:
+    """Whether a setting decides an SAE's codes on the images."""
+    always = ("evaluation.split", "evaluation.limit_images")
+    return name in always or not name.startswith(("evaluation.", "measurement."))
+
+
+def _config_name(name: str) -> str:
+    """The config's name of an entry of an SAE's key."""
+    group, _, rest = name.partition(".")
+    if group == "training":
+        return _GROUPS.get(rest.partition(".")[0], "model.") + rest
+    return f"model.{rest}" if group == "sae" else name
+
+
+# --- which of them differ ---
+
+
+@dataclass(frozen=True, order=True)
+class Line:
+    """A row of the tables: a model by the settings of its results."""
+
+    model: str
+    # Those of the settings that are not the model's own and that differ in the report, such as
+    # "trainer.max_steps=3", as few as tell the lines apart.
+    common: str = ""
+    own: str = ""  # the model's own settings that differ between its results
+    settings: Settings = field(default=(), compare=False, repr=False)  # that `common` is short for
+
+    @property
+    def variant(self) -> str:
+        """What sets it apart; "" where nothing does."""
+        return ", ".join(label for label in (self.common, self.own) if label)
+
+    @property
+    def title(self) -> str:
+        """The model as the paper writes it, and what sets its line apart."""
+        return ", ".join(filter(None, (model_title(self.model), self.variant)))
+
+    @property
+    def overrides(self) -> list[str]:
+        """Those of `variant` that a command line can ask for."""
+        return [word for word in self.variant.split(", ") if _OVERRIDE.fullmatch(word)]
+
+    def unlike(self, settings: Mapping[str, str]) -> int:
+        """How many of its settings have another value in `settings`; those that are not there are
+        not counted."""
+        return sum(settings.get(name, value) != value for name, value in self.settings)
+
+
+def set_apart(figures: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Give every row its `Line`, as the column `line`.
+
+    Args:
+        figures: with columns model, dataset, folder, settings.
+
+    Returns:
+        The frame, and a sentence for each setting that differs.
+    """
+    names = ["model", "dataset", "folder", "settings"]
+    results = figures[names].drop_duplicates(ignore_index=True)
+    values = pd.DataFrame([dict(s) for s in results.settings], results.index, dtype=object)
+    for name in values:  # whoever lacks one of these has another value; of others nothing is known
+        if decides_codes(name):
+            values[name] = values[name].fillna(NOT_SET)
+    common = _varying(results, values[[name for name in values if not name.startswith(_OF_MODEL)]])
+    sentences = [_sentence(name, results, values) for name in common]
+    for name in common:  # every dataset has a hash of its images: of interest if it has several
+        if name.startswith("dataset.") and name.endswith("fingerprint"):
+            several = values[name].groupby(results.dataset).transform("nunique") > 1
+            values[name] = values[name].where(several)
+    labels, shared = _labels(values[common])
+    lines: dict[tuple[Any, ...], Line] = {}
+    for model, mine in results.groupby("model"):
+        own = _varying(mine, values.loc[mine.index, [n for n in values if n.startswith(_OF_MODEL)]])
+        sentences += [f"{model_title(model)}: {_sentence(n, mine, values)}" for n in own]
+        own_labels, _ = _labels(values.loc[mine.index, own])
+        for row in mine.itertuples():
+            line = Line(model, labels[row.Index], own_labels[row.Index], shared[row.Index])
+            lines[model, row.dataset, row.settings] = line
+    keys = zip(figures.model, figures.dataset, figures.settings, strict=True)
+    line = pd.Series([lines[key] for key in keys], figures.index, dtype=object)
+    return figures.assign(line=line), sentences
+
+
+def _varying(results: pd.DataFrame, values: pd.DataFrame) -> list[str]:
+    """Names of the settings that differ, in the order in which labels prefer them.
+
+    A setting of a dataset may differ between datasets. Results of another schema are compared
+    among themselves: their settings may have other names.
+    """
+    schema = results.settings.map(lambda settings: dict(settings).get("schema", ""))
+    same = pd.Series("", values.index)
+
+    def differs(name: str, by: list[pd.Series]) -> bool:
+        return bool((values[name].groupby(by, dropna=False).nunique() > 1).any())
+
+    first = ("trainer.max_steps", "schema")  # in a label, before others that say as much
+    found = [
+        name
+        for name in (*(n for n in first if n in values), *sorted(set(values) - set(first)))
+        if differs(
+            name,
+            [
+                same if name == "schema" else schema,
+                results.dataset if name.startswith("dataset.") else same,
+            ],
+        )
+    ]
+    # Without the hashes of images where another setting says why they differ.
+    for name in [n for n in found if n.endswith("fingerprint")]:
+        if not differs(name, [results.dataset, *(values[n] for n in found if n != name)]):
+            found.remove(name)
+    return found
+
+
+def _labels(values: pd.DataFrame) -> tuple[dict[int, str], dict[int, Settings]]:
+    """By row a label that distinguishes its settings from the others' by as few as are needed, and
+    all of them."""
+    settings = {
+        at: tuple((n, v) for n, v in row.items() if isinstance(v, str) and v != NOT_SET)
+        for at, row in values.to_dict("index").items()
+    }
+    distinct = [dict(one) for one in set(settings.values())]
+    chosen: list[str] = []
+
+    def parts(by: Sequence[str]) -> int:
+        return len({tuple(map(one.get, by)) for one in distinct})
+
+    while parts(chosen) < len(distinct):
+        chosen.append(max(values, key=lambda name: parts([*chosen, name])))
+    labels = {
+        at: ", ".join(f"{n}={short(v)}" for n in chosen if (v := dict(one).get(n)) is not None)
+        for at, one in settings.items()
+    }
+    return labels, settings
+
+
+def _sentence(name: str, results: pd.DataFrame, values: pd.DataFrame) -> str:
+    """How many results have which value of a setting."""
+    known = results.assign(value=values[name]).dropna(subset="value").drop_duplicates("folder")
+    places = known.model.map(model_title) + " on " + known.dataset.map(dataset_title)
+    counts = known.value.value_counts(sort=False).sort_values(ascending=False, kind="stable")
+    parts = []
+    for value, count in counts.items():
+        where = places[known.value == value].unique()
+        of_places = f" ({', '.join(where)})" if len(where) <= 2 else ""
+        parts.append(f"{short(str(value))} in {count} result{'s' * (count != 1)}{of_places}")
+    hashed = " (a hash of the images that were {} on)"
+    explained = {
+        "schema": " (of what the code computes; a smaller number is an older version)",
+        "dataset.fingerprint": hashed.format("evaluated"),
+        "dataset.train_fingerprint": hashed.format("trained"),
+        "train_dataset.fingerprint": hashed.format("trained"),
+    }
+    return f"{name}{explained.get(name, '')} is {listed(parts)}."

@@ -1,28 +1,38 @@
-"""A table of the report: cells of ours, published and their difference."""
+"""A table of the report, cells of ours beside published ones, and its formats: Markdown, CSV, LaTeX
+(the page has its own template)."""
 
 import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
+
+import pandas as pd
+
+from clipsae.evaluation.numbers import Number
 
 MINUS = "\u2212"
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "²": r"\textsuperscript{2}",
+    MINUS: r"$-$",
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure.
+    """One figure."""
 
-    Attributes:
-        ours: mean over seeds; None: not there.
-        std: over seeds (n - 1); None for one seed.
-        seeds: how many.
-        published: the paper's figure as a number; None: it has none.
-        printed: the same as the paper prints it.
-    """
-
-    ours: float | None = None
-    std: float | None = None
+    ours: float | None = None  # mean over seeds
+    std: float | None = None  # over seeds (n - 1); None for one seed
     seeds: int = 0
     published: float | None = None
-    printed: str = ""
+    printed: str = ""  # the same as the paper prints it
 
     @property
     def difference(self) -> float | None:
@@ -31,53 +41,38 @@ class Cell:
             return None
         return self.ours - self.published
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column of figures.
-
-    Attributes:
-        key: of `Row.cells`.
-        title: its heading.
-        digits: after the point, of ours and of the difference.
-        best: "max" or "min" is the better end; "": neither.
-    """
-
-    key: str
-    title: str
-    digits: int = 2
-    best: str = "max"
+    def texts(self, column: Number) -> dict[str, str]:
+        """How it is shown: "ours", "std", "published", "difference"; "" for what is not there."""
+        return {
+            "ours": number(self.ours, column.digits),
+            "std": number(self.std, column.digits),
+            "published": self.printed,
+            "difference": number(self.difference, column.digits, signed=True),
+        }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line: labels, one for each of the table's heads, and cells by column key.
+    """A line of a table."""
 
-    Attributes:
-        model: whose colour it takes; "": nobody's.
-    """
+    labels: tuple[str, ...]  # one for each of the table's heads
+    cells: dict[str, Cell]  # by the column's key
+    model: str = ""  # whose colour it takes; "": nobody's
 
-    labels: tuple[str, ...]
-    cells: dict[str, Cell]
-    model: str = ""
+    def cell(self, column: Number) -> Cell:
+        return self.cells.get(column.key, Cell())
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with everything that its files and its place on the page need.
+    """A table with everything that its files and its place on the page need."""
 
-    Attributes:
-        name: of its files.
-        title, caption: plain text.
-        heads: headings of the labels.
-    """
-
-    name: str
-    title: str
+    name: str  # of its files
+    title: str  # plain text, as the caption
     caption: str
-    heads: tuple[str, ...]
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...] = field(default=())
+    columns: tuple[Number, ...]
+    rows: tuple[Row, ...]
+    heads: tuple[str, ...] = ("model",)  # headings of the labels
 
     @property
     def has_published(self) -> bool:
@@ -88,24 +83,37 @@ class Table:
         """Whether it has not one figure of ours."""
         return all(c.ours is None for row in self.rows for c in row.cells.values())
 
-    def best(self, column: Column) -> float | None:
-        """The best figure of ours in a column, as it is shown; None: none, or none to compare."""
-        values = [
-            round(cell.ours, column.digits)
-            for row in self.rows
-            if (cell := row.cells.get(column.key)) is not None and cell.ours is not None
-        ]
-        if len(values) < 2 or not column.best:
-            return None
-        return max(values) if column.best == "max" else min(values)
+    def is_best(self, row: Row, column: Number) -> bool:
+        """Whether ours is the best of its column, as it is shown, where there is one to compare."""
+        ours = [r.cell(column).ours for r in self.rows]
+        values = [round(x, column.digits) for x in ours if x is not None]
+        value = row.cell(column).ours
+        if value is None or len(values) < 2 or not column.better:
+            return False
+        return round(value, column.digits) == {"max": max, "min": min}[column.better](values)
 
-    def is_best(self, cell: Cell, column: Column) -> bool:
-        return cell.ours is not None and round(cell.ours, column.digits) == self.best(column)
+    @property
+    def headings(self) -> list[str]:
+        """Those of `lines`."""
+        between = [""] * self.has_published
+        return [*self.heads, *between, *(column.label for column in self.columns)]
+
+    def lines(self, row: Row) -> list[list[str]]:
+        """A row as text: ours, and where there are published figures two lines more."""
+        cells = [row.cell(column).texts(column) for column in self.columns]
+        ours = [f"{c['ours']} ± {c['std']}" if c["std"] else c["ours"] for c in cells]
+        if not self.has_published:
+            return [[*row.labels, *ours]]
+        lines = [[*row.labels, "ours", *ours]]
+        if any(c["published"] for c in cells):
+            blank = [""] * len(row.labels)
+            lines += [[*blank, n, *(c[n] for c in cells)] for n in ("published", "difference")]
+        return lines
 
 
-def number(value: float, digits: int, *, signed: bool = False) -> str:
-    """A figure with a real minus; zero never has a sign; "" for NaN."""
-    if math.isnan(value):
+def number(value: float | None, digits: int, *, signed: bool = False) -> str:
+    """A figure with a real minus; zero never has a sign; "" for None and NaN."""
+    if value is None or math.isnan(value):
         return ""
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
@@ -115,12 +123,72 @@ def number(value: float, digits: int, *, signed: bool = False) -> str:
     return f"+{text}" if signed else text
 
 
-def shown(cell: Cell, column: Column) -> dict[str, str]:
-    """The texts of a cell: "ours", "std", "published", "difference"; "" for what is not there."""
-    difference = cell.difference
-    return {
-        "ours": "" if cell.ours is None else number(cell.ours, column.digits),
-        "std": "" if cell.std is None else number(cell.std, column.digits),
-        "published": cell.printed,
-        "difference": "" if difference is None else number(difference, column.digits, signed=True),
-    }
+def to_markdown(table: Table) -> str:
+    """Title, table and caption; three lines a model where there are published figures."""
+    rules = ["---:"] * len(table.columns)
+    rules = ["---"] * (len(table.headings) - len(rules)) + rules
+    lines = [
+        [markdown(text) for text in line]
+        for line in (table.headings, *(line for row in table.rows for line in table.lines(row)))
+    ]
+    body = [f"| {' | '.join(line)} |" for line in (lines[0], rules, *lines[1:])]
+    return "\n".join([f"## {markdown(table.title)}", "", *body, "", markdown(table.caption), ""])
+
+
+def to_frame(table: Table) -> pd.DataFrame:
+    """A line a row; each figure as up to five columns: on_5, on_5_std, on_5_seeds,
+    on_5_published (as printed) and on_5_difference; those that are empty throughout are left out.
+    """
+    rows = []
+    for row in table.rows:
+        line: dict[str, object] = dict(zip(table.heads, row.labels, strict=True))
+        for column in table.columns:
+            cell = row.cell(column)
+            line[column.label] = cell.ours
+            line[f"{column.label}_std"] = cell.std
+            line[f"{column.label}_seeds"] = cell.seeds if cell.seeds > 1 else None
+            line[f"{column.label}_published"] = cell.printed or None
+            line[f"{column.label}_difference"] = cell.difference
+        rows.append(line)
+    frame = pd.DataFrame(rows)
+    return frame[[n for n in frame if n in table.headings or frame[n].notna().any()]]
+
+
+def to_csv(table: Table) -> str:
+    """`to_frame` as CSV, numbers in full precision."""
+    return to_frame(table).to_csv(index=False, lineterminator="\n")
+
+
+def to_latex(table: Table) -> str:
+    """A booktabs table (`\\usepackage{booktabs}`), the best of ours in bold."""
+    labels = len(table.headings) - len(table.columns)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{latex(f'{table.title}. {table.caption}')}}}",
+        rf"\label{{tab:{table.name}}}",
+        rf"\begin{{tabular}}{{{'l' * labels}{'r' * len(table.columns)}}}",
+        r"\toprule",
+        " & ".join(map(latex, table.headings)) + r" \\",
+        r"\midrule",
+    ]
+    for at, row in enumerate(table.rows):
+        if at and table.has_published:
+            lines.append(r"\addlinespace")
+        ours, *published = ([latex(text) for text in line] for line in table.lines(row))
+        for i, column in enumerate(table.columns, start=labels):
+            if table.is_best(row, column):
+                ours[i] = rf"\textbf{{{ours[i]}}}"
+        lines += [" & ".join(line) + r" \\" for line in (ours, *published)]
+    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def latex(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is, in a table as well."""
+    return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", text)

@@ -1,10 +1,10 @@
 """`task=dashboard`: a W&B workspace as code, for what `training.logging` logs."""
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,12 @@ CURVES = {
     "train/tokens_per_second": "tokens per second",
     "train/learning_rate": "learning rate",
 }
+OVER_K = {
+    "topn/on_{n}": "accuracy with {n} latents",
+    "val/fvu": "variance unexplained",
+    "measure/monosemanticity_mean": "monosemanticity",
+}
+OVER_L0 = {"val/fvu": "variance unexplained over L0", "measure/cknna": "CKNNA over L0"}
 
 
 def run(cfg: DictConfig) -> None:
@@ -40,7 +46,7 @@ def run(cfg: DictConfig) -> None:
     task = cfg.task
     datasets = list(task.datasets or swept_datasets() or [cfg.dataset.name])
     try:
-        made = workspace(task.entity or "entity", task.project, task.sweep, datasets, list(task.ns))
+        made = workspace(task.entity or "entity", task.project, task.sweep, datasets, task.ns)
     except ImportError as error:
         raise ConfigError(
             f"task=dashboard needs wandb-workspaces ({error}): pip install -e '.[dashboard]'"
@@ -57,21 +63,19 @@ def swept_datasets() -> list[str]:
     given = (HydraConfig.get().sweeper.get("params") or {}).get("dataset")
     if given is None:
         return []
-    loader = GlobalHydra.instance().config_loader()
-    parser = OverridesParser.create(config_loader=loader)
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     (override,) = parser.parse_overrides([f"dataset={given}"])
     choices = list(override.sweep_iterator()) if override.is_sweep_override() else [given]
-    return [name_of("dataset", choice) for choice in choices]
-
-
-def name_of(group: str, choice: Any) -> str:
-    """What a choice of a config group calls itself."""
-    file = Path(os.environ["CLIPSAE_ROOT"], "conf", group, f"{choice}.yaml")
-    return str(OmegaConf.load(file).get("name", choice) if file.is_file() else choice)
+    folder = Path(os.environ["CLIPSAE_ROOT"], "conf", "dataset")
+    files = {choice: folder / f"{choice}.yaml" for choice in choices}
+    return [
+        str(OmegaConf.load(file).get("name", choice) if file.is_file() else choice)
+        for choice, file in files.items()
+    ]
 
 
 def save(made: "Workspace", entity: str | None) -> None:
-    """Save a workspace in W&B; where that cannot be, say why."""
+    """Save a workspace in W&B; where that is not possible, say why."""
     from clipsae.training.logging import logged_in
 
     lacking = [] if logged_in() else ["log in by `wandb login`"]
@@ -92,7 +96,7 @@ def save(made: "Workspace", entity: str | None) -> None:
 
 
 def workspace(
-    entity: str, project: str, sweep: str, datasets: list[str], ns: list[int]
+    entity: str, project: str, sweep: str, datasets: Sequence[str], ns: Sequence[int]
 ) -> "Workspace":
     """The workspace of one sweep's runs.
 
@@ -108,66 +112,35 @@ def workspace(
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    middle = sorted(ns)[len(ns) // 2]
-    accuracy = [
-        ws.Section(
-            name=f"Accuracy over n: {meaning}",
-            is_open=setting == "on",
-            panels=[
-                wr.LinePlot(
-                    title=dataset,
-                    x="topn/n",
-                    y=[f"topn/{dataset}/{setting}"],
-                    log_x=True,
-                    title_x="n",
-                    title_y="macro accuracy, %",
-                )
-                for dataset in datasets
-            ],
-        )
+    def over_n(setting: str) -> list[Any]:
+        axes: Any = {"x": "topn/n", "log_x": True, "title_x": "n", "title_y": "macro accuracy, %"}
+        return [wr.LinePlot(title=d, y=[f"topn/{d}/{setting}"], **axes) for d in datasets]
+
+    def scatter(x: Any, titles: dict[str, str]) -> list[Any]:
+        n = sorted(ns)[len(ns) // 2]
+        return [
+            wr.ScatterPlot(title=t.format(n=n), x=x, y=wr.SummaryMetric(y.format(n=n)), log_x=True)
+            for y, t in titles.items()
+        ]
+
+    steps = "trainer/global_step"
+    panels = {
+        f"Accuracy over n: {meaning}": over_n(setting)
         for setting, meaning in SETTINGS.items()
         if setting != "no_sae"
-    ]
-    scatter = [
-        ws.Section(
-            name="k",
-            panels=[
-                wr.ScatterPlot(
-                    title=title, x=wr.Config("model.k"), y=wr.SummaryMetric(y), log_x=True
-                )
-                for y, title in (
-                    (f"topn/on_{middle}", f"accuracy with {middle} latents"),
-                    ("val/fvu", "variance unexplained"),
-                    ("measure/monosemanticity_mean", "monosemanticity"),
-                )
-            ],
-        ),
-        ws.Section(
-            name="Sparsity against fidelity",
-            is_open=True,
-            panels=[
-                wr.ScatterPlot(
-                    title=title, x=wr.SummaryMetric("val/l0"), y=wr.SummaryMetric(y), log_x=True
-                )
-                for y, title in (
-                    ("val/fvu", "variance unexplained over L0"),
-                    ("measure/cknna", "CKNNA over L0"),
-                )
-            ],
-        ),
-    ]
-    training = ws.Section(
-        name="Training",
-        panels=[
-            wr.LinePlot(title=title, x="trainer/global_step", y=[name])
-            for name, title in CURVES.items()
-        ],
-    )
+    }
+    panels["k"] = scatter(wr.Config("model.k"), OVER_K)
+    panels["Sparsity against fidelity"] = scatter(wr.SummaryMetric("val/l0"), OVER_L0)
+    panels["Training"] = [wr.LinePlot(title=t, x=steps, y=[name]) for name, t in CURVES.items()]
+    is_open = (f"Accuracy over n: {SETTINGS['on']}", "Sparsity against fidelity")
     return ws.Workspace(
         entity=entity,
         project=project,
         name=f"clipsae: {sweep}",
-        sections=[*accuracy, *scatter, training],
+        sections=[
+            ws.Section(name=name, panels=found, is_open=name in is_open)
+            for name, found in panels.items()
+        ],
         runset_settings=ws.RunsetSettings(
             filters=[ws.Metric("Group") == sweep],
             # Failures: their state and last words, in the table of the runs.
@@ -178,16 +151,10 @@ def workspace(
 
 def as_json(made: "Workspace") -> str:
     """What would be sent to W&B, with numbers for the ids that are drawn at random each time."""
-    content = json.loads(made._to_model().model_dump_json(by_alias=True))
-    return json.dumps(_numbered(content, count(1)), indent=2)
+    ids = itertools.count(1)
 
+    def numbered(node: dict[str, Any]) -> dict[str, Any]:
+        return node | ({"__id__": str(next(ids))} if node.get("__id__") else {})
 
-def _numbered(node: Any, ids: Iterator[int]) -> Any:
-    if isinstance(node, list):
-        return [_numbered(value, ids) for value in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: str(next(ids)) if key == "__id__" and value else _numbered(value, ids)
-        for key, value in node.items()
-    }
+    content = made._to_model().model_dump_json(by_alias=True)
+    return json.dumps(json.loads(content, object_hook=numbered), indent=2)

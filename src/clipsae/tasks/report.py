@@ -1,8 +1,9 @@
 """`task=report`: the paper's tables, ours beside the published, from all finished results."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from clipsae.errors import ConfigError
+from clipsae.evaluation.numbers import Number
 from clipsae.report import (
     Collected,
     Commands,
@@ -26,12 +27,10 @@ from clipsae.report import (
     collect,
     make_report,
     select,
-    shown,
     to_frame,
     write_report,
 )
 from clipsae.report.settings import config_settings
-from clipsae.report.table import Column
 from clipsae.store import SCHEMA, digest
 from clipsae.store.files import read_json, write_json
 from clipsae.tasks import build
@@ -40,6 +39,14 @@ from clipsae.training.logging import finish
 
 log = logging.getLogger(__name__)
 
+# Which results a report is about: its options, and what they are in the config.
+ABOUT = {
+    "clip": "clip.name",
+    "weights": "clip.pretrained",
+    "layer": "clip.layer",
+    "protocol": "evaluation.protocol",
+    "latents": "model.latents",
+}
 # Overrides of the report's own command line that say nothing about how to fill a cell.
 _OWN = ("task", "model", "dataset", "seed", "logger", "sweeps", "clip")
 _OWN_KEYS = ("task.", "model.k", "dataset.", "logger.", "hydra.")
@@ -77,51 +84,38 @@ def wanted_of(cfg: DictConfig, found: Collected, overrides: Sequence[str] = ()) 
         ConfigError: an unknown model or dataset.
     """
     task = cfg.task
-    chosen = {}
+    about: dict[str, Any] = {name: task[name] for name in ABOUT} | {"weights": str(task.weights)}
     for group in ("model", "dataset"):
         names = task[f"{group}s"]
         configs = GlobalHydra.instance().config_loader().get_group_options(group)
-        known = {
-            *(name for name in configs if not name.startswith("_")),  # others: their parts
-            *found.results[group],
-            *found.measurements[group],
-        }
+        known = {name for name in configs if not name.startswith("_")}  # others: their parts
+        known |= set(found.figures[group])
         unknown = [name for name in names or () if name not in known]
         if unknown:
             raise ConfigError(
                 f"task.{group}s has {unknown[0]!r}: expected names among {', '.join(sorted(known))}"
             )
-        chosen[f"{group}s"] = tuple(names) if names else None
+        about[f"{group}s"] = tuple(names) if names else None
     groups = ("trainer", "optimizer", "features", "evaluation", "measurement")
     composed = {group: build.plain(cfg[group]) for group in groups}
     usual = config_settings(composed, groups) | {"schema": str(SCHEMA)}
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
-    deciding = {name for settings in set(found.results.settings) for name, _ in settings}
+    deciding = {name for settings in set(found.figures.settings) for name, _ in settings}
     return Wanted(
+        **about,
+        k=task.k,
         settings={name: usual[name] for name in sorted(given & usual.keys() & deciding)},
         usual=usual,
-        clip=task.clip,
-        weights=str(task.weights),
-        layer=task.layer,
-        protocol=task.protocol,
-        latents=task.latents,
-        k=task.k,
-        **chosen,
     )
 
 
 def carried_overrides(cfg: DictConfig) -> list[str]:
     """What a command that fills a cell takes from the report's command line."""
-    hydra, task = HydraConfig.get(), cfg.task
-    words = [f"clip={hydra.runtime.choices.clip}"]
-    for value, own, key in (
-        (task.clip, cfg.clip.name, "clip.name"),
-        (task.weights, cfg.clip.pretrained, "clip.pretrained"),
-        (task.layer, cfg.clip.layer, "clip.layer"),
-        (task.protocol, cfg.evaluation.protocol, "evaluation.protocol"),
-        (task.latents, cfg.model.latents, "model.latents"),
-    ):
-        if value != own:
+    hydra = HydraConfig.get()
+    words: list[str] = [f"clip={hydra.runtime.choices['clip']}"]
+    for name, key in ABOUT.items():
+        value, (group, option) = cfg.task[name], key.split(".")
+        if value != cfg[group][option]:
             words.append(f"{key}={'null' if value is None else value}")
     for word in hydra.overrides.task:
         key = word.split("=", 1)[0].lstrip("+~")
@@ -147,43 +141,26 @@ def nothing_there(
     cfg: DictConfig, found: Collected, selection: Selection, commands: Commands
 ) -> str:
     """The sentence for a store without a fitting result."""
-    wanted = selection.wanted
-    folder = Path(cfg.paths.output_dir)
-    what = (
-        f"of {wanted.clip} (weights {wanted.weights}, layer {wanted.layer}) with "
-        f"{wanted.latents} latents by the {wanted.protocol} protocol"
-        + "".join(f", {name}={value}" for name, value in wanted.settings.items())
-    )
-    dataset = (wanted.datasets or (cfg.dataset.name,))[0]
-    model = (wanted.models or (cfg.model.name,))[0]
-    command = commands.line(selection, selection.main(model), dataset)
-    if found.results.empty:
+    wanted, folder = selection.wanted, Path(cfg.paths.output_dir) / "evaluation"
+    line = selection.main((wanted.models or (cfg.model.name,))[0])
+    command = commands.line(selection, line, [(wanted.datasets or (cfg.dataset.name,))[0]])
+    accuracies = found.figures[found.figures.measured.eq(False)]
+    if accuracies.empty:
         unread = f" that can be read ({found.problems[0]})" if found.problems else ""
-        return (
-            f"{folder / 'evaluation'} holds no finished evaluation{unread}: run `{command}` first"
-        )
-    keys = {
-        "clip": "clip.name",
-        "weights": "clip.pretrained",
-        "layer": "clip.layer",
-        "latents": "model.latents",
-        "protocol": "evaluation.protocol",
-    }
-    asked = dict(zip(keys, map(vars(wanted).get, keys), strict=True))
-    groups = [
-        " ".join(
-            f"{keys[name]}={'null' if value == 'None' else value}"
-            for name, value in group.items()
-            if value != asked[name]
-        )
-        for group in found.results[list(keys)].drop_duplicates().to_dict("records")
-    ]
+        return f"{folder} holds no finished evaluation{unread}: run `{command}` first"
+    settings = "".join(f", {name}={value}" for name, value in wanted.settings.items())
+    others = []
+    for group in accuracies[list(ABOUT)].drop_duplicates().to_dict("records"):
+        differs = {n: value for n, value in group.items() if value != getattr(wanted, n)}
+        values = {n: "null" if value == "None" else value for n, value in differs.items()}
+        others.append(" ".join(f"{ABOUT[n]}={value}" for n, value in values.items()))
     # Those that need the fewest changes first; none: the wanted models or datasets are missing.
-    groups = sorted(filter(None, groups), key=lambda words: words.count("="))[:3]
-    others = f", or report on what is there with {' or with '.join(groups)}" if groups else ""
+    others = sorted(filter(None, others), key=lambda words: words.count("="))[:3]
+    hint = f", or report on what is there with {' or with '.join(others)}" if others else ""
     return (
-        f"{folder / 'evaluation'} holds no finished evaluation {what}: run `{command}` first"
-        f"{others}"
+        f"{folder} holds no finished evaluation of {wanted.clip} (weights {wanted.weights}, layer "
+        f"{wanted.layer}) with {wanted.latents} latents by the {wanted.protocol} protocol"
+        f"{settings}: run `{command}` first{hint}"
     )
 
 
@@ -230,10 +207,8 @@ def print_report(report: Report, page: Path) -> None:
             console.print(f"- {sentence}", markup=False, highlight=False)
     for part in in_parts(report.tables[0], console):
         console.print(part)
-    for sentence in report.findings:
+    for sentence in (*report.findings, *report.notes):
         console.print(f"- {sentence}", markup=False, highlight=False)
-    for note in report.notes:
-        console.print(f"- {note}", markup=False, highlight=False)
     if report.missing:
         missing = page.with_name("missing.md")
         console.print(f"missing  {missing} ({len(report.missing)} commands)", soft_wrap=True)
@@ -241,39 +216,27 @@ def print_report(report: Report, page: Path) -> None:
 
 
 def in_parts(table: Table, console: Console) -> list[RichTable]:
-    """The table, or where its figures do not fit in the terminal's width parts of its columns."""
-    count, unbounded = len(table.columns), console.options.update_width(10_000)
-    found: list[RichTable] = []
-    for size in (-(-count // parts) for parts in range(1, count + 1)):
-        found = [_rich(table, table.columns[at : at + size]) for at in range(0, count, size)]
-        widths = [Measurement.get(console, unbounded, part).minimum for part in found]
-        if max(widths, default=0) <= console.width:
+    """Ours, and behind it the difference to the published figure; in several tables where the
+    columns do not fit in the terminal's width."""
+    unbounded, count = console.options.update_width(10_000), len(table.columns)
+
+    def part(columns: Sequence[Number]) -> RichTable:
+        found = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for head in table.heads:
+            found.add_column(head, overflow="fold", min_width=16)
+        for column in columns:
+            found.add_column(column.label, justify="right", no_wrap=True)
+        for row in table.rows:
+            texts = [row.cell(column).texts(column) for column in columns]
+            figures = (f"{t['ours']} [dim]{t['difference']}[/]".strip() for t in texts)
+            found.add_row(*map(escape, row.labels), *figures)
+        if table.has_published:
+            found.caption, found.caption_justify = "dim: difference to the published figure", "left"
+        return found
+
+    for size in range(count, 0, -1):
+        found = [part(table.columns[at : at + size]) for at in range(0, count, size)]
+        widths = [Measurement.get(console, unbounded, one).minimum for one in found]
+        if max(widths) <= console.width:
             break
     return found
-
-
-def _rich(table: Table, columns: Sequence[Column]) -> RichTable:
-    """Ours, and behind it the difference to the published figure where there is one."""
-    rich = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for head in table.heads:
-        rich.add_column(head, overflow="fold", min_width=16)
-    figures = []
-    for column in columns:
-        texts = [
-            shown(row.cells[column.key], column) if column.key in row.cells else None
-            for row in table.rows
-        ]
-        figures.append([_figure(text) for text in texts])
-        width = max(Text.from_markup(text).cell_len for text in (column.title, *figures[-1]))
-        rich.add_column(column.title, justify="right", no_wrap=True, min_width=width)
-    for at, row in enumerate(table.rows):
-        rich.add_row(*map(escape, row.labels), *(texts[at] for texts in figures))
-    if table.has_published:
-        rich.caption, rich.caption_justify = "dim: difference to the published figure", "left"
-    return rich
-
-
-def _figure(texts: Mapping[str, str] | None) -> str:
-    if not texts:
-        return ""
-    return texts["ours"] + (f" [dim]{texts['difference']}[/]" if texts["difference"] else "")

@@ -1,12 +1,11 @@
 """`task=status`: what is done, running, stalled, failed and missing, of a store and of a sweep."""
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
@@ -16,12 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from clipsae.overrides import flat
-from clipsae.store.survey import NAME, Entry, survey
-from clipsae.tasks.outcome import configs_of
+from clipsae.store.survey import Entry, short, survey
+from clipsae.tasks.sweep import Cell, cells_of, configs_of
 from clipsae.tasks.table import terminal
-
-if TYPE_CHECKING:
-    from clipsae.tasks.sweep import Cell
 
 TARGET = "clipsae.tasks.status.run"
 KNOWN = ("model", "dataset", "clip", "latents", "k", "seed")
@@ -34,8 +30,8 @@ COLOURS = {
     "missing": "dim",
     "left over": "dim",
 }
-MISSING = f"[{COLOURS['missing']}]missing[/]"
-HASHED = re.compile(rf"{NAME}|[0-9a-f]{{16,}}")
+LAST = ("state", "host", "when", "")  # columns; the last one says how far, or why not
+State = tuple[Cell, str, Entry | None]
 
 
 def run(cfg: DictConfig) -> None:
@@ -46,18 +42,16 @@ def run(cfg: DictConfig) -> None:
 def show_sweep(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> None:
     """Print what is in the store, and how far each cell of a sweep is: in place of its jobs."""
     configs = configs_of(launcher, job_overrides)
-    # torch and lightning, which know what decides a stage, take seconds to import.
-    from clipsae.tasks.sweep import cells_of
-
     show(launcher.config, cells_of(configs, job_overrides))
 
 
-def show(cfg: DictConfig, cells: "list[Cell]") -> None:
+def show(cfg: DictConfig, cells: list[Cell]) -> None:
     """Print the stages, or of a sweep its cells and how many there are in each state."""
     root = cfg.paths.output_dir
     entries = survey(Path(root))
+    states = states_of(cells, entries)
     if cfg.task.json:
-        print(json.dumps(as_json(root, entries, cells), indent=2))
+        print(json.dumps(as_json(root, entries, states), indent=2))
         return
     console = terminal(100)
     what = f"store  {root}" if entries else f"nothing yet in {root}"
@@ -65,24 +59,22 @@ def show(cfg: DictConfig, cells: "list[Cell]") -> None:
     if not cells:
         for kind in dict.fromkeys(entry.kind for entry in entries):
             console.print(stage_table([entry for entry in entries if entry.kind == kind]))
-    else:
-        states = [(cell, *cell.state(by_path(entries))) for cell in cells]
-        console.print(cell_table(states))
-        counts = Counter(state for _, state, _ in states)
-        console.print(", ".join(f"{n} {state}" for state, n in counts.most_common()))
-        for why in dict.fromkeys(cell.why for cell in cells if cell.why):
-            console.print(f"not known: {why}", markup=False, highlight=False)
+        return
+    console.print(cell_table(states))
+    counts = Counter(state for _, state, _ in states)
+    console.print(", ".join(f"{n} {state}" for state, n in counts.most_common()))
+    for why in dict.fromkeys(cell.why for cell in cells if cell.why):
+        console.print(f"not known: {why}", markup=False, highlight=False)
 
 
-def by_path(entries: list[Entry]) -> dict[Path, Entry]:
-    """The entries by the folder of the finished work; finished ones before what was left over."""
-    found: dict[Path, Entry] = {}
+def states_of(cells: list[Cell], entries: list[Entry]) -> list[State]:
+    """How far each cell is, and what in the store says so; finished entries count before what was
+    left over."""
+    places: dict[Path, Entry] = {}
     for entry in entries:
-        kind = next(p for p in (entry.path, *entry.path.parents) if p.name == entry.kind)
-        path = kind / entry.name
-        if entry.state != "left over" and (entry.state != "damaged" or path not in found):
-            found[path] = entry
-    return found
+        if entry.state != "left over" and (entry.state != "damaged" or entry.place not in places):
+            places[entry.place] = entry
+    return [(cell, *cell.state(places)) for cell in cells]
 
 
 def detail(entry: Entry) -> str:
@@ -101,27 +93,30 @@ def detail(entry: Entry) -> str:
 
 def stage_table(entries: list[Entry]) -> Group:
     """One row a folder of one kind."""
-    rows, apart = [], differences(entries)
-    for entry in entries:
-        about = (_known(entry) or {"name": entry.name}) | apart.get(entry.name, {})
-        rows.append(about | _shown(entry.state, entry))
+    apart = differences(entries)
+    rows = [
+        (_known(entry) or {"name": entry.name})
+        | apart.get(entry.name, {})
+        | _shown(entry.state, entry)
+        for entry in entries
+    ]
     return _table(f"{entries[0].kind}: {len(entries)}", rows)
 
 
 def differences(entries: list[Entry]) -> dict[str, dict[str, str]]:
     """By name what sets an entry apart from those of the same model, dataset, ...: the end of its
     name, and up to three settings that differ."""
-    alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
+    alike: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
     for entry in entries:
-        alike[tuple(map(str, _known(entry).items()))][entry.name] = dict(flat(entry.key))
+        alike[str(_known(entry))][entry.name] = dict(flat(entry.key))
     found = {}
     for keys in alike.values():
         names = sorted({name for key in keys.values() for name in key})
         names = [n for n in names if len({key.get(n) for key in keys.values()}) > 1]
         names.sort(key=lambda name: name != "sae" and not name.endswith("max_steps"))
         for entry_name, key in keys.items() if len(keys) > 1 else ():
-            settings = [f"{n.rpartition('.')[2]}={_end(key[n])}" for n in names[:3] if n in key]
-            found[entry_name] = {"name": _end(entry_name), "differs in": " ".join(settings)}
+            settings = [f"{n.rpartition('.')[2]}={short(key[n])}" for n in names[:3] if n in key]
+            found[entry_name] = {"name": short(entry_name), "differs in": " ".join(settings)}
     return found
 
 
@@ -129,53 +124,39 @@ def _known(entry: Entry) -> dict[str, Any]:
     return {n: entry.about[n] for n in KNOWN if entry.about.get(n) is not None}
 
 
-def _end(value: str) -> str:
-    """A stage's name, or a hash, by its last characters; else the value."""
-    return f"…{value[-10:]}" if HASHED.fullmatch(value) else value
-
-
-def cell_table(cells: "list[tuple[Cell, str, Entry | None]]") -> Group:
-    """One row a cell of the sweep."""
-    rows = []
-    for cell, state, entry in cells:
+def cell_table(states: list[State]) -> Group:
+    """One row a cell of the sweep; those of which nothing is known but that they are missing share
+    one where they differ in one option alone."""
+    rows: list[dict[str, Any]] = []
+    missing: list[dict[str, str]] = []
+    for cell, state, entry in states:
         shown = _shown(state, entry)
         if state == "missing" and entry is not None:
             shown |= {"host": "", "when": "", "": "its SAE is trained"}
         elif entry is not None and state != "done" and shown[""]:
             shown[""] = f"{entry.kind}: {shown['']}"
-        rows.append(dict(cell.about) | shown)
-    return _table(f"cells of the sweep: {len(cells)}", _together(rows))
-
-
-def _together(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of which nothing is known but that they are missing, as one where they differ in one
-    name alone."""
-    known = [row for row in rows if not (row["state"] == MISSING and row[""] == "")]
-    missing = [row for row in rows if row not in known]
+        (rows if entry else missing).append({**cell.about, **shown})
     for name in sorted({name for row in missing for name in row}):
         groups: dict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
         for row in missing:
-            rest = tuple((n, value) for n, value in row.items() if n != name)
-            groups[rest].append(row.get(name, ""))
-        missing = [
-            {name: ", ".join(dict.fromkeys(some)), **dict(rest)} for rest, some in groups.items()
-        ]
-    return known + missing
+            groups[tuple((n, v) for n, v in row.items() if n != name)].append(row.get(name, ""))
+        missing = [{name: ", ".join(dict.fromkeys(v)), **dict(rest)} for rest, v in groups.items()]
+    return _table(f"cells of the sweep: {len(states)}", rows + missing)
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Group:
     """A title and a table; of several rows what is the same in all is said in the title, once."""
-    last = list(_shown("done", None))
-    about = {name for row in rows for name in row} - set(last)
-    order = {name: at for at, name in enumerate(("name", *KNOWN, "differs in"))}
-    columns = [*sorted(about, key=lambda name: (order.get(name, len(order)), name)), *last[:-1]]
+    about = {name for row in rows for name in row} - set(LAST)
+    order = ("name", *KNOWN, "differs in")
+    known = [name for name in order if name in about]
+    columns = [*known, *sorted(about - set(order)), *LAST[:-1]]
     values = {name: {str(row.get(name, "")) for row in rows} for name in columns}
     values["host"].discard("")  # of what is missing
-    same = [c for c in about | {"host"} if len(values[c]) == 1 and len(rows) > 1]
+    same = [c for c in (*about, "host") if len(values[c]) == 1 and len(rows) > 1]
     said = [f"{name} {min(values[name])}" for name in columns if name in same]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     columns = [name for name in columns if name not in same and values[name] - {""}]
     columns += [""] * any(row.get("") for row in rows)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
@@ -184,17 +165,16 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Group:
 
 
 def _shown(state: str, entry: Entry | None) -> dict[str, str]:
-    shown = {"state": f"[{COLOURS[state]}]{state}[/]", "host": "", "when": "", "": ""}
-    if entry is None:
-        return shown
-    when = (entry.when or "")[5:16]  # without the year and the seconds
-    return shown | {"host": entry.host or "", "when": when, "": escape(detail(entry))}
+    """The last columns of a row."""
+    host, when, more = "", "", ""
+    if entry is not None:
+        host, more = entry.host or "", escape(detail(entry))
+        when = (entry.when or "")[5:16]  # without the year and the seconds
+    return dict(zip(LAST, (f"[{COLOURS[state]}]{state}[/]", host, when, more), strict=True))
 
 
-def as_json(root: str, entries: list[Entry], cells: "list[Cell]") -> dict[str, Any]:
+def as_json(root: str, entries: list[Entry], states: list[State]) -> dict[str, Any]:
     """The same for a program: every stage, every cell with its stage's name, and the counts."""
-    places = by_path(entries)
-    states = [(cell, *cell.state(places)) for cell in cells]
     return {
         "store": str(root),
         "stages": [

@@ -18,7 +18,7 @@ class Local(BasicLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from clipsae.tasks.outcome import Sweep, outcome_of
+        from clipsae.tasks.sweep import Sweep, outcome_of
 
         if shows_status(self, job_overrides):
             return []

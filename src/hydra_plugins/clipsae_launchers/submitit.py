@@ -33,7 +33,7 @@ except ImportError:  # the extra `slurm` is not installed: Hydra says that there
 if TYPE_CHECKING:
     import submitit
 
-    from clipsae.tasks.outcome import Job, Outcome
+    from clipsae.tasks.sweep import Job, Outcome
 
 log = logging.getLogger("clipsae.launcher")
 
@@ -79,7 +79,7 @@ class _Awaited(BaseSubmititLauncher):
             _ = done.return_value  # raises
             return [done]
         from clipsae.errors import ConfigError
-        from clipsae.tasks.outcome import cells, outcome_of
+        from clipsae.tasks.sweep import job_names, outcome_of
         from clipsae.tasks.together import Turns
 
         several = Turns().run(
@@ -88,7 +88,7 @@ class _Awaited(BaseSubmititLauncher):
                 for some, number in zip(overrides, numbers, strict=True)
             ]
         )
-        ends = [outcome_of(*job) for job in zip(several, cells(overrides), strict=True)]
+        ends = [outcome_of(*job) for job in zip(several, job_names(overrides), strict=True)]
         if failed := [str(end) for end in ends if end.why is not None]:
             raise ConfigError("; ".join(failed))
         return several
@@ -112,7 +112,7 @@ class _Awaited(BaseSubmititLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from clipsae.tasks.outcome import Sweep
+        from clipsae.tasks.sweep import Sweep
 
         if shows_status(self, job_overrides):
             return []
@@ -325,7 +325,7 @@ def _no_allocation() -> Iterator[None]:
 def _collect(jobs: "list[Job]") -> bool:
     """Note the outcome of every job that is over by now; whether there was one. A failed training
     fails the jobs that wait for it."""
-    from clipsae.tasks.outcome import Outcome
+    from clipsae.tasks.sweep import Outcome
 
     before = sum(job.outcome is not None for job in jobs)
     over = before
@@ -350,7 +350,7 @@ def _outcome(job: "submitit.Job", cell: str) -> "Outcome":
     """How a job that is over has ended."""
     import submitit
 
-    from clipsae.tasks.outcome import Outcome
+    from clipsae.tasks.sweep import Outcome
 
     error = job.exception()
     if error is None:
