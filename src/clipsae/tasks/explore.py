@@ -28,10 +28,10 @@ from clipsae.store import Stage, Store, write_json
 from clipsae.store.files import read_json
 from clipsae.tasks import build
 from clipsae.tasks.evaluate import bring_in
-from clipsae.tasks.experiment import tracked
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import classifier, evaluation, pictures
 from clipsae.tasks.table import terminal
+from clipsae.tasks.tracking import Run
 from clipsae.training.logging import log_page, log_sae
 from clipsae.visualization import page
 from clipsae.visualization.collector import TOP
@@ -90,10 +90,10 @@ def run(cfg: DictConfig) -> None:
     console.print(f"page        {folder / 'index.html'}", soft_wrap=True, highlight=False)
     if cfg.task.upload or cfg.logger.get("upload_sae"):
         aliases = [cfg.model.name, f"seed-{cfg.seed}"]
-        with tracked(cfg, stage, job_type="explore") as logger:
-            log_sae(logger(), trained.path, aliases)
+        with Run(cfg, stage, "explore") as run:
+            log_sae(run.logger(), trained.path, aliases)
             if cfg.task.upload:
-                log_page(logger(), folder, [*aliases, cfg.dataset.name])
+                log_page(run.logger(), folder, [*aliases, cfg.dataset.name])
     if cfg.task.serve:
         serve(cfg, store, clip, dataset, trained, folder, console)
 

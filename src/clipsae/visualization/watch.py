@@ -2,12 +2,14 @@
 
 from io import BytesIO
 
-from lightning import LightningModule, Trainer
+import torch
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.training.logging import log_picture
+from clipsae.training.module import SAEGroup, SAEModule
 from clipsae.visualization.collect import collect_references
 from clipsae.visualization.sheet import draw_sheet, leading_latents
 
@@ -49,22 +51,24 @@ class ReferenceSheets(Callback):
         self.every_n_steps = every_n_steps
         self.rows = rows
         self.batch_size = batch_size
-        self.last_step: int | None = None
+        self.last_step: dict[SAEModule, int] = {}
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or pl_module.logger is None:
+    def on_validation_end(self, trainer: Trainer, pl_module: SAEGroup) -> None:
+        if trainer.is_global_zero:
+            pl_module.each(lambda member: self._log(member, pl_module.device))
+
+    def _log(self, member: SAEModule, device: torch.device) -> None:
+        step, last = member.step, self.last_step.get(member)
+        if member.run is None or (last is not None and step - last < self.every_n_steps):
             return
-        step = trainer.global_step
-        if self.last_step is not None and step - self.last_step < self.every_n_steps:
-            return
-        self.last_step = step
+        self.last_step[member] = step
         references = collect_references(
             self.clip,
-            {"sae": pl_module.sae},
+            {"sae": member.sae},
             self.dataset,
             **self.about,
             batch_size=self.batch_size,
-            device=pl_module.device,
+            device=device,
             limit_images=self.images,
         )["sae"]
         figure = draw_sheet(
@@ -75,4 +79,4 @@ class ReferenceSheets(Callback):
         )
         file = BytesIO()
         figure.savefig(file, format="png", dpi=_DOTS)
-        log_picture(pl_module.logger, "val/reference_images", file.getvalue(), step)
+        log_picture(member.run, "val/reference_images", file.getvalue(), step)
