@@ -1,24 +1,28 @@
-"""Several SAEs on one stream of tokens: each the same as alone, bit for bit, whatever happens."""
+"""`together=true`: several SAEs on one stream of tokens, each the same as alone, bit for bit."""
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data.scenes import ScenesDataset
 from clipsae.errors import ConfigError
-from clipsae.sae import SAE
-from clipsae.store import Stage, Store
+from clipsae.store import Stage
 from clipsae.store.files import checkpoint_step
 from clipsae.store.lease import begin
-from clipsae.tasks import build, together
-from clipsae.tasks.stages import evaluation, sae
-from clipsae.tasks.together import EVALUATE, RETRY, TRAIN, Need, Turns, by_stream, meet
+from clipsae.tasks import experiment
+from clipsae.tasks.experiment import Experiment, produce
+from clipsae.tasks.stages import evaluation
+from clipsae.tasks.together import by_stream
 from run import ROOT
+from tests.warm import run_py, start_py
 
 MODELS = [
     *("relu", "jumprelu", "gated", "topk", "batch_topk", "sparsemax"),
@@ -31,51 +35,48 @@ SMALL = [
     "model.dead_after=300",
     "model.initial_images=4",
     "features.batch_size=4",
+    "features.num_workers=0",
     "+train_dataset.size=14",  # three batches an epoch
+    "dataset=scenes_shape",
     "trainer.max_steps=10",
     "trainer.val_check_interval=4",
     "trainer.limit_val_batches=1",
     "trainer.log_every_n_steps=3",
     "callbacks.progress_bar=false",
+    "callbacks.prediction_images=0",
+    "evaluation=none",
+    "measurement=none",
+    "logger=none",
 ]
+TWO = [["model=relu"], ["model=topk", "trainer.accumulate_grad_batches=2"]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def clip():
+    """Kept, so that every cell shares it."""
     return FrozenCLIP.load("clipsae-tiny", "builtin")
 
 
-@pytest.fixture(scope="module")
-def scenes():
-    return ScenesDataset(kind="all", split="train", size=14)
-
-
-class Training:
-    """One SAE of a sweep, in a store."""
-
-    def __init__(self, root: Path, clip, scenes, *overrides: str) -> None:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            self.cfg = compose("config", [f"paths.output_dir={root}", *SMALL, *overrides])
-        self.clip, self.scenes = clip, scenes
-        self.held_out = ScenesDataset(kind="all", split="test", size=14)
-        self.stage = sae.stage(self.cfg, Store(root), scenes)
-
-    def __call__(self) -> Path:
-        return together.make(
-            self.stage,
-            lambda folder: sae.make(
-                self.cfg, self.clip, self.scenes, self.held_out, None, self.stage, folder
-            ),
-        )
-
-    @property
-    def weights(self) -> bytes:
-        return (self.stage.path / "sae.safetensors").read_bytes()
-
-
 @pytest.fixture
-def make(clip, scenes):
-    return lambda root, *overrides: Training(root, clip, scenes, *overrides)
+def prepare() -> Callable[..., list[Experiment]]:
+    def prepare(root: Path, *cells: list[str]) -> list[Experiment]:
+        found = []
+        for overrides in cells:
+            with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+                cfg = compose(
+                    "config",
+                    [f"paths.output_dir={root}", *SMALL, *overrides],
+                    return_hydra_config=True,
+                )
+            with open_dict(cfg):
+                cfg.hydra.runtime.output_dir = str(root / "job")
+            HydraConfig.instance().set_config(cfg)
+            cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+            found.append(experiment.prepare(cfg))
+        return found
+
+    yield prepare
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture
@@ -84,167 +85,154 @@ def signalled_at(monkeypatch):
     progress = Stage.progress
 
     def arrange(model: str, step: int, number: int = signal.SIGTERM) -> None:
-        def tell(stage: Stage, done: int, total: int) -> None:
+        def report(stage: Stage, done: int, total: int) -> None:
             progress(stage, done, total)
             if stage.about["model"] == model and done == step:
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(Stage, "progress", tell)
+        monkeypatch.setattr(Stage, "progress", report)
 
     return arrange
 
 
-def interrupted(run, status: int = 128 + signal.SIGTERM) -> None:
+def alone(cells: list[Experiment]) -> list[bytes]:
+    for cell in cells:
+        produce([cell])
+    return weights(cells)
+
+
+def weights(cells: list[Experiment]) -> list[bytes]:
+    return [(cell.trained.path / "sae.safetensors").read_bytes() for cell in cells]
+
+
+def steps(cells: list[Experiment]) -> list[int | None]:
+    """Of the checkpoints."""
+    return [checkpoint_step(cell.trained.scratch) for cell in cells]
+
+
+def interrupted(cells: list[Experiment]) -> None:
     with pytest.raises(SystemExit) as stop:
-        run()
-    assert stop.value.code in (None, status)  # None: Lightning's, of a training alone
+        produce(cells)
+    assert stop.value.code in (None, 128 + signal.SIGTERM)  # None: Lightning's
 
 
 @pytest.mark.slow
 def test_every_variant_is_as_alone_also_when_interrupted_and_continued(
-    tmp_path, make, signalled_at
+    tmp_path, prepare, signalled_at
 ):
-    alone = {m: make(tmp_path / "alone", f"model={m}") for m in MODELS}
-    shared = {m: make(tmp_path / "shared", f"model={m}") for m in MODELS}
-    for training in alone.values():
-        training()
-
-    shared["relu"]()  # one is finished before, two were interrupted at different steps
+    cells = [[f"model={model}"] for model in MODELS]
+    expected = alone(prepare(tmp_path / "alone", *cells))
+    shared = dict(zip(MODELS, prepare(tmp_path / "shared", *cells), strict=True))
+    several = list(shared.values())
+    produce([shared["relu"]])  # one is finished before, two were interrupted at different steps
     for model, step in (("topk", 4), ("batch_topk", 7)):
         signalled_at(model, step)
-        interrupted(shared[model])
+        interrupted([shared[model]])
     for step in (2, 6):  # twice all of them
         signalled_at("sparsemax", step)
-        interrupted(lambda: Turns().run(list(shared.values())))
-        assert checkpoint_step(shared["sparsemax"].stage.scratch) == step
-    assert checkpoint_step(shared["gated"].stage.scratch) == 6
-    assert checkpoint_step(shared["batch_topk"].stage.scratch) == 7
+        interrupted(several)
+        assert steps([shared["sparsemax"], shared["gated"]]) == [step, step]
+    assert steps([shared["topk"], shared["batch_topk"]]) == [6, 7]
     signalled_at("none", 0)
-    shared["gated"]()  # one goes on alone
-    Turns().run(list(shared.values()))
-    for model in MODELS:
-        assert shared[model].weights == alone[model].weights, model
+    produce([shared["gated"]])  # one goes on alone
+    produce(several)
+    assert weights(several) == expected
 
 
-@pytest.mark.parametrize("shuffle", [0, 8])
 @pytest.mark.parametrize(
-    # An epoch has three batches; of two that are accumulated no checkpoint can hold the first.
-    ("step", "behind"),
-    [(1, None), (2, None), (3, 1), (4, 2), (5, None), (7, 4)],
+    # An epoch has three batches, of which the last is a step of its own where two are accumulated.
+    ("step", "shuffle", "other"),
+    [(1, 0, 0), (2, 8, 1), (3, 0, 2), (4, 8, 2), (7, 0, 4)],
 )
-def test_wherever_it_is_interrupted(tmp_path, make, signalled_at, step, behind, shuffle):
-    more = [f"features.shuffle_buffer_images={shuffle}"]
-    two = [["model=relu"], ["model=topk", "trainer.accumulate_grad_batches=2"]]
-    alone = [make(tmp_path / "alone", *own, *more) for own in two]
-    shared = [make(tmp_path / "shared", *own, *more) for own in two]
-    for training in alone:
-        training()
-    signalled_at("relu", step)  # before the other has its turn
-    interrupted(lambda: Turns().run(shared))
-    assert [checkpoint_step(s.stage.scratch) for s in shared] == [step, behind]
+def test_wherever_it_is_interrupted(tmp_path, prepare, signalled_at, step, shuffle, other):
+    cells = [[*one, f"features.shuffle_buffer_images={shuffle}"] for one in TWO]
+    expected = alone(prepare(tmp_path / "alone", *cells))
+    shared = prepare(tmp_path / "shared", *cells)
+    signalled_at("relu", step)
+    interrupted(shared)
+    assert steps(shared) == [step, other]
     signalled_at("none", 0)
-    Turns().run(shared)
-    assert [s.weights for s in shared] == [a.weights for a in alone]
+    produce(shared)
+    assert weights(shared) == expected
 
 
-def test_lengths_rates_and_clipping_may_differ(tmp_path, make):
-    own = [
-        ["model=topk", "model.k=4", "trainer.max_steps=5"],
-        [
-            "model=topk",
-            "model.k=8",
-            "optimizer.learning_rate=3e-3",
-            "trainer.gradient_clip_val=0.1",
-        ],
-        ["model=sparsemax", "optimizer.decay=cosine", "trainer.max_steps=13", "model.latents=32"],
+@pytest.mark.parametrize(
+    "common", [[], ["task=cache", "features.block_images=2", "features.buffer_images=8"]]
+)
+def test_lengths_rates_sizes_and_clipping_may_differ(tmp_path, prepare, common, monkeypatch):
+    cells = [
+        ["model=topk", "model.k=4", "trainer.max_steps=5", *common],
+        ["model=topk", "optimizer.learning_rate=3e-3", "trainer.gradient_clip_val=0.1", *common],
+        ["model=sparsemax", "optimizer.decay=cosine", "trainer.max_steps=13", *common],
+        ["model=relu", "model.latents=32", "trainer.accumulate_grad_batches=2", *common],
     ]
-    alone = [make(tmp_path / "alone", *some) for some in own]
-    shared = [make(tmp_path / "shared", *some) for some in own]
-    for training in alone:
-        training()
-    Turns().run(shared)
-    assert [s.weights for s in shared] == [a.weights for a in alone]
-
-
-def test_from_a_cache(tmp_path, make):
-    more = ["task=cache", "features.block_images=2", "features.buffer_images=8"]
-    alone = [make(tmp_path / "alone", f"model={m}", *more) for m in ("relu", "topk")]
-    shared = [make(tmp_path / "shared", f"model={m}", *more) for m in ("relu", "topk")]
-    for training in alone:
-        training()
-    Turns().run(shared)
-    assert [s.weights for s in shared] == [a.weights for a in alone]
-
-
-def test_the_prefix_runs_once_a_batch(tmp_path, make, monkeypatch):
+    cells = [[one for one in cell if not one.startswith("task=")] for cell in cells]
+    if common:
+        cells = [[*cell, "features=cached"] for cell in cells]
+    expected = alone(prepare(tmp_path / "alone", *cells))
     calls = []
     prefix = FrozenCLIP.prefix
     monkeypatch.setattr(FrozenCLIP, "prefix", lambda *a: calls.append(0) or prefix(*a))
-    models = [make(tmp_path, f"model={m}") for m in ("relu", "topk", "gated")]
-    Turns().run(models)
-    own = 1 + 2  # the first images, and two looks at held-out ones
-    assert len(calls) == 10 + 3 * own
+    shared = prepare(tmp_path / "shared", *cells)
+    produce(shared)
+    assert weights(shared) == expected
+    if not common:  # the tokens of each batch are computed once
+        assert len(calls) == 1 + 15 + 15 // 4  # the first images, the batches, the validations
 
 
-def test_one_that_diverges_stops_alone(tmp_path, make):
-    bad = make(
-        tmp_path, "model=relu", "optimizer.learning_rate=1e38", "trainer.log_every_n_steps=1"
-    )
-    good = make(tmp_path, "model=topk")
-    alone = make(tmp_path / "alone", "model=topk")
-    alone()
+def test_one_that_fails_ends_alone(tmp_path, prepare):
+    bad = ["model=relu", "optimizer.learning_rate=1e38", "trainer.log_every_n_steps=3"]
+    (expected,) = alone(prepare(tmp_path / "alone", ["model=topk"]))
+    diverged, good = prepare(tmp_path / "shared", bad, ["model=topk"])
+    produce([diverged, good])
     with pytest.raises(ConfigError, match="the loss became NaN or infinite at step"):
-        Turns().run([bad, good])
-    assert good.weights == alone.weights
-    assert not bad.stage.finished
+        diverged.show()
+    assert weights([good]) == [expected]
+    assert good.training_error is None
+    assert not diverged.trained.finished
 
 
-def test_what_another_process_makes_is_left_out_until_the_end(tmp_path, make, monkeypatch):
-    theirs, mine = make(tmp_path, "model=relu"), make(tmp_path, "model=topk")
-    begun = []
+def test_what_another_process_makes_is_left_out_until_the_end(tmp_path, prepare, monkeypatch):
+    theirs, mine = prepare(tmp_path, ["model=relu"], ["model=topk"])
+    theirs.trained.path.parent.mkdir(parents=True)
+    held = begin(theirs.trained.partial, 15.0)
+    make = Stage.make
 
-    def watch(need):
-        begun.append(need.order[0])
-        if need.order[0] == together.WAIT:
-            assert mine.stage.finished
+    def release(stage: Stage, *args, **options):
+        if stage is theirs.trained and options["wait"]:
+            assert mine.trained.finished
             held.release()
-        return meet(need)
+        return make(stage, *args, **options)
 
-    theirs.stage.path.parent.mkdir(parents=True)
-    held = begin(theirs.stage.partial, 15.0)
-    monkeypatch.setattr(together, "meet", watch)
-    Turns().run([theirs, mine])
-    assert theirs.stage.finished
-    assert begun.index(RETRY) < begun.index(together.WAIT)
+    monkeypatch.setattr(Stage, "make", release)
+    produce([theirs, mine])
+    assert theirs.trained.finished
 
 
-def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, make):
-    def groups(*cells: str) -> list[list[int]]:
-        return by_stream([make(tmp_path, *cell.split()).cfg for cell in cells])
-
-    assert groups(
+def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, prepare):
+    cells = (
         "model=topk model.k=8",
         "model=topk seed=1",
-        "model=relu trainer.max_steps=7 dataset=scenes_shape",  # another dataset to evaluate on
+        "model=relu trainer.max_steps=7 dataset=scenes_colour",  # another dataset to evaluate on
         "clip.layer=-1",
         "features.batch_size=2",
         "features.shuffle_buffer_images=8",
-        "task=cache",
+        "trainer.precision=bf16-mixed",
         "seed=1 trainer.accumulate_grad_batches=2",
-    ) == [[0, 2], [1, 7], [3], [4], [5], [6]]
+    )
+    found = prepare(tmp_path, *(cell.split() for cell in cells))
+    assert by_stream([cell.cfg for cell in found]) == [[0, 2], [1, 7], [3], [4], [5], [6]]
 
 
-def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(tmp_path, make, clip, monkeypatch):
-    images = ScenesDataset(kind="shape", split="test", size=24)
-    classifier = torch.randn(8, clip.embed_dim, generator=torch.Generator().manual_seed(0))
-    few = ["evaluation.ns=[1,5]", "measurement.metrics=[sparsity,cknna,monosemanticity]"]
+def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(tmp_path, prepare, monkeypatch):
+    few = [
+        *("evaluation=default", "evaluation.ns=[1,5]", "measurement=default", "dataset.size=24"),
+        *("measurement.metrics=[sparsity,cknna,monosemanticity]", "trainer.max_steps=1"),
+    ]
     cells = [
-        make(tmp_path, "dataset=scenes_shape", *few, *own)
-        for own in (
-            ["model=relu", "evaluation.count_threshold=0.5"],
-            ["model=topk"],
-            ["model=sparsemax", "model.latents=32"],
-        )
+        ["model=relu", *few, "evaluation.count_threshold=0.5"],
+        ["model=topk", *few],
+        ["model=sparsemax", *few, "model.latents=32"],
     ]
     passes = []
     run = evaluation.evaluate
@@ -254,108 +242,105 @@ def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(tmp_path, make, c
         return run(clip, saes, *args, **options)
 
     monkeypatch.setattr(evaluation, "evaluate", counted)
-
-    def job(i: int, folder: Path):
-        folder.mkdir()
-        trained, own = (
-            Store(tmp_path).stage("sae", [str(i)], {}),
-            Store(tmp_path).stage("evaluation", [], {}),
-        )
-        return lambda: evaluation.make(cells[i].cfg, clip, trained, classifier, images, own, folder)
-
-    for i, cell in enumerate(cells):
-        of = SAE(d=clip.width, **build.sae_options(cell.cfg))
-        Store(tmp_path).stage("sae", [str(i)], {}).make(of.save)
-        job(i, tmp_path / f"alone{i}")()
-    Turns().run([job(i, tmp_path / f"shared{i}") for i in range(3)])
+    found = {}
+    for name in ("alone", "shared"):
+        several = prepare(tmp_path / name, *cells)
+        for some in [several] if name == "shared" else [[cell] for cell in several]:
+            produce(some)
+        found[name] = {
+            f"{cell.cfg.model.name}/{path.name}": path.read_bytes()
+            for cell in several
+            for path in cell.evaluated.path.iterdir()
+            if path.name not in ("meta.json", "config.yaml")
+        }
     assert passes == [1, 1, 1, 3]
-    for i in range(3):
-        found = {path.name: path.read_bytes() for path in (tmp_path / f"shared{i}").iterdir()}
-        assert len(found) == 6
-        for path in (tmp_path / f"alone{i}").iterdir():
-            assert found[path.name] == path.read_bytes(), path
+    assert len(found["alone"]) == 3 * 5
+    assert found["shared"] == found["alone"]
 
 
-# --- turns ---
-
-
-def test_the_one_that_is_furthest_behind_comes_first_and_equals_share():
-    served = []
-
-    def cell(start: int):
-        def job():
-            return [needs(position) for position in range(start, 3)]
-
-        def needs(position: int):
-            def serve(own):
-                served.append((position, own))
-                return [10 * o for o in own]
-
-            return meet(Need((TRAIN, 0, position), start, serve))
-
-        return job
-
-    assert Turns().run([cell(2), cell(0), cell(2), cell(3)]) == [[20], [0, 0, 0], [20], []]
-    assert served == [(0, [0]), (1, [0]), (2, [2, 0, 2])]
-
-
-def test_random_numbers_are_the_cells_own():
-    def cell(seed: int):
-        def job():
-            torch.manual_seed(seed)
-            found = []
-            for i in range(4):
-                found.append(float(torch.rand(())))
-                meet(Need((TRAIN, i), None, lambda own: own))
-            return found
-
-        return job
-
-    assert Turns().run([cell(1), cell(2)]) == [cell(1)(), cell(2)()]
-
-
-def test_a_piece_that_fails_for_all_is_tried_for_each():
-    def cell(own):
-        def serve(all_of_them):
-            if 0 in all_of_them:
-                raise ValueError("0 cannot be")
-            return all_of_them
-
-        return lambda: meet(Need((EVALUATE, "dataset"), own, serve))
-
-    done = []
-    with pytest.raises(ValueError, match="0 cannot be"):
-        Turns().run([cell(0), lambda: done.append(cell(1)())])
-    assert done == [1]
-
-
-def test_alone_nothing_is_waited_for():
-    assert meet(Need((TRAIN, 0, 0), 3, lambda own: [2 * o for o in own])) == 6
-
-
-def test_where_someone_listens_checkpoints_are_written_and_the_work_goes_on(
-    tmp_path, make, signalled_at
+def test_where_sigusr2_has_a_handler_checkpoints_are_written_and_the_work_goes_on(
+    tmp_path, prepare, signalled_at
 ):
     """As under submitit: SIGTERM announces SIGKILL, SIGUSR2 is for submitit."""
-    steps = []
-    shared = [make(tmp_path / "shared", f"model={m}") for m in ("relu", "topk")]
-    alone = [make(tmp_path / "alone", f"model={m}") for m in ("relu", "topk")]
-    for training in alone:
-        training()
-
-    def note(*_):
-        steps.append([checkpoint_step(s.stage.scratch) for s in shared])
-
-    before = signal.signal(signal.SIGUSR2, note)
+    expected = alone(prepare(tmp_path / "alone", *TWO))
+    found = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: found.append(steps(shared)))
     try:
-        signalled_at("relu", 3, signal.SIGTERM)
-        at_the_fifth = Need((TRAIN, 1, 1, "then"), None, lambda own: [note()])
-        Turns().run([*shared, lambda: meet(at_the_fifth)])
-        assert steps == [[3, 2]]
-        assert [s.weights for s in shared] == [a.weights for a in alone]
-        signalled_at("sparsemax", 3, signal.SIGUSR2)
-        shared.append(make(tmp_path / "shared", "model=sparsemax"))
-        Turns().run(shared)
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            shared = prepare(tmp_path / number.name, *TWO)
+            signalled_at("relu", 4, number)
+            produce(shared)
+            assert weights(shared) == expected
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert steps == [[3, 2], [None, None, 3]]
+    assert found == [[4, 2]]
+
+
+# --- as a user runs it ---
+
+SWEEP = [
+    "model.latents=128",
+    "trainer.max_steps=12",
+    "trainer.log_every_n_steps=4",
+    "trainer.val_check_interval=6",
+    "trainer.limit_val_batches=1",
+    "features.batch_size=4",
+    "dataset.size=40",
+    "evaluation.settings=[no_sae,on]",
+    "measurement=none",
+    "logger=csv",
+]
+
+
+def sweep_of(folder: Path, *more: str) -> list[str]:
+    return ["-m", *SWEEP, *more, f"paths.output_dir={folder}"]
+
+
+@pytest.mark.slow
+def test_results_are_those_of_each_alone_and_what_fails_harms_no_other(tmp_path):
+    cells = [
+        "model=relu,topk",
+        "optimizer.learning_rate=1e-3,1e38",
+        "dataset=scenes_shape,scenes_colour",
+    ]
+    found = {}
+    for name in ("shared", "alone"):
+        done = run_py(*sweep_of(tmp_path / name, *cells, f"together={name == 'shared'}"))
+        assert done.returncode == 1, done.stdout
+        assert "4 of 8 jobs failed" in done.stdout
+        assert "the loss became NaN or infinite" in done.stdout
+        assert "Traceback" not in done.stdout
+        found[name] = {
+            path.relative_to(tmp_path / name).as_posix(): path.read_bytes()
+            for kind in ("sae/[!.]*/sae.safetensors", "evaluation/[!.]*/results.csv")
+            for path in (tmp_path / name).glob(kind)
+        }
+    assert len(found["alone"]) == 2 + 4
+    assert found["shared"] == found["alone"]
+    # Each cell's folder has its log, with the lines of all, and its numbers, as alone.
+    logs = {
+        path.parent: path.read_text()
+        for path in (tmp_path / "shared").glob("sweeps/*/*/clipsae.log")
+    }
+    assert [text.count("training topk") for text in logs.values()] == [2] * 8
+    numbers = [pd.read_csv(path) for path in (tmp_path / "shared").glob("sweeps/*/*/metrics.csv")]
+    curves = [table["train/loss"].notna().sum() for table in numbers if "train/loss" in table]
+    assert sorted(curves) == [3, 3]
+    assert sum(table.get("topn/on_128", pd.Series()).notna().sum() for table in numbers) == 4
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_all_and_the_same_command_continues(tmp_path):
+    sweep = ["model=relu,topk", "together=true", "trainer.max_steps=200"]
+    process = start_py(*sweep_of(tmp_path, *sweep, "callbacks.checkpoint_every_n_steps=10"))
+    while not list(tmp_path.glob("sae/.*/*/scratch/last.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 130, said
+    assert "interrupted: the same command goes on" in said
+    assert "Traceback" not in said
+    assert len(list(tmp_path.glob("sae/.*/free/scratch/last.ckpt"))) == 2
+    again = run_py(*sweep_of(tmp_path, *sweep), check=True)
+    assert again.stdout.count("continuing the training") == 2

@@ -26,7 +26,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     stage = Store(folder / "store").stage("sae", [cfg.model.name], {})
-    sae.make(cfg, clip, images, held_out, None, stage, folder)
+    sae.make([sae.Training(cfg, stage, folder)], clip, images, held_out)
 
 
 def configs(models: list[str], overrides: list[str]) -> list[DictConfig]:

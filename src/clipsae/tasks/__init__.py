@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -18,10 +19,13 @@ SIGINT_STATUS = 128 + signal.SIGINT
 LIGHT = ("clipsae.tasks.status.run", "clipsae.tasks.gc.run")  # do without torch
 
 
-def run_task(cfg: DictConfig) -> None:
+def run_task(cfg: DictConfig, task: Callable[[DictConfig], None] | None = None) -> None:
     """Run the task that the config names.
 
     A `ConfigError` is shown as one line, without a traceback.
+
+    Args:
+        task: run in its place.
 
     Raises:
         SystemExit: after a SIGTERM (status 143) or Ctrl-C (130); for a `ConfigError` of a single
@@ -40,7 +44,7 @@ def run_task(cfg: DictConfig) -> None:
         plugins.load(cfg)
         if "torch" not in sys.modules and cfg.task._target_ not in LIGHT:
             log.info("importing torch and Lightning")  # seconds, on a cold disk a minute
-        task = get_method(cfg.task._target_)
+        task = task or get_method(cfg.task._target_)
         if "lightning" in sys.modules:
             quiet_lightning()
         task(cfg)

@@ -19,7 +19,7 @@ from clipsae.interop import Imported, read
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
 from clipsae.tasks import build
-from clipsae.tasks.experiment import benchmark, check
+from clipsae.tasks.experiment import Experiment, check, produce
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,17 @@ def run(cfg: DictConfig) -> None:
         ConfigError: no SAE there, one that cannot be read or that does not fit the CLIP, or
             anything else invalid in the config; before anything slow has begun.
     """
+    experiment = prepare(cfg)
+    produce([experiment])
+    experiment.show()
+
+
+def prepare(cfg: DictConfig) -> Experiment:
+    """What a config asks for, with the SAE in the store.
+
+    Raises:
+        ConfigError: see `run`.
+    """
     if not cfg.task.sae:
         raise ConfigError(
             "task.sae is empty: give a folder, a .pt file or a Hugging Face id, such as "
@@ -42,7 +53,9 @@ def run(cfg: DictConfig) -> None:
     store = Store(cfg.paths.output_dir)
     cfg, clip, imported, make = bring_in(cfg, store)
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
-    benchmark(cfg, store, clip, test_set, imported, lambda logger: imported.make(make))
+    experiment = Experiment(cfg, store, clip, test_set, imported)
+    imported.make(make)
+    return experiment
 
 
 def bring_in(

@@ -2,38 +2,120 @@
 table."""
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.data.reader import refuse_damaged
-from clipsae.store import Stage, Store
-from clipsae.tasks import build, together, watch
+from clipsae.store import Busy, Stage, Store
+from clipsae.tasks import build, watch
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.options import set_by_recipe
-from clipsae.tasks.stages import classifier, evaluation, features, sae
+from clipsae.tasks.stages import classifier, evaluation, sae
 from clipsae.tasks.table import print_results
-from clipsae.training.logging import (
-    finish,
-    has_rows,
-    has_run,
-    log_failure,
-    log_results,
-    log_sae,
-)
+from clipsae.tasks.tracking import Run, is_agents
+from clipsae.training.logging import log_results, log_sae
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Experiment:
+    """An SAE and its results on one dataset: a single run, or a cell of a sweep. To be made in the
+    job that it belongs to.
+
+    Attributes:
+        trained, evaluated: the places in the store; `evaluated` None: `evaluation=none
+            measurement=none`.
+        train_set: None: the SAE was not trained here, and is there.
+        new: whether one of them was yet to be made.
+        run: of the training, in W&B or a CSV file.
+        training_error, error: why it failed.
+    """
+
+    cfg: DictConfig
+    store: Store
+    clip: FrozenCLIP
+    test_set: ImageDataset
+    trained: Stage
+    train_set: ImageDataset | None = None
+    evaluated: Stage | None = field(init=False)
+    new: bool = field(init=False)
+    run: Run = field(init=False)
+    training_error: Exception | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        cfg = self.cfg
+        self.evaluated = evaluation.stage(cfg, self.store, self.trained, self.test_set)
+        if self.evaluated is not None:
+            finished = self.evaluated.finished
+            evaluation.check(cfg, self.clip, self.test_set, finished=finished)
+        for stage in self.stages:
+            if stage.finished:
+                log.info("using the finished %s", stage.path)
+        self.new = not all(stage.finished for stage in self.stages)
+        if not self.trained.finished:
+            for images in self._read():
+                refuse_damaged(images, cfg.features.num_workers)
+        self.run = Run(cfg, self.trained, "train")
+
+    def _read(self) -> Iterable[ImageDataset]:
+        """The images that training and evaluation read."""
+        if self.train_set is not None:
+            yield self.train_set
+            yield self.held_out()
+        if self.cfg.evaluation.protocol == "heldout":
+            yield build.build_dataset(self.cfg.dataset, "train", self.clip.image_size)
+        yield self.test_set
+
+    def held_out(self) -> ImageDataset:
+        """The images that the training is validated on."""
+        return build.build_dataset(self.cfg.train_dataset, "test", self.clip.image_size)
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [self.trained] + ([] if self.evaluated is None else [self.evaluated])
+
+    @property
+    def has_one_run(self) -> bool:
+        """Whether the results are logged in the training's run."""
+        return self.evaluated is None or is_agents()
+
+    def show(self) -> None:
+        """Log the results, unless an earlier job did, and print them.
+
+        Raises:
+            Exception: why the SAE was not trained or evaluated.
+        """
+        if self.training_error is not None:
+            raise self.training_error
+        if rank_zero_only.rank > 0:
+            return
+        run = self.run
+        if not self.has_one_run:
+            run = Run(self.cfg, self.evaluated, "evaluate")
+        with run:
+            if self.error is not None:
+                raise self.error
+            rows, metrics = pd.DataFrame(), {}
+            if self.evaluated is not None:
+                rows, metrics = evaluation.read(self.evaluated.path)
+            if not rows.empty:
+                evaluation.check_zero_shot(self.cfg, self.test_set, rows)
+            if self.new or not run.has_results():
+                cells = {f"measure/{name}": value for name, value in metrics.items()}
+                log_results(run.logger(), rows.to_dict("records"), table_cells(rows) | cells)
+                log_sae(
+                    run.logger(), self.trained.path, [self.cfg.model.name, f"seed-{self.cfg.seed}"]
+                )
+        print_results(rows, metrics, [stage.path for stage in self.stages])
 
 
 def run(cfg: DictConfig) -> None:
@@ -41,6 +123,17 @@ def run(cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: an invalid config; before anything slow has begun.
+    """
+    experiment = prepare(cfg)
+    produce([experiment])
+    experiment.show()
+
+
+def prepare(cfg: DictConfig) -> Experiment:
+    """What a config asks for.
+
+    Raises:
+        ConfigError: an invalid config, or an image that cannot be read.
     """
     store = Store(cfg.paths.output_dir)
     check(cfg)
@@ -53,21 +146,7 @@ def run(cfg: DictConfig) -> None:
     trained = sae.stage(cfg, store, train_set)
     if not trained.finished and (line := set_by_recipe(cfg)):
         log.info("%s", line)
-
-    def train(logger: Callable[[], Logger | None]) -> None:
-        def make(folder: Path) -> None:
-            held_out = build.build_dataset(cfg.train_dataset, "test", clip.image_size)
-            own, callbacks = None, []
-            if rank_zero_only.rank == 0:
-                own, callbacks = logger(), watch.callbacks(cfg, store, clip, held_out)
-            sae.make(cfg, clip, train_set, held_out, own, trained, folder, callbacks)
-
-        together.make(trained, make, rank_zero_only.rank)
-
-    read = [train_set]
-    if not trained.finished:  # which looks at held-out images, too
-        read.append(build.build_dataset(cfg.train_dataset, "test", clip.image_size))
-    benchmark(cfg, store, clip, test_set, trained, train, read)
+    return Experiment(cfg, store, clip, test_set, trained, train_set)
 
 
 def check(cfg: DictConfig) -> None:
@@ -80,167 +159,154 @@ def check(cfg: DictConfig) -> None:
     evaluation.check_options(cfg)
 
 
-def benchmark(
-    cfg: DictConfig,
-    store: Store,
-    clip: FrozenCLIP,
-    test_set: ImageDataset,
-    trained: Stage,
-    make_it: Callable[[Callable[[], Logger | None]], None],
-    read: Sequence[ImageDataset] = (),
-) -> None:
-    """Make an SAE, evaluate and measure it (unless `evaluation=none`, `measurement=none`), show
-    the numbers.
+def produce(experiments: Sequence[Experiment]) -> None:
+    """Train the SAEs that are missing, all in one fit, and evaluate those that are not evaluated,
+    in one pass over each dataset. Why one fails is noted as its `error`.
 
     Args:
-        trained: the SAE's place in the store.
-        make_it: makes it there, given what opens the job's logger.
-        read: the images that making it reads.
-
-    Raises:
-        ConfigError: something invalid in the config, or an image that cannot be read;
-            before the SAE is made.
+        experiments: with the same `together.stream_key`.
     """
-    evaluated = evaluation.stage(cfg, store, trained, test_set)
-    if evaluated is not None:
-        evaluation.check(cfg, clip, test_set, finished=evaluated.finished)
-    stages = [stage for stage in (trained, evaluated) if stage is not None]
-    for stage in stages:
-        if stage.finished:
-            log.info("using the finished %s", stage.path)
-
-    if not trained.finished:
-        if cfg.evaluation.protocol == "heldout":
-            read = [*read, build.build_dataset(cfg.dataset, "train", clip.image_size)]
-        for images in (*read, test_set):
-            refuse_damaged(images, cfg.features.num_workers)
-
-    def evaluate(folder: Path) -> None:
-        classes = None
-        if cfg.evaluation.settings:
-            classes = classifier.embeddings(cfg, store, clip, test_set)
-        evaluation.make(cfg, clip, trained, classes, test_set, evaluated, folder)
-
-    def look() -> tuple[pd.DataFrame, dict[str, float], dict[str, float]]:
-        """Make what is missing: the rows of top-n classification, the measured numbers, and both
-        as the logger takes them."""
-        if evaluated is None:
-            return pd.DataFrame(), {}, {}
-        together.make(evaluated, evaluate)
-        rows, metrics = evaluation.read(evaluated.path)
-        cells = {}
-        if not rows.empty:
-            evaluation.check_zero_shot(cfg, test_set, rows)
-            cells = table_cells(rows)
-        return rows, metrics, cells | {f"measure/{m}": value for m, value in metrics.items()}
-
-    finished = all(stage.finished for stage in stages)
-    results = evaluated or trained
-
-    def tell(logger: Callable[[], Logger | None]) -> tuple[pd.DataFrame, dict[str, float]]:
-        rows, metrics, cells = look()
-        if not (finished and was_told(cfg, results)):
-            log_results(logger(), rows.to_dict("records"), cells)
-            log_sae(logger(), trained.path, [cfg.model.name, f"seed-{cfg.seed}"])
-        return rows, metrics
-
-    # The training's run is the SAE's, whichever dataset's job trains it. (An agent of W&B gives a
-    # job one run.)
-    one_run = results is trained or "WANDB_SWEEP_ID" in os.environ
-    with tracked(cfg, trained, "train") as logger:
-        make_it(logger)
-        if rank_zero_only.rank > 0:  # the rest is the first rank's
-            return
-        if one_run:
-            rows, metrics = tell(logger)
-    if not one_run:
-        with tracked(cfg, results, "evaluate") as logger:
-            rows, metrics = tell(logger)
-    print_results(rows, metrics, [stage.path for stage in stages])
-
-
-@contextmanager
-def tracked(cfg: DictConfig, stage: Stage, job_type: str) -> Iterator[Callable[[], Logger | None]]:
-    """A stage's run in W&B or a CSV file, opened when it is first asked for, closed with the right
-    exit code.
-
-    Args:
-        job_type: "train" for an SAE's own run, which names the dataset that it is trained on;
-            "evaluate" or "explore" for what comes of `cfg.dataset`.
-    """
-    if job_type == "train":
-        cfg = OmegaConf.merge(cfg)  # a copy
-        OmegaConf.update(cfg, "dataset", cfg.train_dataset, merge=False)
-
-    @cache
-    def logger() -> Logger | None:
-        return build.call_target(
-            logger_options(cfg),
-            name=f"{cfg.model.name}-{cfg.dataset.name}-s{cfg.seed}",
-            run_id=stage.path.name[-10:],
-            job_type=job_type,
-            run_config=public_config(cfg),
-            folder=Path(cfg.paths.output_dir),
-            run_folder=Path(HydraConfig.get().runtime.output_dir),
-        )
-
-    failed, coming_back = True, False
     try:
-        yield logger
-        failed = False
-    except Exception as error:
+        _train(experiments)
+        for experiment in experiments:
+            if experiment.training_error or not experiment.has_one_run:
+                experiment.run.close(experiment.training_error)
         if rank_zero_only.rank == 0:
-            log_failure(logger(), error)  # to be seen there, however early it is
+            _evaluate([one for one in experiments if one.training_error is None])
+    except BaseException as error:
+        for experiment in experiments:
+            experiment.run.close(error)
         raise
-    except SystemExit:  # preempted
-        coming_back = True
-        raise
-    finally:
-        if logger.cache_info().currsize:
-            finish(logger(), failed, coming_back)
 
 
-def was_told(cfg: DictConfig, stage: Stage) -> bool:
-    """Whether the logger has had a stage's results from an earlier job, and is not asked for
-    more."""
-    if cfg.logger.get("upload_sae"):
-        return False
-    return has_run(Path(cfg.paths.output_dir), stage.path.name[-10:]) or has_rows(
-        Path(HydraConfig.get().runtime.output_dir)
-    )
+def _train(experiments: Sequence[Experiment]) -> None:
+    due: dict[Path, Experiment] = {}
+    for experiment in experiments:
+        if experiment.train_set is not None:
+            due.setdefault(experiment.trained.path, experiment)
+
+    def train(folders: Mapping[Path, Path]) -> dict[Path, Exception]:
+        some = [due[path] for path in folders]
+        one = some[0]
+        held_out = one.held_out()
+        callbacks = []
+        if rank_zero_only.rank == 0:
+            callbacks = watch.callbacks(one.cfg, one.store, one.clip, held_out)
+        trainings = [
+            sae.Training(each.cfg, each.trained, folders[each.trained.path], each.run.logger())
+            for each in some
+        ]
+        return sae.make(trainings, one.clip, one.train_set, held_out, callbacks)
+
+    errors = make_all([one.trained for one in due.values()], train, rank_zero_only.rank)
+    for experiment in experiments:
+        experiment.training_error = errors.get(experiment.trained.path)
 
 
-def logger_options(cfg: DictConfig) -> dict[str, Any]:
-    """`cfg.logger` with the tags that every run has."""
-    options = build.plain(cfg.logger)
-    if "tags" in options:
-        options["tags"] = [*options["tags"], cfg.model.name, cfg.dataset.name, cfg.clip.name]
-    return options
+def _evaluate(experiments: Sequence[Experiment]) -> None:
+    passes: dict[str, dict[Path, Experiment]] = {}
+    for experiment in experiments:
+        if experiment.evaluated is not None:
+            same = passes.setdefault(evaluation.pass_key(experiment.cfg), {})
+            same.setdefault(experiment.evaluated.path, experiment)
+    errors: dict[Path, Exception] = {}
+    for due in passes.values():
+
+        def evaluate(
+            folders: Mapping[Path, Path], due: Mapping[Path, Experiment] = due
+        ) -> dict[Path, Exception]:
+            some = [due[path] for path in folders]
+            one = some[0]
+            classes = None
+            if one.cfg.evaluation.settings:
+                classes = classifier.embeddings(one.cfg, one.store, one.clip, one.test_set)
+            work = [
+                evaluation.Due(each.cfg, each.trained, each.evaluated, folders[path])
+                for path, each in zip(folders, some, strict=True)
+            ]
+            evaluation.make(work, one.clip, classes, one.test_set)
+            return {}
+
+        errors |= make_all([one.evaluated for one in due.values()], evaluate)
+    for experiment in experiments:
+        if experiment.evaluated is not None:
+            experiment.error = errors.get(experiment.evaluated.path)
 
 
-def public_config(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config without where things lie on this machine."""
-    public = {key: value for key, value in build.plain(cfg).items() if key != "paths"}
-    for group in ("dataset", "train_dataset"):
-        public[group] = {k: v for k, v in public[group].items() if k not in build.PLACE_KEYS}
-    if features.cached(cfg):
-        public["features"]["cache"].pop("folder")
-    return _without_folders(public)
+def make_all(
+    stages: Sequence[Stage],
+    build_all: Callable[[Mapping[Path, Path]], dict[Path, Exception]],
+    rank: int = 0,
+) -> dict[Path, Exception]:
+    """Make several stages in one go, each as `Stage.make` does. Those that another process is
+    making are left out, and waited for in the end.
 
+    Args:
+        build_all: given the folders to write into by the stages' paths, returns why some failed.
+            What it raises is tried again for each stage: one may be at fault, or all together
+            too large.
+        rank: see `Stage.make`; of one stage alone.
 
-def _without_folders(value: Any) -> Any:
-    """The same with the last name alone of absolute paths: weights, plugins."""
-    if isinstance(value, dict):
-        return {key: _without_folders(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(one) for one in value]
-    if isinstance(value, str) and Path(value).expanduser().is_absolute():
-        return Path(value).name
-    return value
+    Returns:
+        Why some failed, by the stages' paths.
+    """
+    errors: dict[Path, Exception] = {}
+    folders: dict[Path, Path] = {}
+    busy: list[Stage] = []
+
+    def attempt(some: Mapping[Path, Path]) -> None:
+        try:
+            errors.update(build_all(some))
+        except Exception as error:
+            if len(some) == 1:
+                errors.update(dict.fromkeys(some, error))
+                return
+            log.warning("%s: %s; trying each by itself", type(error).__name__, error)
+            for path, folder in some.items():
+                attempt({path: folder})
+
+    def hold(rest: Sequence[Stage]) -> None:
+        """Build everything while the leases of `rest` are held, too."""
+        if not rest:
+            if folders:
+                attempt(folders)
+            return
+        stage, entered = rest[0], False
+
+        def build(folder: Path) -> None:
+            nonlocal entered
+            errors.pop(stage.path, None)
+            if entered:  # the lease was lost, and has come back
+                attempt({stage.path: folder})
+            else:
+                entered = True
+                folders[stage.path] = folder
+                hold(rest[1:])
+            if stage.path in errors:
+                raise errors[stage.path]
+
+        try:
+            stage.make(build, wait=len(stages) == 1, rank=rank)
+            errors.pop(stage.path, None)
+        except Busy as error:
+            log.info("%s; the others first", error)
+            busy.append(stage)
+        except Exception as error:
+            errors[stage.path] = error
+        if not entered:
+            hold(rest[1:])
+
+    hold(stages)
+    for stage in busy:
+        errors.pop(stage.path, None)
+        errors |= make_all([stage], build_all)
+    return errors
 
 
 def table_cells(rows: pd.DataFrame) -> dict[str, float]:
     """The table's cells as flat names: `on_5`, `no_sae`, ... -> macro accuracy in percent."""
+    if rows.empty:
+        return {}
     names = [
         s if pd.isna(n) else f"{s}_{int(n)}" for s, n in zip(rows.setting, rows.n, strict=True)
     ]

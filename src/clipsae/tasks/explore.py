@@ -22,10 +22,10 @@ from clipsae.sae import SAE
 from clipsae.store import Store, write_json
 from clipsae.store.files import read_json
 from clipsae.tasks import build, pictures
-from clipsae.tasks.experiment import tracked
 from clipsae.tasks.pictures import Dictionary
 from clipsae.tasks.stages import classifier, evaluation
 from clipsae.tasks.table import terminal
+from clipsae.tasks.tracking import Run
 from clipsae.training.logging import log_page, log_sae
 from clipsae.visualization import References, page
 from clipsae.visualization.page.interventions import Interventions, likely
@@ -76,10 +76,10 @@ def run(cfg: DictConfig) -> None:
     terminal().print(f"page        {folder / 'index.html'}", soft_wrap=True, highlight=False)
     if cfg.task.upload or cfg.logger.get("upload_sae"):
         aliases = [cfg.model.name, f"seed-{cfg.seed}"]
-        with tracked(cfg, found.pictures, job_type="explore") as logger:
-            log_sae(logger(), found.trained.path, aliases)
+        with Run(cfg, found.pictures, "explore") as run:
+            log_sae(run.logger(), found.trained.path, aliases)
             if cfg.task.upload:
-                log_page(logger(), folder, [*aliases, cfg.dataset.name])
+                log_page(run.logger(), folder, [*aliases, cfg.dataset.name])
     if cfg.task.serve:
         serve(found, store, clip, dataset, folder)
 

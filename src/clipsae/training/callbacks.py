@@ -1,167 +1,173 @@
-"""What happens around the steps: the checkpoint that a killed run continues from, the speed, the
-progress line."""
+"""What happens around the steps of a `SAEGroup`: checkpoints, also when a signal comes, the speed,
+the progress line."""
 
 import logging
 import os
+import signal
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from clipsae.progress import Bar
 from clipsae.store import put_checkpoint
 from clipsae.store.files import checkpoint_step
+from clipsae.training.module import SAEGroup, SAEModule
 
 log = logging.getLogger(__name__)
 
 
-class BetweenSteps(Callback):
-    """Calls `between_steps` after every optimizer step; where a validation follows, after that,
-    so that a run that goes on from a checkpoint does not repeat it."""
-
-    _seen = -1
-
-    def between_steps(self, trainer: Trainer) -> None:
-        raise NotImplementedError
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if not _validates_next(trainer):
-            self._call(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._call(trainer)
-
-    def _call(self, trainer: Trainer) -> None:
-        if trainer.global_step != self._seen:  # not in the middle of an accumulated batch
-            self._seen = trainer.global_step
-            self.between_steps(trainer)
-
-
-def _validates_next(trainer: Trainer) -> bool:
-    """Whether a validation comes before the next batch."""
-    every = trainer.val_check_batch
-    if not trainer.enable_validation or every is None:
-        return False
-    return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0
-
-
-class ResumeCheckpoint(BetweenSteps, Checkpoint):
-    """Keeps one checkpoint, the newest whole one.
+class Checkpoints(Checkpoint):
+    """Keeps one checkpoint of each SAE, the newest whole one: `SAEModule.checkpoint`.
 
     Lightning's own writes through a temporary file that may lie on another file system, from
     where a move is a copy: a kill in the middle leaves half a file under the final name. Here it
     is written beside its place, flushed to disk, renamed, and its checksum noted, by which
     `whole_checkpoint` knows a damaged one.
 
+    All is done between two steps, and after the validation that follows a step, so that a run that
+    continues from a checkpoint does not repeat it. So are signals answered:
+
+    - Ctrl-C (SIGINT): checkpoint, then the training ends. A second one ends it at once.
+    - SIGTERM: Lightning ends the training between two steps, and a checkpoint is written.
+
+    Where SIGUSR2 has a handler (submitit, which then queues the job again):
+
+    - SIGUSR2, the job's time is nearly over or it is preempted: checkpoint, then submitit.
+    - SIGTERM comes with a requeue, a preemption or scancel: checkpoint, and on until SIGKILL. A
+      job that ended by itself would count as over, and would not be queued again.
+
+    With several ranks no signal arrives between the same two steps everywhere: there the last
+    regular checkpoint counts.
+
     Args:
-        path: where the checkpoint lies.
         every_n_steps: optimizer steps between checkpoints.
         every_n_seconds: a checkpoint at least this often, too; the time is checked between
             steps, and does not change what is trained.
     """
 
-    def __init__(
-        self, path: Path, every_n_steps: int = 500, every_n_seconds: float = 300.0
-    ) -> None:
+    def __init__(self, every_n_steps: int = 500, every_n_seconds: float = 300.0) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1")
-        self.path = Path(path)
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
-        self.last_step = -1
         self.last_time = time.monotonic()
-        self.newest_step = -1
-        self.accumulating = False
+        self.saved: dict[SAEModule, int] = {}  # batches in the newest checkpoint
+        self.asked: set[int] = set()
+        self.before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self.last_step, self.last_time = trainer.global_step, time.monotonic()
-        self.newest_step = trainer.global_step
+    def on_train_start(self, trainer: Trainer, pl_module: SAEGroup) -> None:
+        self.last_time = time.monotonic()
+        self.saved = {member: member.batches for member in pl_module.members}
+        answered = [signal.SIGINT]
+        if callable(signal.getsignal(signal.SIGUSR2)):
+            answered.append(signal.SIGTERM)
+            if trainer.world_size == 1:
+                answered.append(signal.SIGUSR2)
+        self.before = {number: signal.signal(number, self._note) for number in answered}
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.accumulating = trainer.global_step == self.newest_step
-        self.newest_step = trainer.global_step
-        super().on_train_batch_end(trainer, *args)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: SAEGroup, *args: Any) -> None:
+        every = trainer.val_check_batch
+        validates = trainer.enable_validation and every is not None
+        if not (validates and (trainer.fit_loop.total_batch_idx + 1) % every == 0):
+            self.between_steps(trainer, pl_module)
 
-    def between_steps(self, trainer: Trainer) -> None:
-        due = trainer.global_step % self.every_n_steps == 0
-        if trainer.world_size == 1:  # ranks would not agree on the time
-            due = due or time.monotonic() - self.last_time >= self.every_n_seconds
-        if due:
-            self.save(trainer)
+    def on_validation_end(self, trainer: Trainer, pl_module: SAEGroup) -> None:
+        self.between_steps(trainer, pl_module)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def between_steps(self, trainer: Trainer, group: SAEGroup) -> None:
+        """Write the checkpoints that are due, and answer signals."""
+        late = time.monotonic() - self.last_time >= self.every_n_seconds
+        if late and trainer.world_size == 1:  # ranks would not agree on the time
+            self.save(trainer, group)
+        group.each(lambda member: self._save_if_due(trainer, group, member))
+        asked, self.asked = self.asked, set()
+        if not asked:
+            return
+        if trainer.world_size == 1:
+            self.save(trainer, group)
+        if signal.SIGINT in asked:
+            self.say_where(trainer, group)
+            raise KeyboardInterrupt
+        self._pass_on(asked)
+
+    def _save_if_due(self, trainer: Trainer, group: SAEGroup, member: SAEModule) -> None:
+        # One that has ended before the others would otherwise train again after a kill.
+        waits = member.done and len(group.members) > 1
+        if not member.accumulating and (member.step % self.every_n_steps == 0 or waits):
+            self._save(trainer, member)
+
+    def save(self, trainer: Trainer, group: SAEGroup) -> None:
+        """Write a checkpoint of each SAE; between two steps, on every rank."""
+        self.last_time = time.monotonic()
+        group.each(lambda member: self._save(trainer, member))
+
+    def _save(self, trainer: Trainer, member: SAEModule) -> None:
+        if self.saved.get(member) == member.batches:
+            return
+        state = {**member.training_state(), "loops": trainer.fit_loop.state_dict()}
+        if trainer.is_global_zero:
+            path = member.checkpoint
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".tmp")
+            try:
+                torch.save(state, aside)
+                put_checkpoint(aside, path, member.step)
+            except BaseException:  # half of it: the disk may be full
+                aside.unlink(missing_ok=True)
+                raise
+        trainer.strategy.barrier()
+        self.saved[member] = member.batches
+
+    def say_where(self, trainer: Trainer, group: SAEGroup) -> None:
+        """Say which step of each SAE the same command goes on from."""
+        for member in group.current if trainer.is_global_zero else ():
+            kept = checkpoint_step(member.checkpoint.parent)
+            log.warning(
+                "%s stopped at step %s of %s: %s",
+                member.name,
+                f"{member.step:,}",
+                f"{member.max_steps:,}",
+                "there is no checkpoint yet"
+                if kept is None
+                else f"the checkpoint of step {kept:,} is in {member.checkpoint.parent}; the same "
+                "command goes on from there",
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: SAEGroup, exception: BaseException) -> None:
+        self._restore()
         # Lightning raises this one between steps, where the state is whole. Any other exception
         # may come from the middle of a step.
         if isinstance(exception, SIGTERMException):
-            self.save_and_say(trainer)
+            self.save(trainer, pl_module)
+            self.say_where(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step < trainer.max_steps:  # such as at trainer.max_time
-            self.save_between(trainer)
+    def on_train_end(self, trainer: Trainer, pl_module: SAEGroup) -> None:
+        # Those that ended early, such as at trainer.max_time.
+        pl_module.each(lambda member: member.done or self._save(trainer, member))
+        self._pass_on(self.asked)
+        self._restore()
 
-    def save_and_say(self, trainer: Trainer) -> None:
-        """Write a checkpoint as `save_between`, where the ranks agree on the step, and say what
-        the same command goes on from."""
-        self.save_between(trainer)
-        if not trainer.is_global_zero:
-            return
-        kept = checkpoint_step(self.path.parent)
-        log.warning(
-            "stopped at step %s of %s: %s",
-            f"{trainer.global_step:,}",
-            f"{trainer.max_steps:,}",
-            "there is no checkpoint yet"
-            if kept is None
-            else f"the checkpoint of step {kept:,} is in {self.path.parent}; the same command goes "
-            "on from there",
-        )
+    def _note(self, number: int, frame: Any) -> None:
+        self.asked.add(number)
+        if number == signal.SIGINT:
+            log.warning("Ctrl-C: saving after this step; once more ends it at once")
+            signal.signal(number, self.before[number])
 
-    def save_between(self, trainer: Trainer) -> None:
-        """Write a checkpoint, unless the newest is as new, or gradients are being accumulated."""
-        if not self.accumulating and trainer.global_step != self.last_step:
-            self.save(trainer)
+    def _pass_on(self, asked: set[int]) -> None:
+        if signal.SIGUSR2 in asked:
+            self.before[signal.SIGUSR2](signal.SIGUSR2, None)
 
-    def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint; between two steps, on every rank."""
-        self.last_step, self.last_time = trainer.global_step, time.monotonic()
-        aside = self.path.with_suffix(".tmp")
-        try:
-            trainer.save_checkpoint(aside)
-            if trainer.is_global_zero:
-                put_checkpoint(aside, self.path, trainer.global_step)
-        except BaseException:
-            if trainer.is_global_zero:  # half of it: the disk may be full
-                aside.unlink(missing_ok=True)
-            raise
-
-
-class ReportProgress(Callback):
-    """Tells `report(done, total)` after every step how far the training is.
-
-    Args:
-        report: such as `Stage.progress`; what it raises ends the training.
-    """
-
-    def __init__(self, report: Callable[[int, int], None]) -> None:
-        self.report = report
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.report(trainer.global_step, trainer.max_steps)
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
 
 
 class TokenRate(Callback):
-    """Logs `train/tokens_per_second` since the last time, validation and checkpoints left out."""
+    """Records `train/tokens_per_second`, validation and checkpoints left out."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -173,22 +179,18 @@ class TokenRate(Callback):
             self.started = time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: torch.Tensor,
-        *_: Any,
+        self, trainer: Trainer, pl_module: SAEGroup, outputs: Any, batch: torch.Tensor, *_: Any
     ) -> None:
         now = time.perf_counter()
         self.seconds += now - self.started
         self.started = now
         self.tokens += batch.shape[0] * batch.shape[1] * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self.seconds > 0:
-            pl_module.log("train/tokens_per_second", self.tokens / self.seconds)
+        if (trainer.fit_loop.total_batch_idx + 1) % trainer.log_every_n_steps == 0:
+            for member in pl_module.current:
+                member.record({"train/tokens_per_second": self.tokens / self.seconds})
             self.tokens, self.seconds = 0, 0.0
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: SAEGroup) -> None:
         self.started = 0.0
 
 
@@ -200,8 +202,8 @@ class BusyCores(Callback):
     def __init__(self) -> None:
         self.warned = False
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if self.warned or trainer.global_step % trainer.log_every_n_steps:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: SAEGroup, *args: Any) -> None:
+        if self.warned or (trainer.fit_loop.total_batch_idx + 1) % trainer.log_every_n_steps:
             return
         threads, cores = torch.get_num_threads(), os.cpu_count() or 1
         load = os.getloadavg()[0]
@@ -216,39 +218,28 @@ class BusyCores(Callback):
 
 
 class StepProgress(Callback):
-    """One bar over all steps of the training with the few numbers that one watches.
+    """Reports after every batch how far each SAE is, and now and then the few numbers that one
+    watches.
 
     (Lightning's own bars run over epochs: of two epochs of 40,000 steps each, the end is never
     in sight.)
-
-    Args:
-        name: of the training.
     """
 
     SHOWN = ("fvu", "l0", "dead_fraction", "tokens_per_second")
 
-    def __init__(self, name: str) -> None:
-        self.bar = Bar(f"training {name}")
+    def on_train_start(self, trainer: Trainer, pl_module: SAEGroup) -> None:
+        for member in pl_module.members:
+            member.progress(member.step, member.max_steps, None)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.bar(trainer.global_step, trainer.max_steps)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: SAEGroup, *args: Any) -> None:
+        pl_module.each(lambda member: self._report(member, trainer.log_every_n_steps))
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if not trainer.is_global_zero:
-            return
+    def _report(self, member: SAEModule, every: int) -> None:
         numbers = None
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            values = trainer.callback_metrics
+        if member.step % every == 0:
             numbers = "  ".join(
-                f"{name.replace('_', ' ')} {float(values[f'train/{name}']):.3g}"
+                f"{name.replace('_', ' ')} {member.numbers[f'train/{name}']:.3g}"
                 for name in self.SHOWN
-                if f"train/{name}" in values
+                if f"train/{name}" in member.numbers
             )
-        self.bar(trainer.global_step, trainer.max_steps, numbers)
-
-    def on_exception(self, *args: Any) -> None:
-        self.bar.close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.bar.close()
+        member.progress(member.step, member.max_steps, numbers)

@@ -1,15 +1,19 @@
-"""The LightningModule around any SAE: one step, one optimizer, honest numbers."""
+"""The LightningModules around SAEs: one SAE in training, and several on the same tokens."""
 
+import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from clipsae.sae import SAE, SAEOutput
 from clipsae.sae.checks import boolean, fraction, positive, whole
+from clipsae.store import whole_checkpoint
 from clipsae.training.logging import log_histogram
 from clipsae.training.ranks import average_statistics
 from clipsae.training.schedule import Decay, warmup_then
@@ -19,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class SAEModule(LightningModule):
-    """Trains an SAE on batches of tokens [B, T, d] that the DataModule makes.
+    """An SAE in training: its loss, optimizer, schedule and numbers. `SAEGroup` trains it.
 
     It never asks which variant it has: losses are named tensors, and what a variant does around
     a step (unit decoder rows, projected gradients) is behind the SAE's own hooks.
@@ -32,6 +36,20 @@ class SAEModule(LightningModule):
         initial_images: images whose tokens the SAE is initialised from (geometric median of
             b_dec), once, before the first step.
         compile: run the SAE's forward through torch.compile.
+        name: for log lines.
+        max_steps: optimizer steps of the training.
+        accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm: as Lightning's Trainer
+            takes them.
+        run: where its numbers are logged; None: nowhere.
+        checkpoint: the file that the training continues from, if it is there.
+        progress: called with (step, max_steps, numbers to show) after each batch; what it raises
+            ends the training.
+
+    Attributes:
+        step: optimizer steps taken.
+        batches: batches of the stream that it has been trained on.
+        numbers: what was logged last under each name, before an interruption, too.
+        error: why the training failed; None: it did not.
     """
 
     def __init__(
@@ -44,6 +62,14 @@ class SAEModule(LightningModule):
         decay: Decay = "constant",
         initial_images: int = 32,
         compile: bool = False,
+        name: str = "SAE",
+        max_steps: int = -1,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        run: Logger | None = None,
+        checkpoint: Path | None = None,
+        progress: Callable[[int, int, str | None], None] | None = None,
     ) -> None:
         super().__init__()
         positive("learning_rate", learning_rate)
@@ -61,9 +87,24 @@ class SAEModule(LightningModule):
         self.decay = decay
         self.initial_images = initial_images
         self.forward_sae = torch.compile(sae) if compile else sae
+        self.name = name
+        self.max_steps = max_steps
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.run = run
+        self.checkpoint = checkpoint
+        self.progress = progress
+        self.step = 0
+        self.batches = 0
+        self.accumulating = False
+        self.numbers: dict[str, float] = {}
+        self.error: Exception | None = None
+        self.scaler: Any = None  # of 16-bit precision; each SAE has its own
+        self._unlogged: dict[str, float] = {}
+        self._accumulated: dict[str, Tensor] = {}  # gradients that the training continues from
         self.train_window = TokenSums(sae.d)
         self.val_window = TokenSums(sae.d, sae.latents)
-        self.earlier: dict[str, float] = {}  # the latest numbers at the checkpoint gone on from
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The compiled wrapper is a Module too: kept out of `_modules`, or every weight would be
@@ -73,31 +114,90 @@ class SAEModule(LightningModule):
         else:
             super().__setattr__(name, value)
 
+    @property
+    def done(self) -> bool:
+        """Whether it has taken all its steps, or has failed."""
+        return self.step == self.max_steps or self.error is not None
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = [p for p in self.sae.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(
+            parameters, lr=self.learning_rate, betas=self.betas, fused=True
+        )
+        factor = warmup_then(self.decay, self.warmup_steps, self.max_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.optimizer, self.scheduler = optimizer, scheduler
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
     def on_fit_start(self) -> None:
         # The first step whose loss was NaN or infinite, -1: none. It is read now and then only: a
         # GPU that is asked after every step waits. (No buffer: DDP would overwrite it.)
         self.bad_step = torch.tensor(-1, device=self.device)
         self.sae.world_size = self.trainer.world_size
-        fresh = self.trainer.ckpt_path is None and self.global_step == 0
-        if fresh:
-            log.info("initialising from the tokens of %d images", self.initial_images)
-            tokens = self.trainer.datamodule.first_batch(self.initial_images)
-            self.sae.initialize(tokens.to(self.device))
+        self.scaler = copy.deepcopy(getattr(self.trainer.precision_plugin, "scaler", None))
+
+    def on_train_start(self) -> None:
+        for name, gradient in self._accumulated.items():  # before, Lightning sets them to zero
+            self.sae.get_parameter(name).grad = gradient
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         out: SAEOutput = self.forward_sae(tokens)
         if self.trainer.world_size > 1:
             average_statistics(self.sae)
         self.train_window.update(tokens, out)
-        step = self.global_step + 1
         loss = out.loss
         first = ~loss.detach().isfinite() & (self.bad_step < 0)
-        self.bad_step.masked_fill_(first, step)
-        if step % self.trainer.log_every_n_steps == 0:
-            self.check_finite()
-            self._log_window("train", self.train_window)
-            self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])
+        self.bad_step.masked_fill_(first, self.step + 1)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if (self.step + 1) % self.trainer.log_every_n_steps == 0:
+            self.check_finite()
+            self.record(self._compute("train", self.train_window))
+            self.record({"train/learning_rate": self.optimizer.param_groups[0]["lr"]})
+        self.sae.after_backward()
+
+    def on_after_optimizer_step(self) -> None:
+        """The optimizer has taken a step."""
+        self.sae.after_step()
+        self.scheduler.step()
+        self.step += 1
+
+    def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
+        self.val_window.update(tokens, self.sae(tokens))
+
+    def on_validation_epoch_end(self) -> None:
+        frequency = self.val_window.fired / self.val_window.tokens
+        log_histogram(
+            self.run,
+            "val/log10_frequency",
+            frequency[frequency > 0].log10().cpu().numpy(),
+            step=self.step,
+        )
+        self.record(self._compute("val", self.val_window))
+        self.log_recorded(self.step)
+
+    def _compute(self, prefix: str, window: TokenSums) -> dict[str, Tensor]:
+        values = window.compute()
+        window.reset()
+        values["dead_fraction"] = self.sae.dead.float().mean()
+        return {f"{prefix}/{name}": value for name, value in values.items()}
+
+    def record(self, values: Mapping[str, Tensor | float]) -> None:
+        """Keep numbers, for `log_recorded` and `numbers`."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self._unlogged |= numbers
+        self.numbers |= numbers
+
+    def log_recorded(self, step: int) -> None:
+        """Log what was recorded since the last time."""
+        if self._unlogged and self.run is not None:
+            self.run.log_metrics({**self._unlogged, "epoch": self.trainer.current_epoch}, step)
+            self.run.save()
+        self._unlogged = {}
 
     def check_finite(self) -> None:
         """Stop a training that has become useless.
@@ -110,73 +210,160 @@ class SAEModule(LightningModule):
             bad = self.trainer.strategy.reduce(bad.clone(), reduce_op="max")
         step = int(bad)
         if step < 0 and not all(p.isfinite().all() for p in self.sae.parameters()):
-            step = self.global_step
+            step = self.step
         if step >= 0:
-            factor = warmup_then(self.decay, self.warmup_steps, self.trainer.max_steps)
+            factor = warmup_then(self.decay, self.warmup_steps, self.max_steps)
             rate = self.learning_rate * factor(max(0, step - 1))
             raise FloatingPointError(
-                f"the loss became NaN or infinite at step {step:,} of {self.trainer.max_steps:,}, "
+                f"the loss became NaN or infinite at step {step:,} of {self.max_steps:,}, "
                 f"at a learning rate of {rate:.3g}"
             )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_finite()  # the last good checkpoint is kept
-        # A continued run's numbers are those of one undisturbed, too.
-        checkpoint["numbers"] = self.numbers()
-        checkpoint["train_window"] = self.train_window.sums()
+    def training_state(self) -> dict[str, Any]:
+        """What the training continues from; to be called on every rank.
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.earlier = checkpoint["numbers"]
-        if self.trainer.is_global_zero:  # they are of all ranks
-            self.train_window.restore(checkpoint["train_window"])
-
-    def numbers(self) -> dict[str, float]:
-        """What was logged last under each name, before an interruption, too."""
-        latest = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        return {**self.earlier, **latest}
-
-    def on_train_end(self) -> None:
+        Raises:
+            FloatingPointError: the loss was NaN or infinite.
+        """
         self.check_finite()
-
-    def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
-        self.val_window.update(tokens, self.sae(tokens))
-
-    def on_validation_epoch_end(self) -> None:
-        frequency = self.val_window.fired / self.val_window.tokens
-        log_histogram(
-            self.logger,
-            "val/log10_frequency",
-            frequency[frequency > 0].log10().cpu().numpy(),
-            step=self.global_step,
-        )
-        self._log_window("val", self.val_window)
-
-    def _log_window(self, prefix: str, window: TokenSums) -> None:
-        values = window.compute()
-        window.reset()
-        values["dead_fraction"] = self.sae.dead.float().mean()
-        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()})
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.sae.after_backward()
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        # Here and not in on_train_batch_end: checkpoints are written by callbacks, whose hooks
-        # run before the module's, and would hold rows that are not yet of unit norm.
-        self.sae.after_step()
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.Adam(
-            self.trained_parameters(), lr=self.learning_rate, betas=self.betas, fused=True
-        )
-        factor = warmup_then(self.decay, self.warmup_steps, self.trainer.max_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        accumulated = self.sae.named_parameters() if self.accumulating else ()
         return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+            "step": self.step,
+            "batches": self.batches,
+            "accumulated": {name: p.grad for name, p in accumulated},
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            "numbers": self.numbers,
+            "train_window": self.train_window.sums(),
         }
 
-    def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that receive gradients."""
-        return (p for p in self.sae.parameters() if p.requires_grad)
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `training_state` returned."""
+        self.step, self.batches = state["step"], state["batches"]
+        self.sae.load_state_dict(state["sae"])
+        self._accumulated = state["accumulated"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.numbers = state["numbers"]
+        if self.trainer.is_global_zero:  # the sums are of all ranks
+            self.train_window.restore(state["train_window"])
+
+
+class SAEGroup(LightningModule):
+    """Trains one SAE, or several on the same batches of tokens [B, T, d], each as if alone.
+
+    An SAE whose checkpoint is ahead of the others' waits until the stream has come there. One that
+    fails ends by itself and the others go on; alone, its error ends the fit.
+
+    Lightning counts the steps of all of them together: with `max_steps` the sum of theirs, the fit
+    ends when all are done.
+
+    Attributes:
+        members: the SAEs.
+        current: those that the latest batch was for.
+    """
+
+    def __init__(self, members: Sequence[SAEModule]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.members = nn.ModuleList(members)
+        self.current: list[SAEModule] = []
+        self._stepping = members[0]
+
+    def setup(self, stage: str) -> None:
+        for member in self.members:
+            member.trainer = self.trainer
+
+    def configure_optimizers(self) -> list[dict[str, Any]]:
+        return [member.configure_optimizers() for member in self.members]
+
+    def on_fit_start(self) -> None:
+        fresh: dict[int, Tensor] = {}
+        starts: list[tuple[int, dict[str, Any]]] = []  # batches done, and Lightning's loops then
+        for member in self.members:
+            member.on_fit_start()
+            begun = member.checkpoint and whole_checkpoint(member.checkpoint)
+            if begun:
+                state = torch.load(begun, map_location=self.device, weights_only=True)
+                member.load_training_state(state)
+                log.info("continuing the training of %s from step %s", member.name, member.step)
+                if not member.done:
+                    starts.append((member.batches, state["loops"]))
+                continue
+            images = member.initial_images
+            log.info("training %s, initialised from the tokens of %d images", member.name, images)
+            if images not in fresh:
+                fresh[images] = self.trainer.datamodule.first_batch(images).to(self.device)
+            member.sae.initialize(fresh[images])
+            starts.append((0, {}))
+        _, loops = min(starts, key=lambda start: start[0], default=(0, {}))
+        if loops:
+            self.trainer.fit_loop.load_state_dict(loops)
+        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+        steps.ready = steps.completed = sum(member.step for member in self.members)
+
+    def on_train_start(self) -> None:
+        for member in self.members:
+            member.on_train_start()
+
+    def training_step(self, tokens: Tensor, batch_idx: int) -> None:
+        position = self.trainer.fit_loop.total_batch_idx
+        self.current = [m for m in self.members if not m.done and m.batches == position]
+        optimizers = self.optimizers()
+        if not isinstance(optimizers, list):
+            optimizers = [optimizers]
+        by_member = dict(zip(self.members, optimizers, strict=True))
+        self.each(lambda member: self._train(member, by_member[member], tokens, batch_idx))
+
+    def _train(self, member: SAEModule, optimizer: Any, tokens: Tensor, batch_idx: int) -> None:
+        every = member.accumulate_grad_batches
+        if member.scaler is not None:
+            self.trainer.precision_plugin.scaler = member.scaler
+        loss = member.training_step(tokens, batch_idx)
+        # Lightning runs this whole method under autocast, which is meant for the forward pass.
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss / every)
+            member.accumulating = (batch_idx + 1) % every != 0 and not self.trainer.is_last_batch
+            if not member.accumulating:
+                self._stepping = member
+                optimizer.step()
+                optimizer.zero_grad()
+                member.on_after_optimizer_step()
+        member.batches += 1
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        member = self._stepping
+        member.on_before_optimizer_step(optimizer)
+        self.clip_gradients(optimizer, member.gradient_clip_val, member.gradient_clip_algorithm)
+
+    def each(self, work: Callable[[SAEModule], Any]) -> None:
+        """Do something for each SAE of `current`. An error ends that SAE's training alone."""
+        for member in list(self.current):
+            try:
+                work(member)
+            except Exception as error:
+                if len(self.members) == 1:
+                    raise
+                log.error("%s: %s; the others go on", member.name, error)
+                member.error = error
+                self.current.remove(member)
+                self.trainer.fit_loop.epoch_loop.max_steps -= member.max_steps - member.step
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.each(lambda member: member.log_recorded(max(0, member.step - 1)))
+
+    def on_train_end(self) -> None:
+        self.each(lambda member: member.check_finite())
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Nothing: some may be accumulating gradients."""
+
+    def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
+        self.each(lambda member: member.validation_step(tokens, batch_idx))
+
+    def on_validation_epoch_end(self) -> None:
+        self.each(lambda member: member.on_validation_epoch_end())

@@ -1,28 +1,29 @@
-"""What CLIP makes of the SAE's reconstructions while it is trained, on a few held-out images.
+"""How CLIP's predictions from the SAE's reconstructions develop during training.
 
 B images, T tokens of an image, d width, C classes.
 """
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
+from clipsae.training.module import SAEGroup, SAEModule
 
 _AT_ONCE = 16  # images; their dense codes are held
 
 
 class Predictions(Callback):
-    """Logs at every look at held-out images how CLIP's predictions change.
+    """Logs at every validation how CLIP's predictions change on a few held-out images.
 
     `val/accuracy` in % beside CLIP's own, `val/accuracy_no_sae`; `val/agreement`, the share of
     images in % whose predicted class stays; `val/logit_loss`, what the logit of the class that
     CLIP predicts loses, relative to the mean over all classes.
 
-    The images' tokens are made once and kept, [B, T, d] (64 images of ViT-B/16: 39 MB). A look
-    costs a forward pass of the SAE over them and CLIP's tail: as much as two validation batches of
-    32 images. In a training on several devices the first one does it.
+    The images' tokens are computed once and kept, [B, T, d] (64 images of ViT-B/16: 39 MB). Each
+    time costs a forward pass of the SAE over them and CLIP's tail: as much as two validation batches
+    of 32 images. In a training on several devices the first one does it.
 
     Args:
         images: uint8 [B, 3, S, S].
@@ -41,20 +42,24 @@ class Predictions(Callback):
         self.own: Tensor | None = None  # CLIP's logits [B, C]
 
     @torch.no_grad()
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.sanity_checking or trainer.logger is None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: SAEGroup) -> None:
+        if any(member.run is not None for member in pl_module.current):
+            self._prepare(pl_module.device)
+            pl_module.each(self._log)
+
+    def _log(self, member: SAEModule) -> None:
+        if member.run is None:
             return
-        self._prepare(pl_module.device)
         through = torch.cat(
             [
-                self.clip.logits(pl_module.sae(part).reconstruction, self.classifier)
+                self.clip.logits(member.sae(part).reconstruction, self.classifier)
                 for part in self.tokens.split(_AT_ONCE)
             ]
         )
         found = compare(self.own, through, self.labels)
-        # Not by `log_dict`: what the training keeps of itself must not depend on these images.
+        # Not by `record`: what the training keeps of itself must not depend on these images.
         values = {f"val/{name}": float(value) for name, value in found.items()}
-        trainer.logger.log_metrics(values, step=trainer.global_step)
+        member.run.log_metrics(values, step=member.step)
 
     def _prepare(self, device: torch.device) -> None:
         if self.tokens is not None:

@@ -3,12 +3,14 @@
 from io import BytesIO
 from typing import Any
 
-from lightning import LightningModule, Trainer
+import torch
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.training.logging import log_picture
+from clipsae.training.module import SAEGroup, SAEModule
 from clipsae.visualization.collector import collect_references
 from clipsae.visualization.figures import draw_sheet, leading_latents
 
@@ -48,20 +50,22 @@ class ReferenceSheets(Callback):
         self.options["limit_images"] = images
         self.every_n_steps = every_n_steps
         self.rows = rows
-        self.last_step: int | None = None
+        self.last_step: dict[SAEModule, int] = {}
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or pl_module.logger is None:
+    def on_validation_end(self, trainer: Trainer, pl_module: SAEGroup) -> None:
+        if trainer.is_global_zero:
+            pl_module.each(lambda member: self._log(member, pl_module.device))
+
+    def _log(self, member: SAEModule, device: torch.device) -> None:
+        step, last = member.step, self.last_step.get(member)
+        if member.run is None or (last is not None and step - last < self.every_n_steps):
             return
-        step = trainer.global_step
-        if self.last_step is not None and step - self.last_step < self.every_n_steps:
-            return
-        self.last_step = step
-        saes, device = {"sae": pl_module.sae}, pl_module.device
+        self.last_step[member] = step
+        saes = {"sae": member.sae}
         found = collect_references(self.clip, saes, self.dataset, device=device, **self.options)
         references = found["sae"]
         latents = leading_latents(references, self.rows)
         figure = draw_sheet(references, latents, lambda i: self.dataset[i][0], f"step {step:,}")
         file = BytesIO()
         figure.savefig(file, format="png", dpi=_DOTS)
-        log_picture(pl_module.logger, "val/reference_images", file.getvalue(), step)
+        log_picture(member.run, "val/reference_images", file.getvalue(), step)

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from hydra_plugins.clipsae_launchers.local import groups_of, shows_status
+from hydra_plugins.clipsae_launchers.local import groups_of, run_cells, shows_status
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -73,25 +72,22 @@ class _Awaited(BaseSubmititLauncher):
             raise SystemExit(1) from error
 
     def _run(self, overrides: list[list[str]], numbers: list[int], *rest: Any) -> list[JobReturn]:
-        run = super().__call__
-        if len(overrides) == 1:
-            done = run(overrides[0], "hydra.sweep.dir", numbers[0], *rest)
-            _ = done.return_value  # raises
-            return [done]
+        call = super().__call__
+
+        def run(i: int) -> JobReturn:
+            return call(overrides[i], "hydra.sweep.dir", numbers[i], *rest)
+
+        done = run_cells(self, run, range(len(overrides)))
+        if len(done) == 1:
+            _ = done[0].return_value  # raises
+            return done
         from clipsae.errors import ConfigError
         from clipsae.tasks.sweep import job_names, outcome_of
-        from clipsae.tasks.together import Turns
 
-        several = Turns().run(
-            [
-                partial(run, some, "hydra.sweep.dir", number, *rest)
-                for some, number in zip(overrides, numbers, strict=True)
-            ]
-        )
-        ends = [outcome_of(*job) for job in zip(several, job_names(overrides), strict=True)]
+        ends = [outcome_of(*job) for job in zip(done, job_names(overrides), strict=True)]
         if failed := [str(end) for end in ends if end.why is not None]:
             raise ConfigError("; ".join(failed))
-        return several
+        return done
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> "submitit.core.utils.DelayedSubmission":
         """What the job does when it starts again; called when it is asked to leave."""

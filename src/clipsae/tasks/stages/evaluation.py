@@ -9,6 +9,8 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +29,7 @@ from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import MARK, SCHEMA, Stage, Store, write_json
 from clipsae.store.files import read_json
-from clipsae.tasks import build, together
+from clipsae.tasks import build
 
 log = logging.getLogger(__name__)
 
@@ -136,20 +138,39 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset, *, finished
         )
 
 
+def pass_key(cfg: DictConfig) -> str:
+    """The same for what can be evaluated in one pass over the images."""
+    nodes = cfg.clip, cfg.dataset, cfg.evaluation, cfg.measurement
+    options = [build.plain(node) for node in nodes]
+    options[2].pop("count_threshold", None)  # each SAE's own
+    return json.dumps([*options, build.limit_images(cfg)])
+
+
+@dataclass(frozen=True)
+class Due:
+    """An evaluation to be made.
+
+    Attributes:
+        trained: the SAE's place in the store.
+        stage, folder: the evaluation's, and the folder that it is written into.
+    """
+
+    cfg: DictConfig
+    trained: Stage
+    stage: Stage
+    folder: Path
+
+
 def make(
-    cfg: DictConfig,
-    clip: FrozenCLIP,
-    trained: Stage,
-    classifier: Tensor | None,
-    test_set: ImageDataset,
-    stage: Stage,
-    folder: Path,
+    due: Sequence[Due], clip: FrozenCLIP, classifier: Tensor | None, test_set: ImageDataset
 ) -> None:
-    """Evaluate and measure a trained SAE; write into `folder`.
+    """Evaluate and measure trained SAEs in one pass over the images; write into their folders.
 
     Args:
+        due: with the same `pass_key`.
         classifier: the classes' text embeddings [C, e]; None without `evaluation.settings`.
     """
+    cfg = due[0].cfg
     options = cfg.evaluation
     device = build.best_device()
     count_set = None
@@ -165,33 +186,36 @@ def make(
             else "with random CLIP weights the numbers mean nothing",
         )
 
-    def run(cells: dict[str, tuple[Path, float]]) -> Evaluation:
-        with Bar(f"evaluating {build.title(cfg, len(cells))}", stage.progress) as bar:
-            return evaluate(
-                clip.to(device),
-                {name: SAE.load(path).to(device) for name, (path, _) in cells.items()},
-                test_set,
-                classifier,
-                ns=tuple(options.ns),
-                settings=tuple(options.settings),
-                protocol=options.protocol,
-                count_dataset=count_set,
-                count_threshold={name: threshold for name, (_, threshold) in cells.items()},
-                **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
-                batch_size=options.batch_size,
-                limit_images=limit,
-                num_workers=cfg.features.num_workers,
-                device=device,
-                progress=bar,
-            )
+    def report(done: int, total: int) -> None:
+        for one in due:
+            one.stage.progress(done, total)
 
-    own = trained.path, cfg.evaluation.count_threshold
-    name, result = together.in_one_pass("evaluation", cfg, own, run)
-    if options.settings:
-        write_topn(cfg, result, name, folder)
-    if measures(cfg):
-        write_metrics(cfg, result, name, folder)
-    build.save_config(cfg, folder)
+    with Bar(f"evaluating {build.title(cfg, len(due))}", report) as bar:
+        result = evaluate(
+            clip.to(device),
+            {one.stage.path.name: SAE.load(one.trained.path).to(device) for one in due},
+            test_set,
+            classifier,
+            ns=tuple(options.ns),
+            settings=tuple(options.settings),
+            protocol=options.protocol,
+            count_dataset=count_set,
+            count_threshold={
+                one.stage.path.name: one.cfg.evaluation.count_threshold for one in due
+            },
+            **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
+            batch_size=options.batch_size,
+            limit_images=limit,
+            num_workers=cfg.features.num_workers,
+            device=device,
+            progress=bar,
+        )
+    for one in due:
+        if options.settings:
+            write_topn(one.cfg, result, one.stage.path.name, one.folder)
+        if measures(cfg):
+            write_metrics(one.cfg, result, one.stage.path.name, one.folder)
+        build.save_config(one.cfg, one.folder)
 
 
 def write_topn(cfg: DictConfig, result: Evaluation, name: str, folder: Path) -> None:

@@ -1,8 +1,9 @@
 """Kind "sae": a trained SAE. `sae.safetensors`, `sae.json`, `training.json`, `config.yaml`."""
 
-import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
@@ -12,37 +13,33 @@ from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
-from clipsae.store import Stage, Store, whole_checkpoint, write_json
+from clipsae.progress import Bar
+from clipsae.store import Stage, Store, write_json
 from clipsae.store.files import checkpoint_step
-from clipsae.tasks import build, plugins, together
+from clipsae.tasks import build, plugins
 from clipsae.tasks.options import TRAINER
 from clipsae.tasks.stages import features
-from clipsae.training.callbacks import (
-    BusyCores,
-    ReportProgress,
-    ResumeCheckpoint,
-    StepProgress,
-    TokenRate,
-)
-from clipsae.training.module import SAEModule
+from clipsae.training.callbacks import BusyCores, Checkpoints, StepProgress, TokenRate
+from clipsae.training.module import SAEGroup, SAEModule
 from clipsae.training.schedule import warmup_then
-from clipsae.training.signals import CheckpointOnSignal
-
-log = logging.getLogger(__name__)
 
 TRAINER_OPTIONS = {
     "enable_model_summary": False,
     "enable_progress_bar": False,
     "check_val_every_n_epoch": None,
 }
-
-
+# Keys of Lightning's Trainer in which SAEs that train on the same tokens may differ.
+MEMBER_OPTIONS = (
+    *("max_steps", "accumulate_grad_batches"),
+    *("gradient_clip_val", "gradient_clip_algorithm"),
+)
 # Keys of Lightning's Trainer that can end a training before its last step.
 ENDING = ("max_time", "limit_train_batches", "overfit_batches")
 
@@ -124,92 +121,148 @@ def check_devices(cfg: DictConfig) -> None:
             "and so the SAE, depend on how many there are"
         )
     several = devices > 1 if isinstance(devices, int) else len(devices) > 1
-    if several and together.is_shared():
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if several and is_sweep and cfg.together:
         raise ConfigError(
             f"trainer.devices={devices}: together=true trains on one device; leave out one of them"
         )
     started = SLURMEnvironment.detect() or "LOCAL_RANK" in os.environ
-    if several and HydraConfig.get().mode == RunMode.MULTIRUN and not started:
+    if several and is_sweep and not started:
         raise ConfigError(
             f"trainer.devices={devices} in a sweep on this machine: Lightning would start the "
             "whole sweep once a device; run one job at a time, or use hydra/launcher=slurm"
         )
 
 
+@dataclass(frozen=True)
+class Training:
+    """An SAE to be trained.
+
+    Attributes:
+        stage, folder: its place in the store, and the folder that it is written into.
+        run: where its numbers are logged; None: nowhere.
+    """
+
+    cfg: DictConfig
+    stage: Stage
+    folder: Path
+    run: Logger | None = None
+
+
 def make(
-    cfg: DictConfig,
+    trainings: Sequence[Training],
     clip: FrozenCLIP,
     train_set: ImageDataset,
     held_out: ImageDataset,
-    logger: Logger | None,
-    stage: Stage,
-    folder: Path,
     watch: Sequence[Callback] = (),
-) -> None:
-    """Train an SAE and write it into `folder`, continuing from the stage's checkpoint if any.
+) -> dict[Path, Exception]:
+    """Train SAEs on the same stream of tokens, each continuing from its checkpoint if there is one,
+    and write them into their folders.
 
     Args:
+        trainings: with configs that have `together.stream_key` in common.
         held_out: images for validation.
         watch: callbacks that observe the training.
+
+    Returns:
+        Why one of several failed, by the path of its stage. Of one alone the error is raised.
     """
-    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    module = SAEModule(build.build_sae(cfg, clip.width), **build.training_options(cfg))
+    cfg = trainings[0].cfg
     cache = features.open_cache(cfg, clip, train_set)
     data = features.data_module(cfg, clip, train_set, held_out, cache=cache)
-    checkpoint = stage.scratch / "last.ckpt"
-    resume = ResumeCheckpoint(
-        checkpoint,
+    checkpoints = Checkpoints(
         every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
         every_n_seconds=cfg.callbacks.checkpoint_every_n_seconds,
     )
-    callbacks = [resume, TokenRate(), BusyCores(), ReportProgress(stage.progress), *watch]
-    if together.is_shared():  # which answers signals, too
-        data.source = together.source(
-            lambda: features.data_module(cfg, clip, train_set, cache=cache),
-            save=lambda: resume.save_between(trainer),
-        )
-    else:
-        callbacks.append(CheckpointOnSignal(resume))
-    if cfg.callbacks.progress_bar:
-        k = cfg.model.get("k")
-        callbacks.append(StepProgress(cfg.model.name + (f" k={k}" if k else "")))
+    options = {k: v for k, v in build.plain(cfg.trainer).items() if k not in MEMBER_OPTIONS}
     trainer = build.call_target(
-        cfg.trainer,
-        logger=logger if logger is not None else False,
-        callbacks=callbacks,
+        options,
+        max_steps=sum(training.cfg.trainer.max_steps for training in trainings),
+        logger=False,
+        callbacks=[checkpoints, TokenRate(), BusyCores(), StepProgress(), *watch],
         plugins=_plugins(),
-        default_root_dir=folder,
+        default_root_dir=trainings[0].folder,
         **TRAINER_OPTIONS,
     )
-    begun = whole_checkpoint(checkpoint)
-    if begun:
-        at = checkpoint_step(stage.scratch)
-        log.info("continuing the training of %s from step %s", stage.path.name, at)
-    else:
-        log.info("training %s", stage.path.name)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=begun, weights_only=True)
-    except FloatingPointError as error:
-        kept = checkpoint_step(stage.scratch)
-        raise ConfigError(
-            f"{error}: the last good checkpoint "
-            + ("is none" if kept is None else f"is that of step {kept:,}, kept in {stage.partial}")
-            + "; lower optimizer.learning_rate, or set trainer.gradient_clip_val=1"
-        ) from error
-    if trainer.global_step < trainer.max_steps:
-        kept = checkpoint_step(stage.scratch)
-        raise ConfigError(
-            f"{stage.path.name} is not finished: Lightning ended its training after "
-            f"{trainer.global_step:,} of {trainer.max_steps:,} steps{_why_ended(cfg)}"
-            + ("" if kept is None else f"; the same command without it goes on from step {kept:,}")
-        )
+    with ExitStack() as bars:
+        group = SAEGroup([_module(one, clip, _progress(one, bars)) for one in trainings])
+        try:
+            trainer.fit(group, datamodule=data)
+        except FloatingPointError as error:
+            raise _diverged(trainings[0], error) from error
     if torch.distributed.is_initialized():  # or the evaluation's metrics wait for other ranks
         torch.distributed.destroy_process_group()
-    if not trainer.is_global_zero:
-        return
-    module.sae.save(folder)
-    build.save_config(cfg, folder)
-    write_json(folder / "training.json", {"steps": trainer.global_step, **module.numbers()})
+    errors: dict[Path, Exception] = {}
+    for training, module in zip(trainings, group.members, strict=True):
+        try:
+            _write(training, module, trainer.is_global_zero)
+        except Exception as error:
+            if len(trainings) == 1:
+                raise
+            errors[training.stage.path] = error
+    return errors
+
+
+def _module(
+    training: Training, clip: FrozenCLIP, progress: Callable[[int, int, str | None], None]
+) -> SAEModule:
+    cfg = training.cfg
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    return SAEModule(
+        build.build_sae(cfg, clip.width),
+        **build.training_options(cfg),
+        **{name: cfg.trainer[name] for name in MEMBER_OPTIONS if name in cfg.trainer},
+        name=training.stage.path.name,
+        run=training.run,
+        checkpoint=training.stage.scratch / "last.ckpt",
+        progress=progress,
+    )
+
+
+def _progress(training: Training, bars: ExitStack) -> Callable[[int, int, str | None], None]:
+    """What is told how far a training is: its stage, and a bar where there is one."""
+    cfg, k = training.cfg, training.cfg.model.get("k")
+    if cfg.callbacks.progress_bar and rank_zero_only.rank == 0:
+        name = cfg.model.name + (f" k={k}" if k else "")
+        return bars.enter_context(Bar(f"training {name}", training.stage.progress))
+    return lambda step, max_steps, _: training.stage.progress(step, max_steps)
+
+
+def _write(training: Training, module: SAEModule, is_global_zero: bool) -> None:
+    """Write a trained SAE into its folder.
+
+    Raises:
+        Exception: why it is not finished.
+    """
+    name = training.stage.path.name
+    if isinstance(module.error, FloatingPointError):
+        raise _diverged(training, module.error) from module.error
+    if module.error is not None:
+        raise module.error
+    if module.step < module.max_steps:
+        kept = checkpoint_step(training.stage.scratch)
+        raise ConfigError(
+            f"{name} is not finished: Lightning ended its training after "
+            f"{module.step:,} of {module.max_steps:,} steps{_why_ended(training.cfg)}"
+            + ("" if kept is None else f"; the same command without it goes on from step {kept:,}")
+        )
+    if is_global_zero:
+        module.sae.save(training.folder)
+        build.save_config(training.cfg, training.folder)
+        write_json(training.folder / "training.json", {"steps": module.step, **module.numbers})
+
+
+def _diverged(training: Training, error: FloatingPointError) -> ConfigError:
+    kept = checkpoint_step(training.stage.scratch)
+    return ConfigError(
+        f"{error}: the last good checkpoint "
+        + (
+            "is none"
+            if kept is None
+            else f"is that of step {kept:,}, kept in {training.stage.partial}"
+        )
+        + "; lower optimizer.learning_rate, or set trainer.gradient_clip_val=1"
+    )
 
 
 def _plugins() -> list[SLURMEnvironment] | None:
