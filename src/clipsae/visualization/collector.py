@@ -281,7 +281,7 @@ class Collector(nn.Module):
         return References(**{name: value.cpu() for name, value in found.items()}, source=source)
 
     def _concepts(self) -> dict[str, Tensor]:
-        """What `References` says of concepts, from the sums of both levels."""
+        """The concepts of `References`, from the sums of both levels."""
         levels = [self.on_patches.scores(), self.on_images.scores()]
         bits, precision, recall, covered, base = (
             torch.cat(parts, dim=-1) for parts in zip(*levels, strict=True)
@@ -363,7 +363,7 @@ def quantise(codes: Tensor) -> tuple[Tensor, Tensor]:
 def bits_over_chance(
     mass: Tensor, total: Tensor, squares: Tensor, base: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How much of a latent's activation lies where a concept is, and what that says.
+    """How much of a latent's activation lies on a concept, and what that tells, in bits.
 
     A concept is compared with its siblings: of "size=large" the question is not whether a latent
     lies on large objects rather than on the background, which every latent of objects does, but
@@ -397,5 +397,5 @@ def bits_over_chance(
     spread = (z2 * (p * (1 - p)).clamp(min=0) / n + z2**2 / (4 * n**2)).sqrt()
     low = ((p + z2 / (2 * n) - spread) / (1 + z2 / n)).clamp(0, 1)
     bits = (torch.xlogy(low, low / base) + torch.xlogy(1 - low, (1 - low) / (1 - base))) / log(2)
-    said = (total > 0) & (low > base) & (base > 0) & (base < 1)
-    return p, torch.where(said, bits, 0)
+    above_chance = (total > 0) & (low > base) & (base > 0) & (base < 1)
+    return p, torch.where(above_chance, bits, 0)

@@ -66,6 +66,11 @@ class Options:
     sample_tokens: int = 10_000
     sample_images: int = 2_000
 
+    def __post_init__(self) -> None:
+        for name in ("sample_tokens", "sample_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
 
 class Measurement(Metric):
     """One measurement of one SAE, a torchmetrics `Metric`: states, `update`, `compute`.
