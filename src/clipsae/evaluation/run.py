@@ -231,7 +231,7 @@ def evaluate(
         nonlocal seen
         seen += len(images)
         if "no_sae" in settings:
-            predictions.add(NO_SAE, images.predictions, images.indices)
+            predictions[NO_SAE][images.indices] = images.predictions.cpu()
         advance(images)
 
     if counted:

@@ -79,8 +79,8 @@ class Measurement(Metric):
         numbers: a record of each number that `compute` returns.
         needs: some of `NEEDS`. All other attributes of a `Batch` are always there.
         progress: of a slow `compute`: called with (done, total, what).
-        per_latent: after `compute`, numbers [M] by name, for `latents.safetensors`.
-        concepts: after `compute`, rows for `concepts.csv`.
+        per_latent, concepts: after `compute`, numbers [M] by name, for `latents.safetensors`, and
+            rows for `concepts.csv`.
     """
 
     full_state_update = False
