@@ -74,8 +74,8 @@ def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
     for name, sae in saes.items():
         images, x, codes, dense = everything(clip, scenes, sae)
         found = by_metric(result, name)
-        for suffix, of in (("", codes), ("_dense", dense)):
-            values = sparsity_values(sparsity_sums(x, sae.decode(of, sae.input_scale(x)), of))
+        for suffix, z in (("", codes), ("_dense", dense)):
+            values = sparsity_values(sparsity_sums(x, sae.decode(z, sae.input_scale(x)), z))
             for key, value in values.items():
                 assert found[key + suffix] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), key
         aligned = cknna(x.flatten(0, 1)[tokens], codes.flatten(0, 1)[tokens])
@@ -91,23 +91,14 @@ def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
         assert found["monosemanticity_mean"] == pytest.approx(scores.nanmean().item(), rel=1e-3)
 
         at = torch.tensor(chosen)
-        for level, of, truth in (
+        for level, z, truth in (
             ("patch", codes[chosen, 1:].flatten(0, 1), patch_concepts(scenes, at, 8).flatten(0, 1)),
             ("image", pooled[chosen], image_concepts(scenes, at)),
         ):
-            expected = concept_recovery(of, truth, threshold=0.8)
+            expected = concept_recovery(z, truth, threshold=0.8)
             assert found[f"{level}_auroc"] == pytest.approx(expected["mean_auroc"].item(), rel=1e-3)
             rows = [row for row in result.concepts[name] if row["level"] == level]
             assert [row["auroc_latent"] for row in rows] == expected["auroc_latent"].tolist()
-
-
-def test_selection_lifted(clip, scenes, saes):
-    result = evaluate(clip, saes, scenes, metrics=["sparsity", "dense"])
-    topk, relu = by_metric(result, "topk"), by_metric(result, "relu")
-    assert topk["l0"] == pytest.approx(4, abs=0.01)
-    assert topk["l0_dense"] > topk["l0"]
-    assert relu["zero_fraction"] == relu["zero_fraction_dense"]
-    assert set(topk) == set(relu)
 
 
 @pytest.mark.parametrize("size", [1, 30])
@@ -125,14 +116,6 @@ def test_batches_and_groups_change_nothing(clip, scenes, saes, size, monkeypatch
     for row, other in zip(whole.metrics, again.metrics, strict=True):
         assert row["metric"] == other["metric"]
         assert row["value"] == pytest.approx(other["value"], rel=1e-3, abs=1e-5, nan_ok=True)
-
-
-def test_the_seed_decides_the_samples(clip, scenes, saes):
-    def run(seed):
-        found = evaluate(clip, saes, scenes, metrics=["cknna"], sample_tokens=60, seed=seed)
-        return by_metric(found, "topk")["cknna"]
-
-    assert run(0) == run(0) != run(1)
 
 
 def test_some_images_and_modes_are_restored(clip, scenes, saes):

@@ -97,12 +97,12 @@ def figure(latents: int = 6, grid: tuple[int, int] = (2, 3), **options):
 
 
 def test_a_figure_shows_values_and_labels_of_other_images():
-    drawn, of = figure(references=4, own_index=1)
+    drawn, refs = figure(references=4, own_index=1)
     texts = [text.get_text() for text in drawn.texts]
     assert "latent 4" in texts
-    assert f"{of.values[4, 0]:.3g}" in texts
-    assert f"{of.values[4, 1]:.3g}" not in texts  # the image itself
-    assert f"{of.values[4, 4]:.3g}" in texts
+    assert f"{refs.values[4, 0]:.3g}" in texts
+    assert f"{refs.values[4, 1]:.3g}" not in texts  # the image itself
+    assert f"{refs.values[4, 4]:.3g}" in texts
     assert "a dog of a breed" in " ".join(texts)
     assert sum(text.startswith("latent ") for text in texts) == 2
     assert len([axes for axes in drawn.axes if axes.images]) == 2 + 2 * (1 + 4)

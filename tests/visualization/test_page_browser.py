@@ -89,7 +89,7 @@ WHY = Reasons(
     latents=[5, 6],
     means=[0.15, 0.06],
     without=WITHOUT,
-    normalisers=[normaliser(of) for of in WITHOUT],
+    normalisers=[normaliser(logits) for logits in WITHOUT],
     instead=[3, 2],
 )
 NAMES = {i: f"test/class {i % 8}/photo number {i}.jpg" for i in range(N)}
@@ -210,14 +210,14 @@ def test_every_view_loads_without_errors_and_asks_for_nothing_outside(browser, p
 
 
 def test_the_list_holds_few_rows_sorts_and_searches(browser, page):
-    of = made_up()
+    made = made_up()
     go(browser, f"{page}#/", ".item")
     assert len(listed(browser)) < 60
-    expected = sorted(set(range(M)) - {DEAD}, key=lambda m: (-of.concept_score[m].item(), m))
+    expected = sorted(set(range(M)) - {DEAD}, key=lambda m: (-made.concept_score[m].item(), m))
     assert listed(browser) == expected[: len(listed(browser))]
 
     browser.execute_script("document.querySelector('[data-key=frequency]').click()")
-    expected = sorted(set(range(M)) - {DEAD}, key=lambda m: (-of.frequency[m].item(), m))
+    expected = sorted(set(range(M)) - {DEAD}, key=lambda m: (-made.frequency[m].item(), m))
     assert listed(browser) == expected[: len(listed(browser))]
     browser.execute_script("document.querySelector('[data-key=frequency]').click()")
     assert listed(browser)[0] == expected[-1]
@@ -247,7 +247,7 @@ def test_the_list_holds_few_rows_sorts_and_searches(browser, page):
     assert said == "class 3 +0.75"
     type_into_search(browser, "2999", "1 of 3,000")
     assert listed(browser) == [2999]
-    named = (of.top_label == 7) & of.alive
+    named = (made.top_label == 7) & made.alive
     type_into_search(browser, "<b>bold", f"{int(named.sum())} of 3,000")
     assert '<b>bold & "quoted"</b>' in browser.find_element("css selector", ".item .label").text
     type_into_search(browser, "nothing like it", "0 of 3,000")

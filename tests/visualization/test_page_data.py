@@ -25,12 +25,12 @@ def test_nearest_are_those_with_the_largest_cosine():
     alive = torch.rand(1100) < 0.7
     found, cosines = nearest(rows, alive, 4)
     for m in (0, 1, 500, 1050, 1099):
-        of = [
+        others = [
             (-torch.cosine_similarity(rows[m], rows[k], dim=0).item(), k)
             for k in range(1100)
             if alive[k] and k != m
         ]
-        expected = sorted(of)[:4]
+        expected = sorted(others)[:4]
         assert found[m].tolist() == [k for _, k in expected]
         assert cosines[m].tolist() == pytest.approx([-c for c, _ in expected], abs=1e-5)
     assert nearest(rows, alive & False, 4)[0].shape == (1100, 0)
@@ -136,9 +136,9 @@ def test_codes_are_set_and_the_rest_of_the_stream_stays(world):
     changed = codes.clone()
     changed[..., best] = 0
     changed[..., 5] = 0.7
-    for strengths, of in (({}, codes), ({best: 0.0, 5: 0.7}, changed)):
+    for strengths, wanted in (({}, codes), ({best: 0.0, 5: 0.7}, changed)):
         found = interventions.steered_logits(world.dataset[0][0], strengths).tolist()
-        assert found == pytest.approx(logits_with(world, stream, codes, of), abs=1e-3)
+        assert found == pytest.approx(logits_with(world, stream, codes, wanted), abs=1e-3)
     with pytest.raises(ValueError, match="expected 0 to 39"):
         interventions.steered_logits(world.dataset[0][0], {40: 1.0})
 
@@ -210,10 +210,10 @@ def test_why_a_class_is_predicted(world, effect_images):
         assert 3 <= len(why.latents) <= 6
         return
     first = order[0]
-    measures = [lambda of, k=k: of[first] - of[k] for k in order[1:6]]
-    measures += [lambda of: of[first], lambda of: softmax(of)[first]]
+    measures = [lambda logits, k=k: logits[first] - logits[k] for k in order[1:6]]
+    measures += [lambda logits: logits[first], lambda logits: softmax(logits)[first]]
     for measure in measures:
-        effect = {m: abs(measure(own) - measure(of)) for m, of in without.items()}
+        effect = {m: abs(measure(own) - measure(without[m])) for m in without}
         strongest = sorted(effect.values(), reverse=True)[:3]
         kept = sorted((effect[m] for m in why.latents), reverse=True)[:3]
         assert kept == pytest.approx(strongest, abs=2e-3)
@@ -233,7 +233,7 @@ def test_effects_on_the_true_class_are_those_of_one_latent_at_a_time(world):
             if index not in pages and own[m] != [index]:
                 continue
             without = logits_without(world, stream, codes, m)
-            margins = [of[label] - of[rival] for of in (logits, without)]
+            margins = [found[label] - found[rival] for found in (logits, without)]
             expected.setdefault((m, label), []).append(margins[0] - margins[1])
     _, found = collected(world, pages=pages, effect_images=1, batch_size=5)
     pairs = list(zip(found.latent.tolist(), found.label.tolist(), strict=True))

@@ -178,8 +178,8 @@ def named(active: list[list[float]]) -> list[tuple[str | None, float, float]]:
     codes, truth = torch.zeros(40, 11, len(active)), torch.zeros(40, 10, 5, dtype=torch.bool)
     for i in range(40):
         small, plain = i % 4 == 0, i % 5 != 0
-        codes[i, 1:7] = torch.tensor([of[2 * plain + small] for of in active])
-        codes[i, 7:] = torch.tensor([of[4] for of in active])
+        codes[i, 1:7] = torch.tensor([strength[2 * plain + small] for strength in active])
+        codes[i, 7:] = torch.tensor([strength[4] for strength in active])
         truth[i, :6, int(plain)] = True
         truth[i, :6, 3 - int(small)] = True
         truth[i, 6:, 4] = True
@@ -190,13 +190,13 @@ def named(active: list[list[float]]) -> list[tuple[str | None, float, float]]:
         known = {"patch_truth": truth[part], "image_truth": one}
         collector.update(batch_of(codes[part], indices=part, **known))
     concepts = [*NAMES, "count=one"]
-    of = collector.references(Source("made up", "test", 40, (2, 5), ["a"], concepts, None))
-    assert of.base.tolist() == pytest.approx([0.2, 0.8, 0.25, 0.75, 1.0, 1.0])
+    refs = collector.references(Source("made up", "test", 40, (2, 5), ["a"], concepts, None))
+    assert refs.base.tolist() == pytest.approx([0.2, 0.8, 0.25, 0.75, 1.0, 1.0])
     return [
         (
-            NAMES[k] if (k := int(of.concept[m])) >= 0 else None,
-            float(of.concept_precision[m]),
-            float(of.base[k]),
+            NAMES[k] if (k := int(refs.concept[m])) >= 0 else None,
+            float(refs.concept_precision[m]),
+            float(refs.base[k]),
         )
         for m in range(len(active))
     ]
@@ -243,16 +243,16 @@ def test_several_saes_in_one_pass_with_ground_truth(world):
     names = concept_names(PATCH_ATTRIBUTES)
     for name, sae in saes.items():
         codes = sae.encode(tokens)
-        of = found[name]
-        assert of.maps.shape == (sae.latents, 10, clip.tokens - 1)
+        refs = found[name]
+        assert refs.maps.shape == (sae.latents, 10, clip.tokens - 1)
         scores = monosemanticity(codes.mean(dim=1), _concepts(dataset))
-        assert torch.allclose(of.monosemanticity, scores.float(), atol=1e-5, equal_nan=True)
+        assert torch.allclose(refs.monosemanticity, scores.float(), atol=1e-5, equal_nan=True)
         on_patches = codes[:, 1:].flatten(0, 1).double()
         kinds = [concept.split("=")[0] for concept in names]
         siblings = [[k for k, kind in enumerate(kinds) if kind == own] for own in kinds]
-        rows = [truth[:, of].any(dim=1) for of in siblings]
+        rows = [truth[:, columns].any(dim=1) for columns in siblings]
         base = [float(truth[has, c].double().mean()) for c, has in enumerate(rows)]
-        assert of.base[: len(names)].tolist() == pytest.approx(base)
+        assert refs.base[: len(names)].tolist() == pytest.approx(base)
         score = torch.zeros(len(names), sae.latents)
         share = torch.zeros(len(names), sae.latents)
         for m in range(sae.latents):
@@ -264,29 +264,32 @@ def test_several_saes_in_one_pass_with_ground_truth(world):
                 share[c, m] = float(values[truth[:, c]].sum()) / own
                 n = own**2 / float(values[has].square().sum())
                 score[c, m] = own / whole * bits(float(share[c, m]), n, base[c])
-            c = int(of.concept[m])
-            assert of.concept_score[m] >= score[:, m].max() - 1e-4
-            assert (c >= 0) == (of.concept_score[m] >= NAMED)
+            c = int(refs.concept[m])
+            assert refs.concept_score[m] >= score[:, m].max() - 1e-4
+            assert (c >= 0) == (refs.concept_score[m] >= NAMED)
             if 0 <= c < len(names):
-                assert of.concept_score[m] == pytest.approx(float(score[c, m]), abs=1e-4)
-                assert of.concept_precision[m] == pytest.approx(float(share[c, m]), abs=1e-4)
+                assert refs.concept_score[m] == pytest.approx(float(score[c, m]), abs=1e-4)
+                assert refs.concept_precision[m] == pytest.approx(float(share[c, m]), abs=1e-4)
                 covered = float(values[rows[c]].sum() / values.sum())
-                assert of.concept_covered[m] == pytest.approx(covered, abs=1e-4)
+                assert refs.concept_covered[m] == pytest.approx(covered, abs=1e-4)
                 recall = (values[truth[:, c]] > 0).double().mean()
-                assert of.concept_recall[m] == pytest.approx(float(recall))
+                assert refs.concept_recall[m] == pytest.approx(float(recall))
         assert (
-            len(of.leading) == len(of.leading_precision) == len(of.base) == len(of.source.concepts)
+            len(refs.leading)
+            == len(refs.leading_precision)
+            == len(refs.base)
+            == len(refs.source.concepts)
         )
         for c in range(len(names)):
-            leading = [m for m in of.leading[c].tolist() if m >= 0]
+            leading = [m for m in refs.leading[c].tolist() if m >= 0]
             best = score[c].sort(descending=True).values[: len(leading)]
             assert torch.allclose(score[c, leading], best, atol=1e-4)
             assert len(leading) == min(8, int((score[c] >= 1e-6).sum()))
-            for m, found_share in zip(leading, of.leading_precision[c], strict=False):
+            for m, found_share in zip(leading, refs.leading_precision[c], strict=False):
                 assert found_share == pytest.approx(float(share[c, m]), abs=1e-4)
-        assert of.source.concepts[: len(names)] == names
-        assert (of.concept >= -1).all()
-        assert of.concept.max() < len(of.source.concepts)
+        assert refs.source.concepts[: len(names)] == names
+        assert (refs.concept >= -1).all()
+        assert refs.concept.max() < len(refs.source.concepts)
     assert (found["topk"].concept >= 0).any()
 
 
@@ -312,11 +315,11 @@ def test_an_interrupted_pass_goes_on_to_the_same_result(world, tmp_path):
     seen = []
     again = collect(world, scratch=scratch, progress=lambda done, total, what: seen.append(done))
     assert seen == [24, 30]  # the batches of the first 16 images are not read again
-    for name, of in whole.items():
+    for name, refs in whole.items():
         for field in ("values", "index", "maps", "histogram", "frequency", "concept"):
-            assert torch.equal(getattr(of, field), getattr(again[name], field)), field
+            assert torch.equal(getattr(refs, field), getattr(again[name], field)), field
         assert torch.equal(
-            of.monosemanticity.nan_to_num(-9), again[name].monosemanticity.nan_to_num(-9)
+            refs.monosemanticity.nan_to_num(-9), again[name].monosemanticity.nan_to_num(-9)
         )
 
 

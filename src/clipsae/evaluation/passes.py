@@ -173,8 +173,8 @@ class Batch:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Places of the images among all images of the pass, in the dataset's order, LongTensor [B]
-        on the CPU: what samples are drawn by, in whatever order images come."""
+        """Places of the images among all of the pass, in the dataset's order: samples are drawn by
+        them. LongTensor [B] on the CPU."""
         among = self.images.stream.indices
         return torch.tensor([bisect_left(among, index) for index in self.indices.tolist()])
 

@@ -151,8 +151,6 @@ def evaluate(
         metrics=metrics,
         image_encoder=image_encoder,
         pooling=pooling,
-        sample_tokens=sample_tokens,
-        sample_images=sample_images,
         classifier=classifier is not None,
     )
     indices = order = evenly_spaced(dataset.labels, limit_images)
@@ -233,7 +231,7 @@ def evaluate(
         nonlocal seen
         seen += len(images)
         if "no_sae" in settings:
-            predictions.add(NO_SAE, images.predictions, images.indices)
+            predictions[NO_SAE][images.indices] = images.predictions.cpu()
         advance(images)
 
     if counted:
@@ -263,7 +261,7 @@ def evaluate(
     keys = [NO_SAE, *(key for one in topn.values() for key in one.keys)]
     found = {key: predictions[key] for key in keys if key in predictions}
     labels = torch.as_tensor(dataset.labels)
-    by_class = {key: per_class_accuracy(said, labels, classes) for key, said in found.items()}
+    by_class = {key: per_class_accuracy(found[key], labels, classes) for key in found}
     counts = [one.images for one in topn.values()]
     return Evaluation(
         rows=make_rows(found, by_class, labels, list(topn), protocol) if found else [],
@@ -296,8 +294,6 @@ def check_metrics(
     metrics: Sequence[str] | None = None,
     image_encoder: str | Encoder | None = None,
     pooling: str = "mean",
-    sample_tokens: int = 10_000,
-    sample_images: int = 2_000,
     classifier: bool = False,
 ) -> list[str]:
     """The metrics that `evaluate` will compute with these options, for checks before slow work.
@@ -312,9 +308,6 @@ def check_metrics(
         raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
     if pooling == "cls" and not clip.prefix_tokens:
         raise ValueError(f"pooling='cls': {clip.name} has no class token; use mean or max")
-    for name, value in (("sample_tokens", sample_tokens), ("sample_images", sample_images)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
     there = {
         "embeddings": image_encoder is not None,
         "truth": has_truth(dataset),

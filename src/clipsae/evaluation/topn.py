@@ -19,6 +19,7 @@ B images, T tokens of an image, d width, M latents, C classes, N images of the s
 kept.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -53,17 +54,11 @@ def check_topn_options(ns: Sequence[int], protocol: str, settings: Sequence[str]
         raise ValueError(f"settings={list(settings)}: expected some of {', '.join(SETTINGS)}")
 
 
-class Predictions(dict[Key, Tensor]):
+class Predictions(defaultdict[Key, Tensor]):
     """The predicted class of each of N images, LongTensor [N] per setting; -1: not evaluated."""
 
     def __init__(self, images: int) -> None:
-        self.images = images
-
-    def add(self, key: Key, predicted: Tensor, indices: Tensor) -> None:
-        """Of the images `indices`, LongTensor [B]."""
-        if key not in self:
-            self[key] = torch.full((self.images,), -1)
-        self[key][indices] = predicted.cpu()
+        super().__init__(lambda: torch.full((images,), -1))
 
 
 class _Waiting(NamedTuple):
@@ -235,7 +230,7 @@ class TopN:
         def add(setting: str, n: int, tokens: Tensor) -> None:
             if setting in self.settings:
                 predicted = self.stream.predict(tokens)
-                self.predictions.add((self.name, setting, n), predicted, indices)
+                self.predictions[self.name, setting, n][indices] = predicted.cpu()
 
         m = self.sae.config["latents"]
         add("on", m, whole)

@@ -237,8 +237,8 @@ def serve(
     except OSError as error:
         raise _port_error(cfg.task.port, error) from error
     with server:
-        said = f"serving     {server.url} (Ctrl-C ends it)"
-        terminal().print(said, soft_wrap=True, highlight=False)
+        line = f"serving     {server.url} (Ctrl-C ends it)"
+        terminal().print(line, soft_wrap=True, highlight=False)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
 

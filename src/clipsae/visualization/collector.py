@@ -165,9 +165,7 @@ class Collector(nn.Module):
     """The references of one SAE from the images so far; its buffers are the state of the pass.
 
     Args:
-        sae: whose M latents these are.
-        patches: P.
-        top: K.
+        patches, top: P and K.
         embed_dim: of the separate image encoder; 0: MonoSemanticity is not measured.
         patch_concepts: names of the columns of a batch's `patch_truth`, "attribute=value", those of
             an attribute side by side; none without ground truth.
@@ -187,20 +185,17 @@ class Collector(nn.Module):
         super().__init__()
         self.latents = latents = sae.config["latents"]
         self.patches, self.top = patches, top
-        long = {"dtype": torch.long}
-        self.register_buffer("position", torch.zeros((), **long))  # in the list of images
-        self.register_buffer("images", torch.zeros((), **long))
-        self.register_buffer("tokens", torch.zeros((), **long))
-        self.register_buffer("values", torch.zeros(latents, top))
-        self.register_buffer("index", torch.full((latents, top), -1))
-        self.register_buffer("label", torch.full((latents, top), -1))
-        self.register_buffer("scale", torch.zeros(latents, top))
-        self.register_buffer("class_token", torch.zeros(latents, top))
+        for name in ("position", "images", "tokens"):  # position: in the list of images
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
+        for name in ("index", "label"):
+            self.register_buffer(name, torch.full((latents, top), -1))
+        for name in ("values", "scale", "class_token"):
+            self.register_buffer(name, torch.zeros(latents, top))
         self.register_buffer("maps", torch.zeros(latents, top, patches, dtype=torch.uint8))
-        self.register_buffer("active_images", torch.zeros(latents, **long))
-        self.register_buffer("active_tokens", torch.zeros(latents, **long))
+        for name in ("active_images", "active_tokens"):
+            self.register_buffer(name, torch.zeros(latents, dtype=torch.long))
         self.register_buffer("strength", torch.zeros(latents, dtype=torch.float64))
-        self.register_buffer("histogram", torch.zeros(latents, BINS, **long))
+        self.register_buffer("histogram", torch.zeros(latents, BINS, dtype=torch.long))
         self.on_patches = ConceptSums(latents, patch_concepts)
         self.on_images = ConceptSums(latents, image_concepts)
         self.monosemanticity = None
@@ -281,7 +276,7 @@ class Collector(nn.Module):
         return References(**{name: value.cpu() for name, value in found.items()}, source=source)
 
     def _concepts(self) -> dict[str, Tensor]:
-        """What `References` says of concepts, from the sums of both levels."""
+        """The concepts of `References`, from the sums of both levels."""
         levels = [self.on_patches.scores(), self.on_images.scores()]
         bits, precision, recall, covered, base = (
             torch.cat(parts, dim=-1) for parts in zip(*levels, strict=True)
@@ -318,12 +313,12 @@ class ConceptSums(nn.Module):
         self.attribute = [order.index(kind) for kind in kinds]
         self.sizes = [kinds.count(kind) for kind in order]
         # Columns of each concept, and behind them of each attribute: rows with any of its values.
-        size, double = len(names) + len(order), {"dtype": torch.float64}
+        size, double = len(names) + len(order), torch.float64
         self.register_buffer("truth", torch.zeros(size, dtype=torch.long))
         self.register_buffer("hits", torch.zeros(latents, size, dtype=torch.long))
-        self.register_buffer("mass", torch.zeros(latents, size, **double))
-        self.register_buffer("squares", torch.zeros(latents, len(order), **double))
-        self.register_buffer("total", torch.zeros(latents, **double))
+        self.register_buffer("mass", torch.zeros(latents, size, dtype=double))
+        self.register_buffer("squares", torch.zeros(latents, len(order), dtype=double))
+        self.register_buffer("total", torch.zeros(latents, dtype=double))
 
     def update(self, values: Tensor, truth: Tensor) -> None:
         """Codes [n, M] and truth [n, V]; float32 counts are exact below 2^24 rows."""
@@ -363,20 +358,19 @@ def quantise(codes: Tensor) -> tuple[Tensor, Tensor]:
 def bits_over_chance(
     mass: Tensor, total: Tensor, squares: Tensor, base: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How much of a latent's activation lies where a concept is, and what that says.
+    """How much of a latent's activation lies on a concept, and what that tells, in bits.
 
-    A concept is compared with its siblings: of "size=large" the question is not whether a latent
-    lies on large objects rather than on the background, which every latent of objects does, but
-    whether it does so rather than on small ones. With p the share of the latent's activation on the
-    rows (patches, images) with any size that lies on large ones, and b the share of those rows
+    A concept is compared with its siblings: "size=large" with other sizes, and not with the
+    background, on which no latent of objects lies. With p the share of the latent's activation on
+    the rows (patches, images) with any size that lies on large ones, and b the share of those rows
     that are large, the score is the divergence
 
         D(p || b) = p log2(p / b) + (1 - p) log2((1 - p) / (1 - b))   where p > b,
 
-    the bits that one learns of the concept from where the latent is active. The lift p / b alone
-    would prefer what is rare (20 % where chance gives 2 %) to what the latent is nearly always on
-    (95 % where chance gives 15 %), and p - b what is common. Unlike AUROC it does not depend on how
-    often the latent is active: those of a large dictionary are rarer than their concepts.
+    the bits that the latent's activity tells of the concept. The lift p / b alone would prefer rare
+    concepts (20 % where chance gives 2 % to 95 % where it gives 15 %), and p - b common ones.
+    Unlike AUROC it does not depend on how often the latent is active: latents of a large dictionary
+    are rarer than their concepts.
 
     Few observations count for less: of p the lower end of Wilson's interval (z = 2) is taken, with
     Kish's effective number of observations, total^2 / squares.
@@ -397,5 +391,5 @@ def bits_over_chance(
     spread = (z2 * (p * (1 - p)).clamp(min=0) / n + z2**2 / (4 * n**2)).sqrt()
     low = ((p + z2 / (2 * n) - spread) / (1 + z2 / n)).clamp(0, 1)
     bits = (torch.xlogy(low, low / base) + torch.xlogy(1 - low, (1 - low) / (1 - base))) / log(2)
-    said = (total > 0) & (low > base) & (base > 0) & (base < 1)
-    return p, torch.where(said, bits, 0)
+    above_chance = (total > 0) & (low > base) & (base > 0) & (base < 1)
+    return p, torch.where(above_chance, bits, 0)

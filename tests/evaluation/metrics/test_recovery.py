@@ -188,11 +188,11 @@ def test_levels_samples_and_processes(merged):
         ("image", concept_recovery(codes[drawn].mean(dim=1), of_images[drawn])),
     )
     found = merged(*metrics)
-    for level, of in expected:
-        assert found[f"{level}_auroc"].item() == pytest.approx(of["mean_auroc"].item())
-        assert found[f"{level}_concepts_found"] == of["concepts_found"]
+    for level, whole in expected:
+        assert found[f"{level}_auroc"].item() == pytest.approx(whole["mean_auroc"].item())
+        assert found[f"{level}_concepts_found"] == whole["concepts_found"]
         rows = [row for row in metrics[0].concepts if row["level"] == level]
-        assert [row["auroc_latent"] for row in rows] == of["auroc_latent"].tolist()
+        assert [row["auroc_latent"] for row in rows] == whole["auroc_latent"].tolist()
 
 
 def test_invalid_input_is_refused():

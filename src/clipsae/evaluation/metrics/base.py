@@ -66,6 +66,11 @@ class Options:
     sample_tokens: int = 10_000
     sample_images: int = 2_000
 
+    def __post_init__(self) -> None:
+        for name in ("sample_tokens", "sample_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
 
 class Measurement(Metric):
     """One measurement of one SAE, a torchmetrics `Metric`: states, `update`, `compute`.
@@ -74,8 +79,8 @@ class Measurement(Metric):
         numbers: a record of each number that `compute` returns.
         needs: some of `NEEDS`. All other attributes of a `Batch` are always there.
         progress: of a slow `compute`: called with (done, total, what).
-        per_latent: after `compute`, numbers [M] by name, for `latents.safetensors`.
-        concepts: after `compute`, rows for `concepts.csv`.
+        per_latent, concepts: after `compute`, numbers [M] by name, for `latents.safetensors`, and
+            rows for `concepts.csv`.
     """
 
     full_state_update = False

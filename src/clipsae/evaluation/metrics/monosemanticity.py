@@ -15,6 +15,7 @@ and those follow from sum a e, sum a, sum a^2, sum e and min at the end: one pas
 N images, T tokens of an image, M latents, e embedding size.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.sae import SAE
+
+_number = partial(Number, format=".4f", table="interpretability")
 
 
 def two_largest(stacked: Tensor) -> Tensor:
@@ -98,15 +101,10 @@ class MonoSemanticity(Measurement):
     Holds M x e float64 numbers, whatever the number of images: 200 MB at M = 49,152, e = 512.
     """
 
-    numbers = tuple(
-        Number(
-            f"monosemanticity_{key}", label, "", format, better, "interpretability", paper, shown
-        )
-        for key, label, format, better, paper, shown in (
-            ("mean", "mean MonoSemanticity", ".4f", "max", "mean_ms", True),
-            ("max", "max MonoSemanticity", ".4f", "max", "max_ms", True),
-            ("live", "live latents", ".0f", "", "", False),
-        )
+    numbers = (
+        _number("monosemanticity_mean", "mean MonoSemanticity", paper="mean_ms", headline=True),
+        _number("monosemanticity_max", "max MonoSemanticity", paper="max_ms", headline=True),
+        _number("monosemanticity_live", "live latents", format=".0f", better=""),
     )
     needs = ("embeddings",)
 

@@ -41,8 +41,8 @@ class Draw:
 
 
 class CodeSample(Metric):
-    """Rows of codes and a vector beside each, in the order of the rows' numbers, in whatever order
-    they come and from whatever process.
+    """Rows of codes and a vector beside each, sorted by the rows' numbers: the order in which they
+    come, and the process, do not matter.
 
     Memory is 12 bytes a pair, and bounded: while there are too many, every second row is dropped,
     and of later rows, too, by a hash of a row's number. Unless rows are dropped the result is that

@@ -113,8 +113,6 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset, *, finished
             metrics=options.metrics,
             image_encoder=encoder,
             pooling=options.pooling,
-            sample_tokens=options.sample_tokens,
-            sample_images=options.sample_images,
             classifier=bool(cfg.evaluation.settings),
         )
         if any("embeddings" in METRICS[metric].needs for metric in metrics):

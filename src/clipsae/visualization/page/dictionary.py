@@ -55,8 +55,8 @@ def nearest(
     found, cosines = [], []
     for part in torch.arange(len(rows), device=rows.device).split(_ROWS):
         cosine = unit[part] @ unit[kept].T
-        own = place[part]
-        cosine[own >= 0, own[own >= 0]] = -torch.inf
+        itself = place[part]
+        cosine[itself >= 0, itself[itself >= 0]] = -torch.inf
         best = top_latents(cosine, n)
         found.append(kept[best])
         cosines.append(cosine.gather(1, best))

@@ -132,11 +132,11 @@ def collect_activations(
             if not kept:
                 continue
             streams = clip.prefix(clip.normalize(pixels[kept]))
-            logits: Any = [None] * len(kept)
+            all_logits: Any = [None] * len(kept)
             if interventions is not None:
-                logits = clip.logits(streams, interventions.classifier)
-            for stream, own, index, label in zip(
-                streams, logits, at[kept].tolist(), labels[kept].tolist(), strict=True
+                all_logits = clip.logits(streams, interventions.classifier)
+            for stream, logits, index, label in zip(
+                streams, all_logits, at[kept].tolist(), labels[kept].tolist(), strict=True
             ):
                 codes = sae.encode(stream[None])[0]
                 has_page, reasons = index in with_page, None
@@ -145,22 +145,24 @@ def collect_activations(
                     if has_page and effect_images:  # those of `measured_on` are among them
                         latents = (pool_codes(codes[None])[0] > 0).nonzero().squeeze(1)
                     elif has_page:
-                        latents = interventions.likely_reasons(stream, codes, own, why)
+                        latents = interventions.likely_reasons(stream, codes, logits, why)
                     latents = latents.to(codes.device)
                     without = interventions.logits_without(stream, codes, latents)
-                    rival = strongest_other(own, label)
-                    measured.append((latents, label, margins(own, without, label, rival)))
+                    rival = strongest_other(logits, label)
+                    measured.append((latents, label, margins(logits, without, label, rival)))
                     if has_page:
-                        reasons = reasons_of(own, codes, latents, without, label, why)
+                        reasons = reasons_of(logits, codes, latents, without, label, why)
                 if has_page:
-                    said: list[tuple[int, float]] = []
-                    through = said
+                    by_clip: list[tuple[int, float]] = []
+                    by_sae = by_clip
                     if interventions is not None:
                         rebuilt = sae.decode(codes, sae.input_scale(stream))
-                        said = likely(own)
-                        through = likely(clip.logits(rebuilt[None], interventions.classifier)[0])
+                        by_clip = likely(logits)
+                        by_sae = likely(clip.logits(rebuilt[None], interventions.classifier)[0])
                     strongest = _strongest(codes)
-                    found.append(ImageActivations(index, label, *strongest, said, through, reasons))
+                    found.append(
+                        ImageActivations(index, label, *strongest, by_clip, by_sae, reasons)
+                    )
                 done += 1
                 progress(done, len(encoded))
     return found, _averaged(measured) if effect_images else None

@@ -80,10 +80,10 @@ def make_page(
     """
     rows, alive = sae.decoder_rows().float(), references.alive.to(clip.device)
     with_page = evenly_spaced(dataset.labels, pages) if pages else []
-    own_page = set(with_page)
+    large = set(with_page)
 
     def on_image(index: int, pixels: Tensor) -> None:
-        write_pictures(folder, index, pixels, own_page=index in own_page)
+        write_pictures(folder, index, pixels, own_page=index in large)
 
     with Bar("images and effects of latents") as progress:
         images, effects = collect_activations(
@@ -189,8 +189,8 @@ def write_page(
         "thumbnails": thumbnails,
         "names": names or {},
         "looks": [
-            {"index": of.index, "label": of.label, "said": of.clip[0][0] if of.clip else None}
-            for of in images
+            {"index": i.index, "label": i.label, "said": i.clip[0][0] if i.clip else None}
+            for i in images
         ],
         "leading": _leading(references),
         "columns": _columns(references, places, words, effects),
@@ -205,8 +205,8 @@ def write_page(
             chunk.append(_latent(m, references, neighbours, words) | roles[m] if alive else None)
         _script(folder, f"latents/{start // CHUNK}", chunk)
         progress(done + 1, len(starts))
-    for of in images:
-        _script(folder, f"looks/{of.index}", _image(of))
+    for image in images:
+        _script(folder, f"looks/{image.index}", _image(image))
 
 
 def _script(folder: Path, name: str, content: Any) -> None:
