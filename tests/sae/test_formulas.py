@@ -164,8 +164,6 @@ def test_losses_and_gradients_are_the_published_ones(case):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-13, msg=name)
 
 
-
-
 def test_topk_keeps_exactly_k_in_training_and_all_equal_ones_in_evaluation():
     sae = build("topk")
     with torch.no_grad():
