@@ -245,6 +245,7 @@ for i, spelling in enumerate(
         {"activation_fn": "topk", "architecture": "standard", **OF_TOPK},
         {"architecture": "topk", "activation_fn_str": "topk", **OF_TOPK},
         {"architecture": "topk", "k": K},
+        {"activation_fn_str": "topk", "k": K},
     )
 ):
     for write in (foreign.container, foreign.saelens):

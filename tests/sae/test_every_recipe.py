@@ -16,12 +16,12 @@ def with_auxk(name: str) -> dict:
     return {} if name in ("relu", "gated", "attention_relu") else {"auxk": 0.1}
 
 
-def train(sae: SAE, steps: range, batch: int = 6) -> list[float]:
+def train(sae: SAE, steps: range, batch=lambda step: tokens(6, 5, D, seed=step)) -> list[float]:
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     sae.train()
     losses = []
     for step in steps:
-        loss = sae(tokens(batch, 5, sae.d, seed=step)).loss
+        loss = sae(batch(step)).loss
         optimizer.zero_grad()
         loss.backward()
         sae.after_backward()
@@ -234,18 +234,8 @@ def outcome(options: dict) -> torch.Tensor:
     x = 0.3 * tokens(2, 2, D) / tokens(2, 2, D).norm(dim=-1, keepdim=True) + 0.05
     sae.initialize(x)
     sae.architecture.after_step()
-    losses = []
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    for step in range(8):
-        batch = x + 0.01 * tokens(2, 2, D, seed=step)
-        loss = sae(batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        sae.after_backward()
-        optimizer.step()
-        sae.after_step()
-        losses.append(loss.detach())
-    return torch.cat([torch.stack(losses), sae.eval()(x).reconstruction.flatten().detach()])
+    losses = train(sae, range(8), lambda step: x + 0.01 * tokens(2, 2, D, seed=step))
+    return torch.cat([torch.tensor(losses), sae.eval()(x).reconstruction.flatten().detach()])
 
 
 def test_every_option_changes_something(recipe):

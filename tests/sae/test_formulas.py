@@ -164,33 +164,6 @@ def test_losses_and_gradients_are_the_published_ones(case):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-13, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [
-        ("relu", {}),
-        ("topk", {"auxk": 0.0}),
-        ("batch_topk", {"auxk": 0.0}),
-        ("attention_relu", {}),
-        ("sparsemax", {}),
-        ("sparsemax", {"weights": "probabilities", "query": "learned"}),
-        ("linear_sparsemax", {"clamp": True}),
-    ],
-)
-def test_gradients_are_finite_differences_where_the_loss_is_smooth(model, options):
-    if "sparsemax" in model:
-        options = {**options, "max_activation_frequency": None}  # no state between evaluations
-    sae = build(model, d=5, latents=11, **options).double()
-    x = tokens(3, 5, dtype=torch.float64)
-    names = [name for name, _ in sae.named_parameters()]
-
-    def loss(*values: Tensor) -> Tensor:
-        given = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(sae, given, (x,)).loss
-
-    values = tuple(p.detach().clone().requires_grad_() for p in sae.parameters())
-    assert torch.autograd.gradcheck(loss, values, eps=1e-7, atol=1e-6)
-
-
 def test_topk_keeps_exactly_k_in_training_and_all_equal_ones_in_evaluation():
     sae = build("topk")
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """SAEs in and out: a folder, a file or a Hugging Face id of any known format, and back.
 
-Needs no Hydra, no Lightning, and none of the other libraries: each foreign format is one file.
+Needs no Hydra, no Lightning, and none of the other libraries. Each of their formats is one file
+that maps it to and from one form, `plain.Plain`, through the checks of `files`.
 """
 
 from clipsae.interop.card import model_card

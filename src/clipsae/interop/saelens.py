@@ -183,8 +183,9 @@ def _architecture(config: Config) -> tuple[str, int]:
     options = config.part("activation_fn_kwargs")
     k: Any = 1
     if name == "topk" or function == "topk":
-        if options.get("k") is None:
-            k = (config if name == "topk" else options).whole("k")
+        outside = name == "topk" or config.get("k") is not None
+        if options.get("k") is None and outside:
+            k = config.whole("k")
         else:
             k = options.whole("k")
             config.check_size("k", k)

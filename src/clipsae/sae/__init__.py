@@ -1,4 +1,9 @@
-"""Sparse autoencoders in plain torch: an architecture and an activation, chosen by name."""
+"""Sparse autoencoders in plain torch: an architecture and an activation, chosen by name.
+
+To read in this order: `base` (the contract), `topk` (an activation), `linear` (an architecture),
+`sae` (the two together), `losses`; `codes` (the format of sparse codes), `sparse_ops` (their
+products, by device); `dense` (memory and blocks on a CPU).
+"""
 
 # Imported for their registration.
 from clipsae.sae import attention, batch_topk, gated, jumprelu, linear, relu, sparsemax, topk  # noqa: F401

@@ -106,21 +106,19 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         scores, *parameters = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        out = empty(*scores.shape, like=scores)
-        sums = [torch.zeros_like(p) if n else None for p, n in zip(parameters, needed, strict=True)]
+        copies = [p.detach().requires_grad_(n) for p, n in zip(parameters, needed, strict=True)]
+        trained = [p for p in copies if p.requires_grad]
+        out, sums = empty(*scores.shape, like=scores), [torch.zeros_like(p) for p in trained]
         for part, g, result in zip(_blocks(scores), _blocks(gradient), _blocks(out), strict=True):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                copies = [
-                    p.detach().requires_grad_(n) for p, n in zip(parameters, needed, strict=True)
-                ]
                 value = ctx.function(part, *copies)
-            wanted = [part, *(p for p, n in zip(copies, needed, strict=True) if n)]
-            found = torch.autograd.grad(value, wanted, g)
-            result.copy_(found[0])
-            for total, more in zip((s for s in sums if s is not None), found[1:], strict=True):
+            first, *rest = torch.autograd.grad(value, [part, *trained], g)
+            result.copy_(first)
+            for total, more in zip(sums, rest, strict=True):
                 total += more
-        return None, out, *sums
+        found = iter(sums)
+        return None, out, *(next(found) if n else None for n in needed)
 
 
 def _blocks(scores: Tensor) -> tuple[Tensor, ...]:
