@@ -2,8 +2,6 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,19 @@ import open_clip
 import timm
 import torch
 from open_clip.model import _build_vision_tower
+from open_clip.pretrained import get_pretrained_cfg
 from torch import nn
 
 from clipsae.clip import tiny
-from clipsae.clip.sources import FOLDER, HUB, TIMM, Source, fetch, find_source
+from clipsae.clip.sources import (
+    BUILTIN,
+    FOLDER,
+    HUB,
+    TIMM,
+    fetch,
+    find_weights,
+    usual_preprocess,
+)
 from clipsae.clip.towers import Tower, tower_of
 from clipsae.clip.weights import put_weights, read_weights
 from clipsae.errors import ConfigError
@@ -46,8 +53,7 @@ def build_model(
     try:
         model = name.removeprefix(TIMM) if of_timm else _local(name)
         check_layer(name, layer, _outline(name, model).blocks)
-        source = None if pretrained is None else find_source(name, pretrained)
-        if source is None:
+        if pretrained is None:
             warnings.warn(
                 f"{name} with RANDOM WEIGHTS (clip.pretrained=null): "
                 "the pipeline runs, its numbers mean nothing",
@@ -57,10 +63,10 @@ def build_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if not of_timm:
-                return create_open_clip(model, source, precision, image_size).eval()
-            if source is not None and source.published:
-                model = f"{model}.{source.given}"
-            file = None if source is None else source.file()
+                weights = name if pretrained == BUILTIN and model != name else pretrained
+                return create_open_clip(model, weights, precision, image_size).eval()
+            file, published = find_weights(name, pretrained) if pretrained else (None, False)
+            model = f"{model}.{pretrained}" if published else model
             options = {} if image_size is None else {"img_size": image_size}
             built = create_timm(model, file, **options)
             return built.to(torch.bfloat16 if precision == "bf16" else torch.float32).eval()
@@ -79,12 +85,12 @@ def build_model(
 
 def create_open_clip(
     name: str,
-    source: Source | None,
+    pretrained: str | None,
     precision: str = "fp32",
     image_size: int | None = None,
     weights_decide: bool = False,
 ) -> nn.Module:
-    """A model of open_clip with weights from `source`, or with random ones.
+    """A model of open_clip with weights as `find_weights` finds them, or with random ones.
 
     Args:
         name: of open_clip, or "local-dir:FOLDER".
@@ -100,22 +106,26 @@ def create_open_clip(
     of_timm = bool(config["vision_cfg"].get("timm_model_name"))
     weights = path = None
     quick_gelu: bool | None = None
-    preprocess: Mapping[str, Any] = {}
-    if source is not None:
-        quick_gelu, preprocess = source.quick_gelu, source.preprocess
-        if not weights_decide:
-            _require_gelu(name, config, source.given, quick_gelu)
-        path = source.file()
+    preprocess: dict[str, Any] = {}
+    if pretrained is not None:
+        tag = get_pretrained_cfg(name, pretrained)
+        preprocess = tag or usual_preprocess(name)
+        if tag:
+            quick_gelu = tag.get("quick_gelu", False)
+            if not weights_decide:
+                _require_gelu(name, config, pretrained, quick_gelu)
+        path, _ = find_weights(name, pretrained)
+        assert path is not None
         if path.suffix not in (".npz", ".npy"):
             weights = read_weights(path)
             preprocess = {**preprocess, **weights.preprocess}
-            if quick_gelu is None:
+            if not tag:
                 quick_gelu = weights.quick_gelu
-                if quick_gelu is None:
-                    _warn_if_gelu_is_open(name, config, source.given)
-                elif not weights_decide:
-                    _require_gelu(name, config, source.given, quick_gelu)
-    with _silent_root_logger():
+                if not weights_decide or quick_gelu is None:
+                    _require_gelu(name, config, pretrained, quick_gelu)
+    root, silent = logging.getLogger(), logging.Filter("none")
+    root.addFilter(silent)  # open_clip warns that no weights were loaded yet
+    try:
         model = open_clip.create_model(
             name,
             load_weights=False,
@@ -125,6 +135,8 @@ def create_open_clip(
             force_image_size=None if of_timm else image_size,
             force_preprocess_cfg=preprocess,
         )
+    finally:
+        root.removeFilter(silent)
     if weights is not None:
         put_weights(model, weights.tensors)
     elif path is not None:
@@ -183,39 +195,19 @@ def _outline(name: str, model: str) -> Tower:
 
 def _require_gelu(name: str, config: dict, pretrained: str, trained: bool | None) -> None:
     """Refuse weights of another activation: open_clip only warns, and computes with one that they
-    never saw."""
-    built = config.get("quick_gelu", False)
+    never saw. Warn if it is not known."""
+    built, plain = config.get("quick_gelu", False), name.removesuffix("-quickgelu")
+    if trained is None and {plain, f"{plain}-quickgelu"} <= set(open_clip.list_models()):
+        log.warning(
+            "%s does not say whether it was trained with QuickGELU, as OpenAI's weights were, "
+            "or with plain GELU, as most others: clip.name=%s computes %s",
+            *(pretrained, name, GELU[built]),
+        )
     if trained is None or trained == built:
         return
-    other = name.removesuffix("-quickgelu") + ("-quickgelu" if trained else "")
+    other = f"{plain}-quickgelu" if trained else plain
     use = f"use clip.name={other}" if other in open_clip.list_models() else "use other weights"
     raise ConfigError(
         f"clip.name={name!r} computes {GELU[built]}, but its weights {pretrained!r} were "
         f"trained with {GELU[trained]}: {use}"
     )
-
-
-def _warn_if_gelu_is_open(name: str, config: dict, pretrained: str) -> None:
-    """Where open_clip has the model in both forms, and the file of weights does not say which."""
-    plain = name.removesuffix("-quickgelu")
-    if {plain, f"{plain}-quickgelu"} <= set(open_clip.list_models()):
-        log.warning(
-            "%s does not say whether it was trained with QuickGELU, as OpenAI's weights were, "
-            "or with plain GELU, as most others: clip.name=%s computes %s",
-            *(pretrained, name, GELU[config.get("quick_gelu", False)]),
-        )
-
-
-@contextmanager
-def _silent_root_logger() -> Iterator[None]:
-    """Without open_clip's warning that no weights were loaded yet."""
-
-    def silent(record: logging.LogRecord) -> bool:
-        return False
-
-    root = logging.getLogger()
-    root.addFilter(silent)
-    try:
-        yield
-    finally:
-        root.removeFilter(silent)

@@ -7,9 +7,8 @@ take a minute on a machine without a network.
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from threading import Thread
@@ -50,162 +49,112 @@ _OPENAI_IN_TRANSFORMERS = {
 }
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where weights come from.
-
-    Attributes:
-        given: as in `clip.pretrained`.
-        path: their file on this machine; None: not here.
-        repository, files: of the Hugging Face Hub, and the names there, of which the first that
-            exists is taken.
-        by_hand: how to do without a network, as part of a sentence.
-        published: known to a library by the tag `given`.
-        altered: `path` is not the published file, by its checksum.
-        quick_gelu: whether they were trained with QuickGELU; None: not known.
-        preprocess: mean and std that images are normalised with, where they are known.
-    """
-
-    given: str
-    path: Path | None = None
-    repository: str = ""
-    files: tuple[str, ...] = FILES
-    by_hand: str = ""
-    published: bool = False
-    altered: bool = False
-    quick_gelu: bool | None = None
-    preprocess: Mapping[str, Any] = field(default_factory=dict)
-
-    def file(self) -> Path:
-        """The file, fetched if it is not here.
-
-        Raises:
-            FileNotFoundError: not available; the message says what to copy and where to.
-        """
-        if self.altered:
-            log.warning(
-                "%s is not the published file by its checksum: it is used under another key; "
-                "remove it to download the published one",
-                self.path,
-            )
-        path = self.path or fetch(self.repository, self.files, self.by_hand)
-        if self.repository and not self.published:
-            for config in ("config.json", "open_clip_config.json"):  # activation, normalisation
-                try:
-                    fetch(self.repository, (config,))
-                except FileNotFoundError as error:
-                    log.debug("%s", error)
-        return path
-
-
-def find_source(name: str, pretrained: str) -> Source:
-    """Where the weights of a model are; nothing is fetched.
+def find_weights(name: str, pretrained: str, download: bool = True) -> tuple[Path | None, bool]:
+    """The file of a model's weights, and whether it is what a library publishes under a tag.
 
     Args:
         name: "timm:MODEL" or a model of open_clip.
         pretrained: a tag of the library, the path of a file or a folder, a repository of the
             Hugging Face Hub, or "builtin".
+        download: otherwise the file is None if it is not on this machine.
 
     Raises:
         ConfigError: none of these, or a folder without weights.
+        FileNotFoundError: not available; the message says what to copy and where to.
     """
     if pretrained == BUILTIN and name == tiny.NAME:
-        return Source(pretrained, tiny.weights_path())
+        return tiny.weights_path(), False
     if pretrained == BUILTIN and name.startswith((HUB, FOLDER)):
         pretrained = name
+    library, model = "open_clip", name
     if name.startswith(TIMM):
         library, model = "timm", name.removeprefix(TIMM)
         tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{model}.*")]
-        known = of_timm(f"{model}.{pretrained}") if pretrained in tags else None
+        if pretrained in tags:
+            return published_by_timm(f"{model}.{pretrained}", download)
     else:
-        library, model = "open_clip", name
         tags = open_clip.list_pretrained_tags_by_model(name)
-        known = _of_open_clip(name, pretrained)
-    if known is not None:
-        return known
+        if known := get_pretrained_cfg(name, pretrained):
+            return _published_by_open_clip(name, pretrained, known, download)
     try:
         path = file_in(Path(pretrained.removeprefix(FOLDER)).expanduser())
     except ValueError as error:
         raise ConfigError(f"clip.pretrained={pretrained!r}: {error}") from error
-    # A file of weights does not say how images are normalised: like the published ones of this
-    # model, if they agree.
-    ways = {} if library == "timm" else {tag: get_pretrained_cfg(name, tag) for tag in tags}
-    means = {(tuple(way["mean"]), tuple(way["std"])) for way in ways.values()}
-    preprocess = dict(zip(("mean", "std"), *means, strict=True)) if len(means) == 1 else {}
-    if path is not None:
-        return Source(pretrained, path, preprocess=preprocess)
     repository = pretrained.removeprefix(HUB)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository) and not repository.endswith(SUFFIXES):
-        by_hand = (
-            f"copy its files into a folder and give that, clip.pretrained=/path/to/{repository}"
+    if path is not None:
+        return path, False
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository) or repository.endswith(SUFFIXES):
+        raise ConfigError(
+            f"clip.pretrained={pretrained!r}: neither a file nor weights that {library} knows "
+            f"for {model} (those are: {', '.join(tags) or 'none'})"
         )
-        path = cached_file(repository, FILES)
-        return Source(pretrained, path, repository, FILES, by_hand, preprocess=preprocess)
-    raise ConfigError(
-        f"clip.pretrained={pretrained!r}: neither a file nor weights that {library} knows "
-        f"for {model} (those are: {', '.join(tags) or 'none'})"
-    )
+    if not download:
+        return cached_file(repository, FILES), False
+    by_hand = f"copy its files into a folder and give that, clip.pretrained=/path/to/{repository}"
+    path = fetch(repository, FILES, by_hand)
+    for config in ("config.json", "open_clip_config.json"):  # activation, normalisation
+        with suppress(FileNotFoundError):
+            fetch(repository, (config,))
+    return path, False
 
 
-def _of_open_clip(name: str, tag: str) -> Source | None:
-    known = get_pretrained_cfg(name, tag)
-    if not known:
-        return None
+def _published_by_open_clip(
+    name: str, tag: str, known: dict[str, Any], download: bool
+) -> tuple[Path | None, bool]:
     repository, _, file = known["hf_hub"].rpartition("/")
     safe = f"{file.rpartition('.')[0]}.safetensors"
-    model = name.removesuffix("-quickgelu")
-    return _of_tag(
-        tag,
-        repository,
-        tuple(dict.fromkeys((safe, file))) if file else (FILES[0], FILES[2]),
-        known["url"],
-        Path("~/.cache/clip").expanduser(),
-        _OPENAI_IN_TRANSFORMERS.get(model, "") if tag == "openai" else "",
-        quick_gelu=known.get("quick_gelu", False),
-        preprocess=known,
-    )
+    files = tuple(dict.fromkeys((safe, file))) if file else (FILES[0], FILES[2])
+    folder = Path("~/.cache/clip").expanduser()
+    model = name.removesuffix("-quickgelu") if tag == "openai" else ""
+    in_transformers = _OPENAI_IN_TRANSFORMERS.get(model, "")
+    return _published(repository, files, known["url"], folder, download, in_transformers)
 
 
-def of_timm(model: str) -> Source | None:
-    """timm's weights of "MODEL" or "MODEL.TAG"; None: it knows none."""
+def published_by_timm(model: str, download: bool = True) -> tuple[Path | None, bool]:
+    """As `find_weights`, of "MODEL" or "MODEL.TAG".
+
+    Raises:
+        ValueError: timm knows no weights.
+    """
     known = timm.models.get_pretrained_cfg(model)
     if known is None or not known.has_weights:
-        return None
-    file = known.hf_hub_filename
-    return _of_tag(
-        model.partition(".")[2],
-        known.hf_hub_id or "",
-        (file,) if file else FILES[3:],
-        known.url if isinstance(known.url, str) else "",
-        Path(torch.hub.get_dir()) / "checkpoints",
-    )
+        raise ValueError(f"timm knows no weights of {model!r}")
+    files = (known.hf_hub_filename,) if known.hf_hub_filename else FILES[3:]
+    url = known.url if isinstance(known.url, str) else ""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return _published(known.hf_hub_id or "", files, url, folder, download)
 
 
-def _of_tag(
-    tag: str,
+def _published(
     repository: str,
     files: tuple[str, ...],
     url: str,
     folder: Path,
+    download: bool,
     in_transformers: str = "",
-    **known: Any,
-) -> Source:
-    """Published weights: in the Hub's cache, in the folder where files from `url` are kept, or in
-    the cache as a repository in transformers' format."""
+) -> tuple[Path | None, bool]:
+    """In the Hub's cache; in the folder where files from `url` are kept; in the cache as a
+    repository in transformers' format; or from the Hub."""
     by_hand = (
         f"copy {files[0]} of {constants.ENDPOINT}/{repository} here and give "
         f"clip.pretrained=/path/to/{files[0]}"
     )
-    path, altered = cached_file(repository, files), False
+    path = cached_file(repository, files)
     if url:
-        downloaded = folder / url.rpartition("/")[2]
-        by_hand += f", or {url} to {downloaded}"
-        if path is None and downloaded.is_file():
-            path = downloaded
+        kept = folder / url.rpartition("/")[2]
+        by_hand += f", or {url} to {kept}"
+        if path is None and kept.is_file():
             checksum = url.split("/")[-2] if "openaipublic" in url else ""
-            altered = not _sha256(path, path.stat().st_mtime_ns).startswith(checksum)
+            unaltered = _sha256(kept, kept.stat().st_mtime_ns).startswith(checksum)
+            if download and not unaltered:
+                log.warning(
+                    "%s is not the published file by its checksum: it is used under another key; "
+                    "remove it to download the published one",
+                    kept,
+                )
+            return kept, unaltered
     path = path or cached_file(in_transformers, FILES[3:])
-    return Source(tag, path, repository, files, by_hand, True, altered, **known)
+    return path or (fetch(repository, files, by_hand) if download else None), True
 
 
 def weights_file(name: str, pretrained: str | None) -> Path | None:
@@ -215,10 +164,19 @@ def weights_file(name: str, pretrained: str | None) -> Path | None:
     give None: `FrozenCLIP.load` refuses them.
     """
     try:
-        source = None if pretrained is None else find_source(name, pretrained)
+        path, published = find_weights(name, pretrained, False) if pretrained else (None, False)
     except ConfigError:
         return None
-    return None if source is None or (source.published and not source.altered) else source.path
+    return None if published else path
+
+
+def usual_preprocess(name: str) -> dict[str, Any]:
+    """Mean and std of the published weights of open_clip's model, if they agree: a file of weights
+    does not say it."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    ways = [get_pretrained_cfg(name, tag) for tag in tags]
+    found = {(tuple(way["mean"]), tuple(way["std"])) for way in ways}
+    return dict(zip(("mean", "std"), *found, strict=True)) if len(found) == 1 else {}
 
 
 def file_in(path: Path) -> Path | None:

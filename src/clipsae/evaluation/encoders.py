@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.clip.build import create_open_clip, create_timm
-from clipsae.clip.sources import find_source, of_timm
+from clipsae.clip.sources import published_by_timm
 from clipsae.errors import ConfigError
 from clipsae.evaluation.truth import AttributeEncoder, has_truth
 
@@ -121,8 +121,8 @@ def image_encoder(name: str, dataset: Any = None) -> nn.Module:
 def _open_clip(name: str, model: str, weights: str) -> ImageEncoder:
     if open_clip.get_model_config(model) is None:
         raise ValueError(f"open_clip has no model {model!r}")
-    source = None if weights == RANDOM else find_source(model, weights)
-    built: Any = create_open_clip(model, source, weights_decide=True)
+    given = None if weights == RANDOM else weights
+    built: Any = create_open_clip(model, given, weights_decide=True)
     how = built.visual.preprocess_cfg
     return ImageEncoder(name, built, built.encode_image, how["size"], how["mean"], how["std"])
 
@@ -132,10 +132,8 @@ def _timm(name: str, model: str, weights: str) -> ImageEncoder:
         file = None
     elif weights:
         file = Path(weights).expanduser()
-    elif (known := of_timm(model)) is not None:
-        file = known.file()
     else:
-        raise ValueError(f"timm knows no weights of {model!r}")
+        file, _ = published_by_timm(model)
     built = create_timm(model, file)
     how = timm.data.resolve_model_data_config(built)
     return ImageEncoder(name, built, built.forward, how["input_size"][1:], how["mean"], how["std"])

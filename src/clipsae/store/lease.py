@@ -236,25 +236,21 @@ def is_my_group(folder: Path) -> bool:
 
 def find(partial: Path) -> Path | None:
     """The lease of an unfinished stage; None where there is none."""
-    found = [name for name in _names(partial) if name == FREE or TOKEN.fullmatch(name)]
-    return partial / found[0] if found else None
+    try:
+        names = [path.name for path in partial.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return next((partial / name for name in names if name == FREE or TOKEN.fullmatch(name)), None)
 
 
 def begin(partial: Path, beat: float) -> Lease | None:
-    """Begin an unfinished stage with a lease of this process; None where another was faster.
-
-    Raises:
-        StoreError: there are other files in its place.
-    """
+    """Begin an unfinished stage with a lease of this process; None where another was faster."""
     token = new_token()
     aside = partial.with_name(f"{partial.name}.{token}")
     (aside / token).mkdir(parents=True)
     if _rename(aside, partial, partial / token):
         return Lease(partial / token, beat)
     shutil.rmtree(aside, ignore_errors=True)
-    names = _names(partial)
-    if names and not any(name == FREE or TOKEN.fullmatch(name) for name in names):
-        raise StoreError(f"{partial}: not a folder of an unfinished stage ({names[0]}): remove it")
     return None
 
 
@@ -262,13 +258,6 @@ def take(folder: Path, beat: float) -> Lease | None:
     """Take a lease whose owner is dead; None where another was faster."""
     mine = folder.with_name(new_token())
     return Lease(mine, beat) if _rename(folder, mine, mine) else None
-
-
-def _names(partial: Path) -> list[str]:
-    try:
-        return [path.name for path in partial.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _rename(source: Path, target: Path, proof: Path) -> bool:

@@ -58,7 +58,7 @@ class Stage:
     Attributes:
         path: the folder of the finished work.
         key: what determines its content.
-        about: what a person knows it by (model, dataset, k, seed), for `task=status`.
+        about: model, dataset, k, seed, for `task=status`.
         beat, dead_after: the lease's, see `Store`.
     """
 
@@ -69,7 +69,7 @@ class Stage:
     dead_after: float = DEAD_AFTER
     _lease: Lease | None = field(default=None, init=False, repr=False)
     _joined: Path | None = field(default=None, init=False, repr=False)  # the first rank's lease
-    _named: tuple[str, float] = field(default=("", 0.0), init=False, repr=False)
+    _waited_for: tuple[str, float] = field(default=("", 0.0), init=False, repr=False)
 
     @property
     def partial(self) -> Path:
@@ -78,7 +78,7 @@ class Stage:
 
     @property
     def lease_folder(self) -> Path:
-        """The folder in it that belongs to its owner, whose name changes with the owner."""
+        """The folder in it that belongs to its owner; each owner gives it another name."""
         if self._lease is not None:
             return self._lease.folder
         return self._joined or lease.find(self.partial) or self.partial / FREE
@@ -185,15 +185,15 @@ class Stage:
         return True
 
     def _is_held(self, folder: Path, watch: Watch, wait: bool) -> bool:
-        """Whether the owner of a lease may be alive. Says who is waited for, now and then."""
+        """Whether the owner of a lease may be alive. Logs it, now and then."""
         alive = watch.alive(folder)
         if alive is False:
             return False
         owner = lease.owner_of(folder) or "another process"
         if alive and not wait:
             raise Busy(f"{self.path.name} is being made by {owner}: run again later")
-        if self._named[0] != folder.name or time.monotonic() - self._named[1] > REMIND:
-            self._named = folder.name, time.monotonic()
+        if self._waited_for[0] != folder.name or time.monotonic() - self._waited_for[1] > REMIND:
+            self._waited_for = folder.name, time.monotonic()
             log.info("waiting for %s: made by %s", self.path.name, owner)
         return True
 
@@ -332,9 +332,9 @@ class Store:
 
         Args:
             kind: "sae", "evaluation", ...: the folder it lies in.
-            words: what a person wants to read in the name.
+            words: the readable part of the name.
             key: what determines the content: plain JSON values, no paths, no devices.
-            about: what `task=status` finds it by: model, dataset, k, seed.
+            about: model, dataset, k, seed, for `task=status`.
         """
         slug = "-".join(re.sub(r"[^\w.-]", "_", word.lower()) for word in words)
         path = self.root / kind / f"{slug}-{digest(key)}"
