@@ -233,10 +233,6 @@ def test_the_order_is_a_matter_of_seed_and_epoch_alone(cached):
     assert epochs(buffer_images=16) != first
 
 
-def test_workers_do_not_change_the_stream():
-    assert fit(7, online(num_workers=2)).seen == fit(7, online()).seen
-
-
 def test_blocks_of_one_image_come_in_the_online_order(cached):
     options = {"block_images": 1, "buffer_images": 0}
     assert fit(60, cached(110, **options)).seen == fit(60, online(110)).seen
