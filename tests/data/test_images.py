@@ -182,25 +182,24 @@ def test_twelve_bits_of_a_tiff_reach_white(tmp_path):
     assert found[0].flatten().tolist() == [0, 255, 128, 64]
 
 
-def test_inks_that_adobe_writes_inverted(tmp_path):
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
-    found = read_image(tmp_path / "red.jpg", 4).flatten(1).float().mean(dim=1)
-    assert found.tolist() == pytest.approx([255, 0, 0], abs=5)
-
-
-@pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
-def test_of_several_frames_the_first(tmp_path, suffix):
+def save_film(path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 0, 200))]
-    frames[0].save(tmp_path / f"film.{suffix}", save_all=True, append_images=frames[1:])
-    found = read_image(tmp_path / f"film.{suffix}", 4).flatten(1).float().mean(dim=1)
-    assert found.tolist() == pytest.approx([200, 0, 0], abs=8)
+    frames[0].save(path, save_all=True, append_images=frames[1:])
 
 
-def test_a_single_pixel_becomes_an_image(tmp_path):
-    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "dot.png")
-    found = read_image(tmp_path / "dot.png", 8)
-    colour = torch.tensor([10, 20, 30], dtype=torch.uint8)
-    assert torch.equal(found, colour[:, None, None].expand(3, 8, 8))
+@pytest.mark.parametrize(
+    ("name", "save", "colour", "tolerance"),
+    [
+        *((f"first_frame.{s}", save_film, [200, 0, 0], 8) for s in ("gif", "tif", "png", "webp")),
+        # Inks that Adobe writes inverted.
+        ("red.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save, [255, 0, 0], 5),
+        ("single_pixel.png", Image.new("RGB", (1, 1), (10, 20, 30)).save, [10, 20, 30], 0),
+    ],
+)
+def test_colours_of_files(tmp_path, name, save, colour, tolerance):
+    save(tmp_path / name)
+    found = read_image(tmp_path / name, 4).flatten(1).float().mean(dim=1)
+    assert found.tolist() == pytest.approx(colour, abs=tolerance)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])

@@ -17,39 +17,33 @@ from clipsae.data.reader import read_batches
 from tests.data.counting import Numbers
 
 
-def shown(images: list[torch.Tensor]) -> tuple[int, ...]:
-    return tuple(torch.cat(images)[:, 0, 0, 0].tolist())
-
-
 def numbers(batches) -> list[tuple[int, ...]]:
-    """What an epoch of batches shows, a tuple for each block's images."""
-    return [shown(images) for images, _ in batches if images is not None]
-
-
-def handed_out(batches) -> list[tuple[tuple[int, ...], int]]:
-    """(images of the block, part) of each batch, whoever brought the images."""
-    out, current = [], None
-    for images, block in batches:
-        current = current if images is None else shown(images)
-        out.append((current, block.part, block.seed))
-    return out
+    """The images of each batch."""
+    return [tuple(images[:, 0, 0, 0].tolist()) for images in batches]
 
 
 @pytest.mark.parametrize("shuffle", [0, 4, 12])
 def test_each_image_once_an_epoch_over_all_ranks(shuffle):
-    n, b = 101, 4
+    n, b, seeds = 101, 4, []
+
+    def transform(parts, seed):
+        seeds.append(seed)
+        return torch.cat(parts)
+
+    options = {"seed": 3, "shuffle_images": shuffle, "transform": transform}
     for world in (1, 2, 3):
-        options = {"seed": 3, "shuffle_images": shuffle, "world_size": world}
-        loaders = [ResumableLoader(Numbers(n), b, rank=r, **options) for r in range(world)]
-        epochs, seeds = [], []
+        seeds.clear()
+        loaders = [
+            ResumableLoader(Numbers(n), b, rank=r, world_size=world, **options)
+            for r in range(world)
+        ]
+        epochs = []
         for _ in range(2):
-            seen = [handed_out(loader) for loader in loaders]
+            seen = [numbers(loader) for loader in loaders]
             assert [len(s) for s in seen] == [len(loader) for loader in loaders]
-            blocks = list(dict.fromkeys((x[0], x[2]) for s in seen for x in s))
-            images = [i for block, _ in blocks for i in block]
+            images = list(chain(*chain(*seen)))
             assert len(images) == len(set(images)) == n // (b * world) * b * world
             epochs.append(images)
-            seeds += [seed for _, seed in blocks]
         assert epochs[0] != epochs[1]
         assert len(seeds) == len(set(seeds))  # no two blocks are mixed alike
         assert sorted(loader.epoch for loader in loaders) == [1] * world
@@ -89,7 +83,7 @@ def test_workers_live_through_epochs_until_the_end():
     made = []
     original = loader._read_from
     loader._read_from = lambda *at: made.append(at) or original(*at)
-    seeds = [shown(images) for _ in range(3) for images, _ in loader]
+    seeds = [batch for _ in range(3) for batch in numbers(loader)]
     assert made == [(0, 0)]
     assert len(seeds) == 9
     assert len(set(seeds)) == 2
@@ -132,11 +126,9 @@ def test_resumed_at_the_very_next_batch(n, b, parts, world, rank, stop, seed):
         last batch that was asked for, within the loop."""
         out = []
         while len(out) < count:
-            iterator, current = iter(loader), None
+            iterator = iter(loader)
             while loader.position < len(loader) and len(out) < count:
-                images, block = next(iterator)
-                current = current if images is None else shown(images)
-                out.append((current, block.part, block.seed))
+                out += numbers([next(iterator)])
         return out
 
     total = 2 * len(fresh()) + 3
@@ -236,7 +228,7 @@ def test_skipped_images_are_left_out_of_an_evaluation_and_reported(partly_bad, w
 def test_skipped_images_are_replaced_in_training(partly_bad, caplog, workers):
     loader = ResumableLoader(partly_bad("skip"), 5, num_workers=workers)
     iterator = iter(loader)  # asked for as many as there are, and no further, as Lightning does
-    batches = [shown(next(iterator)[0]) for _ in range(len(loader))]
+    batches = numbers(next(iterator) for _ in range(len(loader)))
     assert [len(b) for b in batches] == [5, 5]
     assert sorted(chain(*batches)) == [0, 0, 1, 3, 3, 4, 5, 6, 7, 8]
     assert "2 images could not be read and were replaced by the next" in caplog.text
@@ -258,7 +250,7 @@ def test_resumed_where_images_are_skipped(partly_bad):
     whole = numbers(ResumableLoader(partly_bad("skip"), 2))
     for stop in range(1, 5):
         first = ResumableLoader(partly_bad("skip"), 2)
-        beginning = [shown(images) for (images, _), _ in zip(first, range(stop), strict=False)]
+        beginning = numbers(images for images, _ in zip(first, range(stop), strict=False))
         second = ResumableLoader(partly_bad("skip"), 2)
         state = first.state_dict()
         # `zip` asks for one more than it gives.

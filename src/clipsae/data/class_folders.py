@@ -27,16 +27,16 @@ class ClassFolders:
     """The splits and classes of a root.
 
     Attributes:
-        splits: for "train" and "test" the folder, relative to the root, that holds the class
-            folders: "" for the root itself. The same for both if there is one split only.
+        splits: for "train" and "test" the folder of the class folders, the same for both if there
+            is one split only.
         classes: for each split the class folders with images in it, sorted.
-        top: the folder, relative to the root, that holds the split folders or the classes.
+        top: the folder of the split folders or, without splits, of the classes.
         doubt: why the classes are likely to be other folders, a sentence or "".
     """
 
-    splits: dict[str, str]
+    splits: dict[str, Path]
     classes: dict[str, list[str]]
-    top: str
+    top: Path
     doubt: str = ""
 
     @property
@@ -44,21 +44,21 @@ class ClassFolders:
         """Whether both splits are the same images."""
         return self.splits["train"] == self.splits["test"]
 
-    def beside(self, root: Path, split: str) -> list[str]:
-        """Folders, relative to the root, that are neither a split nor a class of this one."""
-        found = []
-        classes = {_join(self.splits[split], name) for name in self.all_classes}
-        for at in sorted({self.top, self.splits[split]}):
-            with os.scandir(root / at) as entries:
-                names = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
-            found += [path for path in (_join(at, name) for name in names) if path not in classes]
-        used = [Path(at) for at in self.splits.values()]
-        return [path for path in found if not any(at.is_relative_to(path) for at in used)]
-
     @property
     def all_classes(self) -> list[str]:
         """The class folders that have images in any split, sorted."""
         return sorted({name for names in self.classes.values() for name in names})
+
+    def beside(self, split: str) -> list[Path]:
+        """Folders that are neither a split nor a class of this one."""
+        classes = {self.splits[split] / name for name in self.all_classes}
+        found = []
+        for folder in sorted({self.top, self.splits[split]}):
+            with os.scandir(folder) as entries:
+                names = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
+            found += [folder / name for name in names if folder / name not in classes]
+        used = self.splits.values()
+        return [path for path in found if not any(at.is_relative_to(path) for at in used)]
 
 
 def find_class_folders(root: Path) -> ClassFolders:
@@ -68,39 +68,38 @@ def find_class_folders(root: Path) -> ClassFolders:
         ValueError: no class folders, splits without any, or several folders of splits to choose
             from.
     """
-    top = _unwrapped(root, "")
-    names = _with_images(root / top)
+    top = _unwrapped(root)
+    names = _with_images(top)
     if not names:
         raise ValueError(_why_none(root))
-    found = _splits(root / top, names)
+    found = _splits(top, names)
     if not found:
-        _refuse_splits(root / top, names)
+        _refuse_splits(top, names)
         same = dict.fromkeys(_SPLIT_WORDS, top)
-        classes = dict.fromkeys(same, names)
-        return ClassFolders(same, classes, top, _doubt(root / top, names))
+        return ClassFolders(same, dict.fromkeys(same, names), top, _doubt(top, names))
     others = [name for name in names if not _split_word(name)]
     if len(found) == 1 and others:
         ((name, *_),) = found.values()
         raise ValueError(
-            f"{root / top} holds {name}/ with class folders in it, and {others[0]}/ beside it: "
-            f"use dataset.root={root / top / name}, or call the other split test"
+            f"{top} holds {name}/ with class folders in it, and {others[0]}/ beside it: "
+            f"use dataset.root={top / name}, or call the other split test"
         )
-    splits: dict[str, str] = {}
-    classes = {}
+    splits: dict[str, Path] = {}
+    classes: dict[str, list[str]] = {}
     for split, candidates in found.items():  # train first
         for name in candidates:
-            at = _unwrapped(root, _join(top, name), splits=False)
-            inside = _with_images(root / at)
+            folder = _unwrapped(top / name, splits=False)
+            inside = _with_images(folder)
             # `val/images` beside a training split with other classes has no labels.
             train = classes.get("train", [])
             unlabelled = len(inside) == 1 and len(train) > 1 and inside[0] not in train
             if split not in splits and not unlabelled:
-                splits[split], classes[split] = at, inside
+                splits[split], classes[split] = folder, inside
     (only, *_) = splits
     splits = {split: splits.get(split, splits[only]) for split in _SPLIT_WORDS}
     classes = {split: classes.get(split, classes[only]) for split in _SPLIT_WORDS}
     _refuse_two_spellings(root, classes)
-    return ClassFolders(splits, classes, top, _doubt(root / splits[only], classes[only]))
+    return ClassFolders(splits, classes, top, _doubt(splits[only], classes[only]))
 
 
 def _refuse_two_spellings(root: Path, classes: dict[str, list[str]]) -> None:
@@ -149,22 +148,21 @@ def _split_word(name: str) -> tuple[str, int, str] | None:
 
 def _holds_classes(folder: Path) -> bool:
     """Whether there are class folders in a split: `test/test/1.jpg` has no labels."""
-    inside = _with_images(folder / _unwrapped(folder, "", splits=False))
+    inside = _with_images(_unwrapped(folder, splits=False))
     return len(inside) > 1 or any(not _split_word(name) for name in inside)
 
 
-def _unwrapped(root: Path, inside: str, splits: bool = True) -> str:
-    """The folder that holds several class folders, or with `splits` a split: `inside` itself, or
-    the one that folders with one folder each lead to, as archives unpack into `birds/birds/...`.
-    """
-    at = inside
-    while len(names := _with_images(root / at)) == 1:
-        if splits and _splits(root / at, names):
-            return at
-        if has_images(root / at / names[0], directly=True):
-            return inside  # a single class is no wrapper
-        at = _join(at, names[0])
-    return at if names else inside
+def _unwrapped(folder: Path, splits: bool = True) -> Path:
+    """The folder that holds several class folders, or with `splits` a split: the given one, or the
+    one that folders with one folder each lead to, as archives unpack into `birds/birds/...`."""
+    inner = folder
+    while len(names := _with_images(inner)) == 1:
+        if splits and _splits(inner, names):
+            return inner
+        inner /= names[0]
+        if has_images(inner, directly=True):
+            return folder  # a single class is no wrapper
+    return inner if names else folder
 
 
 def _with_images(folder: Path) -> list[str]:
@@ -222,10 +220,6 @@ def _why_none(folder: Path) -> str:
     if folders := folders_in(folder):
         return f"{folder} holds no images in its {len(folders)} folders: {expected}"
     return f"{folder} holds no class folders: {expected}"
-
-
-def _join(inside: str, name: str) -> str:
-    return f"{inside}/{name}" if inside else name
 
 
 def words(folder: str) -> str:

@@ -3,7 +3,7 @@
 B images of a batch, T tokens of an image, d width, S image side, N images of a dataset.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from lightning import LightningDataModule
@@ -12,7 +12,7 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data.cache import CachedLoader, TokenCache
 from clipsae.data.dataset import ImageDataset
-from clipsae.data.loader import Batch, ResumableLoader, Source, image_batches
+from clipsae.data.loader import ResumableLoader, Source, image_batches
 
 
 class FeatureDataModule(LightningDataModule):
@@ -65,7 +65,6 @@ class FeatureDataModule(LightningDataModule):
         self.cache = cache
         self.reading = {"block_images": block_images, "buffer_images": buffer_images}
         self.source: Source | None = None
-        self._mixed: Tensor | None = None  # the tokens of the current block, already permuted
         self._train_loader: ResumableLoader | None = None
         self._loader()  # refuses invalid sizes
 
@@ -73,7 +72,6 @@ class FeatureDataModule(LightningDataModule):
         self.clip.to(self.trainer.strategy.root_device)
 
     def teardown(self, stage: str) -> None:
-        self._mixed = None
         if self._train_loader is not None:
             self._train_loader.close()
 
@@ -84,7 +82,7 @@ class FeatureDataModule(LightningDataModule):
     def val_dataloader(self) -> "ValidationLoader | list":
         if self.val_dataset is None:
             return []
-        return ValidationLoader(self.val_dataset, self.batch_size, self.num_workers)
+        return ValidationLoader(self.val_dataset, self.batch_size, self.num_workers, self._tokens)
 
     def _loader(self, rank: int = 0, world_size: int = 1) -> ResumableLoader:
         options = {
@@ -93,6 +91,7 @@ class FeatureDataModule(LightningDataModule):
             "rank": rank,
             "world_size": world_size,
             "pin_memory": torch.cuda.is_available(),
+            "transform": self._mixed,
             "source": self.source,
         }
         if self.cache is not None:
@@ -106,37 +105,21 @@ class FeatureDataModule(LightningDataModule):
         CLIP's device. Fast if the position follows the last one."""
         if self._train_loader is None:
             self._train_loader = self._loader()
-        batch = self._train_loader.read(epoch, position)
-        batch = self.transfer_batch_to_device(batch, self.clip.device, 0)
-        return self.on_after_batch_transfer(batch, 0)
+        return self._train_loader.read(epoch, position)
 
-    def transfer_batch_to_device(
-        self, batch: Batch | Tensor, device: torch.device, dataloader_idx: int
-    ) -> Batch | Tensor:
-        if isinstance(batch, Tensor):
-            return batch.to(device)
-        images, block = batch
-        return images and [part.to(device, non_blocking=True) for part in images], block
-
-    def on_after_batch_transfer(self, batch: Batch | Tensor, dataloader_idx: int) -> Tensor:
-        """Tokens [B, T, d], float32, without a gradient."""
-        if isinstance(batch, Tensor):
-            return batch
-        images, block = batch
-        if block is None or not self.shuffle_buffer_images:
-            return self._tokens(images)
-        if images is not None:
-            self._mixed = None  # or two blocks would be held at once
-            self._mixed = self._permuted(self._tokens(images), block.seed)
-        size = len(self._mixed) // block.parts
-        return self._mixed[block.part * size : (block.part + 1) * size]
+    def _mixed(self, images: list[Tensor], seed: int) -> Tensor:
+        """The tokens of a block, permuted where there is a shuffle buffer."""
+        tokens = self._tokens(images)
+        return self._permuted(tokens, seed) if self.shuffle_buffer_images else tokens
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for a backward pass
     def _tokens(self, images: list[Tensor]) -> Tensor:
+        """Tokens [n, T, d], float32, of images or of a cache's tokens."""
         parts = []
         for part in images:
-            is_token = part.dtype != torch.uint8  # of a cache
-            parts.append(part.float() if is_token else self.clip.prefix(self.clip.normalize(part)))
+            part = part.to(self.clip.device, non_blocking=True)
+            is_image = part.dtype == torch.uint8
+            parts.append(self.clip.prefix(self.clip.normalize(part)) if is_image else part.float())
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _permuted(self, tokens: Tensor, seed: int) -> Tensor:
@@ -153,31 +136,38 @@ class FeatureDataModule(LightningDataModule):
         count = min(images, len(self.train_dataset))
         if self.cache is not None:
             positions = self._loader().order(0)[:count]
-            return self.cache.read(positions).to(self.clip.device).float()
+            return self._tokens([self.cache.read(positions)])
         loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
-        (first,), _ = next(iter(loader))
-        return self._tokens([part.to(self.clip.device) for part in first.split(self.batch_size)])
+        return self._tokens(list(next(iter(loader)).split(self.batch_size)))
 
 
 class ValidationLoader:
-    """Batches of images in one fixed random order: a class-sorted folder begins with one class.
+    """Batches of tokens in one fixed random order: a class-sorted folder begins with one class.
 
     Args:
         dataset: N images.
         batch_size: B.
         num_workers: processes that read images.
+        transform: images -> tokens.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        num_workers: int,
+        transform: Callable[[list[Tensor]], Tensor],
+    ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.transform = transform
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Tensor]:
         order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(0))
         batches = image_batches(self.dataset, self.batch_size, self.num_workers, order.tolist())
         for images, _, _ in batches:
-            yield [images], None
+            yield self.transform([images])

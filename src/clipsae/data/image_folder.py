@@ -68,14 +68,15 @@ class ImageFolder(ImageList):
         found = find_class_folders(root)
         indices, names = _labels(found.all_classes, classnames, classes, root)
         label = dict(zip(found.all_classes, indices, strict=True))
-        inside, left_out = found.splits[split], LeftOut()
+        left_out = LeftOut()
         files: list[str] = []
         labels: list[int] = []
-        for folder in found.classes[split]:
-            images = list_images(root / inside / folder, left_out)
-            place = f"{inside}/{folder}" if inside else folder
+        for name in found.classes[split]:
+            folder = found.splits[split] / name
+            images = list_images(folder, left_out)
+            place = folder.relative_to(root).as_posix()
             files += [f"{place}/{image}" for image in images]
-            labels += [label[folder]] * len(images)
+            labels += [label[name]] * len(images)
         super().__init__(
             root, files, labels, names, image_size=image_size, on_bad_image=on_bad_image
         )
@@ -89,10 +90,10 @@ def _report(
     """One line on what is read as the split and what is left out; a warning for each thing that is
     likely not intended."""
     here, train, names = found.classes[split], found.classes["train"], data.classnames
-    beside = found.beside(root, split)
+    beside = [f"{folder.relative_to(root).as_posix()}/" for folder in found.beside(split)]
     more = f" and {len(beside) - 4} more folders" * (len(beside) > 4)
     for folder in {found.top, found.splits[split]}:
-        for file, reason in files_in(root / folder, deep=False):
+        for file, reason in files_in(folder, deep=False):
             left_out[reason or "beside the class folders"].append(file)
     log.info(
         "%s split: %s images of %s%s (such as %r) in %s; %s%s",
@@ -101,9 +102,9 @@ def _report(
         f"{len(here):,} of " if len(here) < len(names) else "",
         "1 class" if len(names) == 1 else f"{len(names):,} classes",
         names[int(data.labels[0])],
-        root / found.splits[split],
+        found.splits[split],
         left_out,
-        f"; no part of it: {', '.join(f'{name}/' for name in beside[:4])}{more}" if beside else "",
+        f"; no part of it: {', '.join(beside[:4])}{more}" if beside else "",
     )
     if found.doubt:
         log.warning("%s: %s", root, found.doubt)
@@ -115,7 +116,9 @@ def _report(
             "SAE is evaluated on its training images",
             root,
             f"{len(data):,}",
-            f" of {found.splits['test']}/" if found.splits["test"] else "",
+            ""
+            if found.splits["test"] == root
+            else f" of {found.splits['test'].relative_to(root)}/",
         )
     elif new := sorted({*here} - {*train}):
         log.warning(

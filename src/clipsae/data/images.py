@@ -43,7 +43,7 @@ def read_image(path: Path | str, image_size: int, *, as_seen: bool = True) -> Te
     Pillow's formulas; colour profiles are not applied.
 
     Args:
-        path: JPEG, PNG or whatever Pillow reads.
+        path: in any format that Pillow reads.
         image_size: S; the short side is resized to it (bicubic) and the centre cropped.
         as_seen: as a person sees it in a viewer: turned as its EXIF tag says, transparent parts
             on white, palettes in colour before they are resized. False: as open_clip's transform
@@ -68,7 +68,7 @@ def read_image(path: Path | str, image_size: int, *, as_seen: bool = True) -> Te
         raise BadImageError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise BadImageError(f"{path}: not an image that Pillow can read") from error
-    except Exception as error:  # on broken data Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # Pillow's decoders raise anything on broken data
         raise BadImageError(f"{path}: cannot be decoded ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-# Pillow's formats that hold a picture and are told by their first bytes, then others of them. What
-# is left are documents, icons, films, arrays.
+# Pillow's picture formats: those with a signature in their first bytes, then the others. What is
+# left are documents, icons, films, arrays.
 _SIGNED = (
     *("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIF", "JPEG2000"),
     *("QOI", "PSD"),
@@ -129,7 +129,7 @@ def _is_image(path: str) -> bool:
     try:
         with Image.open(path, formats=[name for name in _SIGNED if name in Image.OPEN]):
             return True
-    except Exception:  # whatever another kind of file makes Pillow raise
+    except Exception:  # Pillow raises anything on other files
         return False
 
 

@@ -13,24 +13,16 @@ from torch import Tensor
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.reader import BadImages, read_batches
 
+# Tokens [B, T, d] of the training batch at an epoch and a position in it.
+Source = Callable[[int, int], Tensor]
+# (images of a block, several uint8 [B, 3, S, S], the seed of its mix) -> what batches are cut from.
+Transform = Callable[[list[Tensor], int], Tensor]
+
 
 @dataclass(frozen=True)
 class Block:
-    """Where a training batch stands in a block of images whose tokens are mixed.
-
-    Attributes:
-        seed: of the block's permutation.
-        part, parts: this batch is that part of the block.
-    """
-
-    seed: int
-    part: int
-    parts: int
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A block to be read: of its epoch the `number`-th on this rank, from `part` on."""
+    """Images whose tokens are mixed: of its epoch the `number`-th block on this rank, whose batches
+    are handed out from `part` on."""
 
     epoch: int
     number: int
@@ -38,14 +30,8 @@ class Planned:
     part: int
 
 
-# Several times uint8 images [B, 3, S, S], or from a cache tokens [n, T, d].
-Batch = tuple[list[Tensor] | None, Block | None]
-# Tokens [B, T, d] of the training batch at an epoch and a position in it.
-Source = Callable[[int, int], Tensor]
-
-
 class ResumableLoader:
-    """Batches of training images, endlessly different by epoch, sharded over ranks.
+    """Batches of training images or their tokens, endlessly different by epoch, sharded over ranks.
 
     Lightning saves its state with a checkpoint. The position counts the batches that were handed
     out, not those that workers have read ahead. Workers read on into the next epoch, so that no
@@ -55,10 +41,9 @@ class ResumableLoader:
         dataset: N images.
         batch_size: B, images a step and rank.
         seed: with the epoch, it decides the order.
-        shuffle_images: images of a block within which tokens will be mixed; 0 for none. A
-            multiple of B. A block's images come with its first batch (the first after a
-            resumption, too), as several tensors [B, 3, S, S]; the block's other batches bring
-            none.
+        shuffle_images: images of a block, a multiple of B; 0: B.
+        transform: what makes tokens of a block's images and mixes them; None: batches are images. A
+            block that a resumption begins within is read and transformed again.
         rank, world_size: this process among all: rank r reads blocks r, r + world_size, ...
         num_workers: processes that read images; 0: this one. No influence on the order.
         pin_memory: for faster copies to a GPU.
@@ -80,6 +65,7 @@ class ResumableLoader:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        transform: Transform | None = None,
         source: Source | None = None,
     ) -> None:
         if batch_size < 1:
@@ -103,11 +89,12 @@ class ResumableLoader:
         self.rank, self.world_size = rank, world_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.transform = transform or (lambda images, seed: torch.cat(images))
         self.source = source
         self.epoch = 0
         self.position = 0
         self._resumed = False  # within an epoch that is yet to be continued
-        self._stream: Iterator[Batch] | None = None
+        self._stream: Iterator[Tensor] | None = None
         self._stream_at = (0, 0)  # epoch and position of what the stream brings next
         self._bad = BadImages(dataset, "replaced by the next in the training", replaced=True)
 
@@ -145,7 +132,7 @@ class ResumableLoader:
             "world_size": self.world_size,
         }
 
-    def __iter__(self) -> Iterator[Batch | Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:
         # Here and not after the last batch: Lightning stops asking when `len` are handed out. It
         # also makes iterators that it does not use: an epoch of which nothing was handed out has
         # not been.
@@ -172,7 +159,7 @@ class ResumableLoader:
         rest = order[whole:].view(self.world_size, -1)[self.rank]
         return torch.cat([blocks.flatten(), rest])
 
-    def _rest_of_epoch(self) -> Iterator[Batch | Tensor]:
+    def _rest_of_epoch(self) -> Iterator[Tensor]:
         while self.position < len(self):
             at = self.epoch, self.position
             batch = self.read(*at) if self.source is None else self.source(*at)
@@ -182,7 +169,7 @@ class ResumableLoader:
                 self._bad.report()
             yield batch
 
-    def read(self, epoch: int, position: int) -> Batch:
+    def read(self, epoch: int, position: int) -> Tensor:
         """The batch at a place in the stream; where it follows the last, it has been read ahead."""
         if self._stream is None or self._stream_at != (epoch, position):
             self._stream = self._read_from(epoch, position)
@@ -191,26 +178,27 @@ class ResumableLoader:
         self._stream_at = (epoch + 1, 0) if last else (epoch, position + 1)
         return batch
 
-    def _blocks_from(self, epoch: int, position: int) -> Iterator[Planned]:
+    def _blocks_from(self, epoch: int, position: int) -> Iterator[Block]:
         """Blocks without end."""
         first, part = divmod(position, self.parts)
         for at in count(epoch):
             blocks = self.indices(at).split(self.parts * self.batch_size)
             for number in range(first, len(blocks)):
-                yield Planned(at, number, blocks[number], part)
+                yield Block(at, number, blocks[number], part)
                 part = 0
             first = 0
 
-    def _read_from(self, epoch: int, position: int) -> Iterator[Batch]:
+    def _read_from(self, epoch: int, position: int) -> Iterator[Tensor]:
         """Batches without end."""
         for block, images in self._read(epoch, position):
             number = block.number * self.world_size + self.rank
-            seed = mix(self.seed, block.epoch, number)
-            parts = len(block.indices) // self.batch_size
-            for part in range(block.part, parts):
-                yield (images if part == block.part else None), Block(seed, part, parts)
+            yield from self._batches(block, images, mix(self.seed, block.epoch, number))
 
-    def _read(self, epoch: int, position: int) -> Iterator[tuple[Planned, list[Tensor]]]:
+    def _batches(self, block: Block, images: list[Tensor], seed: int) -> Iterator[Tensor]:
+        """A generator of its own, or two blocks would be held at once."""
+        yield from self.transform(images, seed).split(self.batch_size)[block.part :]
+
+    def _read(self, epoch: int, position: int) -> Iterator[tuple[Block, list[Tensor]]]:
         """Blocks without end, with their images."""
         wanted = (
             chunk.tolist()

@@ -1,5 +1,5 @@
-"""Reads batches of images in worker processes, and keeps account of those that cannot be read, if
-possible before anything slow depends on them.
+"""Reads batches of images in worker processes, and finds those that cannot be read, if possible
+before a training.
 
 B images of a batch, S image side, N images of the dataset.
 """
@@ -21,7 +21,7 @@ from clipsae.progress import Bar
 log = logging.getLogger(__name__)
 
 _PREFETCH = 4  # batches that each worker holds ready
-SECONDS = 30.0  # that are spent on looking before a training
+SECONDS = 30.0  # spent on damaged images before a training
 _BATCH = 32
 # What `find_damage` found in this process, by root and fingerprint.
 _found: dict[tuple[str, str], tuple[int, list[str]]] = {}
@@ -40,7 +40,7 @@ def read_batches(
     replace: bool = False,
     ahead: int = 0,
 ) -> DataLoader:
-    """Batches of images by their indices, in that order whatever the number of workers.
+    """Batches of images by their indices, in that order with any number of workers.
 
     Args:
         dataset: N images.
@@ -69,8 +69,8 @@ def read_batches(
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    """A cluster that asks a job to leave tells each of its processes. Where the parent answers by
-    itself a worker must not end first (the parent would fail of it), nor answer, too."""
+    """A cluster signals each process of a job. Where the parent handles the signal, workers must
+    neither end (the parent would fail) nor handle it, too."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         if callable(signal.getsignal(number)):  # as it was in the parent
             signal.signal(number, signal.SIG_IGN)
@@ -122,7 +122,7 @@ class BadImages:
 
 
 def skips(dataset: Any) -> bool:
-    """Whether a dataset goes on without images that cannot be read."""
+    """Whether images that cannot be read are skipped."""
     return getattr(dataset, "on_bad_image", "error") == "skip"
 
 
@@ -171,7 +171,7 @@ def refuse_damaged(dataset: ImageDataset, num_workers: int = 0) -> None:
     """Read the images of a list of files in a random order, for at most `SECONDS`, and say how many
     were read where those are not all.
 
-    A dataset that goes on without bad images, or is no list of files, is left alone.
+    Nothing is read of a dataset that skips bad images or is no list of files.
 
     Args:
         num_workers: processes that read images; 0: this one.
@@ -198,11 +198,8 @@ def refuse_damaged(dataset: ImageDataset, num_workers: int = 0) -> None:
 
 
 def leaves_out(dataset: ImageDataset) -> bool:
-    """Whether what is made of a dataset may lack images that cannot be read.
-
-    Only with `on_bad_image: skip`. Of a small set all images are read to know it, once in a
-    process; a large one is taken to lack some.
-    """
+    """Whether results of a dataset may lack unreadable images: only with `on_bad_image: skip`. All
+    images of a small dataset are read for it, once in a process; a large one is assumed to."""
     if not skips(dataset):
         return False
     if not isinstance(dataset, ImageList) or not dataset.is_small:

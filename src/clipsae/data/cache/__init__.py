@@ -1,9 +1,8 @@
 """Token features on disk, computed once: `docs/feature-cache.md` specifies the format."""
 
-from clipsae.data.cache.layout import DTYPES, MANIFEST, VERSION, Layout, write_manifest
+from clipsae.data.cache.files import DTYPES, MANIFEST, VERSION, Layout, write_manifest, write_shard
 from clipsae.data.cache.loader import CachedLoader
 from clipsae.data.cache.reader import TokenCache
-from clipsae.data.cache.writer import write_shard
 
 __all__ = [
     "DTYPES",

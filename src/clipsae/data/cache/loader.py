@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clipsae.data.cache.reader import TokenCache
-from clipsae.data.loader import Planned, ResumableLoader, permutation
+from clipsae.data.loader import Block, ResumableLoader, permutation
 
 
 def check_reading(block_images: int, buffer_images: int) -> None:
@@ -29,9 +29,8 @@ def check_reading(block_images: int, buffer_images: int) -> None:
 
 
 class CachedLoader(ResumableLoader):
-    """Batches of tokens, in the form in which `ResumableLoader` hands out images, with the same
-    state, remainder (what does not fill a step of all ranks is left out: other images each epoch)
-    and resumption.
+    """Batches of tokens with the state, remainder (what does not fill a step of all ranks is left
+    out: other images each epoch) and resumption of `ResumableLoader`.
 
     An epoch's order is a pure function of seed and epoch: the cache's blocks of consecutive images
     are permuted, each rank takes an equal stretch of them, and the images of each buffer are
@@ -44,7 +43,7 @@ class CachedLoader(ResumableLoader):
         block_images: images that are read in one go.
         buffer_images: images among which images are permuted, held in memory twice (the next are
             read meanwhile); rounded up to whole mixing blocks. 0: blocks are permuted alone.
-        options: seed, shuffle_images, rank, world_size, pin_memory of `ResumableLoader`.
+        options: seed, shuffle_images, rank, world_size, pin_memory, transform of `ResumableLoader`.
 
     Raises:
         ValueError: an invalid size.
@@ -93,7 +92,7 @@ class CachedLoader(ResumableLoader):
             ]
         )
 
-    def _read(self, epoch: int, position: int) -> Iterator[tuple[Planned, list[Tensor]]]:
+    def _read(self, epoch: int, position: int) -> Iterator[tuple[Block, list[Tensor]]]:
         """A thread reads the next buffer, after a resumption what is left of it."""
         blocks = self._blocks_from(epoch, position)
         by_buffer = groupby(blocks, lambda block: (block.epoch, block.number // self.window))
@@ -105,7 +104,7 @@ class CachedLoader(ResumableLoader):
                 ahead = reader.submit(self._read_buffer, following)
                 yield from tokens
 
-    def _read_buffer(self, blocks: list[Planned]) -> list[tuple[Planned, list[Tensor]]]:
+    def _read_buffer(self, blocks: list[Block]) -> list[tuple[Block, list[Tensor]]]:
         """Each mixing block with its tokens [n, T, d]."""
         positions = torch.cat([block.indices for block in blocks])
         tokens = self.cache.read(positions, pin_memory=self.pin_memory)

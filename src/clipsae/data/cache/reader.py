@@ -13,18 +13,17 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from clipsae.data.cache.layout import DTYPES, read_manifest
+from clipsae.data.cache.files import DTYPES, read_manifest
 
 
 class TokenCache:
     """Tokens of N images, by their positions in the cache.
 
-    Files are read, not mapped: rows go from the disk straight to their places in the result, with
-    no further copy, and count for no memory of the process beside it.
+    Files are read, not mapped: rows are read straight into the result, without another copy.
 
     Args:
         folder: with the manifest and the shards.
-        of: what the tokens should be of; None: whatever they are.
+        contents: what must be in the manifest's "of"; None: anything.
 
     Attributes:
         layout: sizes and order.
@@ -35,11 +34,11 @@ class TokenCache:
         ValueError: no cache, one of something else, or one that is not whole, in one sentence.
     """
 
-    def __init__(self, folder: Path | str, of: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path | str, contents: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        self.layout, self.of, sizes = read_manifest(self.folder)
-        for name, wanted in (of or {}).items():
-            if (found := self.of.get(name)) != wanted:
+        self.layout, self.contents, sizes = read_manifest(self.folder)
+        for name, wanted in (contents or {}).items():
+            if (found := self.contents.get(name)) != wanted:
                 raise ValueError(
                     f"{self.folder} holds tokens of {name}={found}, expected {wanted}: choose "
                     "another features.cache.folder, or remove it, and it is recomputed"
@@ -89,8 +88,8 @@ class TokenCache:
         return out
 
     def _announce(self, positions: Tensor) -> None:
-        """Tell the system which stretches are going to be read, so that it has them all under
-        way at once: twice as fast from a cold disk."""
+        """Announce the stretches that are about to be read, so that the system reads ahead: twice
+        as fast from a cold disk."""
         if not hasattr(os, "posix_fadvise"):
             return
         n, size = self.layout.shard_images, self.layout.image_bytes

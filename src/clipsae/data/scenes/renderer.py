@@ -71,7 +71,7 @@ def _draw_objects(s: Scenes, slot: int) -> tuple[Tensor, Tensor, Tensor]:
     shadow = (0.6 - d * r * 0.3).clamp(0, 1)
     t = torch.zeros_like(x)
     for k, rows in _grouped(s.pattern[:, slot], len(PATTERNS)):
-        if PATTERNS[k] != "plain":
+        if PATTERNS[k] in PATTERN_MIX:
             at = s.phase[rows, slot, :, None, None]
             t[rows] = PATTERN_MIX[PATTERNS[k]](
                 x[rows] + at[:, 0], y[rows] + at[:, 1], d[rows], r[rows]

@@ -90,10 +90,6 @@ SHAPE_DISTANCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 # in pixels, so that (value in units of the radius) * r is antialiased over one pixel ---
 
 
-def _plain(x: Tensor, y: Tensor, d: Tensor, r: Tensor) -> Tensor:
-    return torch.zeros_like(x)
-
-
 def _wave(t: Tensor, period: float) -> Tensor:
     """Signed distance to the stripes of a square wave: positive on every other half period."""
     t = t / period
@@ -121,8 +117,8 @@ def _outlined(x: Tensor, y: Tensor, d: Tensor, r: Tensor) -> Tensor:
     return (0.5 + (d + 0.15) * r).clamp(0, 1)
 
 
+# A plain object has no second colour.
 PATTERN_MIX: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "plain": _plain,
     "striped": _striped,
     "dotted": _dotted,
     "checkered": _checkered,

@@ -1,10 +1,10 @@
-"""Where every token of a feature cache lies: the order of the images, their shards, the manifest.
+"""The files of a feature cache: the order of the images, their shards, the manifest; writing them.
 
 N images, T tokens of an image, d width, n images of a shard.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsae.clip import FrozenCLIP
+from clipsae.data.dataset import ImageDataset
 from clipsae.data.loader import permutation
+from clipsae.data.reader import BadImages, read_batches
 
 FORMAT = "clipsae feature cache"
 VERSION = 1
@@ -20,6 +23,7 @@ MANIFEST = "manifest.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CODES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # as safetensors calls them
 ROUND = 64  # images that a shard holds a multiple of, if it holds so many
+BATCH = 64  # not an option: the last bit of a token may depend on its batch
 
 
 @dataclass(frozen=True)
@@ -105,29 +109,86 @@ class Layout:
         return len(self.header(shard)) + self.count(shard) * (self.image_bytes + 16)
 
 
-def write_manifest(
-    folder: Path, layout: Layout, of: Mapping[str, Any], sealed: Sequence[Mapping[str, Any]]
+@torch.inference_mode()
+def write_shard(
+    folder: Path,
+    layout: Layout,
+    shard: int,
+    clip: FrozenCLIP,
+    dataset: ImageDataset,
+    *,
+    num_workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Describe the shards that lie in a folder.
+    """Write `layout.file(shard)` into a folder.
 
     Args:
-        of: what the tokens are of: the CLIP, the dataset, the split, the preprocessing.
+        clip: on the device that computes.
+        dataset: N images; one that cannot be read stops it, or with `on_bad_image: skip` has the
+            next one's tokens in its place, and is reported.
+        num_workers: processes that read images; 0: this one.
+        progress: called with the images written, and n.
+
+    Raises:
+        BadImageError: an image that cannot be read.
+        ValueError: tokens that the dtype cannot hold.
+    """
+    start, n = shard * layout.shard_images, layout.count(shard)
+    images = layout.order()[start : start + n]
+    batches = [chunk.tolist() for chunk in images.split(BATCH)]
+    bad = BadImages(dataset, "replaced by the next in the feature cache", replaced=True)
+    reader = read_batches(
+        dataset,
+        batches,
+        num_workers=min(num_workers, len(batches)),
+        pin_memory=torch.cuda.is_available(),
+        replace=True,
+    )
+    sources, done = [], 0
+    with (folder / layout.file(shard)).open("wb") as file:
+        file.write(layout.header(shard))
+        for pixels, _, indices in bad.checked(reader):
+            tokens = clip.prefix(clip.normalize(pixels)).to(DTYPES[layout.dtype])
+            if layout.dtype == "fp16" and not tokens.isfinite().all():
+                raise ValueError(
+                    "features.cache.dtype=fp16: some tokens are beyond 65,504; use bf16 or fp32"
+                )
+            file.write(_bytes(tokens))
+            sources.append(indices)
+            done += len(indices)
+            progress(done, n)
+        file.write(_bytes(images))
+        file.write(_bytes(torch.cat(sources)))
+    bad.report()
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return values.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def write_manifest(
+    folder: Path, layout: Layout, contents: Mapping[str, Any], sealed: Sequence[Mapping[str, Any]]
+) -> None:
+    """Describe the shards of a folder.
+
+    Args:
+        contents: what decides the tokens: the CLIP, the dataset, the split, the preprocessing.
         sealed: of each shard "bytes" and "sha256".
     """
     shards = [
         {"file": layout.file(i), "images": layout.count(i), **about}
         for i, about in enumerate(sealed)
     ]
-    content = {"format": FORMAT, "version": VERSION, "of": dict(of), **asdict(layout)}
+    content = {"format": FORMAT, "version": VERSION, "of": dict(contents), **asdict(layout)}
     text = json.dumps({**content, "shards": shards}, indent=2)
     (folder / MANIFEST).write_text(text + "\n")
 
 
 def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any], list[int]]:
-    """The layout, what the tokens are of, and the bytes of each shard's file.
+    """The layout, what decides the tokens, and the bytes of each shard's file.
 
     Raises:
-        ValueError: there is none, or none that this version can read.
+        ValueError: no manifest, or not one of this version.
     """
     path = folder / MANIFEST
     try:
