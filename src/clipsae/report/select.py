@@ -88,7 +88,7 @@ class Selection:
         lines = {line.common: line for line in self.runs.line}
         common = self.runs.line.map(lambda line: line.common)
         most = self.runs.groupby(common, sort=False).folder.nunique()
-        order = {c: (lines[c].unlike(self.wanted.usual), -n) for c, n in most.items()}
+        order = {c: (lines[c].unlike, -n) for c, n in most.items()}
         return Line(model, min(order, key=order.__getitem__)) if order else Line(model)
 
     def of_model(self, model: str) -> list[Line]:
@@ -102,8 +102,8 @@ class Selection:
 
     def alike(self, model: str) -> list[Line]:
         """Those of a model's lines that are as much like `wanted.usual` as its main one."""
-        lines, usual = self.of_model(model), self.wanted.usual
-        return [line for line in lines if line.unlike(usual) == lines[0].unlike(usual)]
+        lines = self.of_model(model)
+        return [line for line in lines if line.unlike == lines[0].unlike]
 
     def of(self, line: Line, dataset: str | None = None) -> pd.DataFrame:
         """The accuracies of a line with the tables' k, and of one dataset."""
@@ -142,7 +142,7 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     for name, chosen in (("model", wanted.models), ("dataset", wanted.datasets)):
         if chosen is not None:  # others set nothing apart
             fitting = fitting[fitting[name].isin(chosen)]
-    fitting, differences = set_apart(fitting)
+    fitting, differences = set_apart(fitting, wanted.usual)
     cell = ["line", "model", "dataset", "k", "metric", "measured", *ENCODER]
     ordered = fitting.sort_values(["finished", "folder"], kind="stable")
     newest = ordered.drop_duplicates([*cell, "seed"], keep="last").sort_index()
@@ -151,8 +151,8 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     cells = cells.join(over_seeds[["images", "classes", "competing"]].min()).reset_index()
 
     models = {*newest.model} - set(SIX) - set(ablation_parts())
-    lines = _lines(wanted.models or (*SIX, *sorted(models)), wanted, newest)
-    ablated = _lines(ablation_parts(), wanted, newest)
+    lines = _lines(wanted.models or (*SIX, *sorted(models)), newest)
+    ablated = _lines(ablation_parts(), newest)
     if wanted.datasets is None:
         there = {*newest.dataset}
         eleven = ELEVEN_NAMES if there & set(ELEVEN_NAMES) else ()
@@ -192,7 +192,7 @@ def _fits(figures: pd.DataFrame, wanted: Wanted) -> pd.Series:
     return fits
 
 
-def _lines(models: Iterable[str], wanted: Wanted, figures: pd.DataFrame) -> tuple[Line, ...]:
+def _lines(models: Iterable[str], figures: pd.DataFrame) -> tuple[Line, ...]:
     """The lines of each model: those most like the usual settings first, then those with accuracies
     on most datasets and of most seeds."""
     found: list[Line] = []
@@ -202,7 +202,7 @@ def _lines(models: Iterable[str], wanted: Wanted, figures: pd.DataFrame) -> tupl
             accuracies = rows[rows.measured.eq(False)]
             counted = accuracies if len(accuracies) else rows
             counts = (-counted.dataset.nunique(), -counted.folder.nunique())
-            order[line] = (line.unlike(wanted.usual), accuracies.empty, *counts, line)
+            order[line] = (line.unlike, accuracies.empty, *counts, line)
         found += sorted(order, key=order.__getitem__) or [Line(model)]
     return tuple(found)
 
