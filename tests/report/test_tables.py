@@ -167,19 +167,6 @@ def test_table_5_shows_both_codes_beside_the_published_figures(store):
     assert cells(recovery)["topk"]["image_auroc"].ours == 0.75
 
 
-def test_table_6_names_encoder_and_pooling_one_table_each(store):
-    scores = {"monosemanticity_mean": 0.5, "monosemanticity_max": 0.9}
-    store.measurement("sparsemax", "imagenet", scores, image_encoder="a/b", pooling="mean")
-    table = metric_tables(store.selection(), "imagenet")[-1]
-    assert "Image encoder: a/b; pooling of token codes: mean." in table.caption
-    score = cells(table)["sparsemax"]["monosemanticity_mean"]
-    assert score.difference == pytest.approx(0.5 - 0.3484)
-    store.measurement("sparsemax", "imagenet", scores, image_encoder="a/b", pooling="max")
-    names = [table.name for table in metric_tables(store.selection(), "imagenet")]
-    assert names[2:] == ["table_06_1", "table_06_2"]
-    assert metric_tables(store.selection(), "scenes") == []
-
-
 def test_decoders_of_all_seeds_are_compared_both_ways_and_what_is_missing_is_said(store):
     rows = []
     for seed in (0, 1, 2):
@@ -225,34 +212,6 @@ def test_missing_cells_name_the_command_that_fills_them(store):
     assert found["topk", "eurosat"].command == (
         "python run.py model=topk model.k=16 dataset=eurosat clip=vit_b_16 "
         "'paths.output_dir=/a b' seed=3"
-    )
-
-
-def test_with_imagenet_the_ablation_and_the_measurements_are_expected_too(store):
-    store.evaluation("relu", "imagenet", dict.fromkeys(PAPER, 1.0), metrics={"zero_fraction": 0.5})
-    found = gaps(store.selection(), Commands([]))
-    assert found["attention_relu", "imagenet"].command == (
-        "python run.py model=attention_relu dataset=imagenet seed=0"
-    )
-    assert found["topk", "dtd"].command == "python run.py model=topk dataset=dtd seed=0"
-    lacking = found["relu", "imagenet"].what.split(", ")
-    assert "zero_fraction" not in lacking
-    assert {"cknna", "cosine", "monosemanticity_mean"} <= set(lacking)
-    assert len(found) == 6 * 11 + 2
-
-
-def test_a_gap_is_filled_with_what_sets_its_row_apart(store):
-    for dataset, steps in (("a", 600), ("b", 600), ("a", 3)):
-        store.evaluation("sparsemax", dataset, {"on_5": 33.0}, max_steps=steps)
-    store.evaluation("topk", "b", {"on_5": 33.0}, k=8)
-    found = gaps(store.selection(), Commands(["clip=tiny"]))
-    assert ("sparsemax", "a") not in found
-    assert found["topk", "a"].command == (
-        "python run.py model=topk model.k=8 dataset=a clip=tiny trainer.max_steps=600 seed=0"
-    )
-    # A model without any is to be like most of the others.
-    assert found["relu", "a"].command == (
-        "python run.py model=relu dataset=a clip=tiny trainer.max_steps=600 seed=0"
     )
 
 

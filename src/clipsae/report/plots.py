@@ -151,7 +151,7 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
             for k, point in value[value.index != NO_K].iterrows():
                 side: Any = {"xytext": (4, 4), "ha": "left", "va": "bottom"}
                 if not above:
-                    side: Any = {"xytext": (-4, -4), "ha": "right", "va": "top"}
+                    side = {"xytext": (-4, -4), "ha": "right", "va": "top"}
                 xy = point.l0, point.fvu
                 axes.annotate(f"k {k}", xy, textcoords="offset points", fontsize=8, **side)
             above ^= any(value.index != NO_K)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -45,7 +44,8 @@ class Selection:
 
     Attributes:
         cells: accuracies, a row a (line, dataset, k, metric): value (mean over seeds), std (over
-            seeds, with n - 1; NaN for one), seeds (how many), images, classes, competing.
+            seeds, with n - 1; NaN for one), seeds (how many), images, classes, competing, tabled
+            (whether k is that of the tables).
         metrics: the same of measured numbers, also by image_encoder and pooling.
         runs: accuracies before the mean over seeds, with seed and folder.
         lines: rows of the tables, in order: models, and of each first the line that is most like
@@ -88,7 +88,7 @@ class Selection:
         lines = {line.common: line for line in self.runs.line}
         common = self.runs.line.map(lambda line: line.common)
         most = self.runs.groupby(common, sort=False).folder.nunique()
-        order = {c: (lines[c].unlike(self.wanted.usual), -n) for c, n in most.items()}
+        order = {c: (lines[c].unlike, -n) for c, n in most.items()}
         return Line(model, min(order, key=order.__getitem__)) if order else Line(model)
 
     def of_model(self, model: str) -> list[Line]:
@@ -102,29 +102,22 @@ class Selection:
 
     def alike(self, model: str) -> list[Line]:
         """Those of a model's lines that are as much like `wanted.usual` as its main one."""
-        lines, usual = self.of_model(model), self.wanted.usual
-        return [line for line in lines if line.unlike(usual) == lines[0].unlike(usual)]
+        lines = self.of_model(model)
+        return [line for line in lines if line.unlike == lines[0].unlike]
 
     def of(self, line: Line, dataset: str | None = None) -> pd.DataFrame:
         """The accuracies of a line with the tables' k, and of one dataset."""
-        return self._by_line.get((line, dataset), self.cells[:0])
-
-    @cached_property
-    def _by_line(self) -> dict[tuple[Line, str | None], pd.DataFrame]:
-        found: dict[tuple[Line, str | None], pd.DataFrame] = {}
-        for line in {*self.lines, *self.ablated}:
-            cells = found[line, None] = self.rows(self.cells, line)
-            found |= {(line, str(d)): part for d, part in cells.groupby("dataset", sort=False)}
-        return found
+        cells = self.cells if dataset is None else self.cells[self.cells.dataset == dataset]
+        return self.rows(cells, line)
 
     def rows(self, frame: pd.DataFrame, line: Line) -> pd.DataFrame:
         """Those of a frame that are a line's, with the tables' k."""
-        return frame[frame.line.eq(line) & frame.k.eq(self.k.get(line, NO_K))]
+        return frame[frame.tabled & frame.line.eq(line)]
 
     def shown(self, frame: pd.DataFrame) -> tuple[Line, ...]:
         """The lines of a table on rows of `cells` or `metrics`: those with a figure in it; of a
         model without any its first."""
-        filled = {line for line in self.lines if len(self.rows(frame, line))}
+        filled = set(frame.line[frame.tabled])
         empty = set(self.models) - {line.model for line in filled}
         filled |= {self.main(model) for model in empty}
         return tuple(line for line in self.lines if line in filled)
@@ -142,7 +135,7 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     for name, chosen in (("model", wanted.models), ("dataset", wanted.datasets)):
         if chosen is not None:  # others set nothing apart
             fitting = fitting[fitting[name].isin(chosen)]
-    fitting, differences = set_apart(fitting)
+    fitting, differences = set_apart(fitting, wanted.usual)
     cell = ["line", "model", "dataset", "k", "metric", "measured", *ENCODER]
     ordered = fitting.sort_values(["finished", "folder"], kind="stable")
     newest = ordered.drop_duplicates([*cell, "seed"], keep="last").sort_index()
@@ -151,8 +144,8 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     cells = cells.join(over_seeds[["images", "classes", "competing"]].min()).reset_index()
 
     models = {*newest.model} - set(SIX) - set(ablation_parts())
-    lines = _lines(wanted.models or (*SIX, *sorted(models)), wanted, newest)
-    ablated = _lines(ablation_parts(), wanted, newest)
+    lines = _lines(wanted.models or (*SIX, *sorted(models)), newest)
+    ablated = _lines(ablation_parts(), newest)
     if wanted.datasets is None:
         there = {*newest.dataset}
         eleven = ELEVEN_NAMES if there & set(ELEVEN_NAMES) else ()
@@ -160,6 +153,8 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     else:
         eleven = tuple(name for name in ELEVEN_NAMES if name in wanted.datasets)
         others = tuple(name for name in wanted.datasets if name not in ELEVEN_NAMES)
+    k = {line: _table_k(line, wanted, newest) for line in {*lines, *ablated}}
+    newest, cells = (f.assign(tabled=f.k == f.line.map(k)) for f in (newest, cells))
     used = {*newest.folder}
     return Selection(
         wanted=wanted,
@@ -171,7 +166,7 @@ def select(found: Collected, wanted: Wanted) -> Selection:
         expected=wanted.models or SIX,
         eleven=eleven,
         others=others,
-        k={line: _table_k(line, wanted, newest) for line in {*lines, *ablated}},
+        k=k,
         differences=tuple(differences),
         folders=tuple(sorted(used)),
         superseded=len({*fitting.folder} - used),
@@ -192,7 +187,7 @@ def _fits(figures: pd.DataFrame, wanted: Wanted) -> pd.Series:
     return fits
 
 
-def _lines(models: Iterable[str], wanted: Wanted, figures: pd.DataFrame) -> tuple[Line, ...]:
+def _lines(models: Iterable[str], figures: pd.DataFrame) -> tuple[Line, ...]:
     """The lines of each model: those most like the usual settings first, then those with accuracies
     on most datasets and of most seeds."""
     found: list[Line] = []
@@ -202,7 +197,7 @@ def _lines(models: Iterable[str], wanted: Wanted, figures: pd.DataFrame) -> tupl
             accuracies = rows[rows.measured.eq(False)]
             counted = accuracies if len(accuracies) else rows
             counts = (-counted.dataset.nunique(), -counted.folder.nunique())
-            order[line] = (line.unlike(wanted.usual), accuracies.empty, *counts, line)
+            order[line] = (line.unlike, accuracies.empty, *counts, line)
         found += sorted(order, key=order.__getitem__) or [Line(model)]
     return tuple(found)
 

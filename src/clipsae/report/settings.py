@@ -7,10 +7,11 @@ are the same but the seed. Otherwise each is a line of its own in the tables.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from clipsae.overrides import flat
@@ -117,7 +118,7 @@ class Line:
     # "trainer.max_steps=3", as few as tell the lines apart.
     common: str = ""
     own: str = ""  # the model's own settings that differ between its results
-    settings: Settings = field(default=(), compare=False, repr=False)  # that `common` is short for
+    unlike: int = field(default=0, compare=False)  # differing settings that are not as usual
 
     @property
     def variant(self) -> str:
@@ -134,17 +135,13 @@ class Line:
         """Those of `variant` that a command line can ask for."""
         return [word for word in self.variant.split(", ") if _OVERRIDE.fullmatch(word)]
 
-    def unlike(self, settings: Mapping[str, str]) -> int:
-        """How many of its settings have another value in `settings`; those that are not there are
-        not counted."""
-        return sum(settings.get(name, value) != value for name, value in self.settings)
 
-
-def set_apart(figures: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def set_apart(figures: pd.DataFrame, usual: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
     """Give every row its `Line`, as the column `line`.
 
     Args:
         figures: with columns model, dataset, folder, settings.
+        usual: settings by name; those that are not there are not compared.
 
     Returns:
         The frame, and a sentence for each setting that differs.
@@ -161,14 +158,16 @@ def set_apart(figures: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         if name.startswith("dataset.") and name.endswith("fingerprint"):
             several = values[name].groupby(results.dataset).transform("nunique") > 1
             values[name] = values[name].where(several)
-    labels, shared = _labels(values[common])
+    labels, unlike = _labels(values[common]), pd.Series(0, values.index)
+    for name in usual.keys() & set(common):
+        unlike += ~values[name].isin([usual[name], NOT_SET, float("nan")])
     lines: dict[tuple[Any, ...], Line] = {}
     for model, mine in results.groupby("model"):
         own = _varying(mine, values.loc[mine.index, [n for n in values if n.startswith(_OF_MODEL)]])
         sentences += [f"{model_title(model)}: {_sentence(n, mine, values)}" for n in own]
-        own_labels, _ = _labels(values.loc[mine.index, own])
-        for row in mine.itertuples():
-            line = Line(model, labels[row.Index], own_labels[row.Index], shared[row.Index])
+        own_labels = _labels(values.loc[mine.index, own])
+        for at, row in zip(mine.index, mine.itertuples(), strict=True):
+            line = Line(model, labels[at], own_labels[at], unlike[at])
             lines[model, row.dataset, row.settings] = line
     keys = zip(figures.model, figures.dataset, figures.settings, strict=True)
     line = pd.Series([lines[key] for key in keys], figures.index, dtype=object)
@@ -182,50 +181,38 @@ def _varying(results: pd.DataFrame, values: pd.DataFrame) -> list[str]:
     among themselves: their settings may have other names.
     """
     schema = results.settings.map(lambda settings: dict(settings).get("schema", ""))
-    same = pd.Series("", values.index)
+    first = [name for name in ("trainer.max_steps", "schema") if name in values]
 
-    def differs(name: str, by: list[pd.Series]) -> bool:
-        return bool((values[name].groupby(by, dropna=False).nunique() > 1).any())
+    def differs(name: str, *by: pd.Series) -> bool:
+        groups = values[name].groupby(list(by), dropna=False) if by else values[name]
+        return bool(np.any(groups.nunique() > 1))
 
-    first = ("trainer.max_steps", "schema")  # in a label, before others that say as much
-    found = [
-        name
-        for name in (*(n for n in first if n in values), *sorted(set(values) - set(first)))
-        if differs(
-            name,
-            [
-                same if name == "schema" else schema,
-                results.dataset if name.startswith("dataset.") else same,
-            ],
-        )
-    ]
+    found = []
+    for name in (*first, *sorted(set(values) - set(first))):
+        by = [schema] * (name != "schema") + [results.dataset] * name.startswith("dataset.")
+        if differs(name, *by):
+            found.append(name)
     # Without the hashes of images where another setting says why they differ.
     for name in [n for n in found if n.endswith("fingerprint")]:
-        if not differs(name, [results.dataset, *(values[n] for n in found if n != name)]):
+        if not differs(name, results.dataset, *(values[n] for n in found if n != name)):
             found.remove(name)
     return found
 
 
-def _labels(values: pd.DataFrame) -> tuple[dict[int, str], dict[int, Settings]]:
-    """By row a label that distinguishes its settings from the others' by as few as are needed, and
-    all of them."""
-    settings = {
-        at: tuple((n, v) for n, v in row.items() if isinstance(v, str) and v != NOT_SET)
-        for at, row in values.to_dict("index").items()
-    }
-    distinct = [dict(one) for one in set(settings.values())]
+def _labels(values: pd.DataFrame) -> dict[int, str]:
+    """By row a label that distinguishes its settings from the others' by as few as are needed."""
+    known = values.fillna(NOT_SET)
     chosen: list[str] = []
 
-    def parts(by: Sequence[str]) -> int:
-        return len({tuple(map(one.get, by)) for one in distinct})
+    def parts(names: list[str]) -> int:
+        return len(known[names].drop_duplicates()) if names else 1
 
-    while parts(chosen) < len(distinct):
-        chosen.append(max(values, key=lambda name: parts([*chosen, name])))
-    labels = {
-        at: ", ".join(f"{n}={short(v)}" for n in chosen if (v := dict(one).get(n)) is not None)
-        for at, one in settings.items()
+    while parts(chosen) < parts(list(known)):
+        chosen.append(max(known, key=lambda name: parts([*chosen, name])))
+    return {
+        at: ", ".join(f"{name}={short(row[name])}" for name in chosen if row[name] != NOT_SET)
+        for at, row in known.to_dict("index").items()
     }
-    return labels, settings
 
 
 def _sentence(name: str, results: pd.DataFrame, values: pd.DataFrame) -> str:

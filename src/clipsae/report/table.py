@@ -41,6 +41,16 @@ class Cell:
             return None
         return self.ours - self.published
 
+    def record(self) -> dict[str, float | str | None]:
+        """Numbers in full precision, the published one as printed."""
+        return {
+            "ours": self.ours,
+            "std": self.std,
+            "seeds": self.seeds or None,
+            "published": self.printed or None,
+            "difference": self.difference,
+        }
+
     def texts(self, column: Number) -> dict[str, str]:
         """How it is shown: "ours", "std", "published", "difference"; "" for what is not there."""
         return {
@@ -143,12 +153,10 @@ def to_frame(table: Table) -> pd.DataFrame:
     for row in table.rows:
         line: dict[str, object] = dict(zip(table.heads, row.labels, strict=True))
         for column in table.columns:
-            cell = row.cell(column)
-            line[column.label] = cell.ours
-            line[f"{column.label}_std"] = cell.std
-            line[f"{column.label}_seeds"] = cell.seeds if cell.seeds > 1 else None
-            line[f"{column.label}_published"] = cell.printed or None
-            line[f"{column.label}_difference"] = cell.difference
+            record = row.cell(column).record()
+            record["seeds"] = None if record["seeds"] == 1 else record["seeds"]
+            line[column.label] = record.pop("ours")
+            line |= {f"{column.label}_{name}": value for name, value in record.items()}
         rows.append(line)
     frame = pd.DataFrame(rows)
     return frame[[n for n in frame if n in table.headings or frame[n].notna().any()]]

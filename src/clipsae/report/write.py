@@ -104,16 +104,7 @@ def _gaps(gaps: list[Missing]) -> list[str]:
 def _cells(report: Report) -> str:
     """All figures of all tables, a line each."""
     rows = [
-        {
-            "table": table.name,
-            "row": " / ".join(row.labels),
-            "column": column.label,
-            "ours": cell.ours,
-            "std": cell.std,
-            "seeds": cell.seeds or None,
-            "published": cell.printed or None,
-            "difference": cell.difference,
-        }
+        {"table": table.name, "row": " / ".join(row.labels), "column": column.label} | cell.record()
         for table in report.tables
         for row in table.rows
         for column in table.columns

@@ -366,24 +366,23 @@ def summary(cells: Sequence[Cell], failed: set[int]) -> tuple[str, Table]:
     for i, cell in enumerate(cells):
         others = (f"{k}={v}" for k, v in cell.about.items() if k not in ("model", "dataset"))
         row = " ".join([cell.about.get("model", ""), *others]).strip()
+        ended = "[red]failed[/]" if i in failed else "" if cell.stages else "done"
         column, text = accuracy(cell)
         columns |= {column} - {""}
-        ended = "[red]failed[/]" if i in failed else "" if cell.stages else "done"
         rows.setdefault(row, {})[cell.about.get("dataset", "")] = text or ended
-        for stage in cell.stages:
+        for stage in cell.stages:  # an SAE's time counts once
             seconds = read_json(stage.path / MARK).get("seconds")
-            if seconds is not None:  # an SAE's counts once
-                work.setdefault(row, {})[stage.path] = float(seconds)
-    done = sum(c.finished or not (c.stages or i in failed) for i, c in enumerate(cells))
-    what = f": macro accuracy, %, {', '.join(sorted(columns))}" if columns else ""
+            work.setdefault(row, {}).update({} if seconds is None else {stage.path: seconds})
     datasets = list(dict.fromkeys(cell.about.get("dataset", "") for cell in cells))
     table = Table("")
     for name in datasets:
         table.add_column(escape(name), justify="right", overflow="fold")
     table.add_column("time", justify="right")
     for row, found in rows.items():
-        took = duration(sum(work[row].values())) if row in work else ""
+        took = duration(sum(work[row].values())) if work.get(row) else ""
         table.add_row(escape(row), *(found.get(name, "") for name in datasets), took)
+    done = sum(c.finished or not (c.stages or i in failed) for i, c in enumerate(cells))
+    what = f": macro accuracy, %, {', '.join(sorted(columns))}" if columns else ""
     return f"{done} of {len(cells)} cells are finished{what}", table
 
 
@@ -391,7 +390,7 @@ def accuracy(cell: Cell) -> tuple[str, str]:
     """Which accuracy of a finished cell a summary shows, such as "on_10", and the figure."""
     for stage in cell.stages:
         file = stage.path / "results.csv"
-        if stage.path.parent.name == "evaluation" and file.is_file():
+        if file.is_file():
             rows = pd.read_csv(file)
             on = rows[rows.setting == "on"].set_index("n").accuracy
             if len(on):
