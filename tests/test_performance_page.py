@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from tests.benchmarks import performance, plain
-from tests.benchmarks.recipes import options_of
-from tests.benchmarks.setup import Setup, Sizes
-from tests.benchmarks.steps import prepared
+from tests.benchmarks.setup import Setup, Sizes, options_of, prepared
 
 TITLES = {
     "steps": "A training step",

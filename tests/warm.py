@@ -1,187 +1,114 @@
-"""A process that has imported everything, and forks for each command.
+"""Commands in forks of a process that has imported everything (see `tests/preload.py`): a fraction
+of a second instead of the eight that torch and lightning take to import.
 
-Starting Python with torch and lightning takes seconds of a core; a fork of this process takes none.
 Tests call `run_py` and `start_py`, which are `run.py` in such a fork.
 """
 
-import array
 import atexit
-import json
+import contextlib
+import multiprocessing
 import os
-import select
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import traceback
-import weakref
-from collections.abc import Callable
-from functools import cache
-from importlib import import_module
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTED = (
-    "lightning.pytorch",
-    "matplotlib.pyplot",
-    "open_clip",
-    "torchmetrics",
-    "clipsae.cli",
-    "clipsae.tasks.experiment",
-    "clipsae.tasks.explore",
-    "clipsae.tasks.report",
-    "clipsae.tasks.visualize",
-)
-SHIM = """#!{python} -IS
-import array, json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as s:
-    s.connect({address!r})
-    s.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
-    what = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-    s.sendall(json.dumps([what, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
-    answers = s.makefile()
-    pid = answers.readline()
-    if "WARM_PID" in os.environ:
-        os.write(int(os.environ["WARM_PID"]), pid.encode())
-    sys.exit(int(answers.readline() or 1))
-"""
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.preload"])
+# A failed test may leave one behind, which multiprocessing would wait for.
+atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
 
 
 def run_py(*overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`run.py` with overrides, in the project's folder; options are those of `subprocess.run`."""
-    options = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "capture_output": True} | options
-    return subprocess.run([_own() / "run.py", *overrides], text=True, **options)
+    """`run.py` with overrides, in the project's folder; options are those of `fork`."""
+    return fork(_run, *overrides, **options)
 
 
-class Started(subprocess.Popen[str]):
-    """A process that stands for the fork which does the work; signals go to that."""
+def fork(
+    function: Callable[..., None],
+    *arguments: str,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    check: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Call a function in a fork, wait for it and capture its output, as `subprocess.run` would."""
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        process = Fork(function, arguments, out.name, err.name, cwd, env)
+        done = subprocess.CompletedProcess(arguments, process.wait(), out.read(), err.read())
+    if check:
+        done.check_returncode()
+    return done
 
-    worker: int
+
+def start_py(*overrides: str, output: IO[str] | None = None) -> "Fork":
+    """`run.py` with overrides, in the project's folder; does not wait for it.
+
+    Args:
+        output: the file to which its output and its errors go; None: kept for `communicate`.
+    """
+    name = output.name if output else str(Path(tempfile.mkdtemp(), "output"))
+    return Fork(_run, overrides, name, name)
+
+
+class Fork(SERVER.Process):
+    """A function in a fork; to the caller it is like a `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        function: Callable[..., None],
+        arguments: tuple[str, ...],
+        out: str,
+        err: str,
+        cwd: Path = ROOT,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        env = dict(os.environ if env is None else env)
+        super().__init__(target=_child, args=(function, arguments, out, err, str(cwd), env))
+        self.out = out
+        with contextlib.chdir(ROOT):  # where the server, if it is not there yet, finds its modules
+            self.start()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.name, timeout)
+        return self.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.wait(timeout)
+        return self.stdout.read(), None
+
+    @property
+    def stdout(self) -> IO[str]:
+        return Path(self.out).open()
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None:
-            os.kill(self.worker, sig)
+            os.kill(self.pid, sig)
 
 
-def start_py(*overrides: str, output: IO[str] | int = subprocess.PIPE) -> Started:
-    """`run.py` with overrides, in the project's folder, which goes on by itself. Its output and its
-    errors are one. It ends with status 1 if it is killed."""
-    reader, writer = os.pipe()
-    process = Started(
-        [_own() / "run.py", *overrides],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-        pass_fds=[writer],
-        env={**os.environ, "WARM_PID": str(writer)},
-    )
-    os.close(writer)
-    process.worker = int(os.read(reader, 100))
-    os.close(reader)
-    return process
-
-
-@cache
-def _own() -> Path:
-    """The folder of `run.py` of this process's own server, which ends with this process."""
-    folder = Path(tempfile.mkdtemp(prefix="warm-"))
-    start(folder, Path(__file__), "run.py")
-    return folder
-
-
-def start(folder: Path, script: Path, *names: str) -> subprocess.Popen[str]:
-    """Start a server that runs commands.
-
-    Args:
-        folder: gets executables of the given names; each is a command of the server.
-        script: calls `serve` with its first argument.
-    """
-    address = folder / "socket"
-    for name in names:
-        (folder / name).write_text(SHIM.format(python=sys.executable, address=str(address)))
-        (folder / name).chmod(0o755)
-    process = subprocess.Popen(
-        [sys.executable, script, address],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def serve(address: str, command: Callable[..., None]) -> None:
-    """Fork for each call, until standard input ends.
-
-    Args:
-        address: the socket to make.
-        command: called in the fork with the executable's name and its arguments.
-    """
-    for name in IMPORTED:
-        import_module(name)
-    # The end of one fork must not remove for the next ones what importing has made.
-    atexit.unregister(import_module("wandb.sdk.data_types._private").MEDIA_TMP.cleanup)
-    for finalizer in list(weakref.finalize._registry):
-        finalizer.atexit = False
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(address)
-        server.listen()
-        print("ready", flush=True)
-        while server in select.select([server, sys.stdin], [], [])[0]:
-            connection, _ = server.accept()
-            if os.fork() == 0:
-                server.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                _answer(connection, command)
-            connection.close()
-
-
-def _answer(connection: socket.socket, command: Callable[..., None]) -> None:
-    fds = array.array("i")
-    _, rights, _, _ = connection.recvmsg(1, socket.CMSG_SPACE(3 * fds.itemsize))
-    fds.frombytes(rights[0][2][: 3 * fds.itemsize])
-    arguments, cwd, environment = json.loads(connection.makefile().readline())
-    connection.sendall(f"{os.getpid()}\n".encode())
-    for target, fd in enumerate(fds):
-        os.dup2(fd, target)
-        os.close(fd)
+def _child(function, arguments, out, err, cwd, env) -> None:
+    for target, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
     os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(environment)
-    os.environ.pop("WANDB_SERVICE", None)  # W&B's own process, which a test may have started
-    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:0] = [os.path.abspath(path) for path in paths if path]  # noqa: PTH100
-    code: object = 0
+    os.environ.update(env)
     try:
-        command(*arguments)
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    connection.sendall(f"{code or 0}\n".encode())
-    os._exit(0)
+        function(*arguments)
+    finally:
+        atexit._run_exitfuncs()
 
 
-def _run(program: str, *overrides: str) -> None:
-    sys.argv = [program, *overrides]
+def _run(*overrides: str) -> None:
     from run import main
 
+    sys.argv = ["run.py", *overrides]
     main()
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], _run)

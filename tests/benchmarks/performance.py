@@ -24,11 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jinja2
 import torch
 
-from tests.benchmarks.evaluation import measure_evaluation
-from tests.benchmarks.features import measure_features
-from tests.benchmarks.memory import measure_memory
+from tests.benchmarks.passes import measure_evaluation, measure_features
 from tests.benchmarks.setup import QUICK, Setup, Sizes
-from tests.benchmarks.steps import measure_growth, measure_steps
+from tests.benchmarks.steps import measure_growth, measure_memory, measure_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS: dict[str, Callable[[Setup, Callable[[str], None]], Any]] = {
@@ -38,12 +36,12 @@ SECTIONS: dict[str, Callable[[Setup, Callable[[str], None]], Any]] = {
     "evaluation": measure_evaluation,
     "features": measure_features,
 }
-OF_STEPS = ("steps", "growth", "memory")  # in which bfloat16 is of use
+OF_STEPS = ("steps", "growth", "memory")  # those that bfloat16 speeds up
 FORMAT = 1  # of the JSON
 
 
 def measured(section: str, setup: Setup) -> dict[str, Any]:
-    """A section's numbers, and how they came about."""
+    """A section's numbers, and how they were measured."""
     torch.set_num_threads(setup.threads)
     load = os.getloadavg()[0]
     start = time.perf_counter()
@@ -67,7 +65,7 @@ def measured(section: str, setup: Setup) -> dict[str, Any]:
 
 
 def page(content: dict[str, Any]) -> str:
-    """docs/performance.md of what performance.json holds."""
+    """docs/performance.md from the content of performance.json."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -133,7 +131,7 @@ def main(words: list[str] | None = None) -> None:
     file = args.out / "performance.json"
     for section in args.only:
         found = measured(section, setup)
-        # Read now, and written after each: another run may have written, this one may be stopped.
+        # Read and written after each section: another run may write too, and this one be stopped.
         content = json.loads(file.read_text()) if file.exists() else {"sections": {}}
         content = {"format": FORMAT, "sections": content["sections"] | {section: found}}
         file.write_text(json.dumps(content, indent=1) + "\n")

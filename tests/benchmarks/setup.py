@@ -1,14 +1,20 @@
-"""What all measurements share: sizes, the device, a clock, and pairs that take turns."""
+"""What all measurements share: sizes, the device and a clock, SAEs and images."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clipsae.data.dataset import ImageList
+from clipsae.data.listing import list_images
+from clipsae.sae import SAE
 
 Step = Callable[[], object]
 
@@ -18,11 +24,13 @@ class Sizes:
     """How large everything is; the defaults are the paper's, on ViT-B/16.
 
     Attributes:
-        d: width.  latents: M.  tokens: of a step.  rounds: repetitions of a pair.
+        d, latents, tokens: width, M, tokens per step.
+        rounds: how often each measurement is repeated.
         step_rows: recipes and densities (None: as initialised) of the table of steps.
-        memory_rows: the same for peak memory, and memory_tokens: of a step there.
+        memory_rows, memory_tokens: the same for peak memory, and tokens per step there.
         grow: what a step's cost is measured against, and the values.
-        clip: name and weights.  images: of the evaluation.  cache_images: of the cache.
+        clip: name and weights.
+        images, cache_images: number of images in the evaluation and in the cache.
         workers: numbers of processes that decode images.
     """
 
@@ -46,7 +54,7 @@ class Sizes:
     )
     memory_rows: tuple[tuple[str, float | None], ...] = (
         ("relu", None),
-        ("relu", 0.11),  # nearly the most that is held sparse
+        ("relu", 0.11),  # nearly the most that is kept sparse
         ("jumprelu", None),
         ("gated", None),
         ("topk", None),
@@ -56,16 +64,12 @@ class Sizes:
         ("linear_sparsemax", 0.021),
     )
     memory_tokens: int = 6304
-    grow: Mapping[str, tuple] = None  # type: ignore[assignment] # set below
+    grow: Mapping[str, tuple] = field(default_factory=lambda: _GROW)
     clip: tuple[str, str | None] = ("ViT-B-16-quickgelu", None)
     images: int = 16
     ns: tuple[int, ...] = (1, 5, 10, 50)
     cache_images: int = 1024
     workers: tuple[int, ...] = (0, 2)
-
-    def __post_init__(self) -> None:
-        if self.grow is None:
-            object.__setattr__(self, "grow", _GROW)
 
 
 _GROW = {
@@ -94,10 +98,11 @@ QUICK = Sizes(
 
 @dataclass(frozen=True)
 class Setup:
-    """One measurement's circumstances.
+    """How to measure.
 
     Attributes:
-        device: "cpu" or "cuda".  bf16: products under autocast in bfloat16.
+        device: "cpu" or "cuda".
+        bf16: matrix products under autocast in bfloat16.
         images: a folder of photos; None: random pixels.
     """
 
@@ -115,23 +120,21 @@ class Setup:
         return "CPU time of the process" if self.threads == 1 else "wall clock"
 
     def clock(self) -> float:
-        """Seconds. With one thread those that the process was given, whoever else computes."""
+        """Seconds; with one thread CPU time, which other processes disturb least."""
         if self.device != "cpu":
             torch.cuda.synchronize()
         return time.process_time() if "CPU time" in self.clock_name else time.perf_counter()
 
     def precision(self) -> AbstractContextManager[Any]:
-        """For forward passes."""
         return torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext()
 
     def seconds(self, step: Step) -> float:
-        """Of one call."""
         start = self.clock()
         step()
         return self.clock() - start
 
     def interleaved(self, steps: Mapping[str, Step]) -> dict[str, list[float]]:
-        """Seconds of each in each round; they take turns, after one round that is not counted."""
+        """Seconds of each step in each round; the steps take turns, after a warm-up round."""
         for step in steps.values():
             step()
         found: dict[str, list[float]] = {name: [] for name in steps}
@@ -144,3 +147,108 @@ class Setup:
 def ratio(times: list[float], base: list[float]) -> float:
     """The median of the pairs' ratios."""
     return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+def options_of(model: str, latents: int) -> dict[str, Any]:
+    """The SAE's options in conf/model/<model>.yaml, without its width."""
+    # Imported here: they are not to count in a process whose memory is measured.
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    import run
+    from clipsae.tasks.build import sae_options
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(run.ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"model={model}", "clip=vit_b_16", f"model.latents={latents}"])
+    return sae_options(cfg)
+
+
+def prepared(options: dict[str, Any], density: float | None, setup: Setup) -> tuple[SAE, Tensor]:
+    """An SAE in training mode and tokens [1, N, d], the same for the same arguments."""
+    sizes = setup.sizes
+    torch.manual_seed(setup.seed)
+    with torch.device(setup.device):
+        sae = SAE(d=sizes.d, **options).train()
+        x = torch.randn(1, sizes.tokens, sizes.d) + torch.randn(sizes.d)
+        sae.initialize(x)
+        set_density(sae, x, density)
+    return sae, x
+
+
+@torch.no_grad()
+def set_density(sae: SAE, x: Tensor, share: float | None) -> None:
+    """Move biases or scales until this share of scores is active, as after training; None: as it is
+    initialised."""
+    if share is None:
+        return
+    sample = x.flatten(0, -2)[:64]
+    kept = max(1, int(share * sae.latents * len(sample)))
+
+    def border() -> Tensor:
+        return sae.scores(sample).flatten().topk(kept).values[-1]
+
+    activation, architecture = sae.activation, sae.architecture
+    if hasattr(activation, "b_gate"):
+        activation.b_gate.sub_(border())
+        activation.b_mag.sub_(border())
+    elif hasattr(activation, "log_theta"):
+        activation.log_theta.fill_(border().clamp(min=1e-6).log())
+    elif hasattr(activation, "weights"):  # smaller scores have a larger support
+        matrix = architecture.W_K if hasattr(architecture, "W_K") else architecture.W_enc
+        start, low, high = matrix.clone(), -9.0, 9.0
+        for _ in range(25):
+            middle = (low + high) / 2
+            matrix.copy_(start * 2**middle)
+            scores = sae.scores(sample)
+            active = (scores > sae.threshold(scores)).float().mean()
+            low, high = (middle, high) if active > share else (low, middle)
+    elif hasattr(architecture, "b_enc"):
+        architecture.b_enc.sub_(border())
+    else:
+        # No bias: move the dictionary against the mean direction of the tokens.
+        mean = torch.nn.functional.normalize(x.flatten(0, -2).mean(dim=0), dim=0)
+        toward = architecture.query(mean[None])[0]
+        start, low, high = architecture.C.clone(), 0.0, 64.0
+        for _ in range(25):
+            middle = (low + high) / 2
+            architecture.C.copy_(start - middle * start.std() * toward / toward.norm())
+            active = (sae.scores(sample) > 0).float().mean()
+            low, high = (middle, high) if active > share else (low, middle)
+
+
+class Noise(Dataset):
+    """n images of random pixels, S x S, with labels."""
+
+    templates = None
+
+    def __init__(self, labels: list[int], image_size: int) -> None:
+        self.labels = torch.tensor(labels)
+        self.classnames = [f"class {label}" for label in range(max(labels) + 1)]
+        self.image_size = image_size
+        self.fingerprint = f"noise-{len(labels)}-{image_size}"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        shape = (3, self.image_size, self.image_size)
+        pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        return pixels, int(self.labels[index])
+
+
+def images(folder: Path | None, n: int, image_size: int, classes: int = 4) -> Noise | ImageList:
+    """The first n images in a folder, labelled in equal groups; None: random pixels.
+
+    Raises:
+        ValueError: the folder has fewer images.
+    """
+    labels = [i * classes // n for i in range(n)]
+    if folder is None:
+        return Noise(labels, image_size)
+    files = list_images(folder)[:n]
+    if len(files) < n:
+        raise ValueError(f"--images {folder}: {len(files)} images, needs {n}")
+    names = [f"class {label}" for label in range(classes)]
+    return ImageList(folder, files, labels, names, image_size=image_size)

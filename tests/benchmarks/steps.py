@@ -1,13 +1,18 @@
-"""A whole training step (forward, backward, Adam) beside the plain form of the same formula, and
-beside SAELens's; how its cost grows.
+"""A whole training step (forward, backward, Adam) beside the plain form of the same formula and
+SAELens's; how its cost grows; its peak memory.
 
 All start from the same parameters and take turns: seconds are medians, ratios medians of pairs.
-`product` is the one dense product of tokens and dictionary that no step can do without.
+`product` is the dense product of tokens and dictionary that every step needs at least once.
 """
 
+import importlib.util
+import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +20,18 @@ from torch import Tensor
 
 from clipsae.sae import SAE
 from clipsae.sae.dense import empty
-from tests.benchmarks import peers, plain
-from tests.benchmarks.recipes import options_of, set_density
-from tests.benchmarks.setup import Setup, Step, ratio
+from tests.benchmarks import plain
+from tests.benchmarks.setup import Setup, Sizes, Step, options_of, prepared, ratio
+
+ROOT = Path(__file__).resolve().parents[2]
+MEMORY_STEPS = 2  # the first one allocates Adam's state
+SAELENS = {
+    "relu": "standard",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "topk": "topk",
+    "batch_topk": "batchtopk",
+}
 
 Row = dict[str, Any]
 
@@ -48,16 +62,37 @@ def product(setup: Setup) -> Step:
     return lambda: torch.mm(x, rows.T, out=out)
 
 
-def prepared(options: dict[str, Any], density: float | None, setup: Setup) -> tuple[SAE, Tensor]:
-    """The same SAE and tokens [1, N, d] for the same arguments."""
-    sizes = setup.sizes
-    torch.manual_seed(setup.seed)
-    with torch.device(setup.device):
-        sae = SAE(d=sizes.d, **options).train()
-        x = torch.randn(1, sizes.tokens, sizes.d) + torch.randn(sizes.d)
-        sae.initialize(x)
-        set_density(sae, x, density)
-    return sae, x
+def saelens(recipe: str, setup: Setup) -> Step:
+    """SAELens's training step with Adam on random tokens [N, d], its SAE as initialised: its cost
+    does not depend on the number of active latents."""
+    from sae_lens.registry import get_sae_training_class
+    from sae_lens.saes.sae import TrainStepInput
+
+    sae_class, config_class = get_sae_training_class(SAELENS[recipe])
+    options = {"k": 32} if "topk" in recipe else {}
+    d, sizes = setup.sizes.d, setup.sizes
+    config = config_class(d_in=d, d_sae=sizes.latents, device=setup.device, **options)
+    sae = sae_class(config)
+    x = (torch.randn(sizes.tokens, d) + torch.randn(d)).to(setup.device)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-5)
+    coefficients = dict.fromkeys(sae.get_coefficients(), 0.0001)
+
+    inputs = TrainStepInput(
+        sae_in=x,
+        coefficients=coefficients,
+        dead_neuron_mask=None,
+        n_training_steps=0,
+        is_logging_step=False,
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with setup.precision():
+            loss = sae.training_forward_pass(inputs).loss
+        loss.backward()
+        optimizer.step()
+
+    return step
 
 
 def measure_steps(setup: Setup, report: Callable[[str], None]) -> list[Row]:
@@ -75,8 +110,8 @@ def measure_steps(setup: Setup, report: Callable[[str], None]) -> list[Row]:
             "product": product(setup),
         }
         del sae
-        if peers.has(name):
-            forms["saelens"] = peers.step(name, setup)
+        if name in SAELENS and importlib.util.find_spec("sae_lens"):
+            forms["saelens"] = saelens(name, setup)
         times = setup.interleaved(forms)
         rows.append({"recipe": name, "as initialised": density is None, "active": active})
         for form, seconds in times.items():
@@ -130,3 +165,61 @@ def _row(seconds: list[float], ours: list[float], tokens: int) -> Row:
 def _said(row: Row) -> str:
     forms = {name: of for name, of in row.items() if isinstance(of, dict)}
     return ", ".join(f"{name} {of['seconds']:.3f} s" for name, of in forms.items())
+
+
+def measure_memory(setup: Setup, report: Callable[[str], None]) -> list[Row]:
+    """A row for each recipe: GB of whole steps (forward, backward, Adam), and their seconds."""
+    rows = []
+    for recipe, density in setup.sizes.memory_rows:
+        sizes = setup.sizes
+        question = {
+            "options": options_of(recipe, sizes.latents),
+            "density": density,
+            "setup": {k: v for k, v in asdict(setup).items() if k not in ("sizes", "images")},
+            "sizes": {"d": sizes.d, "latents": sizes.latents, "tokens": sizes.memory_tokens},
+        }
+        command = [sys.executable, "-c", "from tests.benchmarks.steps import alone; alone()"]
+        done = subprocess.run(
+            command, input=json.dumps(question), capture_output=True, text=True, cwd=ROOT
+        )
+        if done.returncode:
+            raise RuntimeError(f"{recipe}: a process that measures memory failed:\n{done.stderr}")
+        rows.append({"recipe": recipe, "tokens": sizes.memory_tokens, **json.loads(done.stdout)})
+        report(f"{recipe}: {rows[-1]['peak_gb']:.2f} GB, {rows[-1]['seconds']:.1f} s a step")
+    return rows
+
+
+def alone() -> None:
+    """What the process does: reads a question from stdin, and prints the answer."""
+    question = json.load(sys.stdin)
+    setup = Setup(sizes=replace(Sizes(), **question["sizes"]), **question["setup"])
+    torch.set_num_threads(setup.threads)
+    sae, x = prepared(question["options"], question["density"], setup)
+    before = peak(setup.device)
+    step = ours(sae, x, setup)
+    seconds = [setup.seconds(step) for _ in range(MEMORY_STEPS)]
+    print(
+        json.dumps(
+            {
+                "peak_gb": peak(setup.device),
+                "before_gb": before,
+                "seconds": seconds[-1],
+                "active": sae(x).fired().sum().item() / (x.shape[1] * sae.latents),
+            }
+        )
+    )
+
+
+def peak(device: str) -> float:
+    """GB (10^9 bytes) at most so far: of the device, or of this process in memory."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not `ru_maxrss`, which begins with the peak of the process that started this one.
+        (line,) = (one for one in status.read_text().splitlines() if one.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

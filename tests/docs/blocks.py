@@ -1,4 +1,4 @@
-"""The fenced blocks of a page, and what is marked in them as needing more than a test has."""
+"""The fenced blocks of a page, and the commands within its sentences."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FENCE = re.compile(r"```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?$")
-_NEEDS = re.compile(r"(?P<command>.*\S)\s+# needs (?P<what>.+)$")
+_COMMAND = re.compile(r"    (\$ )?(python|clipsae|cd|wandb|pip|export|from \w+ import) ")
 
 RUN = ("bash", "python")
 FILES = ("python", "yaml")  # with a title: a file of that name
@@ -18,7 +18,7 @@ class Block:
     """A fenced block.
 
     Attributes:
-        line: of its fence in the page.
+        line: the number of its fence in the page.
         title: the name of the file that it is; None: it is run.
     """
 
@@ -38,9 +38,7 @@ def blocks(page: Path) -> Iterator[Block]:
     i = 0
     while i < len(lines):
         if not lines[i].lstrip().startswith(("```", "~~~")):
-            if re.match(
-                r"    (\$ )?(python|clipsae|cd|wandb|pip|export|from \w+ import) ", lines[i]
-            ):
+            if _COMMAND.match(lines[i]):
                 raise ValueError(f"{page.name}:{i + 1}: an indented command is not run: fence it")
             i += 1
             continue
@@ -49,30 +47,11 @@ def blocks(page: Path) -> Iterator[Block]:
         known = match and match["language"] in (FILES if match["title"] else RUN + SHOWN)
         if not known:
             raise ValueError(
-                f"{page.name}:{i + 1}: {lines[i]!r}: expected bash, python or text, or python or "
+                f"{page.name}:{i + 1}: {lines[i]!r} must be bash, python or text, or python or "
                 'yaml with title="file"'
             )
         yield Block(i + 1, match["language"], match["title"], "\n".join(lines[i + 1 : end]) + "\n")
         i = end + 1
-
-
-def script(block: Block, reasons: dict[str, str]) -> str:
-    """A bash block in which a command marked `# needs ...` knows what it needs.
-
-    Raises:
-        ValueError: a need that has no reason in the tests.
-    """
-    lines = ["set -euo pipefail"]
-    for number, line in enumerate(block.text.splitlines(), block.line + 1):
-        match = _NEEDS.fullmatch(line)
-        if match is None:
-            lines.append(line)
-            continue
-        if match["what"] not in reasons:
-            raise ValueError(f"line {number}: '# needs {match['what']}' is not in NEEDS")
-        command = match["command"]
-        lines.append(f"export DOCS_NEEDS='{match['what']}'; {command}; unset DOCS_NEEDS")
-    return "\n".join(lines) + "\n"
 
 
 def inline_commands(page: Path) -> list[str]:

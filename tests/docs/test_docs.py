@@ -1,9 +1,9 @@
 """Every command and snippet of the documentation runs, small, in the order of its page.
 
-A page's blocks run in a folder that looks like a checkout. bash blocks run in bash, where `python`
-and `clipsae` are those of `warm.py`; python blocks run as they are; a block with a title is a file
-of that name. Commands of run.py are composed as they are written, and then run with the sizes of
-`small.py`. A command that is marked `# needs ...` in the page is treated as NEEDS says.
+All pages share a folder that looks like a checkout, and its outputs: work that another page's
+commands have done is used again, and a command that has run is not run again. A block with a title
+is a file of that name. Commands of run.py are composed as they are written, and then run with the
+sizes of `commands.py`. A command that is marked `# needs ...` in the page is treated as NEEDS says.
 """
 
 import os
@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from run import ROOT
-from tests.docs import small
-from tests.docs.blocks import Block, blocks, inline_commands, script
-from tests.warm import start
+from tests.docs import commands
+from tests.docs.blocks import Block, blocks, inline_commands
+from tests.warm import fork
 
 NEEDS = {
     "the weights": "they are fetched: composed as written, run with clip=tiny",
@@ -32,75 +32,89 @@ PAGES = sorted(
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
-@pytest.fixture(scope="session")
-def shims(tmp_path_factory) -> Path:
-    """The folder of `python` and `clipsae`, which a warm process serves."""
-    folder = tmp_path_factory.mktemp("warm")
-    process = start(folder, ROOT / "tests/docs/warm.py", "python", "clipsae")
-    yield folder
-    process.kill()
-    process.wait()
+class Shell:
+    """Runs the blocks of pages in one folder, each command once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ran: set[str] = set()
+        outside = {k: v for k, v in os.environ.items() if not k.startswith("CLIPSAE_")}
+        self.environment = {
+            **outside,
+            "CLIPSAE_ROOT": str(ROOT),
+            "CLIPSAE_OUTPUT": str(folder / "outputs"),
+            "CLIPSAE_DATA": str(folder / "data"),
+            "HF_HUB_OFFLINE": "1",
+            "WANDB_MODE": "offline",
+        }
+
+    def execute(self, block: Block) -> None:
+        """Run a block, or write the file that it is."""
+        if block.title is not None:
+            file = self.folder / block.title
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text)
+        elif block.language == "python":
+            file = self.folder / "block.py"
+            file.write_text(block.text)
+            self.python({}, file.name)
+        else:
+            for line in block.text.splitlines():
+                self.line(line)
+
+    def line(self, line: str) -> None:
+        """Run a line of a bash block.
+
+        Raises:
+            ValueError: a need that has no reason in the tests.
+        """
+        need = re.search(r"# needs (.+)$", line)
+        if need and need[1] not in NEEDS:
+            raise ValueError(f"'# needs {need[1]}' is not in NEEDS")
+        if line in self.ran:
+            return
+        self.ran.add(line)
+        for variables, (program, *words) in commands.simple_commands(line):
+            if program == "clipsae":
+                program, words = "python", ["run.py", *words]
+            if program != "python":
+                subprocess.run([program, *words], cwd=self.folder, check=True)
+                continue
+            if words[0] == "run.py":
+                cfg = commands.compose(words[1:], self.folder)
+                if need and need[1] != "the weights":
+                    continue
+                clip = "tiny" if need else None
+                words[1:] = commands.shrunken(words[1:], cfg, clip)
+            self.python(variables, *words)
+
+    def python(self, variables: dict[str, str], *words: str) -> None:
+        environment = self.environment | variables
+        done = fork(commands.python, *words, cwd=self.folder, env=environment)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A folder that looks like a checkout, for a page to work in."""
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    folder = tmp_path_factory.mktemp("checkout")
     for name in ("run.py", "conf", "sweeps", "src", "tests", "pyproject.toml"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
-
-
-@pytest.fixture
-def environment(checkout: Path, shims: Path) -> dict[str, str]:
-    outside = {k: v for k, v in os.environ.items() if not k.startswith(("CLIPSAE_", "DOCS_"))}
-    return {
-        **outside,
-        "CLIPSAE_ROOT": str(ROOT),
-        "CLIPSAE_OUTPUT": str(checkout / "outputs"),
-        "CLIPSAE_DATA": str(checkout / "data"),
-        "PATH": f"{shims}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "offline",
-    }
-
-
-def execute(block: Block, folder: Path, environment: dict[str, str]) -> None:
-    """Run a block, or write the file that it is."""
-    if block.title is not None:
-        (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
-        (folder / block.title).write_text(block.text)
-        return
-    file = folder / f".line-{block.line}.{'sh' if block.language == 'bash' else 'py'}"
-    file.write_text(script(block, NEEDS) if block.language == "bash" else block.text)
-    program = "bash" if block.language == "bash" else "python"
-    done = subprocess.run(
-        [program, file],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"line {block.line}:\n{block.text}\n{done.stdout}"
+        (folder / name).symlink_to(ROOT / name)
+    return Shell(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_what_a_page_says_works(page, checkout, environment, monkeypatch):
-    # subprocess looks programs up in this process's PATH.
-    monkeypatch.setenv("PATH", environment["PATH"])
+def test_what_a_page_says_works(page, shell):
     for block in blocks(page):
         if block.language != "text":
-            execute(block, checkout, environment)
+            shell.execute(block)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_commands_within_sentences_compose(page):
     for command in inline_commands(page):
         words = shlex.split(command)
-        arguments = words[1:] if words[0] == "clipsae" else words[2:]
-        small.compose(small.parse(arguments), ROOT / "conf")
+        commands.compose(words[1:] if words[0] == "clipsae" else words[2:], ROOT)
 
 
 def test_every_need_is_used():
@@ -115,6 +129,5 @@ def test_a_block_that_would_not_run_is_refused(tmp_path):
         page.write_text(text)
         with pytest.raises(ValueError, match=r"page.md:\d"):
             list(blocks(page))
-    page.write_text("```bash\nls # needs patience\n```\n")
     with pytest.raises(ValueError, match="patience"):
-        script(next(blocks(page)), NEEDS)
+        Shell(tmp_path).line("ls # needs patience")

@@ -1,4 +1,4 @@
-"""Disturbs the jobs of a sweep, and looks at what is left of it."""
+"""Disturbs the jobs of a sweep, and reads its results."""
 
 import contextlib
 import os
@@ -22,14 +22,14 @@ ACTS = {
 
 
 class Monkey(threading.Thread):
-    """Does something to a job at random, again and again, until it is stopped or out of breath.
+    """Disturbs a random job again and again, until it is stopped or has acted often enough.
 
     Args:
         name: the jobs'.
-        seed: of what is done, to which, and when. (What the jobs are doing then is up to them.)
-        acts: how many in all.
+        seed: of the acts, their jobs and times.
+        acts: how many in total.
         every: mean seconds between two.
-        parent: the command that awaits the jobs, which is killed now and then.
+        parent: the command that waits for the jobs, which is killed now and then.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ def processes(job: str) -> list[int]:
 
 
 def numbers(store: Path) -> dict[str, object]:
-    """Everything that a sweep is for: weights as bytes, tables cell by cell."""
+    """The results of a sweep: weights as bytes, tables."""
     found: dict[str, object] = {}
     for file in store.glob("sae/[!.]*/sae.safetensors"):
         found[f"sae/{file.parent.name}"] = file.read_bytes()

@@ -2,14 +2,12 @@
 
 import os
 import re
-import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from clipsae.store.files import read_json
-from tests.warm import run_py, start_py
+from tests.warm import run_py
 
 SMALL = [
     "model=relu",
@@ -27,7 +25,7 @@ SMALL = [
 ]
 
 
-# Ctrl-C in the midst of a step.
+# A plugin that sends Ctrl-C in the middle of a step.
 CTRL_C = """
 import os, signal
 from clipsae.training.module import SAEModule
@@ -52,44 +50,35 @@ def weights(folder: Path) -> bytes:
     return file.read_bytes()
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_cleanly_and_the_same_command_continues(tmp_path):
-    more = ["trainer.max_steps=200", "callbacks.checkpoint_every_n_steps=10"]
-    process = start_py(*job(tmp_path / "cut", *more))
-    while not list((tmp_path / "cut").glob("sae/.*/*/scratch/last.ckpt")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "interrupted: the same command goes on" in said
-    assert "Traceback" not in said
-    again, whole = (
-        run_py(*job(tmp_path / name, *more), check=True).stdout for name in ("cut", "whole")
-    )
-    assert "continuing the training" in again
-    assert "continuing the training" not in whole
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights after 40 steps without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    printed = run_py(*job(folder, "trainer.max_steps=40"), check=True).stdout
+    assert "continuing the training" not in printed
+    return weights(folder)
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_where_no_checkpoint_was_due(tmp_path):
-    """With the usual 500 steps between checkpoints."""
+@pytest.mark.parametrize("every", [10, 500], ids=["after a checkpoint", "before the first"])
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_continues(tmp_path, whole, every):
     plugin = tmp_path / "ctrl_c.py"
     plugin.write_text(CTRL_C)
-    more = ["trainer.max_steps=40", f"plugins=[{plugin}]"]
-    done = run_py(*job(tmp_path / "cut", *more), env={**os.environ, "CTRL_C": "23"})
-    said = done.stdout + done.stderr
-    assert done.returncode == 130, said
-    assert "Traceback" not in said
-    assert "Ctrl-C: saving after this step" in said
-    assert "stopped at step 24 of 40: the checkpoint of step 24 is in" in said
-    again, whole = (
-        run_py(*job(tmp_path / name, *more), check=True).stdout for name in ("cut", "whole")
+    command = job(
+        tmp_path / "cut",
+        "trainer.max_steps=40",
+        f"callbacks.checkpoint_every_n_steps={every}",
+        f"plugins=[{plugin}]",
     )
+    done = run_py(*command, env={**os.environ, "CTRL_C": "23"})
+    printed = done.stdout + done.stderr
+    assert done.returncode == 130, printed
+    assert "Traceback" not in printed
+    assert "Ctrl-C: saving after this step" in printed
+    assert "stopped at step 24 of 40: the checkpoint of step 24 is in" in printed
+    again = run_py(*command, check=True).stdout
     assert "from step 24" in again
-    assert "continuing the training" not in whole
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "cut") == whole
 
 
 @pytest.mark.slow

@@ -1,0 +1,24 @@
+"""Imported by the fork server of `tests/warm.py`: all that a run imports, and caches that a first
+composed config fills (its grammar, mainly)."""
+
+import gc
+from importlib import import_module
+
+from hydra import compose, initialize_config_dir
+
+from run import ROOT
+
+for name in (
+    "lightning.pytorch",
+    "matplotlib.pyplot",
+    "open_clip",
+    "torchmetrics",
+    "clipsae.tasks.experiment",
+    "clipsae.tasks.explore",
+    "clipsae.tasks.report",
+    "clipsae.tasks.visualize",
+):
+    import_module(name)
+with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    compose("config", ["sweeps=demo", "model=topk", "evaluation.ns=[1,5]"])
+gc.freeze()  # collections in the forks do not touch, and so do not copy, what is here
