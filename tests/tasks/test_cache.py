@@ -21,8 +21,8 @@ from clipsae.errors import ConfigError
 from clipsae.store import Store
 from clipsae.store.files import sha256
 from clipsae.tasks import cache as task
-from clipsae.tasks.tracking import public_config
 from clipsae.tasks.stages import features, sae
+from clipsae.tasks.tracking import public_config
 from run import ROOT
 from tests.warm import run_py
 

@@ -11,6 +11,7 @@ from PIL import Image
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
 from clipsae.sae import SAE
+from clipsae.training.module import SAEModule
 from clipsae.visualization import collect_references
 from clipsae.visualization.sheet import draw_sheet, leading_latents
 from clipsae.visualization.watch import ReferenceSheets
@@ -45,18 +46,17 @@ def test_a_sheet_lies_beside_the_csv_file_and_the_sae_is_as_before(tmp_path):
     clip, sae, dataset = world()
     sae.train()
     before = {name: value.clone() for name, value in sae.state_dict().items()}
-    module = SimpleNamespace(
-        sae=sae,
-        device=torch.device("cpu"),
-        logger=CSVLogger(save_dir=tmp_path, name="", version=""),
+    member = SAEModule(
+        sae, learning_rate=1.0, run=CSVLogger(save_dir=tmp_path, name="", version="")
     )
+    module = SimpleNamespace(device=torch.device("cpu"), each=lambda work: work(member))
     watch = ReferenceSheets(
         clip, dataset, name="colour", split="test", images=8, every_n_steps=20, rows=3
     )
     for step in (10, 20, 30):
-        trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, global_step=step)
+        member.step = step
         state = torch.random.get_rng_state()
-        watch.on_validation_end(trainer, module)
+        watch.on_validation_end(SimpleNamespace(is_global_zero=True), module)
         assert torch.equal(state, torch.random.get_rng_state())
     files = sorted(Path(tmp_path).glob("val/*.png"))
     assert [file.name for file in files] == [
