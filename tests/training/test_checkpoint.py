@@ -10,59 +10,98 @@ from ddp_worker import configs, train
 
 from clipsae.pretraining.train import load_checkpoint
 from clipsae.store import Store, put_checkpoint, whole_checkpoint
-from clipsae.training.callbacks import BusyCores, ReportProgress, ResumeCheckpoint
+from clipsae.training.callbacks import BusyCores, Checkpoints, StepProgress
 
 
-class FakeTrainer(SimpleNamespace):
-    world_size, is_global_zero, max_steps, val_check_batch = 1, True, 9, None
-    enable_validation = False
+class Member:
+    """An SAE in training: one step a batch."""
 
-    def save_checkpoint(self, path):
-        path.write_text(f"step {self.global_step}")
-        if self.full:
-            raise RuntimeError("file write failed")
+    name, accumulating, done, max_steps, step, batches = "it", False, False, 9, 0, 0
 
+    def __init__(self, path):
+        self.checkpoint, self.told = path, []
 
-def test_it_is_sealed_and_a_failed_one_leaves_the_last(tmp_path):
-    path = tmp_path / "last.ckpt"
-    callback = ResumeCheckpoint(path, every_n_steps=2)
-    for step in range(1, 6):
-        callback.on_train_batch_end(FakeTrainer(global_step=step, full=False))
-    assert whole_checkpoint(path).read_text() == "step 4"
-    with pytest.raises(RuntimeError):
-        callback.on_train_batch_end(FakeTrainer(global_step=6, full=True))
-    assert whole_checkpoint(path).read_text() == "step 4"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.json"]
-    path.write_text("step 5")
-    assert whole_checkpoint(path) is None
+    def training_state(self):
+        return {"step": self.step}
+
+    def progress(self, *told):
+        self.told.append(told)
 
 
-def test_it_is_written_after_the_look_that_belongs_to_its_step(tmp_path):
-    path = tmp_path / "last.ckpt"
-    callback = ResumeCheckpoint(path, every_n_steps=2)
-    loops = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=3))
-    trainer = FakeTrainer(
-        global_step=2, full=False, enable_validation=True, val_check_batch=4, fit_loop=loops
+@pytest.fixture
+def training(tmp_path):
+    """A member, and what calls a callback after each of its batches."""
+    member = Member(tmp_path / "last.ckpt")
+    group = SimpleNamespace(members=[member], current=[member], each=lambda work: work(member))
+    trainer = SimpleNamespace(
+        world_size=1,
+        is_global_zero=True,
+        log_every_n_steps=10,
+        val_check_batch=4,
+        enable_validation=True,
+        strategy=SimpleNamespace(barrier=lambda: None),
+        train_dataloader=SimpleNamespace(state_dict=dict),
+        fit_loop=SimpleNamespace(total_batch_idx=-1),
     )
-    callback.on_train_batch_end(trainer)  # the fourth batch, of the second step
-    assert not path.exists()
-    callback.on_validation_end(trainer, None)
-    assert whole_checkpoint(path).read_text() == "step 2"
-    path.unlink()
-    callback.on_validation_end(trainer, None)  # in the midst of the third step's batches
-    assert not path.exists()
-    loops.epoch_loop.total_batch_idx = 5
-    trainer.global_step = 4
-    callback.on_train_batch_end(trainer)
-    assert whole_checkpoint(path).read_text() == "step 4"
+
+    def batch(callback, validation=True):
+        member.step += 1
+        member.batches += 1
+        trainer.fit_loop.total_batch_idx += 1
+        callback.on_train_batch_end(trainer, group)
+        if validation and member.batches % trainer.val_check_batch == 0:
+            callback.on_validation_end(trainer, group)
+
+    return member, batch
 
 
-def test_progress_is_reported_after_every_step():
-    told = []
-    callback = ReportProgress(lambda done, total: told.append((done, total)))
-    for step in (1, 2):
-        callback.on_train_batch_end(FakeTrainer(global_step=step))
-    assert told == [(1, 9), (2, 9)]
+def saved(member) -> int | None:
+    path = whole_checkpoint(member.checkpoint)
+    return path and torch.load(path)["step"]
+
+
+def test_a_checkpoint_is_sealed_and_a_failed_one_leaves_the_last(tmp_path, training, monkeypatch):
+    member, batch = training
+    callback = Checkpoints(every_n_steps=2)
+    found = []
+    for _ in range(5):
+        batch(callback)
+        found.append(saved(member))
+    assert found == [None, 2, 2, 4, 4]
+
+    def full(state, path):
+        path.write_text("half of it")
+        raise RuntimeError("file write failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RuntimeError):
+            batch(callback)
+    assert saved(member) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.json"]
+    member.checkpoint.write_text("step 5")
+    assert saved(member) is None
+
+
+def test_it_is_written_after_the_validation_that_belongs_to_its_step(training):
+    member, batch = training
+    callback = Checkpoints(every_n_steps=4)
+    for _ in range(4):
+        batch(callback, validation=False)
+    assert saved(member) is None
+    member.step = member.batches = 7
+    batch(callback)
+    assert saved(member) == 8
+
+
+def test_progress_is_reported_after_every_step(training):
+    member, batch = training
+    callback = StepProgress()
+    callback.on_validation_end = lambda *_: None
+    for _ in range(2):
+        member.numbers = {}
+        batch(callback)
+    assert member.told == [(1, 9, None), (2, 9, None)]
 
 
 @pytest.mark.parametrize(
@@ -74,8 +113,9 @@ def test_a_busy_machine_is_told_once(monkeypatch, caplog, threads, load, warned)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     module = SimpleNamespace(device=torch.device("cpu"))
     callback = BusyCores()
-    for step in range(1, 30):
-        callback.on_train_batch_end(FakeTrainer(global_step=step, log_every_n_steps=10), module)
+    for batch in range(30):
+        loop = SimpleNamespace(total_batch_idx=batch)
+        callback.on_train_batch_end(SimpleNamespace(fit_loop=loop, log_every_n_steps=10), module)
     assert caplog.text.count("this machine is busy") == warned
 
 

@@ -41,21 +41,21 @@ class Recorder:
         self.logged = values
 
 
-def look(callback: Predictions, sae, first: bool = True) -> dict[str, float]:
-    logger = Recorder()
-    module = SimpleNamespace(sae=sae, device=torch.device("cpu"))
-    trainer = SimpleNamespace(
-        is_global_zero=first, sanity_checking=False, logger=logger, global_step=7
+def log(callback: Predictions, sae, first: bool = True) -> dict[str, float]:
+    run = Recorder()
+    member = SimpleNamespace(sae=sae, run=run if first else None, step=7)
+    group = SimpleNamespace(
+        device=torch.device("cpu"), current=[member], each=lambda work: work(member)
     )
-    callback.on_validation_epoch_end(trainer, module)
-    return logger.logged
+    callback.on_validation_epoch_end(SimpleNamespace(), group)
+    return run.logged
 
 
 @torch.no_grad()
-def test_a_look_is_the_whole_model_on_the_reconstruction(world):
+def test_it_is_the_whole_model_on_the_reconstruction(world):
     clip, images, labels, classifier = world
     sae = SAE(clip.width, 64, "linear", "topk", k=4).eval()
-    found = look(Predictions(clip, images, labels, classifier), sae)
+    found = log(Predictions(clip, images, labels, classifier), sae)
     right = same = right_before = 0
     for image, label in zip(images, labels.tolist(), strict=True):
         pixels = clip.normalize(image[None])
@@ -69,7 +69,7 @@ def test_a_look_is_the_whole_model_on_the_reconstruction(world):
     assert found["val/accuracy"] == pytest.approx(5 * right)
     assert found["val/agreement"] == pytest.approx(5 * same)
     assert found["val/agreement"] < 100
-    assert look(Predictions(clip, images, labels, classifier), sae, first=False) == {}
+    assert log(Predictions(clip, images, labels, classifier), sae, first=False) == {}
 
 
 def test_a_perfect_reconstruction_changes_nothing(world):
@@ -78,7 +78,7 @@ def test_a_perfect_reconstruction_changes_nothing(world):
     def perfect(tokens):
         return SimpleNamespace(reconstruction=tokens)
 
-    found = look(Predictions(clip, images, labels, classifier), perfect)
+    found = log(Predictions(clip, images, labels, classifier), perfect)
     assert found["val/agreement"] == 100
     assert found["val/logit_loss"] == pytest.approx(0, abs=1e-5)
     assert found["val/accuracy"] == found["val/accuracy_no_sae"]

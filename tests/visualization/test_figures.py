@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
+from clipsae.training.module import SAEModule
 from clipsae.visualization.figures import (
     ImageCodes,
     Panel,
@@ -141,14 +142,15 @@ def test_a_sheet_lies_beside_the_csv_file_and_the_sae_is_unchanged(world, tmp_pa
     sae = world.sae
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     logger = CSVLogger(save_dir=tmp_path, name="", version="")
-    module = SimpleNamespace(sae=sae.train(), device=torch.device("cpu"), logger=logger)
+    member = SAEModule(sae.train(), learning_rate=1.0, run=logger)
+    module = SimpleNamespace(device=torch.device("cpu"), each=lambda work: work(member))
     watch = ReferenceSheets(
         world.clip, world.dataset, name="colour", split="test", images=8, every_n_steps=20, rows=2
     )
     for step in (10, 20, 30):
-        trainer = SimpleNamespace(is_global_zero=True, sanity_checking=False, global_step=step)
+        member.step = step
         state = torch.random.get_rng_state()
-        watch.on_validation_end(trainer, module)
+        watch.on_validation_end(SimpleNamespace(is_global_zero=True), module)
         assert torch.equal(state, torch.random.get_rng_state())
     files = sorted(tmp_path.glob("val/*.png"))
     names = ["reference_images-000010.png", "reference_images-000030.png"]

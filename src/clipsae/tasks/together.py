@@ -1,8 +1,7 @@
 """`together=true`: the cells of a sweep that train on the same tokens share one process.
 
-Each cell is prepared in a job of its own. Then the first job trains the SAEs of all, in one fit, and
-evaluates them, in one pass over each dataset; and each job shows its results. What a job does alone
-is the case of one cell.
+Each cell is prepared in its own job. Then the first job trains the SAEs of all, in one fit, and
+evaluates them, in one pass over each dataset. Then each job shows its results.
 """
 
 import json

@@ -107,7 +107,7 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: Trainer, member: SAEModule) -> None:
         if self.saved.get(member) == member.batches:
             return
-        state = {**member.training_state(), "loops": trainer.fit_loop.state_dict()}
+        state = {**member.training_state(), "stream": trainer.train_dataloader.state_dict()}
         if trainer.is_global_zero:
             path = member.checkpoint
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -195,7 +195,8 @@ class SAEModule(LightningModule):
     def log_recorded(self, step: int) -> None:
         """Log what was recorded since the last time."""
         if self._unlogged and self.run is not None:
-            self.run.log_metrics({**self._unlogged, "epoch": self.trainer.current_epoch}, step)
+            epoch = self.trainer.train_dataloader.epoch
+            self.run.log_metrics({**self._unlogged, "epoch": epoch}, step)
             self.run.save()
         self._unlogged = {}
 
@@ -283,7 +284,7 @@ class SAEGroup(LightningModule):
 
     def on_fit_start(self) -> None:
         fresh: dict[int, Tensor] = {}
-        starts: list[tuple[int, dict[str, Any]]] = []  # batches done, and Lightning's loops then
+        starts: list[tuple[int, dict[str, Any]]] = []  # batches done, and where the stream was
         for member in self.members:
             member.on_fit_start()
             begun = member.checkpoint and whole_checkpoint(member.checkpoint)
@@ -292,7 +293,7 @@ class SAEGroup(LightningModule):
                 member.load_training_state(state)
                 log.info("continuing the training of %s from step %s", member.name, member.step)
                 if not member.done:
-                    starts.append((member.batches, state["loops"]))
+                    starts.append((member.batches, state["stream"]))
                 continue
             images = member.initial_images
             log.info("training %s, initialised from the tokens of %d images", member.name, images)
@@ -300,34 +301,39 @@ class SAEGroup(LightningModule):
                 fresh[images] = self.trainer.datamodule.first_batch(images).to(self.device)
             member.sae.initialize(fresh[images])
             starts.append((0, {}))
-        _, loops = min(starts, key=lambda start: start[0], default=(0, {}))
-        if loops:
-            self.trainer.fit_loop.load_state_dict(loops)
+        self._start = min(starts, key=lambda start: start[0], default=(0, {}))
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
         steps.ready = steps.completed = sum(member.step for member in self.members)
 
     def on_train_start(self) -> None:
+        # (Lightning's own resumption skips an epoch after a SIGTERM in the last step of another.)
+        batches, stream = self._start
+        if stream:
+            self.trainer.train_dataloader.load_state_dict(stream)
+        self.trainer.fit_loop.epoch_loop.batch_progress.total.ready = batches
         for member in self.members:
             member.on_train_start()
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> None:
-        position = self.trainer.fit_loop.total_batch_idx
-        self.current = [m for m in self.members if not m.done and m.batches == position]
+        batches = self.trainer.fit_loop.total_batch_idx
+        self.current = [m for m in self.members if not m.done and m.batches == batches]
         optimizers = self.optimizers()
         if not isinstance(optimizers, list):
             optimizers = [optimizers]
         by_member = dict(zip(self.members, optimizers, strict=True))
-        self.each(lambda member: self._train(member, by_member[member], tokens, batch_idx))
+        self.each(lambda member: self._train(member, by_member[member], tokens))
 
-    def _train(self, member: SAEModule, optimizer: Any, tokens: Tensor, batch_idx: int) -> None:
+    def _train(self, member: SAEModule, optimizer: Any, tokens: Tensor) -> None:
         every = member.accumulate_grad_batches
+        batch_idx = member.batches % self.trainer.num_training_batches  # in the epoch
+        is_last = batch_idx + 1 == self.trainer.num_training_batches
         if member.scaler is not None:
             self.trainer.precision_plugin.scaler = member.scaler
         loss = member.training_step(tokens, batch_idx)
         # Lightning runs this whole method under autocast, which is meant for the forward pass.
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss / every)
-            member.accumulating = (batch_idx + 1) % every != 0 and not self.trainer.is_last_batch
+            member.accumulating = (batch_idx + 1) % every != 0 and not is_last
             if not member.accumulating:
                 self._stepping = member
                 optimizer.step()

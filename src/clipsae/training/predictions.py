@@ -22,8 +22,8 @@ class Predictions(Callback):
     CLIP predicts loses, relative to the mean over all classes.
 
     The images' tokens are computed once and kept, [B, T, d] (64 images of ViT-B/16: 39 MB). Each
-    time costs a forward pass of the SAE over them and CLIP's tail: as much as two validation batches
-    of 32 images. In a training on several devices the first one does it.
+    time costs a forward pass of the SAE over them and CLIP's tail: as much as two validation
+    batches of 32 images. In a training on several devices the first one does it.
 
     Args:
         images: uint8 [B, 3, S, S].

@@ -1,18 +1,21 @@
 """`hydra/launcher=local`: one job after the other, in this process."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
+
+log = logging.getLogger(__name__)
 
 # Their modules have a `prepare`, too.
 TOGETHER = ("clipsae.tasks.experiment.run", "clipsae.tasks.evaluate.run")
 
 
 class Local(BasicLauncher):
-    """Hydra's own launcher, with a table of how all ended in place of the first traceback.
+    """As Hydra's own launcher, with a table of how all ended in place of the first traceback.
 
     With `together=true` the jobs that train on the same tokens do so at the same time.
     """
@@ -25,17 +28,32 @@ class Local(BasicLauncher):
         if shows_status(self, job_overrides):
             return []
         sweep = Sweep(self, job_overrides)
-        launch = super().launch
 
         def run(i: int) -> JobReturn:
-            return launch([job_overrides[i]], initial_job_idx + i)[0]
+            load = self.hydra_context.config_loader.load_sweep_config
+            config = load(self.config, list(job_overrides[i]))
+            with open_dict(config.hydra.job) as job:
+                job.id = job.num = initial_job_idx + i
+            where = "hydra.sweep.dir", "hydra.sweep.subdir", self.hydra_context
+            done = run_job(self.task_function, config, *where)
+            self._log_as_hydra()
+            return done
 
+        setup_globals()
+        self._log_as_hydra()
         returns: dict[int, JobReturn] = {}
         for cells in groups_of(self, sweep.configs):
+            for i in cells:
+                said = " ".join(filter_overrides(job_overrides[i]))
+                log.info("\t#%d : %s", initial_job_idx + i, said)
             returns |= zip(cells, run_cells(self, run, cells), strict=True)
         ordered = [returns[i] for i in range(len(job_overrides))]
         sweep.conclude([outcome_of(*job) for job in zip(ordered, sweep.names, strict=True)])
         return ordered
+
+    def _log_as_hydra(self) -> None:
+        """As it was before a job set up a log of its own."""
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
 
 
 def shows_status(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> bool:
