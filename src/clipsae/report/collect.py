@@ -101,7 +101,7 @@ def _origin(folder: Path) -> dict[str, Any]:
 def _figures(
     root: Path, folder: Path, meta: dict[str, Any], config: dict[str, Any]
 ) -> list[pd.DataFrame]:
-    """Accuracies and measured numbers of one evaluation, whichever it has."""
+    """Accuracies and measured numbers of one evaluation, those that it has."""
     key = meta.get("key") or {}
     of_sae = read_json(root / "sae" / str(key.get("sae")) / MARK).get("key") or {}
     settings = settings_of(key, of_sae, config, meta.get("schema"))
