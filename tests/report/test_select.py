@@ -27,7 +27,7 @@ def test_the_mean_over_seeds_and_its_spread(store):
     assert cell.seeds == 3
 
 
-def test_the_newest_figure_of_a_seed_counts_whatever_its_name(store):
+def test_the_newest_figure_of_a_seed_counts_regardless_of_its_name(store):
     first = {"cosine": 0.5, "fvu": 0.25}
     more = {"on_5": 1.0, "on_10": 7.0}
     store.evaluation("relu", "scenes", more, metrics=first, finished=300)
@@ -239,7 +239,7 @@ def test_what_is_usual_is_told_by_all_settings_not_by_those_that_a_label_names(s
         ({"fingerprint": "0" * 16}, "train_dataset.fingerprint=00000000"),
     ],
 )
-def test_whatever_is_in_the_key_sets_results_apart(store, changed, label):
+def test_everything_in_the_key_sets_results_apart(store, changed, label):
     first, second = trained(store, "x-1"), trained(store, "x-2", **changed)
     store.evaluation("topk", "a", {"on_5": 10.0}, k=8, sae=first)
     store.evaluation("topk", "a", {"on_5": 30.0}, k=8, sae=second)

@@ -39,7 +39,7 @@ def test_a_cell_is_ours_published_and_their_difference(store):
     assert row["on_5"].std == pytest.approx(math.sqrt(0.5))
     assert row["on_5"].printed == "8.2501"
     assert row["on_5"].difference == pytest.approx(8.5 - 8.2501)
-    # All latents are compared with all latents, whatever M is.
+    # All latents are compared with all latents, for any M.
     assert row["on_all"].difference == pytest.approx(50.0 - 47.956)
     assert row["on_10"].ours is None
     assert row["on_10"].printed == "32.646"
@@ -48,7 +48,7 @@ def test_a_cell_is_ours_published_and_their_difference(store):
     assert [row.labels for row in table.rows][3] == ("TopK (k = 32)",)
 
 
-def test_a_dataset_of_ones_own_has_ours_only(store):
+def test_a_dataset_that_the_paper_does_not_have_has_ours_only(store):
     accuracy = {"no_sae": 99.0, "on_20": 3.0, "off_20": 7.0}
     store.evaluation("relu", "mine", accuracy, classes=5, competing=1000)
     table, settings = accuracy_tables(store.selection(), "mine")
@@ -225,7 +225,7 @@ def test_a_pair_that_has_a_figure_by_another_recipe_of_the_model_is_not_missing(
     assert gaps(selection, Commands([])) == {}
 
 
-def test_fewer_seeds_are_one_multirun_a_model_and_a_folder_of_ones_own(store):
+def test_fewer_seeds_are_one_multirun_a_model_and_image_folders_keep_their_overrides(store):
     for dataset in ("a", "b", "c", "mine"):
         for seed in (0, 1, 2) if dataset == "a" else (0,):
             store.evaluation("relu", dataset, {"on_5": 1.0}, seed=seed)

@@ -77,7 +77,13 @@ def collect(root: Path | str) -> Collected:
             "them again, as a part of the evaluation"
         )
     figures = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    return Collected(figures.reindex(columns=_COLUMNS), origins, problems)
+    figures = figures.reindex(columns=_COLUMNS)
+    figures["k"] = figures.k.fillna(NO_K).astype(int)
+    # Image encoder and pooling set MonoSemanticity alone apart.
+    others = ~figures.metric.astype(str).str.startswith("monosemanticity_")
+    figures[ENCODER] = figures[ENCODER].astype(object).fillna("").astype(str).mask(others, "")
+    figures["competing"] = figures.competing.fillna(figures.classes)  # older results lack it
+    return Collected(figures, origins, problems)
 
 
 def _origin(folder: Path) -> dict[str, Any]:
@@ -95,66 +101,49 @@ def _origin(folder: Path) -> dict[str, Any]:
 def _figures(
     root: Path, folder: Path, meta: dict[str, Any], config: dict[str, Any]
 ) -> list[pd.DataFrame]:
-    """Accuracies and measured numbers of one evaluation, whichever it has."""
+    """Accuracies and measured numbers of one evaluation, those that it has."""
     key = meta.get("key") or {}
     of_sae = read_json(root / "sae" / str(key.get("sae")) / MARK).get("key") or {}
     settings = settings_of(key, of_sae, config, meta.get("schema"))
-    about = {
+    about: dict[str, Any] = {
         "weights": str(config["clip"].get("pretrained")),
         "layer": int(config["clip"]["layer"]),
         "folder": folder.name,
         "finished": float(meta["finished"]),
     }
     found = []
-    has_metrics = (folder / "metrics.csv").exists()
-    if (folder / "results.csv").exists() or not has_metrics:
+    accuracies, metrics = folder / "results.csv", folder / "metrics.csv"
+    if accuracies.exists() or not metrics.exists():
+        rows = _read(accuracies, "accuracy")
+        if unknown := set(rows.setting) - set(SETTINGS):
+            known = ", ".join(SETTINGS)
+            raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {known}")
+        kept = zip(rows.setting, rows.n.astype(float), rows.latents, strict=True)
+        metric = [
+            "no_sae" if setting == "no_sae" else f"{setting}_{'all' if n == latents else int(n)}"
+            for setting, n, latents in kept
+        ]
         deciding = tuple(s for s in settings if not s[0].startswith("measurement."))
-        found.append((_accuracies(folder), deciding))
-    if has_metrics:
+        found.append((rows.assign(metric=metric, measured=False, **about), deciding))
+    if metrics.exists():
+        rows = _read(metrics, "value").drop(columns="images", errors="ignore")
+        rows["metric"] = list(current_names(dict.fromkeys(rows.metric, 0.0)))
         deciding = tuple(
             s for s in settings if decides_codes(s[0]) or s[0].startswith("measurement.")
         )
-        found.append((_measured(folder), deciding))
-    return [
-        rows.assign(**about, settings=pd.Series([deciding] * len(rows), rows.index, dtype=object))
-        for rows, deciding in found
-    ]
+        found.append((rows.assign(measured=True, **about), deciding))
+    for rows, deciding in found:
+        rows["settings"] = [deciding] * len(rows)
+    return [rows for rows, _ in found]
 
 
-def _accuracies(folder: Path) -> pd.DataFrame:
-    rows = _read(folder / "results.csv")
-    if unknown := set(rows.setting) - set(SETTINGS):
-        raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {', '.join(SETTINGS)}")
-    kept = zip(rows.setting, rows.n.astype(float), rows.latents, strict=True)
-    metric = [
-        "no_sae" if setting == "no_sae" else f"{setting}_{'all' if n == latents else int(n)}"
-        for setting, n, latents in kept
-    ]
-    competing = rows.get("competing", rows.classes)  # results of older versions lack it
-    found = rows.assign(
-        **{"metric": metric, "value": rows.accuracy.astype(float), "measured": False},
-        **{"competing": competing, "image_encoder": "", "pooling": ""},
-    )
-    return found[[c for c in _COLUMNS if c in found]]
-
-
-def _measured(folder: Path) -> pd.DataFrame:
-    rows = _read(folder / "metrics.csv")
-    rows["metric"] = list(current_names(dict.fromkeys(rows.metric, 0.0)))
-    with_encoder = rows.metric.str.startswith("monosemanticity_")
-    for name in ENCODER:
-        rows[name] = rows[name].astype(object).fillna("").astype(str).where(with_encoder, "")
-    found = rows.assign(value=rows.value.astype(float), measured=True)
-    return found[[*IDENTITY, "metric", "value", "measured", *ENCODER]]
-
-
-def _read(path: Path) -> pd.DataFrame:
-    """A CSV file with whole numbers where they are whole."""
+def _read(path: Path, value: str) -> pd.DataFrame:
+    """A CSV file, with one of its columns as `value`."""
     rows = pd.read_csv(path)
     if absent := [name for name in _IN_FILE[path.name] if name not in rows.columns]:
         raise ValueError(f"{path.name} lacks the columns {', '.join(absent)}")
     if rows.empty:
         raise ValueError(f"{path.name} has no rows")
-    rows["k"] = rows.k.fillna(NO_K)
-    whole, text = dict.fromkeys(["k", "latents", "seed"], int), ["model", "dataset", "clip"]
-    return rows.astype(whole | dict.fromkeys(text, str))
+    rows["value"] = rows[value].astype(float)
+    numbers = dict.fromkeys(["latents", "seed"], int)
+    return rows.astype(numbers | dict.fromkeys(["model", "dataset", "clip"], str))

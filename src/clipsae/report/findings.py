@@ -52,11 +52,11 @@ def _range(low: float, high: float, digits: int = 0) -> str:
 def _filled(selection: Selection, missing: list[Missing]) -> str:
     pairs = {(m, d) for m in selection.expected for d in selection.datasets}
     empty = {(gap.model, gap.dataset) for gap in missing if gap.what == ALL} & pairs
-    said = f"{len(pairs - empty)} of {len(pairs)} pairs of a model and a dataset have results"
+    sentence = f"{len(pairs - empty)} of {len(pairs)} pairs of a model and a dataset have results"
     seeds = selection.cells.seeds
     if len(seeds) and seeds.max() > 1:
-        said += f", with {_range(seeds.min(), seeds.max())} seeds each"
-    return said + (f"; {len(missing)} commands would fill the gaps." if missing else ".")
+        sentence += f", with {_range(seeds.min(), seeds.max())} seeds each"
+    return sentence + (f"; {len(missing)} commands would fill the gaps." if missing else ".")
 
 
 def _winners(selection: Selection, group: Compared) -> Iterator[str]:

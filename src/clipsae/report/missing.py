@@ -72,8 +72,8 @@ def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
         lacking = [key for key in keys if key not in has] if has else [ALL]
         if has and dataset == MEASURED_ON and model in selection.expected:
             figures = selection.metrics[selection.metrics.dataset == dataset]
-            there = {metric for line in lines for metric in selection.rows(figures, line).metric}
-            lacking += [n for m, n in published.metrics() if m == model and n not in there]
+            measured = {metric for line in lines for metric in selection.rows(figures, line).metric}
+            lacking += [n for m, n in published.metrics() if m == model and n not in measured]
         if lacking:
             what = ", ".join(column_title(key, selection.wanted.latents) for key in lacking)
             command = commands.line(selection, lines[0], [dataset])

@@ -136,8 +136,8 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     if not {("value", "l0"), ("value", "fvu")} <= set(wide.columns):
         return None
     wide = wide.dropna(subset=[("value", "l0"), ("value", "fvu")]).fillna(0)
-    there = set(wide.index.get_level_values("line"))
-    shown = [line for line in selection.lines if line in there]
+    measured = set(wide.index.get_level_values("line"))
+    shown = [line for line in selection.lines if line in measured]
     if not shown:
         return None
     with matplotlib.rc_context(STYLE):

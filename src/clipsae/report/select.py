@@ -147,9 +147,9 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     lines = _lines(wanted.models or (*SIX, *sorted(models)), newest)
     ablated = _lines(ablation_parts(), newest)
     if wanted.datasets is None:
-        there = {*newest.dataset}
-        eleven = ELEVEN_NAMES if there & set(ELEVEN_NAMES) else ()
-        others = tuple(sorted(there - set(ELEVEN_NAMES)))
+        evaluated = {*newest.dataset}
+        eleven = ELEVEN_NAMES if evaluated & set(ELEVEN_NAMES) else ()
+        others = tuple(sorted(evaluated - set(ELEVEN_NAMES)))
     else:
         eleven = tuple(name for name in ELEVEN_NAMES if name in wanted.datasets)
         others = tuple(name for name in wanted.datasets if name not in ELEVEN_NAMES)

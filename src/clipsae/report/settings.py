@@ -115,7 +115,7 @@ class Line:
 
     model: str
     # Those of the settings that are not the model's own and that differ in the report, such as
-    # "trainer.max_steps=3", as few as tell the lines apart.
+    # "trainer.max_steps=3", as few as distinguish the lines.
     common: str = ""
     own: str = ""  # the model's own settings that differ between its results
     unlike: int = field(default=0, compare=False)  # differing settings that are not as usual

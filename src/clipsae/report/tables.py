@@ -104,8 +104,8 @@ def accuracy_tables(selection: Selection, dataset: str) -> list[Table]:
         columns,
         _rows(selection, cells, columns, known),
     )
-    there = {key for line in selection.lines for key in selection.of(line, dataset).metric}
-    keys = sorted((k for k in there if k.startswith(("off_", "self_"))), key=column_order)
+    found = {key for line in selection.lines for key in selection.of(line, dataset).metric}
+    keys = sorted((k for k in found if k.startswith(("off_", "self_"))), key=column_order)
     columns = _columns(selection, keys)
     others = Table(
         f"settings_{slug(dataset)}",
@@ -174,11 +174,11 @@ def average_table(selection: Selection, datasets: tuple[str, ...], name: str, ti
     keys = accuracy_columns(selection, datasets)
     rows, over = [], set()
     for line in selection.shown(selection.cells[selection.cells.dataset.isin(datasets)]):
-        there = frozenset(selection.of(line).dataset) & frozenset(datasets)
+        evaluated = frozenset(selection.of(line).dataset) & frozenset(datasets)
         cells = {key: _average(selection, line, datasets, key) for key in keys}
-        cells["datasets"] = Cell(float(len(there)))
+        cells["datasets"] = Cell(float(len(evaluated)))
         rows.append(Row((selection.title(line),), cells, line.model))
-        over |= {there} if there else set()
+        over |= {evaluated} if evaluated else set()
     caption = (
         "Mean macro accuracy in percent over the datasets that a row has results for; their "
         "number is in the last column."
@@ -245,8 +245,8 @@ def compared(selection: Selection, datasets: tuple[str, ...]) -> list[Compared]:
     """
     groups: dict[str, dict[Line, set[str]]] = {}
     for line in selection.lines:
-        if there := set(selection.of(line).dataset):
-            groups.setdefault(line.common, {})[line] = there & set(datasets)
+        if evaluated := set(selection.of(line).dataset):
+            groups.setdefault(line.common, {})[line] = evaluated & set(datasets)
     found = []
     for label, has in groups.items():
         ordered = sorted((line for line in has if has[line]), key=lambda line: -len(has[line]))
@@ -395,9 +395,9 @@ def _metric_table(
 ) -> Table:
     """A table of the numbers that are there, and with `paper` those that the paper has; {} in the
     caption stands for what the numbers are."""
-    there = set(figures.metric)
+    measured = set(figures.metric)
     numbers = [n for n in NUMBERS if n.table == kind and n.key.endswith("_dense") == dense]
-    columns = tuple(n for n in numbers if n.key in there or (paper and n.paper))
+    columns = tuple(n for n in numbers if n.key in measured or (paper and n.paper))
     # Of several levels of one number the first says it.
     meanings = {n.label.partition(", ")[0]: n.meaning for n in columns if n.meaning}
     caption = caption.replace("{}", " ".join(f"{x}: {said}." for x, said in meanings.items()))

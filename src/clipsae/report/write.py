@@ -103,13 +103,14 @@ def _gaps(gaps: list[Missing]) -> list[str]:
 
 def _cells(report: Report) -> str:
     """All figures of all tables, a line each."""
-    rows = [
-        {"table": table.name, "row": " / ".join(row.labels), "column": column.label} | cell.record()
-        for table in report.tables
-        for row in table.rows
-        for column in table.columns
-        if (cell := row.cells.get(column.key)) is not None
-    ]
+    rows = []
+    for table in report.tables:
+        for row in table.rows:
+            for column in table.columns:
+                if column.key in row.cells:
+                    about = {"table": table.name, "row": " / ".join(row.labels)}
+                    about["column"] = column.label
+                    rows.append({**about, **row.cells[column.key].record()})
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
 
 

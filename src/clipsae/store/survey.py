@@ -79,7 +79,7 @@ def size(path: Path) -> int:
 
 
 def short(value: str) -> str:
-    """A setting's value with the names of stages, and hashes, cut to what tells them apart."""
+    """A setting's value with the names of stages, and hashes, cut to what distinguishes them."""
     if _FINISHED.fullmatch(value):
         return f"…{value[-10:]}"
     return re.sub(r"[0-9a-f]{16,}", lambda found: found[0][:8], value)

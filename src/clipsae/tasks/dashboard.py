@@ -46,16 +46,16 @@ def run(cfg: DictConfig) -> None:
     task = cfg.task
     datasets = list(task.datasets or swept_datasets() or [cfg.dataset.name])
     try:
-        made = workspace(task.entity or "entity", task.project, task.sweep, datasets, task.ns)
+        board = workspace(task.entity or "entity", task.project, task.sweep, datasets, task.ns)
     except ImportError as error:
         raise ConfigError(
             f"task=dashboard needs wandb-workspaces ({error}): pip install -e '.[dashboard]'"
         ) from error
     file = Path(task.file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(as_json(made) + "\n")
+    file.write_text(as_json(board) + "\n")
     log.info("the workspace, as it is sent to W&B, is written to %s", file)
-    save(made, task.entity)
+    save(board, task.entity)
 
 
 def swept_datasets() -> list[str]:
@@ -74,7 +74,7 @@ def swept_datasets() -> list[str]:
     ]
 
 
-def save(made: "Workspace", entity: str | None) -> None:
+def save(board: "Workspace", entity: str | None) -> None:
     """Save a workspace in W&B; where that is not possible, say why."""
     from clipsae.training.logging import logged_in
 
@@ -88,11 +88,11 @@ def save(made: "Workspace", entity: str | None) -> None:
         )
         return
     try:
-        made.save()
+        board.save()
     except Exception as error:  # the server's, the network's, the library's own
         log.warning("not saved in W&B: %s", error)
     else:
-        log.info("saved: %s", made.url)
+        log.info("saved: %s", board.url)
 
 
 def workspace(
@@ -149,12 +149,12 @@ def workspace(
     )
 
 
-def as_json(made: "Workspace") -> str:
+def as_json(board: "Workspace") -> str:
     """What would be sent to W&B, with numbers for the ids that are drawn at random each time."""
     ids = itertools.count(1)
 
     def numbered(node: dict[str, Any]) -> dict[str, Any]:
         return node | ({"__id__": str(next(ids))} if node.get("__id__") else {})
 
-    content = made._to_model().model_dump_json(by_alias=True)
+    content = board._to_model().model_dump_json(by_alias=True)
     return json.dumps(json.loads(content, object_hook=numbered), indent=2)

@@ -60,9 +60,9 @@ def waste(entries: Sequence[Entry], *, unused: bool) -> list[tuple[Entry, str]]:
         entries: all that is in it.
         unused: finished SAEs, too, that nothing refers to.
     """
-    there = [entry for entry in entries if entry.state in EXISTS]
-    saes = {entry.name for entry in there if entry.kind == "sae"}
-    used = set().union(*map(_saes_of, there)) if unused else saes
+    existing = [entry for entry in entries if entry.state in EXISTS]
+    saes = {entry.name for entry in existing if entry.kind == "sae"}
+    used = set().union(*map(_saes_of, existing)) if unused else saes
     written = [_cache_of(entry) for entry in entries if entry.state == "running"]
     reasons = ((entry, _reason(entry, saes, used, written)) for entry in entries)
     return [(entry, why) for entry, why in reasons if why]

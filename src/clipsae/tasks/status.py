@@ -145,7 +145,7 @@ def cell_table(states: list[State]) -> Group:
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Group:
-    """A title and a table; of several rows what is the same in all is said in the title, once."""
+    """A title and a table; of several rows what is the same in all is stated in the title, once."""
     about = {name for row in rows for name in row} - set(LAST)
     order = ("name", *KNOWN, "differs in")
     known = [name for name in order if name in about]
@@ -153,7 +153,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Group:
     values = {name: {str(row.get(name, "")) for row in rows} for name in columns}
     values["host"].discard("")  # of what is missing
     same = [c for c in (*about, "host") if len(values[c]) == 1 and len(rows) > 1]
-    said = [f"{name} {min(values[name])}" for name in columns if name in same]
+    shared = [f"{name} {min(values[name])}" for name in columns if name in same]
     columns = [name for name in columns if name not in same and values[name] - {""}]
     columns += [""] * any(row.get("") for row in rows)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -161,7 +161,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Group:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in columns))
-    return Group(", ".join([f"[bold]{title}[/]", *map(escape, said)]), table)
+    return Group(", ".join([f"[bold]{title}[/]", *map(escape, shared)]), table)
 
 
 def _shown(state: str, entry: Entry | None) -> dict[str, str]:

@@ -204,19 +204,19 @@ def forecast(cells: Sequence[Cell]) -> str:
     missing = [stage for stage in stages.values() if not stage.finished]
     saes = [path for path in stages if path.parent.name == "sae"]
     to_train = sum(stage.path in saes for stage in missing)
-    said = (
+    counts = (
         f"{_count(len(cells), 'cell')}, {sum(cell.finished for cell in cells)} of them finished; "
         f"{_count(len(saes), 'SAE')}, {to_train} to train"
     )
     if unknown := [cell.why for cell in cells if cell.why]:
-        return f"{said}; not known yet for {_count(len(unknown), 'cell')} ({unknown[0]})"
+        return f"{counts}; not known yet for {_count(len(unknown), 'cell')} ({unknown[0]})"
     if not missing:
-        return said
+        return counts
     seconds = [estimate(stage) for stage in missing]
     if None in seconds:
-        return f"{said}; how long it takes is not known: the store has no such work yet"
+        return f"{counts}; how long it takes is not known: the store has no such work yet"
     took = duration(sum(s or 0 for s in seconds))
-    return f"{said}; about {took}, one after the other, by the times of such work here"
+    return f"{counts}; about {took}, one after the other, by the times of such work here"
 
 
 def estimate(stage: Stage) -> float | None:
@@ -347,11 +347,11 @@ def outcome_of(done: JobReturn, cell: str) -> Outcome:
     if done.status == JobStatus.COMPLETED:
         return Outcome(cell)
     error = done._return_value  # `return_value` raises it
-    said = str(error).strip().splitlines() or [""]
+    message = str(error).strip().splitlines() or [""]
     name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
     job = done.hydra_cfg.hydra
     log = str(Path(job.runtime.output_dir, f"{job.job.name}.log"))
-    return Outcome(cell, f"{name}{said[-1]}", log)
+    return Outcome(cell, f"{name}{message[-1]}", log)
 
 
 def summary(cells: Sequence[Cell], failed: set[int]) -> tuple[str, Table]:
