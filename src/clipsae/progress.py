@@ -41,17 +41,16 @@ class Bar:
         """
         if self.report is not None:
             self.report(done, total)
-        if self._shown is None:
-            self._begin(done, total)
+        shown = self._shown or self._begin(done, total)
         self._numbers = self._numbers if numbers is None else numbers
-        self._shown.update(self._task, completed=done, total=total, numbers=self._numbers)
+        shown.update(self._task, completed=done, total=total, numbers=self._numbers)
         now = time.monotonic()
         late = now - self._last_line > SECONDS_BETWEEN_LINES
-        if late and not self._shown.console.is_terminal:
+        if late and not shown.console.is_terminal:
             self._last_line = now
             log.info("%s: %d of %d  %s", self.name, done, total, self._numbers)
 
-    def _begin(self, done: int, total: int) -> None:
+    def _begin(self, done: int, total: int) -> Progress:
         self._shown = Bar.display = Bar.display or Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -65,6 +64,7 @@ class Bar:
         self._task = self._shown.add_task(self.name, total=total, completed=done, numbers="")
         if self._shown.console.is_terminal:
             self._shown.start()
+        return self._shown
 
     def close(self) -> None:
         """The work is over, or has failed."""

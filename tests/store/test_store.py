@@ -327,3 +327,9 @@ def test_what_needs_no_waiting_to_be_known_dead(tmp_path, monkeypatch):
     assert Watch(60).alive(job) is None
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # this same job, requeued
     assert Watch(60).alive(job) is False
+
+
+def test_other_files_in_the_place_of_an_unfinished_stage(stage):
+    (stage.partial / "notes").mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"not a folder of an unfinished stage \(notes\)"):
+        stage.make(whole)

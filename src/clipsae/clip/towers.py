@@ -22,11 +22,7 @@ EXAMPLES = "ViT-B-16-quickgelu, ViT-B-16-SigLIP or timm:vit_small_patch14_dinov2
 class Tower:
     """A ViT whose `tail(prefix(x, i), i)` is `whole(x)` for every block i = 0, 1, ...
 
-    Attributes:
-        blocks: their number.  width: d.  grid: (rows, columns) of patches.
-        prefix_tokens: tokens before the patches: class token, registers.
-        embed_dim: e.  image_size: S.
-        mean, std: the model's own normalisation, per channel, of values in [0, 1].
+    Attributes are those of `FrozenCLIP`.
     """
 
     blocks: int

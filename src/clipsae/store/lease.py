@@ -236,21 +236,34 @@ def is_my_group(folder: Path) -> bool:
 
 def find(partial: Path) -> Path | None:
     """The lease of an unfinished stage; None where there is none."""
+    return _find(partial)[0]
+
+
+def _find(partial: Path) -> tuple[Path | None, list[str]]:
+    """The lease, and all names in the folder."""
     try:
         names = [path.name for path in partial.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    return next((partial / name for name in names if name == FREE or TOKEN.fullmatch(name)), None)
+        return None, []
+    found = [name for name in names if name == FREE or TOKEN.fullmatch(name)]
+    return partial / found[0] if found else None, names
 
 
 def begin(partial: Path, beat: float) -> Lease | None:
-    """Begin an unfinished stage with a lease of this process; None where another was faster."""
+    """Begin an unfinished stage with a lease of this process; None where another was faster.
+
+    Raises:
+        StoreError: there are other files in its place.
+    """
     token = new_token()
     aside = partial.with_name(f"{partial.name}.{token}")
     (aside / token).mkdir(parents=True)
     if _rename(aside, partial, partial / token):
         return Lease(partial / token, beat)
     shutil.rmtree(aside, ignore_errors=True)
+    folder, names = _find(partial)
+    if folder is None and names:
+        raise StoreError(f"{partial}: not a folder of an unfinished stage ({names[0]}): remove it")
     return None
 
 
