@@ -343,8 +343,8 @@ def test_works_with_data_loader_workers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "shapes"}, "unknown kind of scenes 'shapes'.*shape_colour"),
-        ({"split": "val"}, "unknown split 'val': choose one of train, test"),
+        ({"kind": "shapes"}, "unknown kind of scenes 'shapes': expected .*shape_colour"),
+        ({"split": "val"}, "split='val': expected train or test"),
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"size": -1}, "must not be negative"),
     ],

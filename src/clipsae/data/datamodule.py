@@ -12,7 +12,7 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data.cache import CachedLoader, TokenCache
 from clipsae.data.dataset import ImageDataset
-from clipsae.data.loader import ResumableLoader, Source, image_batches
+from clipsae.data.loader import ResumableLoader, Source, image_batches, joined
 
 
 class FeatureDataModule(LightningDataModule):
@@ -120,7 +120,7 @@ class FeatureDataModule(LightningDataModule):
             part = part.to(self.clip.device, non_blocking=True)
             is_image = part.dtype == torch.uint8
             parts.append(self.clip.prefix(self.clip.normalize(part)) if is_image else part.float())
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return joined(parts)
 
     def _permuted(self, tokens: Tensor, seed: int) -> Tensor:
         """Mix all tokens of a block, [n, T, d] -> [n, T, d]; the same on every device."""

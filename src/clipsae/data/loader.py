@@ -89,7 +89,7 @@ class ResumableLoader:
         self.rank, self.world_size = rank, world_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self.transform = transform or (lambda images, seed: torch.cat(images))
+        self.transform = transform or (lambda images, seed: joined(images))
         self.source = source
         self.epoch = 0
         self.position = 0
@@ -246,6 +246,11 @@ def image_batches(
         read_batches(dataset, batches, num_workers=min(num_workers, len(batches)))
     )
     bad.report()
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one after another; a single one is not copied."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def permutation(n: int, *numbers: int) -> Tensor:

@@ -333,7 +333,7 @@ class OxfordPets(PublishedDataset):
         return super().clean(raw).lower()
 
     def raw_name(self, file: str, name: str) -> str:
-        """ "great_pyrenees_12.jpg" -> "great_pyrenees"."""
+        """For example "great_pyrenees_12.jpg" -> "great_pyrenees"."""
         return file.rpartition("_")[0]
 
 
@@ -366,24 +366,21 @@ class StanfordCars(PublishedDataset):
     def official(self, split: str) -> Split:
         meta = self.annotation("devkit/cars_meta.mat")
         models = [str(name) for name in read_mat(meta, "class_names")]
-        listed = {
-            "train": "devkit/cars_train_annos.mat",
-            "test": "cars_test_annos_withlabels.mat",
-        }
-        path = self.annotation(listed[split])
+        files = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
+        path = self.annotation(files[split])
         annotations = read_mat(path, "annotations")
         try:
-            files = [f"cars_{split}/{row['fname']}" for row in annotations]
+            images = [f"cars_{split}/{row['fname']}" for row in annotations]
             numbers = [int(row["class"]) for row in annotations]
         except (ValueError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{path}: its annotations have no 'fname' and 'class' ({error}): download it again"
             ) from error
         index = range(1, len(models) + 1)
-        return by_class(files, numbers, index, path, index_file=meta, raw=models)
+        return by_class(images, numbers, index, path, index_file=meta, raw=models)
 
     def clean(self, raw: str) -> str:
-        """ "Acura RL Sedan 2012" -> "2012 Acura RL Sedan"."""
+        """For example "Acura RL Sedan 2012" -> "2012 Acura RL Sedan"."""
         model, _, year = raw.rpartition(" ")
         return f"{year} {model}"
 
@@ -432,11 +429,11 @@ class SUN397(PublishedDataset):
         return by_class(files, classes, index, path, index_file=names, raw=raw)
 
     def clean(self, raw: str) -> str:
-        """ "church/indoor" -> "indoor church"."""
+        """For example "church/indoor" -> "indoor church"."""
         return super().clean(" ".join(reversed(raw.split("/"))))
 
     def raw_name(self, file: str, name: str) -> str:
-        """ "c/church/indoor/sun_x.jpg" -> "church/indoor"."""
+        """For example "c/church/indoor/sun_x.jpg" -> "church/indoor"."""
         return "/".join(file.split("/")[1:-1])
 
 
@@ -475,7 +472,7 @@ class UCF101(PublishedDataset):
         return by_class(files, actions, index, path, index_file=numbered)
 
     def clean(self, raw: str) -> str:
-        """ "ApplyEyeMakeup" -> "Apply Eye Makeup"."""
+        """For example "ApplyEyeMakeup" -> "Apply Eye Makeup"."""
         return " ".join(re.findall("[A-Z][^A-Z]*", raw)) or raw
 
     def raw_name(self, file: str, name: str) -> str:

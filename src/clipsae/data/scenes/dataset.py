@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
+from clipsae.data.dataset import check_choice
 from clipsae.data.scenes.grammar import KINDS, Kind, Template
 from clipsae.data.scenes.renderer import patch_coverage, render
 from clipsae.data.scenes.world import (
@@ -59,11 +60,8 @@ class ScenesDataset(Dataset):
         image_size: int = IMAGE_SIZE,
     ) -> None:
         if kind not in _KIND_NAMES:
-            raise ValueError(
-                f"unknown kind of scenes {kind!r}: choose one of {', '.join(_KIND_NAMES)}"
-            )
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+            raise ValueError(f"unknown kind of scenes {kind!r}: expected {', '.join(_KIND_NAMES)}")
+        check_choice("split", split, *SPLITS)
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         size = _DEFAULT_SIZE if size is None else size
