@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 import clipsae
 from clipsae.interop import hub, model_card, saelens
+from tests.interop.foreign import MATRICES, container, weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -43,8 +44,7 @@ def test_ids_are_read_from_the_cache(cached, make, x):
     sae = make(activation="topk", k=4)
     sae.save(cached)
     saelens.write(sae, cached / "foreign" / "topk")
-    state = {name: torch.randn(*shape) for name, shape in SHAPES.items()}
-    torch.save({"cfg": {}, "state_dict": state}, cached / "patchsae.pt")
+    container(cached, {}, weights(**MATRICES)).rename(cached / "patchsae.pt")
     for source in ("someone/saes", "someone/saes@main", f"someone/saes@{COMMIT}"):
         assert torch.equal(clipsae.load(source).encode(x), sae.encode(x))
     inside = clipsae.load("someone/saes/foreign/topk")
@@ -52,9 +52,6 @@ def test_ids_are_read_from_the_cache(cached, make, x):
     assert clipsae.load("someone/saes/patchsae.pt").latents == 40
     with pytest.raises(FileNotFoundError, match="has no nowhere"):
         clipsae.load("someone/saes/nowhere")
-
-
-SHAPES = {"W_enc": (12, 40), "W_dec": (40, 12), "b_enc": (40,), "b_dec": (12,)}
 
 
 def test_only_what_may_be_needed_is_fetched(monkeypatch, tmp_path):

@@ -39,7 +39,7 @@ BLOCK = 512  # tokens whose scores are in memory together
 
 # Rows of 4096 latents fit in the cache that tokens would otherwise fetch them to again and again.
 _TILE = 4096
-# As do so many tokens, which the dictionary's gradient fetches as often. As each chunk adds to all
+# As do so many tokens, which gradients fetch as often. As each chunk adds to all
 # of that gradient, it must have some pairs for each of its rows.
 _CHUNK = 1024
 _PAIRS_A_ROW = 4
@@ -362,10 +362,6 @@ class CPU(Reference):
 
     @staticmethod
     def mix(codes: SparseCodes, rows: Tensor) -> Tensor:
-        chunks = _chunks(codes)
-        if chunks:
-            parts = (part.with_values(codes.values[pairs]) for _, pairs, part in chunks)
-            return torch.cat([CPU.mix(part, rows) for part in parts])
         order, latent, begin = _by_tile(codes)
         out = rows.new_zeros(codes.tokens, rows.shape[1])
         values = codes.values.to(rows.dtype)[order]
