@@ -4,9 +4,7 @@ by shard, refused where it does not fit; and trained from."""
 import json
 import logging
 import os
-import shutil
 import signal
-from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,9 +201,8 @@ def test_a_flipped_byte_is_seen_on_request(tmp_path, clip, scenes, undisturbed, 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch, caplog):
     """ImageNet's train split, before any image is read."""
-    usage = namedtuple("usage", "total used free")
     free = 387_000_000_000
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2 * free, free, free))
+    monkeypatch.setattr(features, "free_bytes", lambda _: free)
     clip = SimpleNamespace(tokens=197, width=768)
 
     class ImageNet:

@@ -26,7 +26,7 @@ _datasets: WeakValueDictionary[str, ImageDataset] = WeakValueDictionary()
 TRAINING_KEYS = ("initial_images", "compile")  # of conf/model, and not the SAE's
 PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")  # where and how fast images are read
 # What identifies a result is everything in its groups of the config, options of tomorrow, too, but
-# what is listed here: where things lie, how fast they are read, what is looked at meanwhile.
+# what is listed here: where things lie, how fast they are read, what is observed meanwhile.
 UNDECISIVE: dict[str, tuple[str, ...]] = {
     "dataset": (*PLACE_KEYS, "on_bad_image"),
     "model": ("name", *TRAINING_KEYS),

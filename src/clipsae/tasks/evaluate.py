@@ -125,7 +125,7 @@ def save(cfg: DictConfig, found: Imported, folder: Path) -> None:
 
 
 def digest(sae: SAE) -> str:
-    """SHA-256 of an SAE's config and weights, whatever file they came from."""
+    """SHA-256 of an SAE's config and weights; the file format does not matter."""
     hashed = hashlib.sha256(json.dumps(sae.config, sort_keys=True).encode())
     for name, tensor in sorted(sae.state_dict().items()):
         hashed.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())

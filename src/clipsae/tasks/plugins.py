@@ -1,7 +1,7 @@
 """Files of one's own: `plugins` names modules that are imported before a task runs.
 
 A plugin registers what it defines, such as an activation of an SAE; a YAML of its own, in any
-folder that Hydra is told of (`--config-dir`), chooses it:
+folder given to Hydra by `--config-dir`, chooses it:
 
     # mine/softplus.py                          # mine/model/softplus.yaml
     @ACTIVATIONS.register("softplus")           # @package _global_

@@ -1,4 +1,4 @@
-"""What is looked at while an SAE is trained: the callbacks that `cfg.callbacks` asks for."""
+"""The callbacks that observe a training, as `cfg.callbacks` asks for."""
 
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
@@ -18,7 +18,7 @@ from clipsae.visualization.watch import ReferenceSheets
 def callbacks(
     cfg: DictConfig, store: Store, clip: FrozenCLIP, held_out: ImageDataset
 ) -> list[Callback]:
-    """Those that are wanted and can be. They look at held-out images of what the SAE is trained
+    """Those that are asked for and possible. They read held-out images of what the SAE is trained
     on: datasets that share an SAE find the same curves, whoever trains it.
 
     Args:

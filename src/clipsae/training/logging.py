@@ -1,4 +1,4 @@
-"""Where numbers go: W&B, a CSV file, or nowhere. One run a job, whatever the job does."""
+"""Loggers: W&B, a CSV file, or none."""
 
 import csv
 import json
@@ -20,54 +20,41 @@ log = logging.getLogger(__name__)
 _open: list[Any] = []  # the W&B runs of this process that are not closed
 
 
-class PatientWandbLogger(WandbLogger):
-    """A W&B run whose troubles are told and never end the work."""
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        with _told():
-            super().log_metrics(*args, **kwargs)
-
-    def log_table(self, *args: Any, **kwargs: Any) -> None:
-        with _told():
-            super().log_table(*args, **kwargs)
-
-    def finalize(self, *args: Any, **kwargs: Any) -> None:
-        with _told():
-            super().finalize(*args, **kwargs)
-
-
 @contextmanager
-def _told() -> Iterator[None]:
-    """Whatever W&B raises becomes a warning: the compute is dearer than the dashboard."""
+def _only_warns() -> Iterator[None]:
+    """An error of W&B becomes a warning: the compute is dearer than the dashboard."""
     try:
         yield
     except Exception as error:
         log.warning("W&B: %s: %s; the work goes on", type(error).__name__, error)
 
 
+class PatientWandbLogger(WandbLogger):
+    """A W&B run whose errors never end the work."""
+
+    log_metrics = _only_warns()(WandbLogger.log_metrics)
+    log_table = _only_warns()(WandbLogger.log_table)
+    finalize = _only_warns()(WandbLogger.finalize)
+
+
 def wandb_logger(
     *,
-    project: str,
-    entity: str | None,
     mode: str | None,
-    group: str | None,
-    tags: list[str],
-    name: str,
     run_id: str,
-    job_type: str,
     run_config: dict[str, Any],
     folder: Path,
     run_folder: Path,
     finish_timeout: float = 300.0,
     upload_sae: bool = False,
+    **shown: Any,
 ) -> PatientWandbLogger | None:
-    """A W&B run that never stops the work: without login or network it is written offline. A
-    server that is lost later is tried again and again; what it has not got in the end is on disk.
+    """A W&B run that never stops the work: without login or network it is written offline. If the
+    server is lost later, W&B retries; what it has not got in the end is on disk.
 
     Args:
-        project, entity, group, tags, name, job_type: as W&B shows them.
+        shown: project, entity, group, tags, name, job_type: as `wandb.init` takes them.
         mode: "online", "offline", "disabled" (no run at all), or None: what the variables
-            WANDB_MODE and WANDB_DISABLED say, else online where a login is found.
+            WANDB_MODE and WANDB_DISABLED ask for, else online where a login is found.
         run_id: the same for the same work, so that a continued job continues its run.
         run_config: plain values, without paths and secrets.
         folder: offline runs lie under `folder/wandb`.
@@ -87,13 +74,8 @@ def wandb_logger(
         return None
     folder.mkdir(parents=True, exist_ok=True)
     options = {
-        "project": project,
-        "entity": entity,
-        "group": group,
-        "tags": tags,
-        "name": name,
+        **shown,
         "id": run_id,
-        "job_type": job_type,
         "config": run_config,
         "dir": folder,
         "settings": wandb.Settings(
@@ -102,7 +84,7 @@ def wandb_logger(
             finish_timeout_raises=True,
             silent=True,
             console="off",
-            reinit="create_new",  # cells that take turns have a run each
+            reinit="create_new",  # SAEs that train together have a run each
         ),
     }
     if "WANDB_SWEEP_ID" in os.environ:  # its agent has given the run an id
@@ -174,7 +156,7 @@ class _AddingWriter(ExperimentWriter):
                 self.metrics_keys = next(csv.reader(lines), [])
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """Write the file anew with more columns: aside, so that a kill leaves the old one."""
+        """Rewrite the file with more columns: aside, so that a kill leaves the old one."""
         file = Path(self.metrics_file_path)
         with file.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
@@ -206,7 +188,7 @@ def log_results(logger: Logger | None, rows: list[dict[str, Any]], cells: dict[s
             columns = list(rows[0])
             data = [[r[c] for c in columns] for r in rows]
             logger.log_table("results", columns=columns, data=data)
-        with _told():
+        with _only_warns():
             for n in sorted({row["n"] for row in rows if row["n"] == row["n"]}):  # not NaN
                 at_n = {
                     f"topn/{r['dataset']}/{r['setting']}": r["accuracy"]
@@ -219,13 +201,14 @@ def log_results(logger: Logger | None, rows: list[dict[str, Any]], cells: dict[s
         logger.log_metrics(cells)
 
 
+@_only_warns()
 def log_failure(logger: Logger | None, error: Exception) -> None:
     """Why a job failed, in the run's summary."""
     if isinstance(logger, WandbLogger):
-        with _told():
-            logger.experiment.summary["failure"] = f"{type(error).__name__}: {error}"
+        logger.experiment.summary["failure"] = f"{type(error).__name__}: {error}"
 
 
+@_only_warns()
 def log_histogram(logger: Logger | None, name: str, values: Any, step: int) -> None:
     """A histogram, where the logger can show one.
 
@@ -238,8 +221,7 @@ def log_histogram(logger: Logger | None, name: str, values: Any, step: int) -> N
         import wandb
 
         histogram = wandb.Histogram(values, num_bins=64)
-        with _told():
-            logger.experiment.log({name: histogram, "trainer/global_step": step})
+        logger.experiment.log({name: histogram, "trainer/global_step": step})
 
 
 def log_picture(logger: Logger | None, name: str, png: bytes, step: int) -> None:
@@ -253,7 +235,7 @@ def log_picture(logger: Logger | None, name: str, png: bytes, step: int) -> None
     if isinstance(logger, WandbLogger):
         import wandb
 
-        with _told():
+        with _only_warns():
             shown = wandb.Image(Image.open(BytesIO(png)))
             logger.experiment.log({name: shown, "trainer/global_step": step})
     elif isinstance(logger, CSVLogger):
@@ -262,6 +244,7 @@ def log_picture(logger: Logger | None, name: str, png: bytes, step: int) -> None
         file.write_bytes(png)
 
 
+@_only_warns()
 def log_sae(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
     """Upload a trained SAE as an artifact, where the logger was asked to (`upload_sae`).
 
@@ -273,14 +256,14 @@ def log_sae(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
         return
     import wandb
 
-    with _told():
-        about = json.loads((folder / "sae.json").read_text())
-        artifact = wandb.Artifact(folder.name, type="sae", metadata=about["config"])
-        for name in ("sae.safetensors", "sae.json"):
-            artifact.add_file(str(folder / name), policy="immutable")
-        logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])
+    about = json.loads((folder / "sae.json").read_text())
+    artifact = wandb.Artifact(folder.name, type="sae", metadata=about["config"])
+    for name in ("sae.safetensors", "sae.json"):
+        artifact.add_file(str(folder / name), policy="immutable")
+    logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])
 
 
+@_only_warns()
 def log_page(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
     """Upload a page, the whole folder of it, as an artifact of type "explore".
 
@@ -292,12 +275,10 @@ def log_page(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
         return
     import wandb
 
-    with _told():
-        artifact = wandb.Artifact(folder.name, type="explore")
-        # W&B's own copy: a page is written anew in the same place, maybe before an offline run
-        # is sent.
-        artifact.add_dir(str(folder), policy="mutable")
-        logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])
+    artifact = wandb.Artifact(folder.name, type="explore")
+    # W&B's own copy: a page is rewritten in the same place, maybe before an offline run is sent.
+    artifact.add_dir(str(folder), policy="mutable")
+    logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])
 
 
 def finish(logger: Logger | None, failed: bool, coming_back: bool = False) -> None:
@@ -305,7 +286,7 @@ def finish(logger: Logger | None, failed: bool, coming_back: bool = False) -> No
 
     Args:
         failed: the job ends with an error.
-        coming_back: it was told to leave, and will go on later; W&B then shows "preempted".
+        coming_back: it is preempted, and continues later; W&B then shows so.
     """
     if isinstance(logger, WandbLogger):
         run = logger.experiment

@@ -162,9 +162,9 @@ class SAEModule(LightningModule):
 
     def on_after_optimizer_step(self) -> None:
         """The optimizer has taken a step."""
+        self.step += 1
         self.sae.after_step()
         self.scheduler.step()
-        self.step += 1
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
         self.val_window.update(tokens, self.sae(tokens))

@@ -1,4 +1,4 @@
-"""Sums over the tokens seen since the last look: one division at the end, no mean of means."""
+"""Sums over the tokens since the last reset: one division at the end, no mean of means."""
 
 import torch
 from torch import Tensor

@@ -63,31 +63,28 @@ class _Awaited(BaseSubmititLauncher):
         """
         import submitit
 
-        try:
-            return self._run(overrides, numbers, *rest)
-        except Exception as error:
-            if not self.leaving or isinstance(error, submitit.core.utils.UncompletedJobError):
-                raise
-            # Stopped anywhere, libraries tidy up as well as they can: that is no result.
-            raise SystemExit(1) from error
+        from clipsae.errors import ConfigError
+        from clipsae.tasks.sweep import job_names, outcome_of
 
-    def _run(self, overrides: list[list[str]], numbers: list[int], *rest: Any) -> list[JobReturn]:
         call = super().__call__
 
         def run(i: int) -> JobReturn:
             return call(overrides[i], "hydra.sweep.dir", numbers[i], *rest)
 
-        done = run_cells(self, run, range(len(overrides)))
-        if len(done) == 1:
-            _ = done[0].return_value  # raises
+        try:
+            done = run_cells(self, run, range(len(overrides)))
+            if len(done) == 1:
+                _ = done[0].return_value  # raises
+                return done
+            ends = [outcome_of(*job) for job in zip(done, job_names(overrides), strict=True)]
+            if failed := [str(end) for end in ends if end.why is not None]:
+                raise ConfigError("; ".join(failed))
             return done
-        from clipsae.errors import ConfigError
-        from clipsae.tasks.sweep import job_names, outcome_of
-
-        ends = [outcome_of(*job) for job in zip(done, job_names(overrides), strict=True)]
-        if failed := [str(end) for end in ends if end.why is not None]:
-            raise ConfigError("; ".join(failed))
-        return done
+        except Exception as error:
+            if not self.leaving or isinstance(error, submitit.core.utils.UncompletedJobError):
+                raise
+            # Interrupted anywhere, libraries clean up as well as they can: that is no result.
+            raise SystemExit(1) from error
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> "submitit.core.utils.DelayedSubmission":
         """What the job does when it starts again; called when it is asked to leave."""

@@ -227,7 +227,7 @@ def write_topn(cfg: DictConfig, result: Evaluation, name: str, folder: Path) -> 
     write_json(
         folder / "diagnostics.json",
         {
-            # None where no setting looks at the SAE.
+            # None where no setting uses the SAE.
             "count_threshold": result.count_threshold.get(name),
             "share_above_threshold": result.share_above_threshold.get(name),
             "class_accuracy": {
@@ -280,7 +280,7 @@ def ranking(
     cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDataset
 ) -> dict[int, list[int]] | None:
     """Each class's latents in the order in which `on_n` keeps them, the classes alone that had
-    images, by a finished evaluation with this config, whatever it measured; None: there is none,
+    images, by a finished evaluation with this config and any measurement; None: there is none,
     or no latents were ranked."""
     asked = stage(cfg, store, sae_stage, test_set)
     if asked is None:
@@ -315,11 +315,11 @@ def check_zero_shot(cfg: DictConfig, test_set: ImageDataset, rows: pd.DataFrame)
     found, published = float(no_sae.micro_accuracy.iloc[0]), about.zero_shot
     if abs(found - published) > LARGEST_DIFFERENCE:
         log.warning(
-            "CLIP alone names %.2f %% of %s rightly, where %.2f %% is published for these weights: "
-            "look at the split (dataset.split_source=%s), the class names (dataset.classnames=%s), "
+            "CLIP's zero-shot accuracy on %s is %.2f %%, published for these weights is %.2f %%: "
+            "check the split (dataset.split_source=%s), the class names (dataset.classnames=%s), "
             "the prompts (dataset.templates=%s), the resize (bicubic to %d pixels) and QuickGELU",
-            found,
             cfg.dataset.name,
+            found,
             published,
             getattr(test_set, "split_source", "as it comes"),
             cfg.dataset.get("classnames", "clean"),

@@ -28,7 +28,7 @@ from clipsae.data.cache.loader import check_reading
 from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
 from clipsae.store import MARK, Busy, Stage, Store, find_damage
-from clipsae.store.files import read_json, sha256
+from clipsae.store.files import free_bytes, read_json, sha256
 from clipsae.tasks import build
 
 log = logging.getLogger(__name__)
@@ -49,18 +49,6 @@ def training_key(cfg: DictConfig) -> dict[str, Any]:
     return options
 
 
-def layout(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> Layout:
-    """Sizes of the cache.
-
-    Raises:
-        ConfigError: an invalid option.
-    """
-    options = {k: v for k, v in build.plain(cfg.features.cache).items() if k != "folder"}
-    return build.user_error(
-        Layout.of_shards, images=len(train_set), tokens=clip.tokens, width=clip.width, **options
-    )
-
-
 def content_key(cfg: DictConfig, train_set: ImageDataset) -> dict[str, Any]:
     """What the tokens are of: all that decides them but how they are written."""
     return {
@@ -75,8 +63,95 @@ def content_key(cfg: DictConfig, train_set: ImageDataset) -> dict[str, Any]:
 
 def stage(cfg: DictConfig, train_set: ImageDataset) -> Stage:
     """The place of the cache."""
-    key = {**content_key(cfg, train_set), **_written(cfg)}
-    return _store(cfg).stage("features", _words(cfg), key, _about(cfg))
+    return _stage(cfg, train_set, "features", [], {})
+
+
+def _stage(
+    cfg: DictConfig, train_set: ImageDataset, kind: str, words: list[str], more: dict[str, Any]
+) -> Stage:
+    options, dataset = cfg.features.cache, cfg.train_dataset.name
+    written = {"format": VERSION, "dtype": options.dtype, "order_seed": options.order_seed}
+    return Store(options.folder).stage(
+        kind,
+        [dataset, SPLIT, cfg.clip.name, options.dtype, *words],
+        {**content_key(cfg, train_set), **written, **more},
+        {"dataset": dataset, "clip": cfg.clip.name},
+    )
+
+
+class _Cache:
+    """A cache, its shards and its sizes.
+
+    Raises:
+        ConfigError: an invalid option.
+    """
+
+    def __init__(self, cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
+        self.cfg, self.clip, self.train_set = cfg, clip, train_set
+        options = {k: v for k, v in build.plain(cfg.features.cache).items() if k != "folder"}
+        self.sizes: Layout = build.user_error(
+            Layout.of_shards, images=len(train_set), tokens=clip.tokens, width=clip.width, **options
+        )
+        self.stage = stage(cfg, train_set)
+        size = {"shard_images": self.sizes.shard_images}
+        self.shards = [
+            _stage(cfg, train_set, "shards", [f"{i:05d}"], {**size, "shard": i})
+            for i in range(self.sizes.shards)
+        ]
+
+    def is_there(self, content: bool) -> bool:
+        """Whether it is finished, and as it was sealed."""
+        path = self.stage.path
+        return path.exists() and find_damage(path, content=content) is None
+
+    def found(self, i: int) -> Path | None:
+        """A shard's file of the right size in a damaged cache, set aside or not yet."""
+        path = self.stage.path
+        for folder in (path, *sorted(path.parent.glob(f".{path.name}.damaged-*"))):
+            file = folder / self.sizes.file(i)
+            if file.is_file() and file.stat().st_size == self.sizes.bytes(i):
+                return file
+        return None
+
+    def make_shard(self, i: int, wait: bool) -> None:
+        """Make a shard, unless another job does and we do not wait."""
+        number = f"shard {i + 1} of {self.sizes.shards}"
+
+        def write(folder: Path) -> None:
+            found = self.found(i)
+            if found is not None and sha256(found) == _checksum(found) and _linked(found, folder):
+                log.info("%s is whole: kept", number)
+                return
+            start = time.monotonic()
+            write_shard(
+                folder,
+                self.sizes,
+                i,
+                self.clip,
+                self.train_set,
+                num_workers=self.cfg.features.num_workers,
+                progress=self.shards[i].progress,
+            )
+            rate = self.sizes.count(i) / (time.monotonic() - start)
+            log.info("%s written: %.0f images/s", number, rate)
+
+        try:
+            self.shards[i].make(write, wait=wait, check="size")
+        except Busy:
+            log.info("%s is another job's", number)
+
+    def assemble(self, folder: Path) -> None:
+        """Put the finished shards into the cache's folder, and describe them."""
+        content = content_key(self.cfg, self.train_set)
+        sealed = []
+        for i, shard in enumerate(self.shards):
+            file = self.sizes.file(i)
+            sealed.append(read_json(shard.path / MARK)["files"][file])
+            if not _linked(shard.path / file, folder):
+                # A kill before the cache is finished costs this shard.
+                (shard.path / file).rename(folder / file)
+        write_manifest(folder, self.sizes, content, sealed)
+        TokenCache(folder, content)  # each image once
 
 
 def check(
@@ -88,30 +163,26 @@ def check(
         ConfigError: an invalid option, or a disk that is too small.
     """
     build.user_error(check_reading, cfg.features.block_images, cfg.features.buffer_images)
-    sizes = layout(cfg, clip, train_set)
-    whole = stage(cfg, train_set)
-    if _is_there(whole, content):
-        log.info("using the feature cache %s", whole.path)
+    cache = _Cache(cfg, clip, train_set)
+    sizes, name = cache.sizes, cache.stage.path.name
+    if cache.is_there(content):
+        log.info("using the feature cache %s", cache.stage.path)
         return
-    shards = _shards(cfg, sizes, train_set)
     missing = [
-        i for i in range(sizes.shards) if not shards[i].finished and not _found(whole, sizes, i)
+        i for i, shard in enumerate(cache.shards) if not shard.finished and not cache.found(i)
     ]
     needed = sum(sizes.bytes(i) for i in missing)
     folder = Path(cfg.features.cache.folder)
-    free = shutil.disk_usage(_existing(folder)).free
-    what = (
-        f"{sizes.images:,} images x {sizes.tokens} tokens x {sizes.width} in {sizes.dtype} of "
-        f"{whole.path.name}"
-    )
+    free = free_bytes(folder)
+    what = f"{sizes.images:,} images x {sizes.tokens} tokens x {sizes.width} in {sizes.dtype}"
     if needed > free:
         raise ConfigError(
-            f"{what} need {needed / 1e9:,.1f} GB, and {folder} has {free / 1e9:,.1f} GB free: "
-            "make space, set features.cache.folder to a larger disk, or use features=online"
+            f"{what} of {name} need {needed / 1e9:,.1f} GB, and {folder} has {free / 1e9:,.1f} GB "
+            "free: make space, set features.cache.folder to a larger disk, or use features=online"
         )
     log.info(
-        "%s: %.2f GB to write in %d of %d shards; %s has %.1f GB free",
-        *(what, needed / 1e9, len(missing), sizes.shards, folder, free / 1e9),
+        "%s of %s: %.2f GB to write in %d of %d shards; %s has %.1f GB free",
+        *(what, name, needed / 1e9, len(missing), sizes.shards, folder, free / 1e9),
     )
 
 
@@ -122,24 +193,19 @@ def make(
     other jobs that want it.
 
     Args:
-        content: compare what is there with its checksums; otherwise sizes are looked at.
+        content: compare what is there with its checksums; otherwise its sizes.
     """
-    sizes = layout(cfg, clip, train_set)
-    whole = stage(cfg, train_set)
-    shards = _shards(cfg, sizes, train_set)
-    if not _is_there(whole, content):
+    cache = _Cache(cfg, clip, train_set)
+    whole = cache.stage
+    if not cache.is_there(content):
         clip.to(build.best_device())
-        # First whatever nobody works on; then what others have not finished.
+        # First the shards that nobody works on; then what others have not finished.
         for wait in (False, True):
-            for i in range(sizes.shards):
+            for i in range(cache.sizes.shards):
                 if content or not whole.finished:
-                    _make_shard(cfg, clip, train_set, whole, shards[i], sizes, i, wait)
-        of = content_key(cfg, train_set)
-        whole.make(
-            lambda folder: _assemble(folder, sizes, of, shards),
-            check="content" if content else "size",
-        )
-    for shard in shards:  # links to what the cache has now
+                    cache.make_shard(i, wait)
+        whole.make(cache.assemble, check="content" if content else "size")
+    for shard in cache.shards:  # links to what the cache has now
         shutil.rmtree(shard.path, ignore_errors=True)
     return whole.path
 
@@ -184,72 +250,12 @@ def open_cache(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> To
     return build.user_error(TokenCache, folder, content_key(cfg, train_set))
 
 
-# --- shards ---
-
-
-def _make_shard(
-    cfg: DictConfig,
-    clip: FrozenCLIP,
-    train_set: ImageDataset,
-    whole: Stage,
-    shard: Stage,
-    sizes: Layout,
-    i: int,
-    wait: bool,
-) -> None:
-    def write(folder: Path) -> None:
-        found = _found(whole, sizes, i)
-        if found is not None and sha256(found) == _checksum(found) and _linked(found, folder):
-            log.info("shard %d of %d is whole: kept", i + 1, sizes.shards)
-            return
-        start = time.monotonic()
-        write_shard(
-            folder,
-            sizes,
-            i,
-            clip,
-            train_set,
-            num_workers=cfg.features.num_workers,
-            progress=shard.progress,
-        )
-        rate = sizes.count(i) / (time.monotonic() - start)
-        log.info("shard %d of %d written: %.0f images/s", i + 1, sizes.shards, rate)
-
-    try:
-        shard.make(write, wait=wait, check="size")
-    except Busy:
-        log.info("shard %d of %d is another job's", i + 1, sizes.shards)
-
-
-def _assemble(folder: Path, sizes: Layout, of: dict[str, Any], shards: list[Stage]) -> None:
-    """Put finished shards into the cache's folder, and describe them."""
-    sealed = []
-    for i, shard in enumerate(shards):
-        file = sizes.file(i)
-        source = shard.path / file
-        sealed.append(read_json(shard.path / MARK)["files"][file])
-        if not _linked(source, folder):
-            source.rename(folder / file)  # a kill before the cache is finished costs this shard
-    write_manifest(folder, sizes, of, sealed)
-    TokenCache(folder, of)  # each image once
-
-
-def _found(whole: Stage, sizes: Layout, i: int) -> Path | None:
-    """A shard's file of the right size in a damaged cache, set aside or not yet."""
-    asides = whole.path.parent.glob(f".{whole.path.name}.damaged-*")
-    for folder in (whole.path, *sorted(asides)):
-        path = folder / sizes.file(i)
-        if path.is_file() and path.stat().st_size == sizes.bytes(i):
-            return path
-    return None
-
-
 def _checksum(path: Path) -> str | None:
     """What a shard's SHA-256 should be by the cache's seal, or if that is damaged its manifest."""
     manifest = read_json(path.parent / MANIFEST).get("shards", [])
-    said = {about["file"]: about for about in manifest}
-    said.update(read_json(path.parent / MARK).get("files", {}))
-    return said.get(path.name, {}).get("sha256")
+    known = {shard["file"]: shard for shard in manifest}
+    known.update(read_json(path.parent / MARK).get("files", {}))
+    return known.get(path.name, {}).get("sha256")
 
 
 def _linked(file: Path, folder: Path) -> bool:
@@ -259,44 +265,3 @@ def _linked(file: Path, folder: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-# --- places ---
-
-
-def _is_there(whole: Stage, content: bool) -> bool:
-    return whole.path.exists() and find_damage(whole.path, content=content) is None
-
-
-def _store(cfg: DictConfig) -> Store:
-    return Store(cfg.features.cache.folder)
-
-
-def _shards(cfg: DictConfig, sizes: Layout, train_set: ImageDataset) -> list[Stage]:
-    key = {**content_key(cfg, train_set), **_written(cfg), "shard_images": sizes.shard_images}
-    store = _store(cfg)
-    return [
-        store.stage("shards", [*_words(cfg), f"{i:05d}"], {**key, "shard": i}, _about(cfg))
-        for i in range(sizes.shards)
-    ]
-
-
-def _written(cfg: DictConfig) -> dict[str, Any]:
-    options = cfg.features.cache
-    return {"format": VERSION, "dtype": options.dtype, "order_seed": options.order_seed}
-
-
-def _words(cfg: DictConfig) -> list[str]:
-    name = cfg.train_dataset.name
-    return [name, SPLIT, cfg.clip.name, cfg.features.cache.dtype]
-
-
-def _about(cfg: DictConfig) -> dict[str, Any]:
-    return {"dataset": cfg.train_dataset.name, "clip": cfg.clip.name}
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or of what it will be created in the part that is there."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder

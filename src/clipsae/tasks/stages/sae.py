@@ -220,7 +220,7 @@ def _module(
 
 
 def _progress(training: Training, bars: ExitStack) -> Callable[[int, int, str | None], None]:
-    """What is told how far a training is: its stage, and a bar where there is one."""
+    """What reports how far a training is: to its stage, and in a bar where there is one."""
     cfg, k = training.cfg, training.cfg.model.get("k")
     if cfg.callbacks.progress_bar and rank_zero_only.rank == 0:
         name = cfg.model.name + (f" k={k}" if k else "")
