@@ -1,4 +1,4 @@
-"""Shared by all tests: where the project lies, and composing its configs."""
+"""Shared by all tests: the environment, and real photos."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["CLIPSAE_ROOT"] = str(ROOT)
-# Before torch is imported, and whatever is set outside: some tests fork, and OpenMP's threads do
-# not survive a fork: a child that computes with several waits for them for ever.
+# Set before torch is imported: some tests fork, OpenMP's threads do not survive a fork, and a child
+# that uses several would wait for them forever.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 PHOTOS = ROOT.parent / "shared" / "photos" / "imagenet" / "val"
@@ -16,7 +16,7 @@ PHOTOS = ROOT.parent / "shared" / "photos" / "imagenet" / "val"
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    """A thousand real ImageNet photos in class folders; no part of the project."""
+    """A thousand real ImageNet photos in class folders; not part of the project."""
     if not PHOTOS.is_dir():
-        pytest.skip("the photos are not there")
+        pytest.skip("no photos")
     return PHOTOS

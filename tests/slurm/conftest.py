@@ -44,8 +44,8 @@ def jobs_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def launch(cluster: None, jobs_name: str) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `run.py` with small settings and more overrides; its output goes to `log`.
-    What still runs in the end, here and on the cluster, is ended."""
+    """Start `run.py` with small settings and more overrides; its output goes to `log`.
+    What still runs in the end, here and on the cluster, is killed."""
     started = []
 
     def start(log: Path, *overrides: str, settings: list[str] = SMALL) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""Whole sweeps: disturbed at random, several at once, preempted. The same numbers in the end."""
+"""Whole sweeps, disturbed at random, several at once, preempted, end with the same numbers."""
 
 import json
 import re
@@ -33,7 +33,7 @@ ACTS = 5
 
 @pytest.fixture(scope="module")
 def undisturbed(launch: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """All numbers of the whole sweep, made one after the other in one process."""
+    """The results of the sweep, computed one after the other in one process."""
     root = tmp_path_factory.mktemp("undisturbed")
     log = root / "run.log"
     assert launch(log, *CELLS, f"paths.output_dir={root}", settings=DEMO).wait(TIMEOUT) == 0
@@ -67,7 +67,7 @@ def test_a_sweep_survives_anything(undisturbed, launch, jobs_name, tmp_path, see
     assert set(statuses) <= {0, 1, -9}, monkey.done
     assert monkey.done
     assert numbers(tmp_path) == undisturbed, monkey.done
-    assert not list(tmp_path.glob("*/.*.partial")), "something half made is left"
+    assert not list(tmp_path.glob("*/.*.partial")), "unfinished stages are left"
 
 
 def test_sweeps_that_share_a_store_train_each_sae_once(undisturbed, launch, tmp_path):
@@ -141,7 +141,7 @@ def test_preempted_again_and_again(launch, jobs_name, tmp_path):
 
 
 def newest_step(store: Path) -> int:
-    """Of the checkpoint; 0 where there is none, or where its folder has just changed hands."""
+    """Step of the newest checkpoint; 0 if there is none, or its folder has just changed owner."""
     for note in store.glob("sae/.*/*/scratch/last.ckpt.json"):
         try:
             return json.loads(note.read_text())["saved"][0]["step"]

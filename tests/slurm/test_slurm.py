@@ -1,4 +1,4 @@
-"""Jobs that are requeued, told to leave, killed: the same weights and results in the end."""
+"""Jobs that are requeued, signalled or killed end with the same weights and results."""
 
 import contextlib
 import re
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 SLURM = "hydra/launcher=slurm"
-# What is done to a job in the midst of its training; each has a store of its own.
+# What happens to a job in the middle of its training; each has its own store.
 DISTURBANCES = {
     "requeue": ["scontrol", "requeue"],
     "usr2": ["scancel", "--signal=USR2"],
@@ -27,10 +27,10 @@ TIMEOUT = 200  # seconds
 
 @dataclass
 class Sweeps:
-    """What is left when all is over.
+    """The outcome of all sweeps.
 
     Attributes:
-        root: one folder a sweep, its output in `<name>.log`.
+        root: one folder per sweep, its output in `<name>.log`.
         first, second: exit statuses of the disturbed sweep, and of the same command once more.
         ranks: exit status of the other.
     """

@@ -48,7 +48,7 @@ class MadeUp:
 
     @classmethod
     def stages(cls, root: Path) -> "MadeUp":
-        """What tells the stages of such a store; nothing is made."""
+        """Only the names of the stages; writes nothing."""
         one = cls.__new__(cls)
         one.store = Store(root)
         one.topk = one.sae("topk", k=16)
@@ -68,7 +68,7 @@ class MadeUp:
         (stage.lease_folder / "about.json").write_text(json.dumps(told))
 
     def left(self, stage: Stage, token: str, done=None, total=None) -> Path:
-        """What a process leaves that was killed, or that works elsewhere."""
+        """Write what a process leaves that was killed or runs elsewhere."""
         folder = stage.partial / token
         (folder / "scratch").mkdir(parents=True)
         (folder / "staging").mkdir()
