@@ -86,24 +86,6 @@ def find(tree: dict, name: str):
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_each_sae_once(tmp_path):
-    done = small(
-        tmp_path,
-        "-m",
-        "model=topk,relu",
-        "dataset=scenes_shape,scenes_colour",
-        "logger=csv",
-        "evaluation.settings=[no_sae,on]",
-        "measurement=none",
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("sae/*"))) == 2
-    assert len(list(tmp_path.glob("evaluation/*"))) == 4
-    assert done.stdout.count("training topk") == done.stdout.count("training relu") == 1
-    assert len(list(tmp_path.glob("sweeps/default/*/metrics.csv"))) == 4
-
-
-@pytest.mark.slow
 def test_a_backbone_without_texts_is_trained_and_measured(tmp_path):
     backbone = ("clip=dinov2_s_14", "clip.pretrained=null", "clip.image_size=56", "logger=csv")
     scenes = ("dataset=image_folder", f"dataset.root={tmp_path / 'images'}")
@@ -165,26 +147,18 @@ def test_two_sweeps_at_once_share_one_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_heldout_counts_on_the_other_split(tmp_path):
-    done = small(
-        tmp_path,
-        "evaluation.protocol=heldout",
-        "logger=none",
-        "dataset=scenes_colour",
-        "measurement=none",
-    )
-    assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.glob("evaluation/*/results.csv")
-    assert set(pd.read_csv(file).protocol) == {"heldout"}
-
-
-@pytest.mark.slow
-def test_clip_alone_can_be_evaluated(tmp_path):
-    done = small(tmp_path, "evaluation.settings=[no_sae]", "logger=none", "measurement=none")
-    assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.glob("evaluation/*/results.csv")
-    assert list(pd.read_csv(file).setting) == ["no_sae"]
-    assert "CLIP without an SAE" in done.stdout
+def test_heldout_counts_on_the_other_split_and_clip_alone_can_be_evaluated(tmp_path):
+    more = ("logger=none", "dataset=scenes_colour", "measurement=none")
+    for overrides, words in (
+        (["evaluation.protocol=heldout"], "heldout protocol"),
+        (["evaluation.settings=[no_sae]"], "CLIP without an SAE"),
+    ):
+        done = small(tmp_path, *more, *overrides)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout
+    tables = [pd.read_csv(file) for file in tmp_path.glob("evaluation/*/results.csv")]
+    assert {"heldout"} in [set(table.protocol) for table in tables]
+    assert ["no_sae"] in [list(table.setting) for table in tables]
 
 
 @pytest.mark.parametrize(

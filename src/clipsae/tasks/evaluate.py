@@ -19,7 +19,7 @@ from clipsae.interop import Imported, read
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
 from clipsae.tasks import build
-from clipsae.tasks.experiment import Experiment, check, produce
+from clipsae.tasks.experiment import Experiment, check, finish
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,7 @@ def run(cfg: DictConfig) -> None:
         ConfigError: no SAE there, one that cannot be read or that does not fit the CLIP, or
             anything else invalid in the config; before anything slow has begun.
     """
-    experiment = prepare(cfg)
-    produce([experiment])
-    experiment.show()
+    finish(prepare(cfg))
 
 
 def prepare(cfg: DictConfig) -> Experiment:

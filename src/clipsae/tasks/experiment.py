@@ -2,6 +2,7 @@
 table."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.options import set_by_recipe
 from clipsae.tasks.stages import classifier, evaluation, sae
 from clipsae.tasks.table import print_results
-from clipsae.tasks.tracking import Run, is_agents
+from clipsae.tasks.tracking import Run
 from clipsae.training.logging import log_results, log_sae
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,8 @@ class Experiment:
     @property
     def has_one_run(self) -> bool:
         """Whether the results are logged in the training's run."""
-        return self.evaluated is None or is_agents()
+        # (An agent of a W&B sweep gives a job one run.)
+        return self.evaluated is None or "WANDB_SWEEP_ID" in os.environ
 
     def show(self) -> None:
         """Log the results, unless an earlier job did, and print them.
@@ -124,7 +126,11 @@ def run(cfg: DictConfig) -> None:
     Raises:
         ConfigError: an invalid config; before anything slow has begun.
     """
-    experiment = prepare(cfg)
+    finish(prepare(cfg))
+
+
+def finish(experiment: Experiment) -> None:
+    """Make what is missing of one experiment, and show its results."""
     produce([experiment])
     experiment.show()
 

@@ -1,7 +1,6 @@
 """A job's runs in W&B or a CSV file: opened when there is something to log, closed with the right
 exit code."""
 
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,11 +75,6 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         self.close(error)
-
-
-def is_agents() -> bool:
-    """Whether an agent of a W&B sweep has started this job: it gives a job one run."""
-    return "WANDB_SWEEP_ID" in os.environ
 
 
 def logger_options(cfg: DictConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Kind "sae": a trained SAE. `sae.safetensors`, `sae.json`, `training.json`, `config.yaml`."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +185,7 @@ def make(
         **TRAINER_OPTIONS,
     )
     with ExitStack() as bars:
-        group = SAEGroup([_module(one, clip, _progress(one, bars)) for one in trainings])
+        group = SAEGroup([_module(one, clip, bars) for one in trainings])
         try:
             trainer.fit(group, datamodule=data)
         except FloatingPointError as error:
@@ -203,10 +203,15 @@ def make(
     return errors
 
 
-def _module(
-    training: Training, clip: FrozenCLIP, progress: Callable[[int, int, str | None], None]
-) -> SAEModule:
-    cfg = training.cfg
+def _module(training: Training, clip: FrozenCLIP, bars: ExitStack) -> SAEModule:
+    cfg, k = training.cfg, training.cfg.model.get("k")
+
+    def progress(step: int, max_steps: int, numbers: str | None) -> None:
+        training.stage.progress(step, max_steps)
+
+    if cfg.callbacks.progress_bar and rank_zero_only.rank == 0:
+        name = cfg.model.name + (f" k={k}" if k else "")
+        progress = bars.enter_context(Bar(f"training {name}", training.stage.progress))
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     return SAEModule(
         build.build_sae(cfg, clip.width),
@@ -217,15 +222,6 @@ def _module(
         checkpoint=training.stage.scratch / "last.ckpt",
         progress=progress,
     )
-
-
-def _progress(training: Training, bars: ExitStack) -> Callable[[int, int, str | None], None]:
-    """What reports how far a training is: to its stage, and in a bar where there is one."""
-    cfg, k = training.cfg, training.cfg.model.get("k")
-    if cfg.callbacks.progress_bar and rank_zero_only.rank == 0:
-        name = cfg.model.name + (f" k={k}" if k else "")
-        return bars.enter_context(Bar(f"training {name}", training.stage.progress))
-    return lambda step, max_steps, _: training.stage.progress(step, max_steps)
 
 
 def _write(training: Training, module: SAEModule, is_global_zero: bool) -> None:
