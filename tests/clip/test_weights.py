@@ -484,8 +484,8 @@ class TestPublished:
         # So that results of it are not taken for OpenAI's.
         assert FrozenCLIP.weights_file(NAMES[True], "openai") == path
         encoder = image_encoder(f"open_clip:{NAMES[False]}/openai")
-        assert torch.equal(encoder.backbone.model.visual.proj, state.visual.proj)
-        assert type(encoder.backbone.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == (
+        assert torch.equal(encoder.model.visual.proj, state.visual.proj)
+        assert type(encoder.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == (
             "QuickGELU"
         )
 
@@ -498,7 +498,7 @@ class TestPublished:
         clip = FrozenCLIP.load(f"timm:{name}", "augreg_in21k")
         assert torch.equal(clip.model.cls_token, random.cls_token)
         encoder = image_encoder(f"timm:{name}.augreg_in21k")
-        assert torch.equal(encoder.backbone.cls_token, random.cls_token)
+        assert torch.equal(encoder.model.cls_token, random.cls_token)
         dino = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518)
         kept = tmp_path / "home" / "torch" / "hub" / "checkpoints"
         kept.mkdir(parents=True)

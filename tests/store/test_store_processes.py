@@ -53,7 +53,7 @@ def test_a_killed_owner_is_taken_over_from_its_checkpoint(root, start, until, ho
     first = start("--steps", STEPS, *(("--host", host) if host else ()))
     until(lambda: checkpoint(root))
     # On the same host death is known at once, however long the time after which it is assumed.
-    second = start("--steps", STEPS, "--dead-after", 1 if host else 10_000)
+    second = start("--steps", STEPS, "--dead-after", 4 if host else 10_000)
     until(lambda: "waiting" in second.stdout.readline())
     first.kill()
     assert said(second).splitlines()[-1] == str(stage_of(root).path)
