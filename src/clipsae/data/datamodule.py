@@ -12,7 +12,7 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data.cache import CachedLoader, TokenCache
 from clipsae.data.dataset import ImageDataset
-from clipsae.data.loader import ResumableLoader, Source, image_batches, joined
+from clipsae.data.loader import ResumableLoader, image_batches, joined
 
 
 class FeatureDataModule(LightningDataModule):
@@ -34,10 +34,6 @@ class FeatureDataModule(LightningDataModule):
         val_dataset: images for validation, in one fixed order; None: no validation.
         cache: the tokens of `train_dataset`.
         block_images, buffer_images: how the cache is read, see `CachedLoader`.
-
-    Attributes:
-        source: where training tokens come from instead, such as the `tokens_at` of a module that
-            several trainings share; None: from the images or the cache.
     """
 
     def __init__(
@@ -64,7 +60,6 @@ class FeatureDataModule(LightningDataModule):
         self.seed = seed
         self.cache = cache
         self.reading = {"block_images": block_images, "buffer_images": buffer_images}
-        self.source: Source | None = None
         self._train_loader: ResumableLoader | None = None
         self._loader()  # refuses invalid sizes
 
@@ -92,20 +87,12 @@ class FeatureDataModule(LightningDataModule):
             "world_size": world_size,
             "pin_memory": torch.cuda.is_available(),
             "transform": self._mixed,
-            "source": self.source,
         }
         if self.cache is not None:
             return CachedLoader(self.cache, self.batch_size, **self.reading, **options)
         return ResumableLoader(
             self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
         )
-
-    def tokens_at(self, epoch: int, position: int) -> Tensor:
-        """The tokens [B, T, d] of a training on one device at a position in the stream, on the
-        CLIP's device. Fast if the position follows the last one."""
-        if self._train_loader is None:
-            self._train_loader = self._loader()
-        return self._train_loader.read(epoch, position)
 
     def _mixed(self, images: list[Tensor], seed: int) -> Tensor:
         """The tokens of a block, permuted where there is a shuffle buffer."""

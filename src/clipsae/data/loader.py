@@ -13,8 +13,6 @@ from torch import Tensor
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.reader import BadImages, read_batches
 
-# Tokens [B, T, d] of the training batch at an epoch and a position in it.
-Source = Callable[[int, int], Tensor]
 # (images of a block, several uint8 [B, 3, S, S], the seed of its mix) -> what batches are cut from.
 Transform = Callable[[list[Tensor], int], Tensor]
 
@@ -47,8 +45,6 @@ class ResumableLoader:
         rank, world_size: this process among all: rank r reads blocks r, r + world_size, ...
         num_workers: processes that read images; 0: this one. No influence on the order.
         pin_memory: for faster copies to a GPU.
-        source: where the tokens of each batch come from instead; this loader then only knows
-            where the training stands.
 
     Raises:
         ValueError: an invalid size, or fewer images than one batch of all ranks.
@@ -66,7 +62,6 @@ class ResumableLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         transform: Transform | None = None,
-        source: Source | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
@@ -90,7 +85,6 @@ class ResumableLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.transform = transform or (lambda images, seed: joined(images))
-        self.source = source
         self.epoch = 0
         self.position = 0
         self._resumed = False  # within an epoch that is yet to be continued
@@ -162,21 +156,16 @@ class ResumableLoader:
     def _rest_of_epoch(self) -> Iterator[Tensor]:
         while self.position < len(self):
             at = self.epoch, self.position
-            batch = self.read(*at) if self.source is None else self.source(*at)
+            if self._stream is None or self._stream_at != at:
+                self._stream = self._read_from(*at)
+            batch = next(self._stream)
             self.position += 1
             self._resumed = False
-            if self.position == len(self):  # now, as Lightning does not ask again after the last
+            last = self.position == len(self)
+            self._stream_at = (self.epoch + 1, 0) if last else (self.epoch, self.position)
+            if last:  # now, as Lightning does not ask again after it
                 self._bad.report()
             yield batch
-
-    def read(self, epoch: int, position: int) -> Tensor:
-        """The batch at a place in the stream; where it follows the last, it has been read ahead."""
-        if self._stream is None or self._stream_at != (epoch, position):
-            self._stream = self._read_from(epoch, position)
-        batch = next(self._stream)
-        last = position + 1 == len(self)
-        self._stream_at = (epoch + 1, 0) if last else (epoch, position + 1)
-        return batch
 
     def _blocks_from(self, epoch: int, position: int) -> Iterator[Block]:
         """Blocks without end."""

@@ -285,11 +285,11 @@ class SAEGroup(LightningModule):
     def on_fit_start(self) -> None:
         fresh: dict[int, Tensor] = {}
         starts: list[tuple[int, dict[str, Any]]] = []  # batches done, and where the stream was
+        self._seed = torch.initial_seed()
         for member in self.members:
             member.on_fit_start()
-            begun = member.checkpoint and whole_checkpoint(member.checkpoint)
-            if begun:
-                state = torch.load(begun, map_location=self.device, weights_only=True)
+            state = self._checkpoint(member)
+            if state is not None:
                 member.load_training_state(state)
                 log.info("continuing the training of %s from step %s", member.name, member.step)
                 if not member.done:
@@ -304,6 +304,19 @@ class SAEGroup(LightningModule):
         self._start = min(starts, key=lambda start: start[0], default=(0, {}))
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
         steps.ready = steps.completed = sum(member.step for member in self.members)
+
+    def _checkpoint(self, member: SAEModule) -> dict[str, Any] | None:
+        """What a member's training continues from, if there is a checkpoint."""
+        file = member.checkpoint and whole_checkpoint(member.checkpoint)
+        if not file:
+            return None
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        if "stream" in state:
+            return state
+        log.warning(
+            "%s: its checkpoint is of an earlier version: training starts over", member.name
+        )
+        return None
 
     def on_train_start(self) -> None:
         # (Lightning's own resumption skips an epoch after a SIGTERM in the last step of another.)
@@ -329,6 +342,8 @@ class SAEGroup(LightningModule):
         is_last = batch_idx + 1 == self.trainer.num_training_batches
         if member.scaler is not None:
             self.trainer.precision_plugin.scaler = member.scaler
+        # What a plugin draws depends neither on other members nor on an interruption.
+        torch.manual_seed(self._seed + member.batches)
         loss = member.training_step(tokens, batch_idx)
         # Lightning runs this whole method under autocast, which is meant for the forward pass.
         with torch.autocast(self.device.type, enabled=False):
@@ -344,7 +359,12 @@ class SAEGroup(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         member = self._stepping
         member.on_before_optimizer_step(optimizer)
-        self.clip_gradients(optimizer, member.gradient_clip_val, member.gradient_clip_algorithm)
+        value, algorithm = member.gradient_clip_val, member.gradient_clip_algorithm
+        if member.scaler is not None:  # Lightning refuses it: fused Adam unscales within its step
+            self.clip_gradients(optimizer, value, algorithm)
+        elif value:  # not by Lightning, which refuses bf16-mixed with fused Adam, too
+            clip = nn.utils.clip_grad_value_ if algorithm == "value" else nn.utils.clip_grad_norm_
+            clip(member.sae.parameters(), value)
 
     def each(self, work: Callable[[SAEModule], Any]) -> None:
         """Do something for each SAE of `current`. An error ends that SAE's training alone."""
