@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from clipsae.clip import FrozenCLIP
 from clipsae.errors import ConfigError
-from clipsae.store import Stage
+from clipsae.sae import SAE
+from clipsae.store import Stage, put_checkpoint
 from clipsae.store.files import checkpoint_step
 from clipsae.store.lease import begin
 from clipsae.tasks import experiment
@@ -154,6 +156,48 @@ def test_wherever_it_is_interrupted(tmp_path, prepare, signalled_at, step, shuff
     signalled_at("none", 0)
     produce(shared)
     assert weights(shared) == expected
+
+
+def test_random_numbers_of_a_step_are_those_of_the_sae_alone(
+    tmp_path, prepare, signalled_at, monkeypatch
+):
+    forward = SAE.forward
+
+    def noisy(sae, x):
+        return forward(sae, x + 0.1 * torch.randn_like(x) if sae.training else x)
+
+    monkeypatch.setattr(SAE, "forward", noisy)
+    expected = alone(prepare(tmp_path / "alone", *TWO))
+    shared = prepare(tmp_path / "shared", *TWO)
+    signalled_at("relu", 5)
+    interrupted(shared)
+    signalled_at("none", 0)
+    produce(shared)
+    assert weights(shared) == expected
+
+
+def test_a_checkpoint_of_an_earlier_version_is_ignored(tmp_path, prepare, caplog):
+    (cell,) = prepare(tmp_path, ["model=topk"])
+    cell.trained.scratch.mkdir(parents=True)
+    aside = tmp_path / "aside"
+    torch.save({"global_step": 3, "state_dict": {}}, aside)
+    put_checkpoint(aside, cell.trained.scratch / "last.ckpt", 3)
+    produce([cell])
+    assert "checkpoint of an earlier version" in caplog.text
+    assert cell.trained.finished
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_mixed_precision_clips_gradients(tmp_path, prepare, algorithm):
+    clipped, free = prepare(
+        tmp_path,
+        *(
+            ["model=topk", "trainer.precision=bf16-mixed", f"trainer.gradient_clip_val={value}"]
+            + [f"+trainer.gradient_clip_algorithm={algorithm}"]
+            for value in (1e-9, 1e9)
+        ),
+    )
+    assert len(set(alone([clipped, free]))) == 2
 
 
 @pytest.mark.parametrize(

@@ -313,9 +313,7 @@ class SAEGroup(LightningModule):
         state = torch.load(file, map_location=self.device, weights_only=True)
         if "stream" in state:
             return state
-        log.warning(
-            "%s: its checkpoint is of an earlier version: training starts over", member.name
-        )
+        log.warning("%s: the checkpoint of an earlier version is ignored", member.name)
         return None
 
     def on_train_start(self) -> None:
