@@ -39,15 +39,15 @@ def is_number(value: Any) -> bool:
 
 def whole(least: int | None = None, most: int | None = None, most_name: str = "") -> Rule:
     """A whole number; `most` is the value of the option `most_name`."""
-    limits = "" if least is None else f", {least} or more"
+    limits = "" if least is None else f" of at least {least}"
     if most is not None:
         limits = f" from {least} to {most_name}{'=' * bool(most_name)}{most}"
     low, high = (-math.inf if least is None else least), (math.inf if most is None else most)
-    return Rule(f"a whole number{limits}", lambda v: is_whole(v) and low <= v <= high)
+    return Rule(f"an integer{limits}", lambda v: is_whole(v) and low <= v <= high)
 
 
 def number(least: float | None = None, above: float | None = None) -> Rule:
-    limits = f", {least:g} or more" if least is not None else ""
+    limits = f" of at least {least:g}" if least is not None else ""
     limits += f" above {above:g}" if above is not None else ""
     return Rule(
         f"a number{limits}",

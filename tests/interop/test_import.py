@@ -353,5 +353,5 @@ def test_a_file_of_another_kind_does_not_stand_for_its_folder(tmp_path):
     foreign.visaebench(tmp_path, {}, weights(**SIMPLE))
     assert clipsae.load(tmp_path / "config.json").latents == M
     (tmp_path / "sae.pkl.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"sae\.pkl\.gz is of no known format"):
+    with pytest.raises(ValueError, match=r"sae\.pkl\.gz has no known format"):
         clipsae.load(tmp_path / "sae.pkl.gz")

@@ -135,7 +135,7 @@ def test_what_lies_beside_a_config_is_refused_by_name(tmp_path, more):
     [
         ("!!python/object/apply:os.system ['false']", "is not valid YAML: could not determine"),
         ("- topk", "holds a list: expected a YAML object"),
-        ("activation: topk\nk: many", "config.yaml: k='many': expected a whole number"),
+        ("activation: topk\nk: many", "config.yaml: k='many': expected an integer"),
     ],
 )
 def test_a_config_that_is_none_is_refused(tmp_path, text, words):

@@ -165,7 +165,7 @@ def test_heldout_counts_on_the_other_split_and_clip_alone_can_be_evaluated(tmp_p
     ("overrides", "words"),
     [
         (["dataset=image_folder", "dataset.root=nowhere"], "nowhere"),
-        (["model=topk", "model.k=0"], "model.k=0: expected a whole number, 1 or more"),
+        (["model=topk", "model.k=0"], "model.k=0: expected an integer of at least 1"),
         (["clip=vit_b_16", "clip.name=ViT-B-16"], "use clip.name=ViT-B-16-quickgelu"),
         (["clip=vit_b_16", "clip.name=RN50"], "ResNet"),
         (["optimizer.learning_rate=-1"], "learning_rate"),

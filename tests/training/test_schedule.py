@@ -38,7 +38,7 @@ def test_decays_end_at_zero():
     ("decay", "warmup", "steps", "words"),
     [
         ("sine", 1, 10, "expected one of constant, cosine, linear"),
-        ("constant", -1, 10, "0 or more"),
+        ("constant", -1, 10, "at least 0"),
         ("constant", "x", 10, "warmup_steps='x'"),
         ("cosine", 10, -1, "needs a trainer.max_steps"),
     ],
@@ -61,7 +61,7 @@ def test_what_cannot_be_is_refused(decay, warmup, steps, words):
         ({"betas": ["a", 0.9]}, "betas='a'"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"warmup_steps": 0.5}, r"warmup_steps=0\.5"),
-        ({"initial_images": 0}, "initial_images=0: expected a whole number, 1 or more"),
+        ({"initial_images": 0}, "initial_images=0: expected an integer of at least 1"),
         ({"compile": "no"}, "compile='no': expected true or false"),
     ],
 )

@@ -159,7 +159,8 @@ def _labels(
         return labels, folders
     if len(unknown) < len(folders):
         raise ValueError(
-            f"{root}: {unknown[0]} is no wnid of ImageNet-1k, while {len(folders) - len(unknown)} "
-            f"of the {len(folders)} class folders are: remove it, or choose classnames=raw"
+            f"{root}: {unknown[0]} is not a wnid of ImageNet-1k, while "
+            f"{len(folders) - len(unknown)} of the {len(folders)} class "
+            "folders are: remove it, or choose classnames=raw"
         )
     return labels, [words(name) for name in folders]

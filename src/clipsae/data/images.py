@@ -54,7 +54,7 @@ def read_image(path: Path | str, image_size: int, *, as_seen: bool = True) -> Te
 
     Raises:
         BadImageError: not an image, truncated, not readable, absurdly long, or of numbers that
-            have no agreed black and white (32-bit integers, floats).
+            have no defined value range (32-bit integers, floats).
     """
     try:
         with Image.open(path) as image:
@@ -84,7 +84,7 @@ def _check(image: Image.Image) -> None:
         raise _Unusable(f"{width} x {height} pixels is too long for a crop")
     if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BITS):
         kind = "floats" if image.mode == "F" else "32-bit integers"
-        raise _Unusable(f"{kind} have no agreed black and white: save it with 8 or 16 bits")
+        raise _Unusable(f"{kind} have no defined value range: save it with 8 or 16 bits")
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:

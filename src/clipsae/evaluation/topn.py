@@ -152,7 +152,7 @@ class TopN:
             if label != self._class:
                 self.rank()
                 if self.images[label]:
-                    raise ValueError(f"images of class {label} must be neighbours")
+                    raise ValueError(f"images of class {label} must be consecutive")
                 self._class = label
             self._counts += counts[rows].sum(dim=0)
             self._sums += sums[rows].sum(dim=0)

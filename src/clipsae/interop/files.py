@@ -118,7 +118,7 @@ class Config:
         """A whole number above 0."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{self.where}: {name}={value!r}: expected a whole number, 1 or more")
+            raise ValueError(f"{self.where}: {name}={value!r}: expected an integer of at least 1")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:

@@ -28,7 +28,7 @@ def fetch(source: str, files: tuple[str, ...], suffixes: tuple[str, ...]) -> Pat
     match = _ID.fullmatch(source)
     if match is None:
         raise FileNotFoundError(
-            f"{source!r} is no folder or file here, nor a Hugging Face id such as owner/name: "
+            f"{source!r} is neither a file or folder nor a Hugging Face id such as owner/name: "
             "check its spelling"
         )
     # Slow to import, and only needed here.
@@ -42,7 +42,7 @@ def fetch(source: str, files: tuple[str, ...], suffixes: tuple[str, ...]) -> Pat
         )
     except Exception as error:  # offline, no such repository, no access, a broken cache: many kinds
         raise FileNotFoundError(
-            f"{source!r} is no folder here, and could not be downloaded from Hugging Face "
+            f"{source!r} is not a folder, and could not be downloaded from Hugging Face "
             f"({_why(error)}): check the id, the network and the token"
         ) from error
     path = Path(folder) / inside

@@ -140,7 +140,7 @@ def convert(
     for name, size in (("d_in", d), ("d_out", d), ("d_sae", m)):
         config.check_size(name, size)
     if architecture == "topk" and k > m:
-        raise ValueError(f"{where}: k={k} is more than the {m} latents that there are")
+        raise ValueError(f"{where}: k={k} is more than the {m} latents of the SAE")
     _finetuned(config, tensors, parts)
     if architecture == "standard":
         plain = Plain("relu", **parts)

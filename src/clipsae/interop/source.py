@@ -52,7 +52,7 @@ def _read(path: Path) -> Imported:
     file = path if path.is_file() and path.suffix in checkpoint.SUFFIXES else None
     if file is None and path.is_file() and path.name not in FILES:
         raise ValueError(
-            f"{path} is of no known format: expected a folder with one of {', '.join(FORMATS)}, or "
+            f"{path} has no known format: expected a folder with one of {', '.join(FORMATS)}, or "
             f"a {', '.join(checkpoint.SUFFIXES)} file, as torch.save writes it"
         )
     folder = path.parent if path.is_file() else path

@@ -106,7 +106,7 @@ def write(sae: SAE, folder: Path) -> list[str]:
     if plain.rule == "gated" or plain.normalize:
         what = "activation=gated" if plain.rule == "gated" else "normalize_input=true"
         raise ValueError(
-            f"{what} cannot be written for visaebench's files, which have no such thing: measure "
+            f"{what} cannot be written for visaebench's files, which have no counterpart: measure "
             "clipsae.interop.visaebench.VisaebenchSAE(sae) there instead"
         )
     plain.shift_input(-1)

@@ -120,10 +120,6 @@ class SparseCodes:
         shape = (*self.shape[:-2], self.latents)
         return torch.bincount(self.cell[where], minlength=prod(shape)).view(shape)
 
-    def row_counts(self) -> Tensor:
-        """Pairs of each token, LongTensor [N]."""
-        return torch.bincount(self.token, minlength=self.tokens)
-
     def totals(self) -> Tensor:
         """Each latent's codes summed over tokens, float64 [M], or [B, M] of codes [B, T, M].
 

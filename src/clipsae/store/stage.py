@@ -106,7 +106,7 @@ class Stage:
             Damaged: it is not there, or not as it was sealed.
         """
         if (wrong := find_damage(self.path)) is not None:
-            raise Damaged(f"{self.path}: {wrong}: run what made it again, and it is recomputed")
+            raise Damaged(f"{self.path}: {wrong}: run the command that produced it again")
 
     def progress(self, done: int, total: int) -> None:
         """Note how far `build` is, in steps; costs nothing.

@@ -67,7 +67,7 @@ def run_task(cfg: DictConfig, task: Callable[[DictConfig], None] | None = None) 
 
 
 def _say_interrupted() -> None:
-    log.warning("interrupted: the same command goes on; what is finished is kept")
+    log.warning("interrupted: run the same command again to continue; finished work is kept")
     sys.exit(SIGINT_STATUS)
 
 

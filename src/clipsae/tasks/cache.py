@@ -18,7 +18,9 @@ def run(cfg: DictConfig) -> None:
         ConfigError: something invalid in the config, or a disk that is too small.
     """
     if not features.cached(cfg):
-        raise ConfigError("task=cache makes what features=cached reads: leave out features=online")
+        raise ConfigError(
+            "task=cache writes the cache that features=cached reads: leave out features=online"
+        )
     build.check_keys(cfg)
     clip = build.build_clip(cfg)
     train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)

@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> None:
     file = Path(task.file)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(as_json(board) + "\n")
-    log.info("the workspace, as it is sent to W&B, is written to %s", file)
+    log.info("the workspace sent to W&B is written to %s", file)
     save(board, task.entity)
 
 

@@ -75,7 +75,7 @@ def bring_in(
         )
     said = ", ".join(f"{name}={value}" for name, value in found.reads.items())
     log.info(
-        "an SAE of %s, trained on tokens of %s; it is given those of %s (%s), block %d",
+        "an SAE of %s, trained on tokens of %s; it reads those of %s (%s), block %d",
         *(found.format, said or "a model that its file does not name"),
         *(clip.name, Path(cfg.clip.pretrained or "random weights").name, clip.layer),
     )

@@ -129,7 +129,7 @@ def remove(entries: Sequence[Entry], dead_after: float = DEAD_AFTER) -> list[Ent
     for entry in entries:
         folder = leases[entry.path]
         if folder is not None and alive[folder]:
-            log.warning("%s has come to life: left alone", entry.name)
+            log.warning("%s is in use again: kept", entry.name)
         elif _remove(entry):
             removed.append(entry)
         else:

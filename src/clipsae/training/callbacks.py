@@ -153,7 +153,7 @@ class Checkpoints(Checkpoint):
     def _note(self, number: int, frame: Any) -> None:
         self.asked.add(number)
         if number == signal.SIGINT:
-            log.warning("Ctrl-C: saving after this step; once more ends it at once")
+            log.warning("Ctrl-C: saving after this step; press it again to stop at once")
             signal.signal(number, self.before[number])
 
     def _pass_on(self, asked: set[int]) -> None:

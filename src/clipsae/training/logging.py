@@ -26,7 +26,7 @@ def _only_warns() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.warning("W&B: %s: %s; the work goes on", type(error).__name__, error)
+        log.warning("W&B: %s: %s; the run continues", type(error).__name__, error)
 
 
 class PatientWandbLogger(WandbLogger):

@@ -225,7 +225,7 @@ def test_imagenet_that_is_not_sorted_yet(tmp_path):
     with pytest.raises(ValueError, match="only images: sort them into one folder a class first"):
         DATASETS["imagenet"](tmp_path)
     (tmp_path / "val" / "n00000001").mkdir()
-    with pytest.raises(ValueError, match="n00000001 is no wnid of ImageNet-1k"):
+    with pytest.raises(ValueError, match="n00000001 is not a wnid of ImageNet-1k"):
         DATASETS["imagenet"](tmp_path)
 
 

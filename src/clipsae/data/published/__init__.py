@@ -494,7 +494,7 @@ def _list_wnids(folder: Path, prefix: str = "") -> Split:
     """
     found = _wnids_in(folder)
     if unknown := set(found) - set(wnids()):
-        raise ValueError(f"{folder / min(unknown)}: {min(unknown)} is no wnid of ImageNet-1k")
+        raise ValueError(f"{folder / min(unknown)}: {min(unknown)} is not a wnid of ImageNet-1k")
     if not found:
         flat = (
             ", only images: sort them into one folder a class first, or put Kaggle's "

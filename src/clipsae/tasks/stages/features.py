@@ -120,7 +120,7 @@ class _Cache:
         def write(folder: Path) -> None:
             found = self.found(i)
             if found is not None and sha256(found) == _checksum(found) and _linked(found, folder):
-                log.info("%s is whole: kept", number)
+                log.info("%s is complete: kept", number)
                 return
             start = time.monotonic()
             write_shard(
@@ -138,7 +138,7 @@ class _Cache:
         try:
             self.shards[i].make(write, wait=wait, check="size")
         except Busy:
-            log.info("%s is another job's", number)
+            log.info("%s is computed by another job", number)
 
     def assemble(self, folder: Path) -> None:
         """Put the finished shards into the cache's folder, and describe them."""

@@ -121,13 +121,14 @@ def check_devices(cfg: DictConfig) -> None:
             "and so the SAE, depend on how many there are"
         )
     several = devices > 1 if isinstance(devices, int) else len(devices) > 1
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if several and is_sweep and cfg.together:
+    if not several or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    if cfg.together:
         raise ConfigError(
             f"trainer.devices={devices}: together=true trains on one device; leave out one of them"
         )
     started = SLURMEnvironment.detect() or "LOCAL_RANK" in os.environ
-    if several and is_sweep and not started:
+    if not started:
         raise ConfigError(
             f"trainer.devices={devices} in a sweep on this machine: Lightning would start the "
             "whole sweep once a device; run one job at a time, or use hydra/launcher=slurm"
