@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import MissingConfigException
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from clipsae.rules import similar
@@ -76,26 +78,43 @@ def near(name: str, known: Iterable[str], group: str = "") -> str:
 
 
 def _unknown(key: str) -> str:
-    """That a key does not exist, and what its group has."""
-    given = _given(key)
+    """That a key does not exist, from the first part of it that does not."""
     if key in RENAMED:
-        return f"{given}: {key} is now {RENAMED[key]}"
+        return f"{_given(key)}: {key} is now {RENAMED[key]}"
+    node, parts = _composed(), key.split(".")
+    for i, part in enumerate(parts):
+        known = [str(one) for one in node] if isinstance(node, DictConfig) else []
+        if part not in known:
+            group = ".".join(parts[:i])
+            hint = near(part, known, group)
+            if others := _choices_with(group, part):
+                hint = f"it is an option of {group}={' and '.join(others)}"
+            return f"{_given(key)}: there is no such option; {hint}"
+        node = node._get_node(part)
+    return f"{_given(key)}: there is no such option"
+
+
+def _choices_with(group: str, key: str) -> list[str]:
+    """The choices of a group whose configs have a key."""
     from clipsae.cli import ROOT  # which imports this module
 
-    conf = ROOT / "conf"
-    group, _, name = key.rpartition(".")
-    if not (conf / group.replace(".", "/")).is_dir():
-        group, name = "", key.partition(".")[0]
-    if not group:
-        known = [*OmegaConf.load(conf / "config.yaml"), *(path.name for path in conf.iterdir())]
-        return f"{given}: there is no such option; {near(name, known)}"
-    files = sorted((conf / group.replace(".", "/")).glob("[!_]*.yaml"))
-    keys = {file.stem: list(with_bases(file)) for file in files}
-    if others := [choice for choice in keys if name in keys[choice]]:
-        where = f"{group}={' and '.join(others)}"
-        return f"{given}: there is no such option; it is an option of {where}"
-    known = set().union(*keys.values()) - {"defaults"}
-    return f"{given}: there is no such option; {near(name, known, group)}"
+    files = sorted((ROOT / "conf" / group).glob("[!_]*.yaml")) if group else []
+    return [file.stem for file in files if key in with_bases(file)]
+
+
+def _composed() -> DictConfig:
+    """The config with only the groups that the command chooses."""
+    from clipsae.cli import ROOT
+
+    choices = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w-]+", a)]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for overrides in (choices, []):
+            try:
+                return compose("config", overrides, return_hydra_config=True)
+            except HydraException:
+                continue
+    return OmegaConf.create()
 
 
 def with_bases(file: Path) -> DictConfig:

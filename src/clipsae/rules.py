@@ -90,7 +90,7 @@ def list_of(rule: Rule, least: int = 0, most: float = math.inf) -> Rule:
 
 def unset(instead: str) -> Rule:
     """A key that is not to be set."""
-    return Rule(f"no value: {instead}", lambda v: v is None)
+    return Rule(f"null: {instead}", lambda v: v is None)
 
 
 FLAG = one_of(True, False)

@@ -187,7 +187,7 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
         ("+evaluation.n=[1]", "did you mean evaluation.ns"),
         ("+callbacks.checkpoint_every=1", "callbacks.checkpoint_every=1: there is no such option"),
         ("+trainer.limit_train_batchs=1", "did you mean trainer.limit_train_batches"),
-        ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=true: expected no value"),
+        ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=true: expected null"),
         ("+trainer.max_epochs=2", "the length of a training is trainer.max_steps"),
         ("+trainer.max_time=soon", "trainer.max_time=soon"),
         ("+trainer.limit_train_batches=0", "trainer.limit_train_batches=0: expected"),
@@ -268,6 +268,8 @@ def test_a_block_that_is_not_there(composed, name, layer, blocks):
         ),
         (["dataset.kind=shap"], "unknown kind of scenes 'shap'"),
         (["model.k=16"], "there is no such option; it is an option of model=batch_topk and topk"),
+        (["resources.cpuz=1"], "did you mean resources.cpus?"),
+        (["features=cached", "features.cache.shard_bg=1"], "did you mean features.cache.shard_gb?"),
         (["hydra.launcher.foo=1", "hydra/launcher=slurm"], "hydra.launcher has account"),
     ],
 )

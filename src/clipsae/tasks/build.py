@@ -162,8 +162,12 @@ def dataset_key(node: DictConfig, dataset: ImageDataset) -> dict[str, Any]:
     That images which cannot be read are left out (`on_bad_image: skip`) decides nothing where there
     are none.
     """
+    options = decisive("dataset", node)
+    # The module's earlier name, so that what was made under it is found.
+    target = options["_target_"].replace("clipsae.data.published.", "clipsae.data.eleven.")
     return {
-        **decisive("dataset", node),
+        **options,
+        "_target_": target,
         "fingerprint": dataset.fingerprint,
         "left_out": leaves_out(dataset),
     }

@@ -185,9 +185,11 @@ class TokenRate(Callback):
         self.seconds += now - self.started
         self.started = now
         self.tokens += batch.shape[0] * batch.shape[1] * trainer.world_size
-        if (trainer.fit_loop.total_batch_idx + 1) % trainer.log_every_n_steps == 0:
-            for member in pl_module.current:
-                member.record({"train/tokens_per_second": self.tokens / self.seconds})
+        every = trainer.log_every_n_steps
+        due = [m for m in pl_module.current if not m.accumulating and m.step % every == 0]
+        for member in due:
+            member.record({"train/tokens_per_second": self.tokens / self.seconds})
+        if due:
             self.tokens, self.seconds = 0, 0.0
 
     def on_validation_end(self, trainer: Trainer, pl_module: SAEGroup) -> None:
