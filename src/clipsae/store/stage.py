@@ -174,7 +174,7 @@ class Stage:
             self._build(self._lease, build, check)
         except LeaseLost:
             log.warning(
-                "%s was taken over by another process while this one was suspended: using its result",
+                "%s was taken over by another process while this one was suspended: using its work",
                 self.path.name,
             )
             return False
