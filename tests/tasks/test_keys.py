@@ -3,9 +3,10 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
+from clipsae.evaluation.metrics import METRICS
 from clipsae.store import Store
 from clipsae.tasks import build
-from clipsae.tasks.stages import sae
+from clipsae.tasks.stages import evaluation, sae
 from run import ROOT
 
 
@@ -16,7 +17,9 @@ def name(tmp_path_factory):
     def of(*overrides: str) -> str:
         cfg = compose("config", ["trainer.max_steps=20", *overrides])
         images = build.build_dataset(cfg.train_dataset, "train", 64)
-        return sae.stage(cfg, store, images).path.name
+        trained = sae.stage(cfg, store, images)
+        of.evaluation = evaluation.stage(cfg, store, trained, images).path.name
+        return trained.path.name
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield of
@@ -66,3 +69,18 @@ def test_what_does_not_is_not(name, override):
 
 def test_a_step_is_the_same_images_on_one_device_or_two(name):
     assert name("trainer.devices=2") == name("trainer.accumulate_grad_batches=2")
+
+
+def test_a_new_metric_is_measured_on_finished_saes(name, monkeypatch):
+    trained, before = name(), name.evaluation
+    assert (name(f"measurement.metrics=[{','.join(METRICS)}]"), name.evaluation) == (
+        trained,
+        before,
+    )
+    monkeypatch.setitem(METRICS, "of_tomorrow", METRICS["sparsity"])
+    assert name() == trained
+    assert name.evaluation != before
+    # A plugin's is that of the runs that name it alone.
+    others = type("Others", (), {"__module__": "clipsae_plugin_0_others"})
+    monkeypatch.setitem(METRICS, "of_tomorrow", others)
+    assert (name(), name.evaluation) == (trained, before)

@@ -21,6 +21,8 @@ from omegaconf import DictConfig
 from clipsae.errors import ConfigError
 from clipsae.store.files import sha256
 
+_PREFIX = "clipsae_plugin_"  # of their modules' names
+
 
 def load(cfg: DictConfig) -> None:
     """Import the plugins, each once in a process.
@@ -29,7 +31,7 @@ def load(cfg: DictConfig) -> None:
         ConfigError: one that is not there.
     """
     for path in _files(cfg):
-        name = f"clipsae_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
+        name = _module_name(path)
         if name in sys.modules:
             continue
         spec = importlib.util.spec_from_file_location(name, path)
@@ -45,6 +47,16 @@ def load(cfg: DictConfig) -> None:
 def digests(cfg: DictConfig) -> list[str]:
     """SHA-256 of each plugin's file: what it defines decides what is trained."""
     return [sha256(path) for path in _files(cfg)]
+
+
+def of_others(cfg: DictConfig, cls: type) -> bool:
+    """Whether a plugin defines a class that another run in this process has named alone."""
+    module = cls.__module__
+    return module.startswith(_PREFIX) and module not in map(_module_name, _files(cfg))
+
+
+def _module_name(path: Path) -> str:
+    return f"{_PREFIX}{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
 
 
 def _files(cfg: DictConfig) -> list[Path]:
