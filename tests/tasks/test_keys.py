@@ -4,8 +4,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from clipsae.evaluation.metrics import METRICS
+from clipsae.sae import ACTIVATIONS
 from clipsae.store import Store
-from clipsae.tasks import build
+from clipsae.tasks import build, plugins
 from clipsae.tasks.stages import evaluation, sae
 from run import ROOT
 
@@ -84,3 +85,28 @@ def test_a_new_metric_is_measured_on_finished_saes(name, monkeypatch):
     others = type("Others", (), {"__module__": "clipsae_plugin_0_others"})
     monkeypatch.setitem(METRICS, "of_tomorrow", others)
     assert (name(), name.evaluation) == (trained, before)
+
+
+@pytest.mark.parametrize(
+    ("registered", "retrained"),
+    [(["METRICS"], False), (["METRICS", "ACTIVATIONS"], True), ([], True)],
+)
+def test_a_plugin_of_metrics_alone_trains_nothing_anew(
+    name, tmp_path, monkeypatch, registered, retrained
+):
+    without = name()
+    monkeypatch.setattr(plugins, "_files", lambda cfg: [file])
+    imports = (
+        "from clipsae.evaluation.metrics import METRICS\nfrom clipsae.sae import ACTIVATIONS\n"
+    )
+    lines = [f"@{one}.register('made_up')\nclass MadeUp: ...\n" for one in registered]
+    file = tmp_path / "plugin.py"
+    found = []
+    for version in (1, 2):
+        file.write_text(f"# {version}\n{imports}{''.join(lines)}")
+        found.append((name(), name.evaluation))
+    for registry in (METRICS, ACTIVATIONS):
+        registry.pop("made_up", None)
+    assert (found[0][0] != found[1][0]) == retrained
+    assert found[0][1] != found[1][1]
+    assert (found[0][0] == without) != retrained

@@ -84,6 +84,8 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
     if measures(cfg):
         encoder = {"image_encoder": encoder_name(cfg, test_set)}
         chosen = {"metrics": metric_names(cfg)}
+        if plugged := plugins.digests(cfg, measuring=True):
+            chosen["plugins"] = plugged
         key["measurement"] = build.plain(cfg.measurement) | encoder | chosen
     if not cfg.evaluation.settings and not measures(cfg):
         return None
