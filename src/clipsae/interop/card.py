@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from clipsae.evaluation.numbers import current_names
-from clipsae.overrides import flat
 from clipsae.sae import SAE
 
 # Of an evaluation's key what chooses which numbers there are, and leaves each of them as it is.
@@ -107,6 +106,8 @@ def _results(folder: Path | None) -> list[str]:
 def _evaluations(folder: Path | None) -> list[tuple[Path, dict[str, str]]]:
     """The evaluations of an SAE in its store, the newest last, with the settings that decide their
     numbers."""
+    from clipsae.overrides import flat  # imports Hydra, to load does not
+
     found = []
     for place in () if folder is None else (folder.parent.parent / "evaluation").glob("[!.]*"):
         meta = place / "meta.json"
