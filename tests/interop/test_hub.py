@@ -73,7 +73,7 @@ def test_only_what_may_be_needed_is_fetched(monkeypatch, tmp_path):
 
 
 def test_an_id_that_cannot_be_had_is_said_in_one_sentence():
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder here") as refused:
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is not a folder") as refused:
         clipsae.load("nobody/nothing")
     assert "\n" not in str(refused.value)
 
