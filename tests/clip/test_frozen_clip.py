@@ -186,6 +186,7 @@ def test_a_timm_model_has_no_texts():
         ({"name": "coca_ViT-B-32"}, "pools its tokens by attention; expected a plain ViT"),
         ({"name": "ViT-B-16"}, "trained with QuickGELU: use clip.name=ViT-B-16-quickgelu"),
         ({"pretrained": "openay"}, "neither a file nor weights .*openai"),
+        ({"name": "ViT-M-16", "pretrained": "nul"}, r"for ViT-M-16 \(it has none\)"),
         ({"name": "timm:vit_smal_patch14_dinov2"}, "did you mean vit_small_patch14_dinov2"),
         ({"name": "timm:vit_small_patch16_dinov3"}, "expected a plain ViT"),
         ({"name": "timm:resnet18"}, "expected a plain ViT"),

@@ -15,6 +15,7 @@ from clipsae.evaluation.metrics.monosemanticity import monosemanticity
 from clipsae.evaluation.metrics.orthogonality import decoder_orthogonality
 from clipsae.evaluation.metrics.recovery import concept_recovery
 from clipsae.evaluation.metrics.sparsity import sparsity_sums, sparsity_values
+from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import pool_codes
 from clipsae.evaluation.truth import image_concepts, patch_concepts
 from clipsae.sae import SAE
@@ -169,6 +170,7 @@ def test_a_metric_is_one_class(clip, scenes, saes, monkeypatch):
         """How often the reconstruction gets the prediction of the image."""
 
         needs = ("predictions",)
+        numbers = (Number("agreement", "agreement"),)
 
         def __init__(self, sae, options):
             super().__init__(sae, options)
@@ -197,3 +199,6 @@ def test_a_metric_is_one_class(clip, scenes, saes, monkeypatch):
     assert "agreement" not in by_metric(evaluate(clip, saes, scenes, limit_images=4), "relu")
     with pytest.raises(ValueError, match="'agreement' needs a classifier"):
         evaluate(clip, saes, scenes, metrics=["agreement"])
+    Agreement.numbers = ()
+    with pytest.raises(ValueError, match="'agreement' computes 'agreement', which its class lacks"):
+        evaluate(clip, saes, scenes, names, metrics=["agreement"], **options, limit_images=4)

@@ -73,7 +73,7 @@ def test_only_what_may_be_needed_is_fetched(monkeypatch, tmp_path):
 
 
 def test_an_id_that_cannot_be_had_is_said_in_one_sentence():
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder here") as refused:
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is not a folder") as refused:
         clipsae.load("nobody/nothing")
     assert "\n" not in str(refused.value)
 
@@ -143,10 +143,38 @@ def test_the_card_tells_the_results_of_its_store(tmp_path, make):
     assert str(tmp_path) not in card
 
 
-def put(folder, sae, name, text):
+def put(folder, sae, name, text, finished=0, **key):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").write_text(json.dumps({"key": {"sae": sae}}))
+    meta = {"key": {"sae": sae, **key}, "finished": finished}
+    (folder / "meta.json").write_text(json.dumps(meta))
     (folder / name).write_text(text)
+
+
+def test_evaluations_with_other_settings_are_rows_of_their_own(tmp_path, make):
+    sae = make(architecture="attention", activation="relu")
+    place = tmp_path / "evaluation"
+    for name, accuracy, finished, threshold, ns in (
+        ("a", 3.0, 9, 0.2, [1, 5]),  # in place of b
+        ("b", 1.0, 8, 0.2, [5]),
+        ("c", 2.0, 7, 0.5, [5]),
+    ):
+        key = {
+            "evaluation": {"count_threshold": threshold, "ns": ns},
+            "measurement": {"k": accuracy},
+        }
+        results = "dataset,images,protocol,setting,n,accuracy\n"
+        put(
+            place / name,
+            "s",
+            "results.csv",
+            f"{results}x,5,paper,on,5,{accuracy}\n",
+            finished,
+            **key,
+        )
+    card = model_card(sae, "someone/topk", tmp_path / "sae" / "s")
+    assert "An attention sparse autoencoder" in card
+    assert "| x (5 images, evaluation.count_threshold=0.2) | 3.00 |" in card
+    assert "| x (5 images, evaluation.count_threshold=0.5) | 2.00 |" in card
 
 
 def test_the_cards_example_runs(make):

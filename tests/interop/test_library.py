@@ -57,7 +57,7 @@ def damaged(folder, **changes):
         (lambda f: damaged(f, config={"d": None}), "d=None"),
         (lambda f: damaged(f, config={"latents": "many"}), "latents='many'"),
         (lambda f: damaged(f, config={"latents": 41}), "does not fit its config"),
-        (lambda f: damaged(f, config={"activation": "softplus"}), "'softplus' does not exist"),
+        (lambda f: damaged(f, config={"activation": "softplus"}), "may be a plugin's: give plug"),
         (lambda f: damaged(f, version=99), "up to 2"),
         (lambda f: (f / "sae.json").write_text("{"), "is not valid JSON"),
         (lambda f: (f / "sae.json").write_text("[" * 100_000), "is not valid JSON"),

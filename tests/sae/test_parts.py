@@ -120,6 +120,16 @@ def test_a_part_registered_from_outside_is_one_like_any_other(squared, tmp_path)
         SAE(D, 20, "linear", "squared")
 
 
+def test_options_that_are_passed_on_are_the_base_classs_too(squared, monkeypatch):
+    class Softer(squared):
+        def __init__(self, latents: int, *, gain: float = 0.5, **options) -> None:
+            super().__init__(latents, gain=gain, **options)
+
+    monkeypatch.setitem(ACTIVATIONS, "softer", Softer)
+    sae = SAE(D, 20, "linear", "softer", border=0.25)
+    assert (sae.config["border"], sae.config["gain"]) == (0.25, 0.5)
+
+
 def test_the_command_line_names_the_new_option():
     assert near("l1", ["k", "l1_coefficient"], "model") == "did you mean model.l1_coefficient?"
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from clipsae.tasks.build import best_device
+from clipsae.errors import ConfigError
+from clipsae.tasks.build import best_device, build_dataset
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,9 @@ def test_a_rank_uses_its_own_gpu(monkeypatch, gpus, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert best_device() == torch.device(expected)
+
+
+def test_what_a_dataset_lacks_is_one_sentence():
+    node = OmegaConf.create({"_target_": "types.SimpleNamespace", "name": "x", "labels": [0]})
+    with pytest.raises(ConfigError, match="lack classnames, templates, fingerprint; expected are"):
+        build_dataset(node, "train", 64)

@@ -3,9 +3,11 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
+from clipsae.evaluation.metrics import METRICS
+from clipsae.sae import ACTIVATIONS
 from clipsae.store import Store
-from clipsae.tasks import build
-from clipsae.tasks.stages import sae
+from clipsae.tasks import build, plugins
+from clipsae.tasks.stages import evaluation, sae
 from run import ROOT
 
 
@@ -16,7 +18,9 @@ def name(tmp_path_factory):
     def of(*overrides: str) -> str:
         cfg = compose("config", ["trainer.max_steps=20", *overrides])
         images = build.build_dataset(cfg.train_dataset, "train", 64)
-        return sae.stage(cfg, store, images).path.name
+        trained = sae.stage(cfg, store, images)
+        of.evaluation = evaluation.stage(cfg, store, trained, images).path.name
+        return trained.path.name
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield of
@@ -66,3 +70,43 @@ def test_what_does_not_is_not(name, override):
 
 def test_a_step_is_the_same_images_on_one_device_or_two(name):
     assert name("trainer.devices=2") == name("trainer.accumulate_grad_batches=2")
+
+
+def test_a_new_metric_is_measured_on_finished_saes(name, monkeypatch):
+    trained, before = name(), name.evaluation
+    assert (name(f"measurement.metrics=[{','.join(METRICS)}]"), name.evaluation) == (
+        trained,
+        before,
+    )
+    monkeypatch.setitem(METRICS, "of_tomorrow", METRICS["sparsity"])
+    assert name() == trained
+    assert name.evaluation != before
+    # A plugin's is that of the runs that name it alone.
+    others = type("Others", (), {"__module__": "clipsae_plugin_0_others"})
+    monkeypatch.setitem(METRICS, "of_tomorrow", others)
+    assert (name(), name.evaluation) == (trained, before)
+
+
+@pytest.mark.parametrize(
+    ("registered", "retrained"),
+    [(["METRICS"], False), (["METRICS", "ACTIVATIONS"], True), ([], True)],
+)
+def test_a_plugin_of_metrics_alone_trains_nothing_anew(
+    name, tmp_path, monkeypatch, registered, retrained
+):
+    without = name()
+    monkeypatch.setattr(plugins, "_files", lambda cfg: [file])
+    imports = (
+        "from clipsae.evaluation.metrics import METRICS\nfrom clipsae.sae import ACTIVATIONS\n"
+    )
+    lines = [f"@{one}.register('made_up')\nclass MadeUp: ...\n" for one in registered]
+    file = tmp_path / "plugin.py"
+    found = []
+    for version in (1, 2):
+        file.write_text(f"# {version}\n{imports}{''.join(lines)}")
+        found.append((name(), name.evaluation))
+    for registry in (METRICS, ACTIVATIONS):
+        registry.pop("made_up", None)
+    assert (found[0][0] != found[1][0]) == retrained
+    assert found[0][1] != found[1][1]
+    assert (found[0][0] == without) != retrained

@@ -84,9 +84,10 @@ def find_weights(name: str, pretrained: str, download: bool = True) -> tuple[Pat
     if path is not None:
         return path, False
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository) or repository.endswith(SUFFIXES):
+        known_tags = f"those are: {', '.join(tags)}" if tags else "it has none"
         raise ConfigError(
             f"clip.pretrained={pretrained!r}: neither a file nor weights that {library} knows "
-            f"for {model} (those are: {', '.join(tags) or 'none'})"
+            f"for {model} ({known_tags})"
         )
     if not download:
         return cached_file(repository, FILES), False

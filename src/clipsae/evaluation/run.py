@@ -253,10 +253,15 @@ def evaluate(
 
     numbers: list[dict[str, Any]] = []
     for name, several in measured.items():
-        for one in several:
+        for metric, one in zip(names, several, strict=True):
             if progress is not None:
                 one.progress = progress
             values = one.compute()
+            if undeclared := sorted(values.keys() - {number.key for number in one.numbers}):
+                raise ValueError(
+                    f"metric {metric!r} computes {undeclared[0]!r}, which its class lacks among "
+                    "its `numbers`: no report would show it"
+                )
             numbers += [{"sae": name, "metric": m, "value": float(v)} for m, v in values.items()]
     keys = [NO_SAE, *(key for one in topn.values() for key in one.keys)]
     found = {key: predictions[key] for key in keys if key in predictions}

@@ -10,6 +10,9 @@ import yaml
 from clipsae.evaluation.numbers import current_names
 from clipsae.sae import SAE
 
+# Of an evaluation's key what chooses which numbers there are, and leaves each of them as it is.
+_CHOICES = ("evaluation.ns", "evaluation.settings", "measurement.metrics", "measurement.plugins")
+
 
 def model_card(sae: SAE, repo_id: str, folder: Path | None = None) -> str:
     """A README.md for the Hub.
@@ -47,7 +50,8 @@ def _config(folder: Path | None) -> dict[str, Any]:
 
 def _description(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
     kind = f"{sae.config['architecture']} sparse autoencoder with {sae.config['activation']}"
-    text = f"A {kind}: {sae.latents:,} latents on tokens of width {sae.d}"
+    article = "An" if kind[0] in "aeiou" else "A"
+    text = f"{article} {kind}: {sae.latents:,} latents on tokens of width {sae.d}"
     if clip:
         text += f", the output of block {clip['layer']} of {clip['name']} ({clip['pretrained']})"
     images = config.get("train_dataset", {}).get("name") or config.get("dataset", {}).get("name")
@@ -75,17 +79,12 @@ def _results(folder: Path | None) -> list[str]:
     """A table of accuracies and one of measurements, a row a dataset, where there are any."""
     accuracies: dict[str, dict[str, str]] = {}
     measured: dict[str, dict[str, float]] = {}
-    evaluations = [] if folder is None else (folder.parent.parent / "evaluation").glob("[!.]*")
-    for evaluation in sorted(evaluations):
-        meta = evaluation / "meta.json"
-        about = json.loads(meta.read_text()) if meta.is_file() else {}
-        if folder is None or about.get("key", {}).get("sae") != folder.name:
-            continue
-        for label, row in _rows(evaluation / "results.csv"):
-            setting = f"{row['setting']}_{float(row['n']):.0f}" if row["n"] else row["setting"]
-            accuracies.setdefault(label, {})[setting] = format(float(row["accuracy"]), ".2f")
-        for label, row in _rows(evaluation / "metrics.csv"):
-            measured.setdefault(label, {})[row["metric"]] = float(row["value"])
+    evaluations = _evaluations(folder)
+    for label, row in _rows(evaluations, "results.csv", "measurement."):
+        setting = f"{row['setting']}_{float(row['n']):.0f}" if row["n"] else row["setting"]
+        accuracies.setdefault(label, {})[setting] = format(float(row["accuracy"]), ".2f")
+    for label, row in _rows(evaluations, "metrics.csv", "evaluation."):
+        measured.setdefault(label, {})[row["metric"]] = float(row["value"])
     found = []
     if accuracies:
         found.append(
@@ -104,17 +103,56 @@ def _results(folder: Path | None) -> list[str]:
     return ["## Results", *found] if found else []
 
 
-def _rows(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """A CSV file's rows, each with what it was measured on; none where there is no file."""
+def _evaluations(folder: Path | None) -> list[tuple[Path, dict[str, str]]]:
+    """The evaluations of an SAE in its store, the newest last, with the settings that decide their
+    numbers."""
+    from clipsae.overrides import flat  # imports Hydra, to load does not
+
+    found = []
+    for place in () if folder is None else (folder.parent.parent / "evaluation").glob("[!.]*"):
+        meta = place / "meta.json"
+        about = json.loads(meta.read_text()) if meta.is_file() else {}
+        key = about.get("key", {})
+        if folder is not None and key.get("sae") == folder.name:
+            settings = {name: value for name, value in flat(key) if name not in _CHOICES}
+            found.append((about.get("finished") or 0, place, settings))
+    return [(place, settings) for _, place, settings in sorted(found, key=lambda one: one[:2])]
+
+
+def _rows(
+    evaluations: list[tuple[Path, dict[str, str]]], name: str, idle: str
+) -> list[tuple[str, dict[str, str]]]:
+    """The rows of the evaluations' CSV files of a name, each with what it was measured on, and with
+    those settings that differ between evaluations on the same.
+
+    Args:
+        idle: what the names of settings that do not decide these rows begin with.
+    """
+    found = []
+    settings_on: dict[str, list[dict[str, str]]] = {}
+    for place, settings in evaluations:
+        deciding = {n: value for n, value in settings.items() if not n.startswith(idle)}
+        for row in _read(place / name):
+            heldout = ", heldout protocol" if row.get("protocol") == "heldout" else ""
+            on = f"{row['dataset']} ({row['images']} images{heldout}"
+            settings_on.setdefault(on, []).append(deciding)
+            found.append((on, deciding, row))
+    differing = {
+        on: [n for n in sorted(set().union(*several)) if len({s.get(n) for s in several}) > 1]
+        for on, several in settings_on.items()
+    }
+    return [
+        (", ".join([on, *(f"{n}={s[n][:20]}" for n in differing[on] if n in s)]) + ")", row)
+        for on, s, row in found
+    ]
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    """A CSV file's rows; none where there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    heldout = [", heldout protocol" if r.get("protocol") == "heldout" else "" for r in rows]
-    return [
-        (f"{row['dataset']} ({row['images']} images{protocol})", row)
-        for row, protocol in zip(rows, heldout, strict=True)
-    ]
+        return list(csv.DictReader(file))
 
 
 def _table(rows: dict[str, dict[str, str]]) -> str:

@@ -140,7 +140,7 @@ def _counts(selection: Selection) -> list[str]:
         f"{wanted.layer}), the {wanted.protocol} protocol and M = {wanted.latents}{settings}.": (
             selection.unfitting
         ),
-        f"used that cover a part of the images only ({limit}).": sum(
+        f"of a part of the images only ({limit}).": sum(
             dict(one).get(limit, "null") != "null" for one in runs.settings
         ),
     }

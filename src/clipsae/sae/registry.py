@@ -55,10 +55,18 @@ class Registry(dict[str, type[Any]]):
     def options(self, name: str) -> dict[str, Any]:
         """The options that a class declares (its keyword-only arguments), with their defaults.
 
+        Where it takes `**options`, those of its base class, too.
         An option without a default has `inspect.Parameter.empty`.
         """
-        parameters = inspect.signature(self[name].__init__).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        found: dict[str, Any] = {}
+        for cls in self[name].__mro__:
+            if "__init__" not in vars(cls):
+                continue
+            parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+            found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | found
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+        return found
 
 
 ARCHITECTURES = Registry("architecture")

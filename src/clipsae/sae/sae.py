@@ -337,7 +337,8 @@ class SAE(nn.Module):
 
         Raises:
             FileNotFoundError: no SAE there.
-            ValueError: written by a newer version, or weights that do not fit the config.
+            ValueError: written by a newer version, of a plugin that was not imported, or weights
+                that do not fit the config.
         """
         folder = Path(folder)
         if not (folder / "sae.json").is_file():
@@ -352,6 +353,13 @@ class SAE(nn.Module):
         config = about["config"]
         if about["version"] < 2:
             config = {RENAMED.get(name, name): value for name, value in config.items()}
+        for known in (ARCHITECTURES, ACTIVATIONS):
+            name = config.get(known.kind)
+            if isinstance(name, str) and name not in known:
+                raise ValueError(
+                    f"{folder}/sae.json: {known.kind}={name!r} does not exist here; it may be a "
+                    "plugin's: give plugins=[file.py], or import the file first"
+                )
         with torch.device("meta"):
             sae = cls(**config)
         expected = {name: tensor.shape for name, tensor in sae.state_dict().items()}

@@ -24,6 +24,7 @@ IMAGES_WITH_RANDOM_WEIGHTS = 64
 _clips: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
 _datasets: WeakValueDictionary[str, ImageDataset] = WeakValueDictionary()
 TRAINING_KEYS = ("initial_images", "compile")  # of conf/model, and not the SAE's
+DATASET = ("labels", "classnames", "templates", "fingerprint")  # attributes of every dataset
 PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")  # where and how fast images are read
 # What identifies a result is everything in its groups of the config, options of tomorrow, too, but
 # what is listed here: where things lie, how fast they are read, what is observed meanwhile.
@@ -99,14 +100,23 @@ def build_dataset(node: DictConfig, split: str, image_size: int) -> ImageDataset
         image_size: pixels a side, the CLIP's.
 
     Raises:
-        ConfigError: nothing there, or not laid out as it should be.
+        ConfigError: nothing there, not laid out as it should be, or a class that lacks what a
+            dataset has.
     """
     options = {key: value for key, value in plain(node).items() if key != "name"}
     options |= {"split": split, "image_size": image_size}
     key = json.dumps(options)
     dataset = _datasets.get(key)
     if dataset is None:
-        dataset = _datasets[key] = user_error(call_target, options)
+        dataset = user_error(call_target, options)
+        # Of the class first, as a property may be slow.
+        has = {name: hasattr(type(dataset), name) or hasattr(dataset, name) for name in DATASET}
+        if absent := [name for name in DATASET if not has[name]]:
+            raise ConfigError(
+                f"{options['_target_']}: its datasets lack {', '.join(absent)}; expected are "
+                f"{', '.join(DATASET)}, as clipsae.data.ImageDataset describes them"
+            )
+        _datasets[key] = dataset
     return dataset
 
 

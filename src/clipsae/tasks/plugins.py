@@ -21,6 +21,8 @@ from omegaconf import DictConfig
 from clipsae.errors import ConfigError
 from clipsae.store.files import sha256
 
+_PREFIX = "clipsae_plugin_"  # of their modules' names
+
 
 def load(cfg: DictConfig) -> None:
     """Import the plugins, each once in a process.
@@ -29,7 +31,7 @@ def load(cfg: DictConfig) -> None:
         ConfigError: one that is not there.
     """
     for path in _files(cfg):
-        name = f"clipsae_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
+        name = _module_name(path)
         if name in sys.modules:
             continue
         spec = importlib.util.spec_from_file_location(name, path)
@@ -42,9 +44,32 @@ def load(cfg: DictConfig) -> None:
             raise
 
 
-def digests(cfg: DictConfig) -> list[str]:
-    """SHA-256 of each plugin's file: what it defines decides what is trained."""
-    return [sha256(path) for path in _files(cfg)]
+def digests(cfg: DictConfig, *, measuring: bool) -> list[str]:
+    """SHA-256 of each plugin's file: what it defines decides what is trained, or only what is
+    measured, if metrics are all that it registers.
+
+    Args:
+        measuring: those of the second kind; else those of the first.
+    """
+    if not (files := _files(cfg)):
+        return []
+    from clipsae.evaluation.metrics import METRICS  # imports torch
+    from clipsae.sae import ACTIVATIONS, ARCHITECTURES
+
+    load(cfg)
+    trained = {c.__module__ for known in (ACTIVATIONS, ARCHITECTURES) for c in known.values()}
+    alone = {metric.__module__ for metric in METRICS.values()} - trained
+    return [sha256(path) for path in files if (_module_name(path) in alone) == measuring]
+
+
+def of_others(cfg: DictConfig, cls: type) -> bool:
+    """Whether a plugin defines a class that another run in this process has named alone."""
+    module = cls.__module__
+    return module.startswith(_PREFIX) and module not in map(_module_name, _files(cfg))
+
+
+def _module_name(path: Path) -> str:
+    return f"{_PREFIX}{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
 
 
 def _files(cfg: DictConfig) -> list[Path]:
@@ -54,7 +79,8 @@ def _files(cfg: DictConfig) -> list[Path]:
     from hydra.core.hydra_config import HydraConfig
 
     sources = HydraConfig.get().runtime.config_sources
-    folders = [Path(s.path) for s in sources if s.schema == "file"] + [Path.cwd()]
+    paths = [Path(s.path) for s in sources if s.schema == "file"]
+    folders = list(dict.fromkeys([*paths, Path.cwd()]))
     found = []
     for name in cfg.plugins:
         there = [folder / name for folder in folders if (folder / name).is_file()]

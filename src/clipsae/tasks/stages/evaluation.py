@@ -29,7 +29,7 @@ from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import MARK, SCHEMA, Stage, Store, write_json
 from clipsae.store.files import read_json
-from clipsae.tasks import build
+from clipsae.tasks import build, plugins
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,15 @@ LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published zero-shot 
 def measures(cfg: DictConfig) -> bool:
     """Whether anything is measured: `measurement.metrics` null is all, empty nothing."""
     return cfg.measurement.metrics != []
+
+
+def metric_names(cfg: DictConfig) -> list[str]:
+    """The metrics by name, so that one which is new is measured on finished work, too: null is all
+    there are but those of other runs' plugins in this process."""
+    plugins.load(cfg)
+    if cfg.measurement.metrics is not None:
+        return list(cfg.measurement.metrics)
+    return [name for name, metric in METRICS.items() if not plugins.of_others(cfg, metric)]
 
 
 def encoder_name(cfg: DictConfig, dataset: ImageDataset) -> str | None:
@@ -74,7 +83,10 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
         name.append(cfg.evaluation.protocol)
     if measures(cfg):
         encoder = {"image_encoder": encoder_name(cfg, test_set)}
-        key["measurement"] = build.plain(cfg.measurement) | encoder
+        chosen = {"metrics": metric_names(cfg)}
+        if plugged := plugins.digests(cfg, measuring=True):
+            chosen["plugins"] = plugged
+        key["measurement"] = build.plain(cfg.measurement) | encoder | chosen
     if not cfg.evaluation.settings and not measures(cfg):
         return None
     return store.stage("evaluation", [*name, f"s{cfg.seed}"], key, build.cell(cfg))

@@ -60,7 +60,7 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
             "seed": cfg.seed,
         },
     }
-    if plugged := plugins.digests(cfg):
+    if plugged := plugins.digests(cfg, measuring=False):
         key["plugins"] = plugged
     name = [cfg.model.name, cfg.clip.name, cfg.train_dataset.name]
     about = {**build.cell(cfg), "dataset": name[2]}
