@@ -144,6 +144,8 @@ def build_sae(cfg: DictConfig, d: int) -> SAE:
 def clip_key(cfg: DictConfig) -> dict[str, Any]:
     """What decides the tokens: the model, its weights (a file by its content), the layer."""
     key = plain(cfg.clip)
+    if key.get("image_size") is None:  # the model's own, as where it is not given
+        key.pop("image_size", None)
     weights = FrozenCLIP.weights_file(key["name"], key["pretrained"])
     if weights is not None:
         key["pretrained"] = _content(weights, weights.stat().st_mtime_ns)
