@@ -66,7 +66,10 @@ def check_keys(cfg: DictConfig) -> None:
         try:
             known = signature(get_object(node["_target_"])).parameters
         except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{group}._target_={node['_target_']}: {error}") from error
+            said = str(error.__cause__ or error)
+            if isinstance(error.__cause__, ModuleNotFoundError):
+                said += "; a module of your own is found if its folder is in PYTHONPATH"
+            raise ConfigError(f"{group}._target_={node['_target_']}: {said}") from error
         if any(one.kind is one.VAR_KEYWORD for one in known.values()):
             continue
         ours = {"split", "image_size"}
