@@ -14,7 +14,7 @@ from omegaconf import OmegaConf, open_dict
 
 from clipsae.errors import ConfigError
 from clipsae.overrides import with_bases
-from clipsae.tasks import options
+from clipsae.tasks import build, options
 from clipsae.tasks.stages import sae
 from run import ROOT  # (and the resolvers that the configs use)
 from tests.warm import run_py
@@ -188,6 +188,11 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
         ("+callbacks.checkpoint_every=1", "callbacks.checkpoint_every=1: there is no such option"),
         ("+trainer.limit_train_batchs=1", "did you mean trainer.limit_train_batches"),
         ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=true: expected null"),
+        ("+trainer.callbacks=[x]", "they are set by keys such as callbacks.reference_sheet"),
+        (
+            "+trainer.enable_checkpointing=false",
+            "always on, every callbacks.checkpoint_every_n_steps",
+        ),
         ("+trainer.max_epochs=2", "the length of a training is trainer.max_steps"),
         ("+trainer.max_time=soon", "trainer.max_time=soon"),
         ("+trainer.limit_train_batches=0", "trainer.limit_train_batches=0: expected"),
@@ -210,6 +215,15 @@ def test_what_others_define_is_theirs(composed):
         cfg.model.temperature = 0.5  # a plugin's, which the SAE's class knows or refuses
         cfg.note = "of a config file of their own"
     options.check(cfg)
+
+
+@pytest.mark.parametrize("target", ["noise_of_mine.Noise", "clipsae.data.Noise"])
+def test_a_dataset_s_module_that_is_not_found(composed, target):
+    cfg = composed()
+    cfg.dataset._target_ = target
+    expected = f"dataset._target_={target}: No module named .*PYTHONPATH"
+    with pytest.raises(ConfigError, match=expected):
+        build.check_keys(cfg)
 
 
 def test_the_trainer_s_options_are_those_of_lightning():

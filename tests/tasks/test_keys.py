@@ -68,6 +68,11 @@ def test_what_does_not_is_not(name, override):
     assert name(override) == name()
 
 
+def test_the_models_own_image_size_is_not_in_the_key(name):
+    assert "image_size" not in build.clip_key(compose("config"))
+    assert name("clip.image_size=32") != name()
+
+
 def test_a_step_is_the_same_images_on_one_device_or_two(name):
     assert name("trainer.devices=2") == name("trainer.accumulate_grad_batches=2")
 

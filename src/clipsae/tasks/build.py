@@ -67,7 +67,10 @@ def check_keys(cfg: DictConfig) -> None:
         try:
             known = signature(get_object(node["_target_"])).parameters
         except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{group}._target_={node['_target_']}: {error}") from error
+            said = str(error.__cause__ or error)
+            if isinstance(error.__cause__, ModuleNotFoundError):
+                said += "; a module of your own is found if its folder is in PYTHONPATH"
+            raise ConfigError(f"{group}._target_={node['_target_']}: {said}") from error
         if any(one.kind is one.VAR_KEYWORD for one in known.values()):
             continue
         ours = {"split", "image_size"}
@@ -154,6 +157,8 @@ def build_sae(cfg: DictConfig, d: int) -> SAE:
 def clip_key(cfg: DictConfig) -> dict[str, Any]:
     """What decides the tokens: the model, its weights (a file by its content), the layer."""
     key = plain(cfg.clip)
+    if key.get("image_size") is None:  # the model's own, as where it is not given
+        key.pop("image_size", None)
     weights = FrozenCLIP.weights_file(key["name"], key["pretrained"])
     if weights is not None:
         key["pretrained"] = _content(weights, weights.stat().st_mtime_ns)

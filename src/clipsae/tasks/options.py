@@ -71,10 +71,14 @@ TRAINER = {
     **dict.fromkeys(
         ("logger", "enable_autolog_hparams"), unset("choose logger=wandb, csv or none")
     ),
-    **dict.fromkeys(
-        ("callbacks", "enable_checkpointing", "check_val_every_n_epoch"),
-        unset("see callbacks. and trainer.val_check_interval"),
+    "callbacks": unset(
+        "they are set by keys such as callbacks.reference_sheet_every_n_steps; "
+        "a new one is created in tasks/watch.py"
     ),
+    "enable_checkpointing": unset(
+        "it is always on, every callbacks.checkpoint_every_n_steps and checkpoint_every_n_seconds"
+    ),
+    "check_val_every_n_epoch": unset("validations are every trainer.val_check_interval steps"),
     "enable_progress_bar": unset("it is callbacks.progress_bar"),
     "enable_model_summary": unset("there is none"),
     "default_root_dir": unset("it is paths.output_dir"),
