@@ -3,6 +3,7 @@ launchers' presets."""
 
 import io
 import warnings
+from pathlib import Path
 from unittest.mock import patch
 
 import pandas as pd
@@ -176,7 +177,10 @@ def sweep(tmp_path, monkeypatch):
     """A sweep whose cells need SAEs by these names; "?" is not known yet, "there" is finished."""
 
     def make(*saes: str) -> Sweep:
-        stages = {name: Store(tmp_path).stage("sae", [name], {}) for name in {*saes, "later"}}
+        places = {sae: Path(sae) for sae in {*saes, "later"}}  # in a store, or in another
+        stages = {
+            s: Store(tmp_path / p.parent).stage("sae", [p.name], {}) for s, p in places.items()
+        }
         if "there" in stages:
             stages["there"].make(lambda folder: None)
         cells = [Cell({}, why="k=auto") if s == "?" else Cell({}, (stages[s],)) for s in saes]
@@ -215,6 +219,11 @@ def test_cells_whose_sae_is_not_known_are_planned_again(sweep):
     jobs, none = planned.plan(unknown, again=True)
     assert [job.cells for job in jobs] == [[1, 2], [1], [2]]
     assert jobs[1].after is jobs[2].after is jobs[0]
+
+
+def test_saes_of_one_name_in_two_stores_are_two(sweep):
+    jobs, _ = sweep("a", "elsewhere/a").plan([[0], [1]])
+    assert [(job.cells, job.after) for job in jobs] == [([0], None), ([1], None)]
 
 
 def test_cells_that_train_together_share_a_job(sweep):

@@ -289,7 +289,7 @@ class Sweep:
         if again:
             self._look()
         jobs, unknown = [], []
-        by_sae: dict[str, list[Job]] = {}
+        by_sae: dict[Path, list[Job]] = {}
         for group in groups:
             cell = self._cells[group[0]] if self._cells and len(group) == 1 else Cell({})
             if cell.why and not again:
@@ -298,14 +298,14 @@ class Sweep:
             name = ", ".join(self.names[i] for i in group)
             jobs.append(Job(name, group, group, [self._overrides[i] for i in group]))
             if cell.stages and not cell.stages[0].finished:
-                by_sae.setdefault(cell.stages[0].path.name, []).append(jobs[-1])
+                by_sae.setdefault(cell.stages[0].path, []).append(jobs[-1])
         trainings = []
-        for name, waiting in by_sae.items():
+        for path, waiting in by_sae.items():
             if len(waiting) > 1:
                 cells = [i for job in waiting for i in job.cells]
                 overrides = [*self._overrides[cells[0]], *TRAIN_ONLY]
                 number = len(self._overrides) + cells[0]
-                training = Job(f"training {name}", cells, [number], [overrides], trains=True)
+                training = Job(f"training {path.name}", cells, [number], [overrides], trains=True)
                 trainings.append(training)
                 for job in waiting:
                     job.after = training
