@@ -56,7 +56,10 @@ def main() -> None:
     try:
         _compose()
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
-        print(error if isinstance(error, ConfigError) else explain(error), file=sys.stderr)
+        print(
+            error if isinstance(error, ConfigError) else explain(error, ROOT / "conf"),
+            file=sys.stderr,
+        )
         sys.exit(1)
     finally:
         os.environ.pop(_RAISES, None)

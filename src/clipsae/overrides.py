@@ -26,18 +26,19 @@ RENAMED = {
 }
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, conf: Path) -> str:
     """What is wrong with the overrides of this process's command, and what to write instead.
 
     Args:
         error: that Hydra or OmegaConf raised while it composed.
+        conf: the folder of the configs.
     """
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: there is no such choice; {near(choice, error.options)}"
     said = [str(one).strip() for one in (error, error.__cause__) if one is not None]
     if match := re.match(r"Could not override '([^']+)'", said[0]):
-        return _unknown(match[1].partition("@")[0])
+        return _unknown(match[1].partition("@")[0], conf)
     if match := re.match(r"Could not append to config\. An item is already at '([^']+)'", said[0]):
         return f"{_given(match[1])}: it is there already: leave out the +"
     if match := re.match(r"Ambiguous value for argument '([^']+)'", said[0]):
@@ -77,38 +78,34 @@ def near(name: str, known: Iterable[str], group: str = "") -> str:
     return f"{group} has {', '.join(known)}" if group else f"there are {', '.join(known)}"
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, conf: Path) -> str:
     """That a key does not exist, from the first part of it that does not."""
     if key in RENAMED:
         return f"{_given(key)}: {key} is now {RENAMED[key]}"
-    node, parts = _composed(), key.split(".")
+    node, parts = _composed(conf), key.split(".")
     for i, part in enumerate(parts):
         known = [str(one) for one in node] if isinstance(node, DictConfig) else []
         if part not in known:
             group = ".".join(parts[:i])
             hint = near(part, known, group)
-            if others := _choices_with(group, part):
+            if others := _choices_with(conf, group, part):
                 hint = f"it is an option of {group}={' and '.join(others)}"
             return f"{_given(key)}: there is no such option; {hint}"
         node = node._get_node(part)
     return f"{_given(key)}: there is no such option"
 
 
-def _choices_with(group: str, key: str) -> list[str]:
+def _choices_with(conf: Path, group: str, key: str) -> list[str]:
     """The choices of a group whose configs have a key."""
-    from clipsae.cli import ROOT  # which imports this module
-
-    files = sorted((ROOT / "conf" / group).glob("[!_]*.yaml")) if group else []
+    files = sorted((conf / group).glob("[!_]*.yaml")) if group else []
     return [file.stem for file in files if key in with_bases(file)]
 
 
-def _composed() -> DictConfig:
+def _composed(conf: Path) -> DictConfig:
     """The config with only the groups that the command chooses."""
-    from clipsae.cli import ROOT
-
     choices = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w-]+", a)]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(conf), version_base="1.3"):
         for overrides in (choices, []):
             try:
                 return compose("config", overrides, return_hydra_config=True)
