@@ -346,7 +346,7 @@ def test_wnids_are_imagenets_classes(tmp_path, caplog):
     assert present.classnames == ["tiger shark", "Golden Retriever"]
     assert "2 images of 2 of 1,000 classes (such as 'tiger shark')" in caplog.text
     make(tmp_path, "n99999999/1.png")
-    with pytest.raises(ValueError, match="n99999999 is no wnid"):
+    with pytest.raises(ValueError, match="n99999999 is not a wnid"):
         ImageFolder(tmp_path)
     plain = ImageFolder(tmp_path, classnames="raw")
     assert plain.classnames == sorted([wnids()[3], wnids()[207], "n99999999"])

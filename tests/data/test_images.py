@@ -120,7 +120,7 @@ def test_every_mode_is_what_a_viewer_shows_or_refused(monkeypatch, name):
     image, expected = modes()[name]
     monkeypatch.setattr(Image, "open", lambda path: image)
     if isinstance(expected, str):
-        with pytest.raises(BadImageError, match=f"of.tif: {expected} have no agreed black"):
+        with pytest.raises(BadImageError, match=f"of.tif: {expected} have no defined value range"):
             read_image("of.tif", 3)
         return
     found = read_image("of.tif", 3).permute(1, 2, 0).numpy().astype(int)

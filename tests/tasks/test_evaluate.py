@@ -97,7 +97,7 @@ def write_hostile(path):
     ("overrides", "words"),
     [
         ([], "task.sae is empty"),
-        (["task.sae=./nowhere"], "is no folder or file here"),
+        (["task.sae=./nowhere"], "is neither a file or folder nor"),
         (["task.sae=TMP/theirs", "clip=vit_b_16", "clip.pretrained=null"], "tokens of width 128"),
         (["task.sae=TMP/hostile.pt"], "asks for print"),
         (["task.sae=TMP/theirs", "evaluation.protocol=papre"], "expected one of paper, heldout"),

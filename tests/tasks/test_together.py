@@ -378,7 +378,7 @@ def test_ctrl_c_saves_all_and_the_same_command_continues(tmp_path):
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 130, said
-    assert "interrupted: the same command goes on" in said
+    assert "interrupted: run the same command again" in said
     assert "Traceback" not in said
     assert len(list(tmp_path.glob("sae/.*/free/scratch/last.ckpt"))) == 2
     again = run_py(*sweep_of(tmp_path, *sweep), check=True)

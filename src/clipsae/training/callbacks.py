@@ -122,7 +122,7 @@ class Checkpoints(Checkpoint):
         self.saved[member] = member.batches
 
     def say_where(self, trainer: Trainer, group: SAEGroup) -> None:
-        """Say which step of each SAE the same command goes on from."""
+        """Say from which step of each SAE the same command continues."""
         for member in group.current if trainer.is_global_zero else ():
             kept = checkpoint_step(member.checkpoint.parent)
             log.warning(
