@@ -55,14 +55,14 @@ class Experiment:
     def __post_init__(self) -> None:
         cfg = self.cfg
         self.evaluated = evaluation.stage(cfg, self.store, self.trained, self.test_set)
+        finished = [stage for stage in self.stages if stage.finished]
         if self.evaluated is not None:
-            finished = self.evaluated.finished
-            evaluation.check(cfg, self.clip, self.test_set, finished=finished)
-        for stage in self.stages:
-            if stage.finished:
-                log.info("using the finished %s", stage.path)
-        self.new = not all(stage.finished for stage in self.stages)
-        if not self.trained.finished:
+            done = self.evaluated in finished
+            evaluation.check(cfg, self.clip, self.test_set, finished=done)
+        for stage in finished:
+            log.info("using the finished %s", stage.path)
+        self.new = len(finished) < len(self.stages)
+        if self.trained not in finished:
             for images in self._read():
                 refuse_damaged(images, cfg.features.num_workers)
         self.run = Run(cfg, self.trained, "train")
