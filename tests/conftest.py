@@ -11,6 +11,10 @@ os.environ["CLIPSAE_ROOT"] = str(ROOT)
 # that uses several would wait for them forever.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
+# The GPU's kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+# (Here no test asks torch for a GPU: that would start one in this process, before it forks.)
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 PHOTOS = ROOT.parent / "shared" / "photos" / "imagenet" / "val"
 
 

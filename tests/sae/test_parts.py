@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clipsae.overrides import near
-from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation, SparseCodes, sparse_ops
+from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation, SparseCodes
+from clipsae.sae.engine.switch import DENSE_FROM
 from run import ROOT
 from tests.sae.conftest import D, M, build, tokens
 
@@ -148,9 +149,9 @@ def matryoshka():
 @pytest.mark.parametrize("architecture", ["linear", "attention"])
 def test_nested_prefixes_are_a_plugins_few_lines(matryoshka, architecture, share, monkeypatch):
     if share is None:  # as on devices without sparse codes
-        monkeypatch.delitem(sparse_ops.DENSE_FROM, "cpu")
+        monkeypatch.delitem(DENSE_FROM, "cpu")
     else:
-        monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", share)
+        monkeypatch.setitem(DENSE_FROM, "cpu", {1: share, 2: share})
     torch.manual_seed(0)
     options = {"k": 4, "prefixes": (5, 12), "normalize_input": True}
     sae = SAE(D, 20, architecture, "matryoshka_topk", **options).double()

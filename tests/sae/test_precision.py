@@ -6,7 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clipsae.sae import SAE, SparseCodes, sparse_ops
+from clipsae.sae import SAE, SparseCodes
+from clipsae.sae.engine.switch import DENSE_FROM
 from clipsae.sae.sparsemax import Sparsemax
 from tests.sae.conftest import D, M, build, options_of, tokens
 
@@ -26,7 +27,7 @@ class NoNarrowTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("share", [2, -1], ids=["sparse", "dense"])
 def test_no_step_of_a_float64_sae_is_of_a_lower_precision(recipe, share, monkeypatch):
-    monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", share)
+    monkeypatch.setitem(DENSE_FROM, "cpu", {1: share, 2: share})
     options = options_of(recipe)
     variants = [options]
     if options["activation"] == "sparsemax":
@@ -64,7 +65,7 @@ def test_probabilities_are_the_projection_wherever_the_scores_lie(centre, spread
     weight = torch.randn(p.shape, generator=generator)
     mean = (weight.double() * (p > 0)).sum(-1, keepdim=True) / (p > 0).sum(-1, keepdim=True)
     activation = Sparsemax(49152, weights="probabilities", max_activation_frequency=None)
-    monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", 2)
+    monkeypatch.setitem(DENSE_FROM, "cpu", {1: 2, 2: 2})
     positions = activation.support(scores.clone())
     few = scores.flatten()[positions].requires_grad_()
     sparse = SparseCodes(few, positions, scores.shape)

@@ -7,9 +7,13 @@ import copy
 import pytest
 import torch
 
-from clipsae.sae import SAE, SAEOutput, SparseCodes, sparse_ops
+from clipsae.sae import SAE, SAEOutput, SparseCodes
 from clipsae.sae import dense as dense_module
-from clipsae.sae.sparse_ops import CPU, Reference, largest, positions_above
+from clipsae.sae.engine import cpu
+from clipsae.sae.engine.cpu import CPU
+from clipsae.sae.engine.reference import Reference, largest
+from clipsae.sae.engine.switch import DENSE_FROM
+from clipsae.sae.sparse_ops import positions_above
 from tests.sae.conftest import D, M, build, tokens
 
 HARD = {
@@ -45,12 +49,12 @@ OPTIONS = {
 @contextlib.contextmanager
 def dense_from(share: float):
     """Dense products where more than this share of pairs is active: -1 is always, 2 never."""
-    before = sparse_ops.DENSE_FROM["cpu"]
-    sparse_ops.DENSE_FROM["cpu"] = share
+    before = DENSE_FROM["cpu"]
+    DENSE_FROM["cpu"] = {1: share, 2: share}
     try:
         yield
     finally:
-        sparse_ops.DENSE_FROM["cpu"] = before
+        DENSE_FROM["cpu"] = before
 
 
 def two_steps(sae: SAE, x: torch.Tensor, share: float) -> tuple[SAEOutput, dict]:
@@ -201,12 +205,12 @@ def random_codes(share: float, shape=(9, 40), ordered: bool = True) -> SparseCod
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.03, 1.0])
 def test_the_fast_operations_are_the_reference(share, ordered, chunk, monkeypatch):
-    monkeypatch.setattr(sparse_ops, "_TILE", 7)  # some tiles, the last one shorter
-    monkeypatch.setattr(sparse_ops, "_CHUNK", chunk)
-    monkeypatch.setattr(sparse_ops, "_PAIRS_A_ROW", 0)
+    monkeypatch.setattr(cpu, "_TILE", 7)  # some tiles, the last one shorter
+    monkeypatch.setattr(cpu, "_CHUNK", chunk)
+    monkeypatch.setattr(cpu, "_PAIRS_A_ROW", 0)
     codes = random_codes(share, ordered=ordered)
     z, rows, x = codes.dense(), torch.randn(40, D), torch.randn(9, D)
-    assert len(sparse_ops._chunks(codes)) == (0 if chunk > 9 else -(-9 // chunk))
+    assert len(cpu._chunks(codes)) == (0 if chunk > 9 else -(-9 // chunk))
     expected = {"mix": z @ rows, "accumulate": z.T @ x, "sample": (x @ rows.T).flatten()}
     expected["sample"] = expected["sample"][codes.positions]
     for ops in (Reference, CPU):
@@ -219,7 +223,7 @@ def test_the_fast_operations_are_the_reference(share, ordered, chunk, monkeypatc
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("dense_from_token", [None, 0, 15])
 def test_finding_block_by_block_is_finding_at_once(at_once, dense_from_token, monkeypatch):
-    monkeypatch.setattr(sparse_ops, "BLOCK", 7)
+    monkeypatch.setattr(cpu, "BLOCK", 7)
     x, rows = tokens(20, D), tokens(40, D, seed=1)
     seen = [0]
 
@@ -232,7 +236,10 @@ def test_finding_block_by_block_is_finding_at_once(at_once, dense_from_token, mo
     found = {}
     for ops in (Reference, CPU):
         seen[0] = 0
-        found[ops] = ops.find(x, lambda part, buffer: part @ rows.T, choose, at_once)
+        scorer = lambda part, buffer: part @ rows.T  # noqa: E731
+        codes = ops.find(x, scorer, choose, at_once=at_once, most=20 * 40)
+        assert isinstance(codes, torch.Tensor) == (dense_from_token is not None)
+        found[ops] = codes if isinstance(codes, torch.Tensor) else codes.dense()
     torch.testing.assert_close(found[CPU], found[Reference])
 
 
@@ -314,8 +321,9 @@ def evaluated(recipe: str) -> tuple[SAE, torch.Tensor]:
 @pytest.mark.parametrize("sparse", [True, False])
 @torch.no_grad()
 def test_codes_and_reconstruction_are_those_of_encode_and_decode(recipe, sparse, monkeypatch):
-    monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", 1.0 if sparse else 0.0)
-    monkeypatch.setattr(sparse_ops, "BLOCK", 7)  # 20 tokens in three blocks
+    share = 1.0 if sparse else 0.0
+    monkeypatch.setitem(DENSE_FROM, "cpu", {1: share, 2: share})
+    monkeypatch.setattr(cpu, "BLOCK", 7)  # 20 tokens in three blocks
     sae, x = evaluated(recipe)
     found, codes, scale = sae.encode_sparse(x), sae.encode(x), sae.input_scale(x)
     assert (found.positions.diff() > 0).all()
@@ -328,8 +336,8 @@ def test_codes_and_reconstruction_are_those_of_encode_and_decode(recipe, sparse,
 
 @torch.no_grad()
 def test_a_late_block_with_many_active_latents_makes_all_dense(monkeypatch):
-    monkeypatch.setitem(sparse_ops.DENSE_FROM, "cpu", 0.5)
-    monkeypatch.setattr(sparse_ops, "BLOCK", 8)
+    monkeypatch.setitem(DENSE_FROM, "cpu", {1: 0.5, 2: 0.5})
+    monkeypatch.setattr(cpu, "BLOCK", 8)
     sae = SAE(D, M, "linear", "relu", bias_init="zero").eval()
     few, many = -sae.decoder_rows()[:1], sae.decoder_rows()[:1]
     sae.architecture.W_enc.copy_(many.expand(M, -1) + 0.01 * torch.randn(M, D))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.sae.codes import SparseCodes
+from clipsae.sae.engine.reference import Chosen, above
 from clipsae.sae.losses import relative_error
-from clipsae.sae.sparse_ops import Dictionary, above
+from clipsae.sae.sparse_ops import Dictionary
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Activation(nn.Module):
         tau = per_latent(tau, self.latents, latents)
         return torch.where(above(scores, tau), self.magnitude(scores, tau, latents), 0)
 
-    def support(self, scores: Tensor) -> Tensor | None:
+    def support(self, scores: Tensor) -> Chosen:
         """Where codes in training, or gradients of their losses, may differ from 0.
 
         Defining it opts into sparse training: `forward` then gets the scores at these places only.
@@ -184,7 +185,8 @@ class Activation(nn.Module):
             scores: [N, M], without gradient. They may be overwritten where codes are impossible.
 
         Returns:
-            LongTensor [p], token * M + latent; None, the default, where dense products are faster.
+            LongTensor [p], token * M + latent, or what an operation of `clipsae.sae.sparse_ops`
+            returned; None, the default, where dense products are faster.
         """
         return None
 

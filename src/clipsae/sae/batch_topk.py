@@ -5,6 +5,8 @@ dictionary_learning. At inference one threshold, estimated in training, stands f
 batch is that of all ranks (`SAE.world_size`).
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,8 +15,10 @@ from clipsae.sae.base import Activation
 from clipsae.sae.checks import fraction, whole
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32
+from clipsae.sae.engine import backend
+from clipsae.sae.engine.reference import Chosen
+from clipsae.sae.engine.switch import prefers_dense
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.sparse_ops import positions_above, prefers_dense, strided_maxima
 
 
 @ACTIVATIONS.register("batch_topk")
@@ -55,22 +59,12 @@ class BatchTopK(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return self.inference_threshold
 
-    def support(self, scores: Tensor) -> Tensor | None:
+    def support(self, scores: Tensor) -> Chosen:
         kept = self.k * len(scores) * self.world_size
         if prefers_dense(scores, kept):
             return None
-        # The kept-th largest of any part is a lower bound, which leaves few to choose from.
-        floor = at_least_float32(scores.new_zeros(()))
-        part = strided_maxima(scores, 16).flatten()
-        if len(part) >= kept:
-            border = at_least_float32(part.topk(kept, sorted=False).values.min())
-            floor = torch.nextafter(border, torch.full_like(border, -torch.inf)).clamp(min=0)
-        positions = positions_above(scores, floor)
-        if positions is None or (self.world_size == 1 and len(positions) <= kept):
-            return positions
-        values = scores.flatten().index_select(0, positions)
-        here = share(values, kept, self.world_size)
-        return positions[values.topk(here, sorted=False).indices]
+        here = partial(share, kept=kept, world_size=self.world_size)
+        return backend(scores).largest_of_all(scores, kept, here)
 
     def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
         if isinstance(scores, SparseCodes):
@@ -79,7 +73,7 @@ class BatchTopK(Activation):
             return scores.with_values(values)
         flat = scores.flatten()
         kept = self.k * (len(flat) // self.latents) * self.world_size
-        here = share(flat.detach(), kept, self.world_size)
+        here = int(share(flat.detach(), kept, self.world_size))
         indices = flat.detach().topk(here, sorted=False).indices
         values = torch.relu(flat.gather(0, indices))
         self._update(values.detach())
@@ -108,7 +102,7 @@ def smallest(values: Tensor, world_size: int) -> Tensor:
     return values
 
 
-def share(values: Tensor, kept: int, world_size: int) -> int:
+def share(values: Tensor, kept: int, world_size: int) -> int | Tensor:
     """How many of this rank's `values` are among the `kept` largest of all ranks'.
 
     Each rank sends its `kept` largest. Where equal values compete for the last places, those of
@@ -131,4 +125,4 @@ def share(values: Tensor, kept: int, world_size: int) -> int:
     places = kept - above.sum() - (equal.cumsum(0) - equal)  # left for each rank's equal ones
     rank = dist.get_rank()
     count = above[rank] + places[rank].clamp(min=0).minimum(equal[rank])
-    return min(int(count), len(values))
+    return count.clamp(max=len(values))

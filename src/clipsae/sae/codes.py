@@ -113,6 +113,19 @@ class SparseCodes:
         """Sums of values [p] over each latent's tokens, [M]."""
         return values.new_zeros(self.latents).index_add_(0, self.latent, values)
 
+    def sum_latents(self, values: Tensor) -> Tensor:
+        """Sums of values [p] over each token's latents, [N]; differentiable."""
+        return values.new_zeros(self.tokens).index_add(0, self.token, values)
+
+    def sizes(self) -> Tensor:
+        """Pairs of each token, [N]."""
+        return torch.bincount(self.token, minlength=self.tokens)
+
+    def overflows(self, world_size: int = 1) -> Callable[[], bool]:
+        """Asks the device whether there are more codes than memory, on any rank; the answer is for
+        later. Only codes whose number the host does not know can be."""
+        return lambda: False
+
     def count(self, where: Tensor | None = None) -> Tensor:
         """Pairs of each latent, LongTensor [M] of codes [N, M], or [B, M] of codes [B, T, M];
         only those `where`, BoolTensor [p], or whose value is not 0."""

@@ -14,6 +14,7 @@ from clipsae.sae.base import Activation, LossInputs, aligned, per_latent
 from clipsae.sae.checks import not_negative
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import elementwise, passing
+from clipsae.sae.engine.reference import Chosen
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.relu import l1_norm
 from clipsae.sae.sparse_ops import positions_above
@@ -54,7 +55,7 @@ class Gated(Activation):
         shift = per_latent(self.b_mag, self.latents, latents)
         return _magnitude(scores, gain, shift)
 
-    def support(self, scores: Tensor) -> Tensor | None:
+    def support(self, scores: Tensor) -> Chosen:
         return positions_above(scores, -self.b_gate)
 
     def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:

@@ -18,6 +18,7 @@ from clipsae.sae.base import Activation, LossInputs, aligned
 from clipsae.sae.checks import not_negative, positive
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import elementwise, passing
+from clipsae.sae.engine.reference import Chosen
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.sparse_ops import positions_above
 
@@ -61,7 +62,7 @@ class JumpReLU(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return self.log_theta.exp()
 
-    def support(self, scores: Tensor) -> Tensor | None:
+    def support(self, scores: Tensor) -> Chosen:
         # Scores a little below theta have no code, but move theta.
         return positions_above(scores, self.log_theta.exp() - 0.50001 * self.bandwidth)
 

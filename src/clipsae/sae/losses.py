@@ -32,6 +32,8 @@ from torch import Tensor
 
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32
+from clipsae.sae.engine import backend
+from clipsae.sae.engine.reference import Chosen
 from clipsae.sae.sparse_ops import Dictionary, largest_positions
 
 
@@ -73,15 +75,25 @@ def sparse_dead_codes(
 ) -> SparseCodes | None:
     """The same from the scores of the dead latents alone; None where no latent is dead.
 
+    On a GPU from the scores of all, as it is not asked which are dead; never None.
+
     Args:
         query: [N, d], the dictionary's input.
     """
+    if not backend(query).waits:
+        found = dictionary.find(
+            query,
+            lambda s: largest_positions(s, k, auxk_scores(s).masked_fill(~dead, -1)),
+            wait=False,
+        )
+        assert isinstance(found, SparseCodes)
+        return found.with_values(auxk_scores(found.values)) * dead
     latents = dead.nonzero()[:, 0]
     if not len(latents):
         return None
 
-    def choose(scores: Tensor) -> Tensor:
-        return largest_positions(auxk_scores(scores), min(k, len(latents)))
+    def choose(scores: Tensor) -> Chosen:
+        return largest_positions(scores, min(k, len(latents)), auxk_scores(scores))
 
     scores = dictionary.find(query, choose, latents=latents)
     assert isinstance(scores, SparseCodes)

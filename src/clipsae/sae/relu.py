@@ -11,6 +11,7 @@ from clipsae.sae.base import Activation, LossInputs
 from clipsae.sae.checks import not_negative
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32, elementwise
+from clipsae.sae.engine.reference import Chosen
 from clipsae.sae.registry import ACTIVATIONS
 from clipsae.sae.sparse_ops import positions_above
 
@@ -36,7 +37,7 @@ class ReLU(Activation):
     def threshold(self, scores: Tensor) -> Tensor:
         return scores.new_zeros(())
 
-    def support(self, scores: Tensor) -> Tensor | None:
+    def support(self, scores: Tensor) -> Chosen:
         return positions_above(scores, scores.new_zeros(()))
 
     def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:

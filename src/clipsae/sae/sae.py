@@ -5,7 +5,7 @@ Letters: B images or tokens, T tokens of an image, d width, M latents, n latents
 
 import inspect
 import json
-from math import prod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from clipsae.sae.base import Activation, Architecture, LossInputs, SAEOutput
 from clipsae.sae.checks import boolean, near, not_negative, whole
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32
+from clipsae.sae.engine import backend
+from clipsae.sae.engine.cpu import BLOCK
+from clipsae.sae.engine.reference import Chosen
+from clipsae.sae.engine.switch import most_pairs, prefers_dense
 from clipsae.sae.losses import (
     auxk_loss,
     dead_codes,
@@ -25,7 +29,7 @@ from clipsae.sae.losses import (
     summed,
 )
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
-from clipsae.sae.sparse_ops import BLOCK, Dictionary, positions_above, prefers_dense
+from clipsae.sae.sparse_ops import Chooser, Dictionary, positions_above
 
 FORMAT = "clipsae.sae"
 VERSION = 2
@@ -106,6 +110,7 @@ class SAE(nn.Module):
         )
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
         self.config = given | architecture_options | activation_options
+        self._silence: tuple[Any, int, int] = (None, 0, 0)  # see `_may_be_dead`
 
     # --- from tokens to codes and back ---
 
@@ -151,7 +156,7 @@ class SAE(nn.Module):
             return SparseCodes.from_dense(self.encode(x))
         thresholds: list[Tensor] = []
 
-        def choose(scores: Tensor) -> Tensor | None:
+        def choose(scores: Tensor) -> Chosen:
             thresholds.append(self.threshold(scores))
             return positions_above(scores, thresholds[-1])
 
@@ -183,7 +188,7 @@ class SAE(nn.Module):
         """
         if isinstance(codes, SparseCodes) and (
             self._dictionary(codes.values) is None
-            or prefers_dense(codes.values, len(codes.values), prod(codes.shape))
+            or len(codes.values) > most_pairs(codes.values, codes.tokens, codes.latents)
         ):
             codes = codes.dense()
         return self.architecture(codes, latents) * scale
@@ -204,16 +209,37 @@ class SAE(nn.Module):
         return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, x))
 
     def _train_forward(self, batch: Tensor) -> SAEOutput:
+        dictionary = self._dictionary(batch)
+        if dictionary is None or backend(batch).waits:
+            return self._output(batch, dictionary)[0]
+        # How many codes there are is looked at when everything is queued that follows them.
+        before = [buffer.clone() for buffer in self.buffers()]
+        (device, version, longest), was = self._silence, self.tokens_since_fired._version
+        out, overflows = self._output(batch, dictionary)
+        if not overflows():
+            return out
+        for buffer, value in zip(self.buffers(), before, strict=True):
+            buffer.copy_(value)
+        self._silence = device, version + self.tokens_since_fired._version - was, longest
+        return self._output(batch, dictionary, lambda scores: None)[0]
+
+    def _output(
+        self, batch: Tensor, dictionary: Dictionary | None, support: Chooser | None = None
+    ) -> tuple[SAEOutput, Callable[[], bool]]:
+        """What training returns, and whether there were more codes than memory."""
         x = batch.flatten(0, -2)  # gradients of views would not be added up in place
         scale = self.input_scale(x)
-        dictionary = self._dictionary(x)
         scores: Tensor | SparseCodes
         if dictionary is None:
             scores = self.architecture.scores(x / scale)
         else:
             query = self.architecture.query(x / scale)
             at_once = self.activation.across_tokens
-            scores = dictionary.find(query, self.activation.support, at_once=at_once)
+            support = support or self.activation.support
+            scores = dictionary.find(query, support, at_once=at_once, wait=False)
+        overflows: Callable[[], bool] = lambda: False  # noqa: E731
+        if isinstance(scores, SparseCodes):
+            overflows = scores.overflows(self.world_size)
         codes = self.activation(scores)
 
         def decode(codes: Tensor | SparseCodes, frozen: bool = False) -> Tensor:
@@ -235,19 +261,20 @@ class SAE(nn.Module):
         )
         self._count_silence(out.fired(), len(x))
         if self.auxk:
-            dead, strength = self.dead, self.activation.auxk_scores
-            aux: Tensor | SparseCodes | None
-            if dictionary is not None:
-                aux = sparse_dead_codes(dictionary, query, strength, dead, self.auxk_k)
-            else:
-                assert isinstance(scores, Tensor)
-                aux = dead_codes(strength(scores), dead, self.auxk_k)
+            aux: Tensor | SparseCodes | None = None
+            strength = self.activation.auxk_scores
+            if self._may_be_dead(len(x)):
+                if dictionary is None:
+                    assert isinstance(scores, Tensor)
+                    aux = dead_codes(strength(scores), self.dead, self.auxk_k)
+                else:
+                    aux = sparse_dead_codes(dictionary, query, strength, self.dead, self.auxk_k)
             loss = at_least_float32(x.new_zeros(()))
             if aux is not None:
                 left = at_least_float32(self.architecture.combine(aux)) * scale
-                loss = auxk_loss(x, reconstruction, left, dead.any(), self.world_size)
+                loss = auxk_loss(x, reconstruction, left, self.dead.any(), self.world_size)
             out.losses["auxk"] = self.auxk * loss
-        return out
+        return out, overflows
 
     def _dictionary(self, like: Tensor) -> Dictionary | None:
         """The architecture's, where sparse codes can be faster."""
@@ -284,6 +311,23 @@ class SAE(nn.Module):
     def dead(self) -> Tensor:
         """BoolTensor [M]: silent for `dead_after` training tokens or more."""
         return self.tokens_since_fired >= self.dead_after
+
+    def read_silence(self) -> None:
+        """Read for how many tokens the latents have been silent. A training does it now and then:
+        in between, AuxK knows without a wait for the device that none can be dead yet."""
+        counter = self.tokens_since_fired
+        self._silence = counter.device, counter._version, int(counter.max())
+
+    def _may_be_dead(self, tokens: int) -> bool:
+        """Whether there can be dead latents after a step on so many tokens: none is silent for
+        longer than the longest when it was read, and what came since."""
+        counter = self.tokens_since_fired
+        device, version, longest = self._silence
+        if (device, version + 1) == (counter.device, counter._version):  # the last step's
+            self._silence = device, version + 1, longest + tokens * self.world_size
+        else:
+            self.read_silence()
+        return self._silence[-1] >= self.dead_after
 
     @torch.no_grad()
     def _count_silence(self, fired: Tensor, tokens: int) -> None:

@@ -13,8 +13,9 @@ from clipsae.sae.base import Activation
 from clipsae.sae.checks import boolean, fraction, one_of
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32, elementwise
+from clipsae.sae.engine import backend
+from clipsae.sae.engine.reference import Chosen, above
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.sparse_ops import above, positions_above, strided_maxima
 
 WEIGHTS = ("scores", "probabilities")
 
@@ -71,14 +72,10 @@ class Sparsemax(Activation):
             return _less(scores, tau)
         return torch.relu(scores) if self.clamp else scores
 
-    def support(self, scores: Tensor) -> Tensor | None:
+    def support(self, scores: Tensor) -> Chosen:
         limit = self.max_activation_frequency
-        if limit is not None:
-            capped = (self.frequency > limit).nonzero()[:, 0]
-            if len(capped):
-                scores.index_fill_(1, capped, 0)
-        found = _from_maxima(scores)
-        return None if found is None else found[1]
+        zeroed = None if limit is None else self.frequency > limit
+        return backend(scores).sparsemax(scores, zeroed)
 
     def forward(self, scores: Tensor | SparseCodes) -> Tensor | SparseCodes:
         limit = self.max_activation_frequency
@@ -120,10 +117,10 @@ def sparsemax_threshold(scores: Tensor) -> Tensor:
 
     tau is the root of a convex, piecewise linear function: Newton's steps from below,
     tau <- (sum of the scores above tau - 1) / their number, reach it exactly in a few passes
-    (Michelot 1986). The threshold of a part of the scores is a lower bound of that of all, so the
-    steps are done on the maxima of 64 scores each, from there on the maxima of 16, and from there
-    on the scores above the bound alone. No sort of M; the last sums are float64: in float32 a
-    running sum over thousands of scores moves the boundary.
+    (Michelot 1986). The threshold of a part of the scores is a lower bound of that of all: the
+    backends begin with maxima of groups, and go on with the scores above that bound alone. No sort
+    of M; the last sums are float64: in float32 a running sum over thousands of scores moves the
+    boundary.
 
     Args:
         scores: [..., M].
@@ -133,72 +130,7 @@ def sparsemax_threshold(scores: Tensor) -> Tensor:
         digits.
     """
     flat = scores.reshape(-1, scores.shape[-1])
-    found = _from_maxima(flat)
-    tau = _newton(flat, _lower_bound(flat).double()) if found is None else found[0]
-    return tau.view(*scores.shape[:-1], 1)
-
-
-@torch.no_grad()
-def _from_maxima(scores: Tensor) -> tuple[Tensor, Tensor] | None:
-    """tau [N, 1] in float64 of scores [N, M], and the positions token * M + latent above it.
-
-    None where they are so many that passes over all M are faster.
-    """
-    bound = _lower_bound(scores)
-    positions = positions_above(scores, bound)
-    if positions is None:
-        return None
-    n, m = scores.shape
-    tau = bound[:, 0].double()
-    values = scores.flatten().index_select(0, positions).double()
-    token = torch.div(positions, m, rounding_mode="floor")
-    while True:
-        size = torch.bincount(token, minlength=n)
-        total = tau.new_zeros(n).index_add_(0, token, values)
-        tau = torch.maximum(tau, (total - 1) / size.clamp(min=1))
-        above = (values > tau.index_select(0, token)).nonzero()[:, 0]
-        if len(above) == len(values):
-            return tau[:, None], positions
-        values, token, positions = (t.index_select(0, above) for t in (values, token, positions))
-
-
-def _lower_bound(scores: Tensor) -> Tensor:
-    """Slightly below tau, or less: [N, 1] of scores [N, M], float32 at least."""
-    fine = at_least_float32(strided_maxima(scores, 16) if scores.shape[-1] >= 512 else scores)
-    bound = fine.amax(dim=-1, keepdim=True) - 1
-    if scores.shape[-1] >= 512:
-        bound = _approach(strided_maxima(fine, 4), bound)
-    return _approach(fine, bound)
-
-
-def _approach(scores: Tensor, tau: Tensor) -> Tensor:
-    """Newton's steps from lower bounds tau [N, 1] to just below the solutions."""
-    top = scores.amax(dim=-1, keepdim=True)
-    eps = torch.finfo(scores.dtype).eps
-    for _ in range(50):
-        rest = (scores - tau).relu_()
-        total = rest.sum(dim=-1, keepdim=True)
-        # Ones are summed in place: `count_nonzero` would first make them int64.
-        step = (total - 1) / rest.sign_().sum(dim=-1, keepdim=True).clamp(min=1)
-        # What rounding may have added.
-        margin = 64 * eps * (top - tau) + 4 * eps * tau.abs()
-        if not (step > 2 * margin).any():
-            break
-        tau = torch.maximum(tau, tau + step - margin)
-    return tau - margin
-
-
-def _newton(scores: Tensor, tau: Tensor) -> Tensor:
-    """From lower bounds tau [N, 1], float64, of scores [N, M] to the solutions."""
-    size = torch.full_like(tau, -1, dtype=torch.int64)
-    while True:
-        above = scores > tau
-        new_size = above.sum(dim=-1, keepdim=True)
-        if torch.equal(new_size, size):
-            return tau
-        size = new_size
-        total = torch.where(above, scores, 0).sum(dim=-1, keepdim=True, dtype=torch.float64)
-        tau = torch.maximum(tau, (total - 1) / size.clamp(min=1))
+    return backend(scores).sparsemax_threshold(flat).view(*scores.shape[:-1], 1)
 
 
 def _less(scores: Tensor, tau: Tensor) -> Tensor:
@@ -214,9 +146,8 @@ def _less(scores: Tensor, tau: Tensor) -> Tensor:
 
 def _probabilities(scores: SparseCodes) -> SparseCodes:
     """s - tau of the scores on their support; the gradient is the projection onto it."""
-    wide, token = scores.values.double(), scores.token
-    total = wide.new_zeros(scores.tokens).index_add(0, token, wide)
-    tau = (total - 1) / torch.bincount(token, minlength=scores.tokens).clamp(min=1)
+    wide = scores.values.double()
+    tau = (scores.sum_latents(wide) - 1) / scores.sizes().clamp(min=1)
     return scores.with_values(_less(scores.values, scores.at_token(tau)))
 
 

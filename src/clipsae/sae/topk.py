@@ -11,8 +11,10 @@ from clipsae.sae.base import Activation
 from clipsae.sae.checks import whole
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32
+from clipsae.sae.engine.reference import Chosen, largest
+from clipsae.sae.engine.switch import prefers_dense
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.sparse_ops import largest, largest_positions, prefers_dense
+from clipsae.sae.sparse_ops import largest_positions
 
 
 @ACTIVATIONS.register("topk")
@@ -51,7 +53,7 @@ class TopK(Activation):
     def magnitude(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         return torch.relu(scores)
 
-    def support(self, scores: Tensor) -> Tensor | None:
+    def support(self, scores: Tensor) -> Chosen:
         if prefers_dense(scores, self.k * len(scores)):
             return None
         return largest_positions(scores, self.k)

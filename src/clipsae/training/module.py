@@ -156,6 +156,7 @@ class SAEModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if (self.step + 1) % self.trainer.log_every_n_steps == 0:
             self.check_finite()
+            self.sae.read_silence()
             self.record(self._compute("train", self.train_window))
             self.record({"train/learning_rate": self.optimizer.param_groups[0]["lr"]})
         self.sae.after_backward()
