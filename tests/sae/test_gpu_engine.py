@@ -6,7 +6,6 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from clipsae.sae import SAE, engine
@@ -16,6 +15,7 @@ from clipsae.sae.engine.reference import Reference
 from clipsae.sae.engine.switch import DENSE_FROM
 from tests.sae.conftest import D, build, tokens
 from tests.sae.test_sparse import OPTIONS, random_codes
+from tests.waits import Waits
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
@@ -309,29 +309,6 @@ def test_sparse_encoding_is_encoding(recipe, as_on_cuda, monkeypatch):
     torch.testing.assert_close(sae.decode(codes, sae.input_scale(x)), sae(x).reconstruction)
     monkeypatch.setattr(gpu, "BLOCK", 4)  # tokens of a block, too
     torch.testing.assert_close(sae.encode_sparse(x).dense(), expected)
-
-
-class Waits(TorchDispatchMode):
-    """Notes the operations that make the host wait for a GPU."""
-
-    NAMES = (
-        *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"),
-        *("bincount", "unique", "_unique2", "unique_consecutive", "unique_dim", "allclose"),
-        *("repeat_interleave", "histc"),
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put", "index_put_") and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        if name in self.NAMES or masks:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_waits_for_nothing(recipe, as_on_cuda, monkeypatch):

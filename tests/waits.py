@@ -1,0 +1,30 @@
+"""What makes the host wait for a GPU, noticed without one."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations within it whose result the host needs: `.item()`, `.tolist()`,
+    `bool(tensor)`, sizes that depend on numbers, copies of numbers to Python."""
+
+    NAMES = (
+        *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"),
+        *("bincount", "unique", "_unique2", "unique_consecutive", "unique_dim", "allclose"),
+        *("repeat_interleave", "histc"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if name in self.NAMES or masks:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
