@@ -21,7 +21,7 @@ from clipsae.tasks.stages import sae
 from run import ROOT
 from tests.warm import run_py
 
-SMALL = ["model.latents=96", "dataset.size=24"]
+SMALL = ["model.latents=96", "dataset.size=24", "precision=float32"]
 NO_TEXTS = [
     *("clip=dinov2_s_14", "clip.name=timm:vit_tiny_patch16_224", "clip.pretrained=null"),
     *("clip.image_size=64", "evaluation=none", "measurement=none"),

@@ -189,7 +189,7 @@ def test_a_checkpoint_of_an_earlier_version_is_ignored(tmp_path, prepare, caplog
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_mixed_precision_clips_gradients(tmp_path, prepare, algorithm):
-    mixed = ["model=topk", "trainer.precision=bf16-mixed"]
+    mixed = ["model=topk", "precision=bf16"]
     how = f"+trainer.gradient_clip_algorithm={algorithm}"
     cells = [[*mixed, how, f"trainer.gradient_clip_val={value}"] for value in (1e-9, 1e9)]
     assert len(set(alone(prepare(tmp_path, *cells)))) == 2
@@ -256,7 +256,7 @@ def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, prepare):
         "clip.layer=-1",
         "features.batch_size=2",
         "features.shuffle_buffer_images=8",
-        "trainer.precision=bf16-mixed",
+        "precision=bf16",
         "seed=1 trainer.accumulate_grad_batches=2",
     )
     found = prepare(tmp_path, *(cell.split() for cell in cells))
