@@ -219,6 +219,17 @@ def test_lengths_rates_sizes_and_clipping_may_differ(tmp_path, prepare, common, 
         assert len(calls) == 1 + 15 + 15 // 4  # the first images, the batches, the validations
 
 
+def test_one_that_goes_on_in_another_precision_does_so_by_itself(tmp_path, prepare):
+    cells = [["model=topk", "precision=tf32"], ["model=relu", "precision=float32"]]
+    expected = alone(prepare(tmp_path / "alone", *cells))
+    begun, _ = prepare(tmp_path / "shared", *cells)
+    begun.trained.partial.mkdir(parents=True)  # on a GPU, then
+    shared = prepare(tmp_path / "shared", ["model=topk"], ["model=relu"])
+    assert [cell.cfg.precision for cell in shared] == ["tf32", "float32"]
+    produce(shared)
+    assert weights(shared) == expected
+
+
 def test_one_that_fails_ends_alone(tmp_path, prepare):
     bad = ["model=relu", "optimizer.learning_rate=1e38", "trainer.log_every_n_steps=3"]
     (expected,) = alone(prepare(tmp_path / "alone", ["model=topk"]))
