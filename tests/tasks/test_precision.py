@@ -96,13 +96,14 @@ def test_a_training_on_the_cpu_of_a_machine_with_a_gpu(tmp_path, gpu):
     assert cfg.precision == "float32"
 
 
+# (Without a GPU PyTorch's settings stay as they are.)
 @pytest.mark.parametrize(
     ("value", "there", "flags", "of_clip", "said"),
     [
-        ("float32", False, ("highest", False), "fp32", "everything in float32 (CPU)"),
+        ("float32", False, ("highest", True), "fp32", "everything in float32 (CPU)"),
         ("float32", True, ("highest", False), "fp32", "everything in float32 (NVIDIA H100)"),
         ("tf32", True, ("high", True), "bf16-mixed", "SAE products in TF32; CLIP in bf16 autocast"),
-        ("tf32", False, ("highest", False), "bf16-mixed", "in float32, as there is no TF32 here;"),
+        ("tf32", False, ("highest", True), "bf16-mixed", "in float32, as there is no TF32 here;"),
         (
             "bf16",
             True,

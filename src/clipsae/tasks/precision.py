@@ -27,8 +27,8 @@ def resolve(cfg: DictConfig, stage: Callable[[], Stage]) -> Stage:
     """Replace `precision=auto` by a value, in place; any other is left alone.
 
     It is that of the finished work, wherever it was made: results are found from a login node, too.
-    Otherwise it is the device's: tf32 on a GPU that has it, else float32. Without such a GPU
-    work that one has begun is found as well.
+    Otherwise it is the device's: tf32 on a GPU that has it, else float32. Without such a GPU,
+    work that one has begun is found, too.
 
     Args:
         stage: the place in the store of what is looked for, by the config as it is then.
@@ -58,10 +58,11 @@ def apply(cfg: DictConfig, clip: FrozenCLIP) -> None:
     What is trained runs under Lightning's own autocast, see `of_lightning`.
     """
     clip.precision = of_clip(cfg)
-    tf32 = cfg.precision != "float32" and _has_tf32()
-    # Not by `fp32_precision`: Lightning asks for the older setting, and PyTorch refuses a mix.
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    if torch.cuda.is_available():
+        tf32 = cfg.precision != "float32" and _has_tf32()
+        # Not by `fp32_precision`: Lightning asks for the older setting, and PyTorch refuses a mix.
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def of_clip(cfg: DictConfig) -> str:
