@@ -22,7 +22,7 @@ GROUPS = {
     "dataset": "What the SAE is evaluated on.",
     "train_dataset": "What it is trained on.",
     "features": "Source of the training tokens.",
-    "trainer": "Lightning's Trainer: steps, devices, precision.",
+    "trainer": "Lightning's Trainer: steps, devices.",
     "callbacks": "Checkpoints and the progress bar.",
     "evaluation": "Top-n classification.",
     "measurement": "Sparsity, fidelity, monosemanticity.",

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from clipsae.rules import similar
+from clipsae.rules import PRECISIONS, similar
 
 RENAMED = {
     **{
@@ -23,6 +23,7 @@ RENAMED = {
     "model.l0": "model.l0_coefficient",
     "model.l1": "model.l1_coefficient",
     "features.shuffle_tokens": "features.shuffle_buffer_images",
+    **dict.fromkeys(("clip.precision", "trainer.precision"), f"precision={'|'.join(PRECISIONS)}"),
 }
 
 
@@ -56,7 +57,8 @@ def renamed(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     """
     found = {}
     for old, new in RENAMED.items():
-        (group, key), (new_group, new_key) = old.split("."), new.split(".")
+        group, _, key = old.partition(".")
+        new_group, _, new_key = new.rpartition(".")
         node = config.get(group) or {}
         if key in node and (group != new_group or new_key in node):
             found[old] = new, node[key]

@@ -98,11 +98,18 @@ TEXT = Rule("text", lambda v: isinstance(v, str) and v != "")
 NAME = Rule("a name", lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "")
 
 
+CLIP_PRECISION = one_of("fp32", "bf16-mixed")
+# The values of `precision` beside auto, and what keys of the store say in their place: of the
+# tokens, and of an SAE's training.
+PRECISIONS = {
+    "float32": ("fp32", "32-true"),
+    "tf32": ("bf16-mixed", "tf32"),
+    "bf16": ("bf16-mixed", "bf16-mixed"),
+}
 CLIP = {  # of `FrozenCLIP.load` and conf/clip
     "name": TEXT,
     "pretrained": or_null(TEXT),
     "layer": whole(),
-    "precision": one_of("fp32", "bf16"),
     "seed": whole(0),
     "image_size": or_null(whole(1)),
 }

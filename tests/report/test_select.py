@@ -143,10 +143,12 @@ def test_unfinished_folders_and_measurements_of_an_earlier_version_are_left_out(
 # --- settings that differ ---
 
 
-def trained(store, name, *, learning_rate=0.001, fingerprint="f" * 16, seed=0, **trainer):
+def trained(
+    store, name, *, learning_rate=0.001, fingerprint="f" * 16, seed=0, clip=None, **trainer
+):
     """An SAE's record, as the store has it."""
     key = {
-        "clip": {"name": "clipsae-tiny", "pretrained": "builtin", "layer": -2},
+        "clip": {"name": "clipsae-tiny", "pretrained": "builtin", "layer": -2} | (clip or {}),
         "train_dataset": {"name": "scenes", "fingerprint": fingerprint},
         "sae": {"latents": 128, "k": 8},
         "training": {
@@ -171,8 +173,8 @@ def test_names_are_those_of_the_config():
         "features.cache.dtype": "bf16",
         "evaluation.count_threshold": "2.0",
         "model.scale": "1.0",
+        "precision": "float32",
         "schema": "3",
-        "trainer.precision": "32-true",
     }
 
 
@@ -218,6 +220,15 @@ def test_many_smoke_runs_do_not_decide_what_is_missing(store):
     ]
     # Without a config that says what is usual the most results do.
     assert store.selection(models=models).lines[0].common == "trainer.max_steps=3"
+
+
+def test_a_precision_is_called_as_the_command_calls_it(store):
+    for of_clip, of_training in (("fp32", "32-true"), ("bf16-mixed", "tf32")):
+        clip = {"precision": of_clip}
+        sae = trained(store, of_training, clip=clip, precision=of_training)
+        store.evaluation("topk", "a", {"on_5": 1.0}, k=8, sae=sae)
+    lines = store.selection(usual={"precision": "tf32"}, models=("topk",)).lines
+    assert [line.overrides for line in lines] == [["precision=tf32"], ["precision=float32"]]
 
 
 def test_what_is_usual_is_told_by_all_settings_not_by_those_that_a_label_names(store):

@@ -43,6 +43,7 @@ def config(folder: Path, *overrides: str):
             "config",
             [
                 "task=cache",
+                "precision=float32",
                 f"paths.output_dir={folder}",
                 f"+train_dataset.size={N}",
                 f"features.cache.shard_gb={(SHARD + 0.5) * 65 * 128 * 2 / 1e9}",

@@ -166,7 +166,11 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
         ("together=1", "together=1: expected true or false"),
         ("trainer.max_steps=0", "trainer.max_steps=0: expected an integer of at least 1"),
         ("trainer.max_steps=1e3", "trainer.max_steps=1000.0: expected an integer"),
-        ("trainer.precision=8", "trainer.precision=8"),
+        ("precision=fp32", "precision=fp32: expected auto, float32, tf32 or bf16"),
+        (
+            "+clip.precision=bf16",
+            "clip.precision=bf16: clip.precision is now precision=float32|tf32|bf16",
+        ),
         ("trainer.devices=[]", "trainer.devices=[]"),
         ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0: expected a number above 0"),
         ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5"),
@@ -269,6 +273,10 @@ def test_a_block_that_is_not_there(composed, name, layer, blocks):
         (
             ["model.learning_rate=1"],
             "model.learning_rate=1: model.learning_rate is now optimizer.learning_rate",
+        ),
+        (
+            ["trainer.precision=bf16-mixed"],
+            "trainer.precision=bf16-mixed: trainer.precision is now precision=float32|tf32|bf16",
         ),
         (["clip=vitb16"], "clip=vitb16: there is no such choice; "),
         (["model=topk,relu"], "model=topk,relu: several values are a sweep: add -m"),

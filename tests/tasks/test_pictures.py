@@ -30,7 +30,7 @@ NO_TEXTS = [
 
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [*SMALL, *overrides])
+        return compose("config", [*SMALL, "precision=float32", *overrides])
 
 
 def make_sae(root: Path, model: str, width: int, overrides: Sequence[str] = ()) -> None:
@@ -42,10 +42,11 @@ def make_sae(root: Path, model: str, width: int, overrides: Sequence[str] = ()) 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A store with a TopK and a Sparsemax SAE of `SMALL`."""
+    """A store with a TopK and a Sparsemax SAE of `SMALL`, in two precisions."""
     root = tmp_path_factory.mktemp("store")
-    for model in ("topk", "sparsemax"):
-        make_sae(root, model, FrozenCLIP.load("clipsae-tiny", "builtin").width)
+    for model, precision in (("topk", "float32"), ("sparsemax", "tf32")):
+        width = FrozenCLIP.load("clipsae-tiny", "builtin").width
+        make_sae(root, model, width, [f"precision={precision}"])
     return root
 
 

@@ -189,7 +189,7 @@ def test_a_checkpoint_of_an_earlier_version_is_ignored(tmp_path, prepare, caplog
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_mixed_precision_clips_gradients(tmp_path, prepare, algorithm):
-    mixed = ["model=topk", "trainer.precision=bf16-mixed"]
+    mixed = ["model=topk", "precision=bf16"]
     how = f"+trainer.gradient_clip_algorithm={algorithm}"
     cells = [[*mixed, how, f"trainer.gradient_clip_val={value}"] for value in (1e-9, 1e9)]
     assert len(set(alone(prepare(tmp_path, *cells)))) == 2
@@ -217,6 +217,17 @@ def test_lengths_rates_sizes_and_clipping_may_differ(tmp_path, prepare, common, 
     assert weights(shared) == expected
     if not common:  # the tokens of each batch are computed once
         assert len(calls) == 1 + 15 + 15 // 4  # the first images, the batches, the validations
+
+
+def test_one_that_goes_on_in_another_precision_does_so_by_itself(tmp_path, prepare):
+    cells = [["model=topk", "precision=tf32"], ["model=relu", "precision=float32"]]
+    expected = alone(prepare(tmp_path / "alone", *cells))
+    begun, _ = prepare(tmp_path / "shared", *cells)
+    begun.trained.partial.mkdir(parents=True)  # on a GPU, then
+    shared = prepare(tmp_path / "shared", ["model=topk"], ["model=relu"])
+    assert [cell.cfg.precision for cell in shared] == ["tf32", "float32"]
+    produce(shared)
+    assert weights(shared) == expected
 
 
 def test_one_that_fails_ends_alone(tmp_path, prepare):
@@ -256,7 +267,7 @@ def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, prepare):
         "clip.layer=-1",
         "features.batch_size=2",
         "features.shuffle_buffer_images=8",
-        "trainer.precision=bf16-mixed",
+        "precision=bf16",
         "seed=1 trainer.accumulate_grad_batches=2",
     )
     found = prepare(tmp_path, *(cell.split() for cell in cells))

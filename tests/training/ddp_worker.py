@@ -34,7 +34,10 @@ def configs(models: list[str], overrides: list[str]) -> list[DictConfig]:
 
     with initialize_config_dir(str(run.ROOT / "conf"), version_base="1.3"):
         return [
-            compose("config", [f"model={model}", *overrides, *MORE.get(model, [])])
+            compose(
+                "config",
+                ["precision=float32", f"model={model}", *overrides, *MORE.get(model, [])],
+            )
             for model in models
         ]
 

@@ -37,7 +37,6 @@ def build_model(
     pretrained: str | None,
     *,
     layer: int = -1,
-    precision: str = "fp32",
     seed: int = 0,
     image_size: int | None = None,
 ) -> nn.Module:
@@ -45,7 +44,7 @@ def build_model(
 
     Everything that can be refused from the names alone is refused before weights are read.
     """
-    given = {"name": name, "pretrained": pretrained, "layer": layer, "precision": precision}
+    given = {"name": name, "pretrained": pretrained, "layer": layer}
     for option, value in {**given, "seed": seed, "image_size": image_size}.items():
         require(f"clip.{option}", value, CLIP[option])
     tiny.register()
@@ -64,12 +63,11 @@ def build_model(
             torch.manual_seed(seed)
             if not of_timm:
                 weights = name if pretrained == BUILTIN and model != name else pretrained
-                return create_open_clip(model, weights, precision, image_size).eval()
+                return create_open_clip(model, weights, image_size).eval()
             file, published = find_weights(name, pretrained) if pretrained else (None, False)
             model = f"{model}.{pretrained}" if published else model
             options = {} if image_size is None else {"img_size": image_size}
-            built = create_timm(model, file, **options)
-            return built.to(torch.bfloat16 if precision == "bf16" else torch.float32).eval()
+            return create_timm(model, file, **options).eval()
     except ConfigError:
         raise
     except FileNotFoundError as error:
@@ -86,7 +84,6 @@ def build_model(
 def create_open_clip(
     name: str,
     pretrained: str | None,
-    precision: str = "fp32",
     image_size: int | None = None,
     weights_decide: bool = False,
 ) -> nn.Module:
@@ -129,7 +126,6 @@ def create_open_clip(
         model = open_clip.create_model(
             name,
             load_weights=False,
-            precision=precision,
             force_quick_gelu=bool(weights_decide and quick_gelu),
             pretrained_text=False,
             force_image_size=None if of_timm else image_size,

@@ -9,7 +9,7 @@ B images, T tokens of an image (class token first, then the patches row by row),
 e embedding size, S image side. DINOv2 through timm is cut in the same way, though it has no texts.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from clipsae.clip.changes import Changes
 from clipsae.clip.sources import HUB, cache_alone_if_offline, weights_file
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
-from clipsae.rules import check_layer
+from clipsae.rules import CLIP_PRECISION, check_layer, require
 
 
 class FrozenCLIP(nn.Module):
@@ -32,7 +32,8 @@ class FrozenCLIP(nn.Module):
     to the module that is trained, and so is no part of a checkpoint.
 
     Attributes:
-        name, pretrained, precision: as given to `load`.
+        name, pretrained: as given to `load`.
+        precision: the same; it may be changed.
         layer: index of the last block in the prefix, counted from the end (-1: all blocks).
         blocks: number of blocks in the image tower.
         width: d.  tokens: T.  grid: (rows, columns) of patches.  embed_dim: e.
@@ -98,8 +99,8 @@ class FrozenCLIP(nn.Module):
                 warning.
             layer: the prefix ends with this block: -2 is the second to last (the paper's), -1 the
                 last, 0 the first.
-            precision: "fp32", or "bf16": weights and products in bfloat16, layer norms in
-                float32. Tokens and embeddings are handed over in float32 either way.
+            precision: "fp32", or "bf16-mixed": the prefix runs under bfloat16 autocast. Weights and
+                the residual stream are float32 either way; so are the tail and the text tower.
             seed: of the random weights of `pretrained=None`.
             image_size: S, if not the model's own; positions are interpolated.
 
@@ -108,9 +109,9 @@ class FrozenCLIP(nn.Module):
                 trained with another activation, or not available; a layer out of range. None of
                 this waits for a network that is down.
         """
-        options: dict[str, Any] = {"layer": layer, "precision": precision}
-        model = build_model(name, pretrained, seed=seed, image_size=image_size, **options)
-        return cls(model, name=name, pretrained=pretrained, **options)
+        require("precision", precision, CLIP_PRECISION)
+        model = build_model(name, pretrained, layer=layer, seed=seed, image_size=image_size)
+        return cls(model, name=name, pretrained=pretrained, layer=layer, precision=precision)
 
     weights_file = staticmethod(weights_file)
 
@@ -132,7 +133,7 @@ class FrozenCLIP(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the image tower's products."""
+        """The dtype of the image tower's weights."""
         return self.tower.dtype
 
     @cached_property
@@ -175,8 +176,14 @@ class FrozenCLIP(nn.Module):
 
     def prefix(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> the residual stream after block `layer`, [B, T, d]."""
-        tokens = self.tower.prefix(images.to(self.compute_dtype), self.blocks + self.layer)
+        with self._autocast():
+            tokens = self.tower.prefix(images.to(self.compute_dtype), self.blocks + self.layer)
         return _at_least_fp32(tokens)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":  # whatever the caller has chosen
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def tail(self, tokens: Tensor) -> Tensor:
         """The residual stream after block `layer` [B, T, d] -> embedding [B, e], not normalised.

@@ -36,7 +36,7 @@ class Tower:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its products."""
+        """Of its weights."""
         raise NotImplementedError
 
     def prefix(self, images: Tensor, block: int) -> Tensor:
@@ -92,6 +92,7 @@ class OpenClipTower(Tower):
 
     def __init__(self, visual: VisionTransformer) -> None:
         self.visual = visual
+        visual.conv1.register_forward_hook(_in_dtype_of_weights)
         self.blocks = len(visual.transformer.resblocks)
         self.width = visual.transformer.width
         self.grid = tuple(visual.grid_size)
@@ -190,6 +191,12 @@ class TimmTower(Tower):
 
     def whole(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(images))
+
+
+def _in_dtype_of_weights(convolution: nn.Conv2d, _: Any, patches: Tensor) -> Tensor:
+    """The residual stream is float32 under autocast, too: open_clip's has the dtype of the patches,
+    and in bfloat16 the tokens' errors would be twice as large."""
+    return patches.to(convolution.weight.dtype)
 
 
 def _class_token(block: ResidualAttentionBlock, x: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ def _origin(folder: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or not isinstance(config, dict):
         raise ValueError(f"{MARK} and config.yaml: expected mappings")
     for old, (new, value) in renamed(config).items():
+        if "=" in new:  # it has other values now
+            continue
         (old_group, old_key), (group, key) = old.split("."), new.split(".")
         config.setdefault(group, {})[key] = value
         config[old_group].pop(old_key)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from clipsae.overrides import flat
 from clipsae.report.names import dataset_title, listed, model_title
+from clipsae.rules import PRECISIONS
 from clipsae.store.survey import short
 
 Settings = tuple[tuple[str, str], ...]  # names and values, sorted
@@ -38,6 +39,8 @@ _GROUPS = {
     ),
     **dict.fromkeys(("trainer", "features"), ""),
 }
+# What the keys say of a training -> the value of `precision`.
+_PRECISIONS = {of_training: value for value, (_, of_training) in PRECISIONS.items()}
 # Of a config, for results whose SAE is no longer there to be asked: what decides nothing.
 _IDLE = re.compile(
     r"model\.(name|compile)|(.*\.)?(_target_|root|download|num_workers|pin_memory|folder)"
@@ -51,6 +54,7 @@ _OF_MODEL = (
 )
 _OVERRIDE = re.compile(
     r"(?!\w+\.batches_a_step)(trainer|model|optimizer|features|evaluation)\.[\w.]+=\S+"
+    r"|precision=\S+"
 )
 
 
@@ -71,6 +75,10 @@ def settings_of(
         features = {k: v for k, v in (config.get("features") or {}).items() if k in _FEATURES}
         groups = ("clip", "model", "optimizer", "train_dataset", "trainer", "features")
         named = config_settings({**config, "features": features}, groups)
+        if "precision" in config:
+            named["precision"] = config["precision"]
+    if named.get("trainer.precision") in _PRECISIONS:
+        named["precision"] = _PRECISIONS[named.pop("trainer.precision")]
     trained_on = config.get("train_dataset", {"_target_": ""}) or {}
     if trained_on == config.get("dataset") or "_target_" not in trained_on:
         images = named.get("train_dataset.fingerprint")
@@ -181,7 +189,7 @@ def _varying(results: pd.DataFrame, values: pd.DataFrame) -> list[str]:
     among themselves: their settings may have other names.
     """
     schema = results.settings.map(lambda settings: dict(settings).get("schema", ""))
-    first = [name for name in ("trainer.max_steps", "schema") if name in values]
+    first = [name for name in ("trainer.max_steps", "precision", "schema") if name in values]
 
     def differs(name: str, *by: pd.Series) -> bool:
         groups = values[name].groupby(list(by), dropna=False) if by else values[name]

@@ -8,8 +8,8 @@ blocks that stay in the cache.
 
 import mmap
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
 
@@ -28,6 +28,18 @@ _free: list[mmap.mmap] = []  # the latest last
 def at_least_float32(x: Tensor) -> Tensor:
     """x, half precision as float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Matrix products of float32 are float32 on CUDA whatever is allowed: for sums and cosines that
+    are results themselves."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def empty(*shape: int, like: Tensor) -> Tensor:

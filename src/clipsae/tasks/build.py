@@ -18,6 +18,7 @@ from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
 from clipsae.sae import SAE
 from clipsae.store.files import sha256
+from clipsae.tasks import precision
 from clipsae.tasks.options import unknown_key
 
 IMAGES_WITH_RANDOM_WEIGHTS = 64
@@ -155,8 +156,9 @@ def build_sae(cfg: DictConfig, d: int) -> SAE:
 
 
 def clip_key(cfg: DictConfig) -> dict[str, Any]:
-    """What decides the tokens: the model, its weights (a file by its content), the layer."""
-    key = plain(cfg.clip)
+    """What decides the tokens: the model, its weights (a file by its content), the layer, the
+    precision."""
+    key = plain(cfg.clip) | {"precision": precision.of_clip(cfg)}
     if key.get("image_size") is None:  # the model's own, as where it is not given
         key.pop("image_size", None)
     weights = FrozenCLIP.weights_file(key["name"], key["pretrained"])

@@ -5,7 +5,7 @@ import logging
 from omegaconf import DictConfig
 
 from clipsae.errors import ConfigError
-from clipsae.tasks import build
+from clipsae.tasks import build, precision
 from clipsae.tasks.stages import features
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ def run(cfg: DictConfig) -> None:
     build.check_keys(cfg)
     clip = build.build_clip(cfg)
     train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
+    precision.resolve(cfg, lambda: features.stage(cfg, train_set))
     features.check(cfg, clip, train_set, content=cfg.task.verify)
     folder = features.make(cfg, clip, train_set, content=cfg.task.verify)
     log.info("the feature cache is in %s", folder)

@@ -18,7 +18,7 @@ from clipsae.errors import ConfigError
 from clipsae.interop import Imported, read
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
-from clipsae.tasks import build
+from clipsae.tasks import build, precision
 from clipsae.tasks.experiment import Experiment, check, finish
 
 log = logging.getLogger(__name__)
@@ -81,12 +81,17 @@ def bring_in(
     )
     for sentence in found.lost:
         log.warning("%s", sentence)
-    stage = store.stage(
-        "sae",
-        [cfg.model.name, clip.name, "imported", f"m{found.sae.latents}"],
-        {"imported": digest(found.sae), "clip": build.clip_key(cfg)},
-        {**build.cell(cfg), "dataset": cfg.train_dataset.name},
-    )
+    weights = digest(found.sae)
+
+    def place() -> Stage:
+        return store.stage(
+            "sae",
+            [cfg.model.name, clip.name, "imported", f"m{found.sae.latents}"],
+            {"imported": weights, "clip": build.clip_key(cfg)},
+            {**build.cell(cfg), "dataset": cfg.train_dataset.name},
+        )
+
+    stage = precision.resolve(cfg, place)
     return cfg, clip, stage, lambda folder: save(cfg, found, folder)
 
 

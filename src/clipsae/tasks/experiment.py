@@ -15,7 +15,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.data.reader import refuse_damaged
 from clipsae.store import Busy, Stage, Store
-from clipsae.tasks import build, watch
+from clipsae.tasks import build, precision, watch
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.options import set_by_recipe
 from clipsae.tasks.stages import classifier, evaluation, sae
@@ -148,8 +148,8 @@ def prepare(cfg: DictConfig) -> Experiment:
     clip = build.build_clip(cfg)
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
+    trained = precision.resolve(cfg, lambda: sae.stage(cfg, store, train_set))
     sae.check(cfg, clip, train_set)
-    trained = sae.stage(cfg, store, train_set)
     if not trained.finished and (line := set_by_recipe(cfg)):
         log.info("%s", line)
     return Experiment(cfg, store, clip, test_set, trained, train_set)
@@ -186,25 +186,30 @@ def produce(experiments: Sequence[Experiment]) -> None:
 
 
 def _train(experiments: Sequence[Experiment]) -> None:
-    due: dict[Path, Experiment] = {}
+    fits: dict[str, dict[Path, Experiment]] = {}  # by what precision=auto was replaced by
     for experiment in experiments:
         if experiment.train_set is not None:
-            due.setdefault(experiment.trained.path, experiment)
+            same = fits.setdefault(experiment.cfg.precision, {})
+            same.setdefault(experiment.trained.path, experiment)
+    errors: dict[Path, Exception] = {}
+    for due in fits.values():
 
-    def train(folders: Mapping[Path, Path]) -> dict[Path, Exception]:
-        some = [due[path] for path in folders]
-        one = some[0]
-        held_out = one.held_out()
-        callbacks = []
-        if rank_zero_only.rank == 0:
-            callbacks = watch.callbacks(one.cfg, one.store, one.clip, held_out)
-        trainings = [
-            sae.Training(each.cfg, each.trained, folders[each.trained.path], each.run.logger())
-            for each in some
-        ]
-        return sae.make(trainings, one.clip, one.train_set, held_out, callbacks)
+        def train(
+            folders: Mapping[Path, Path], due: Mapping[Path, Experiment] = due
+        ) -> dict[Path, Exception]:
+            some = [due[path] for path in folders]
+            one = some[0]
+            held_out = one.held_out()
+            callbacks = []
+            if rank_zero_only.rank == 0:
+                callbacks = watch.callbacks(one.cfg, one.store, one.clip, held_out)
+            trainings = [
+                sae.Training(each.cfg, each.trained, folders[each.trained.path], each.run.logger())
+                for each in some
+            ]
+            return sae.make(trainings, one.clip, one.train_set, held_out, callbacks)
 
-    errors = make_all([one.trained for one in due.values()], train, rank_zero_only.rank)
+        errors |= make_all([one.trained for one in due.values()], train, rank_zero_only.rank)
     for experiment in experiments:
         experiment.training_error = errors.get(experiment.trained.path)
 

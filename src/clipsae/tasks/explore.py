@@ -21,7 +21,7 @@ from clipsae.evaluation.truth import has_truth
 from clipsae.sae import SAE
 from clipsae.store import Store, write_json
 from clipsae.store.files import read_json
-from clipsae.tasks import build, pictures
+from clipsae.tasks import build, pictures, precision
 from clipsae.tasks.pictures import Dictionary
 from clipsae.tasks.stages import classifier, evaluation
 from clipsae.tasks.table import terminal
@@ -48,6 +48,7 @@ def run(cfg: DictConfig) -> None:
     store = Store(cfg.paths.output_dir)
     clip, dataset, (found,) = pictures.prepare([cfg], store, check_text)
     cfg = found.cfg
+    precision.apply(cfg, clip)
     name = f"{found.trained.path.name}-{cfg.dataset.name}"
     folder = Path(cfg.paths.output_dir) / "explore" / name
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)

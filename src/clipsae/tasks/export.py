@@ -9,7 +9,7 @@ from clipsae.errors import ConfigError
 from clipsae.interop import hub, read, saelens, visaebench
 from clipsae.sae import SAE
 from clipsae.store import Store
-from clipsae.tasks import build
+from clipsae.tasks import build, precision
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import sae as training
 
@@ -54,7 +54,7 @@ def _trained_here(cfg: DictConfig) -> str:
     resolve_k(cfg, store)
     clip = build.build_clip(cfg)
     train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
-    stage = training.stage(cfg, store, train_set)
+    stage = precision.resolve(cfg, lambda: training.stage(cfg, store, train_set))
     if not stage.finished:
         raise ConfigError(
             f"{stage.path} is not finished: run the same command without task=export first, or "

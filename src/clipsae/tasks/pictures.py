@@ -15,7 +15,7 @@ from clipsae.errors import ConfigError
 from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
-from clipsae.tasks import build
+from clipsae.tasks import build, precision
 from clipsae.tasks.evaluate import bring_in
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import evaluation, sae
@@ -77,7 +77,9 @@ def prepare(
     ]
     # Another job may make some in the meantime: then what is missing is asked for again.
     while missing := {one.pictures.path: one for one in found if not one.pictures.finished}:
-        _make([missing[path] for path in sorted(missing)], [], clip, dataset)
+        some = [missing[path] for path in sorted(missing)]
+        tokens = precision.of_clip(some[0].cfg)
+        _make([o for o in some if precision.of_clip(o.cfg) == tokens], [], clip, dataset)
     return clip, dataset, found
 
 
@@ -114,7 +116,7 @@ def finished_sae(cfg: DictConfig, store: Store, clip: FrozenCLIP) -> Stage:
         ConfigError: it is not trained yet.
     """
     train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
-    trained = sae.stage(cfg, store, train_set)
+    trained = precision.resolve(cfg, lambda: sae.stage(cfg, store, train_set))
     if not trained.finished:
         of_this_task = ("task=", "task.", "model=")
         kept = [f"model={cfg.model.name}"]
@@ -152,6 +154,8 @@ def _collect(
 ) -> None:
     cfg = missing[0].cfg
     device = build.best_device()
+    precision.apply(cfg, clip)
+    log.info("%s", precision.described(cfg))
     stages = {one.pictures.path.name: one.pictures for one in missing}
     limit = build.limit_images(cfg)
     few = ""

@@ -99,6 +99,8 @@ def wanted_of(cfg: DictConfig, found: Collected, overrides: Sequence[str] = ()) 
     groups = ("trainer", "optimizer", "features", "evaluation", "measurement")
     composed = {group: build.plain(cfg[group]) for group in groups}
     usual = config_settings(composed, groups) | {"schema": str(SCHEMA)}
+    if cfg.precision != "auto":
+        usual["precision"] = cfg.precision
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
     deciding = {name for settings in set(found.figures.settings) for name, _ in settings}
     return Wanted(

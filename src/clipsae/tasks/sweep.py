@@ -144,14 +144,14 @@ def stages_of(cfg: DictConfig, datasets: "dict[str, ImageDataset]") -> tuple[Sta
     """The stages of one job of `task=experiment`.
 
     Args:
-        cfg: of the job; `model.k=auto` is replaced by what it stands for.
+        cfg: of the job; `model.k=auto` and `precision=auto` are replaced by what they stand for.
         datasets: by config and split; those opened here are added.
 
     Raises:
         ConfigError: the dataset is not there, or `model.k=auto` has nothing to learn from yet.
     """
     from clipsae.data.scenes.world import IMAGE_SIZE
-    from clipsae.tasks import build
+    from clipsae.tasks import build, precision
     from clipsae.tasks.guidance import resolve_k
     from clipsae.tasks.stages import evaluation, sae
 
@@ -164,7 +164,8 @@ def stages_of(cfg: DictConfig, datasets: "dict[str, ImageDataset]") -> tuple[Sta
 
     store = Store(cfg.paths.output_dir)
     resolve_k(cfg, store)
-    trained = sae.stage(cfg, store, dataset(cfg.train_dataset, "train"))
+    train_set = dataset(cfg.train_dataset, "train")
+    trained = precision.resolve(cfg, lambda: sae.stage(cfg, store, train_set))
     test_set = dataset(cfg.dataset, cfg.evaluation.split)
     evaluated = evaluation.stage(cfg, store, trained, test_set)
     return (trained,) if evaluated is None else (trained, evaluated)
@@ -324,8 +325,8 @@ class Sweep:
         """
         took = duration(time.monotonic() - self._begun)
         if self._cells:
-            if any(cell.why for cell in self._cells):  # k=auto is known now
-                self._look()
+            if not all(cell.finished for cell in self._cells):
+                self._look()  # k=auto is known now, and the precision that jobs elsewhere chose
             ends = zip(outcomes, groups or [[i] for i in range(len(outcomes))], strict=True)
             failed = {i for outcome, group in ends if outcome.why is not None for i in group}
             title, table = summary(self._cells, failed)

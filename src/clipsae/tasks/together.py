@@ -24,7 +24,7 @@ def stream_key(cfg: DictConfig) -> str:
     """The same for cells that can be trained in one fit: on the same tokens in the same order."""
     trainer = {k: v for k, v in build.plain(cfg.trainer).items() if k not in MEMBER_OPTIONS}
     nodes = cfg.clip, cfg.train_dataset, cfg.features, cfg.callbacks
-    return json.dumps([*map(build.plain, nodes), trainer, cfg.seed])
+    return json.dumps([*map(build.plain, nodes), trainer, cfg.precision, cfg.seed])
 
 
 def by_stream(configs: Sequence[DictConfig]) -> list[list[int]]:

@@ -19,7 +19,7 @@ from clipsae.errors import ConfigError
 from clipsae.evaluation.passes import evenly_spaced
 from clipsae.sae import SAE
 from clipsae.store import Store
-from clipsae.tasks import build, pictures
+from clipsae.tasks import build, pictures, precision
 from clipsae.tasks.table import terminal
 from clipsae.visualization import References
 from clipsae.visualization.figures import Panel, draw_image, image_codes, passes_filter, save
@@ -68,14 +68,16 @@ def run(cfg: DictConfig) -> None:
         references = References.load(one.pictures.path)
         limits = {"max_frequency": task.max_frequency, "max_strength": task.max_strength}
         shown = passes_filter(references, task.filter, **limits)
-        models[one.cfg.model.name] = SAE.load(one.trained.path).to(device), references, shown
+        sae = SAE.load(one.trained.path).to(device)
+        models[one.cfg.model.name] = one.cfg, sae, references, shown
     folder = Path(cfg.paths.output_dir) / "figures"
     folder /= folder_name([one.trained.path.name for one in found])
     folder.mkdir(parents=True, exist_ok=True)
     console = terminal()
     for image in wanted:
         panels = {}
-        for name, (sae, references, shown) in models.items():
+        for name, (config, sae, references, shown) in models.items():
+            precision.apply(config, clip)
             codes = image_codes(clip, sae, image.pixels, shown, task.top)
             if not codes.marked:
                 log.warning(

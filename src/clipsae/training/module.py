@@ -1,6 +1,5 @@
 """The LightningModules around SAEs: one SAE in training, and several on the same tokens."""
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,7 +99,6 @@ class SAEModule(LightningModule):
         self.accumulating = False
         self.numbers: dict[str, float] = {}
         self.error: Exception | None = None
-        self.scaler: Any = None  # of 16-bit precision; each SAE has its own
         self._unlogged: dict[str, float] = {}
         self._accumulated: dict[str, Tensor] = {}  # gradients that the training continues from
         self.train_window = TokenSums(sae.d)
@@ -137,7 +135,6 @@ class SAEModule(LightningModule):
         # GPU that is asked after every step waits. (No buffer: DDP would overwrite it.)
         self.bad_step = torch.tensor(-1, device=self.device)
         self.sae.world_size = self.trainer.world_size
-        self.scaler = copy.deepcopy(getattr(self.trainer.precision_plugin, "scaler", None))
 
     def on_train_start(self) -> None:
         for name, gradient in self._accumulated.items():  # before, Lightning sets them to zero
@@ -236,7 +233,6 @@ class SAEModule(LightningModule):
             "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             "numbers": self.numbers,
             "train_window": self.train_window.sums(),
         }
@@ -248,8 +244,6 @@ class SAEModule(LightningModule):
         self._accumulated = state["accumulated"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
         self.numbers = state["numbers"]
         if self.trainer.is_global_zero:  # the sums are of all ranks
             self.train_window.restore(state["train_window"])
@@ -339,8 +333,6 @@ class SAEGroup(LightningModule):
         every = member.accumulate_grad_batches
         batch_idx = member.batches % self.trainer.num_training_batches  # in the epoch
         is_last = batch_idx + 1 == self.trainer.num_training_batches
-        if member.scaler is not None:
-            self.trainer.precision_plugin.scaler = member.scaler
         # What a plugin draws depends neither on other members nor on an interruption.
         torch.manual_seed(self._seed + member.batches)
         loss = member.training_step(tokens, batch_idx)
@@ -359,9 +351,7 @@ class SAEGroup(LightningModule):
         member = self._stepping
         member.on_before_optimizer_step(optimizer)
         value, algorithm = member.gradient_clip_val, member.gradient_clip_algorithm
-        if member.scaler is not None:  # Lightning refuses it: fused Adam unscales within its step
-            self.clip_gradients(optimizer, value, algorithm)
-        elif value:  # not by Lightning, which refuses bf16-mixed with fused Adam, too
+        if value:  # not by Lightning, which refuses bf16-mixed with fused Adam, too
             clip = nn.utils.clip_grad_value_ if algorithm == "value" else nn.utils.clip_grad_norm_
             clip(member.sae.parameters(), value)
 

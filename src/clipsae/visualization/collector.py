@@ -26,6 +26,7 @@ from clipsae.evaluation.passes import Batch, Images, Progress, Stream, evenly_sp
 from clipsae.evaluation.ranking import top_latents
 from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names, has_truth
 from clipsae.sae import SAE
+from clipsae.sae.dense import without_tf32
 from clipsae.visualization.references import (
     BIN_EDGES,
     BINS,
@@ -320,6 +321,7 @@ class ConceptSums(nn.Module):
         self.register_buffer("squares", torch.zeros(latents, len(order), dtype=double))
         self.register_buffer("total", torch.zeros(latents, dtype=double))
 
+    @without_tf32()
     def update(self, values: Tensor, truth: Tensor) -> None:
         """Codes [n, M] and truth [n, V]; float32 counts are exact below 2^24 rows."""
         values = values.float().clamp(min=0)

@@ -6,9 +6,12 @@ Mean max cosine as in Sharkey, Braun and Millidge (2022): a function of two fini
 import torch
 from torch import Tensor, nn
 
+from clipsae.sae.dense import without_tf32
+
 _BLOCK_ELEMENTS = 2**25
 
 
+@without_tf32()
 def max_cosines(a: Tensor, b: Tensor) -> Tensor:
     """The largest cosine of each row of a [M, d] with any row of b [M', d]: float [M].
 

@@ -13,7 +13,7 @@ from clipsae.clip.text import OPENAI_IMAGENET_TEMPLATES, Template, text_classifi
 from clipsae.data import ImageDataset
 from clipsae.progress import Bar
 from clipsae.store import Stage, Store
-from clipsae.tasks import build
+from clipsae.tasks import build, precision
 
 
 def templates(cfg: DictConfig, dataset: ImageDataset) -> tuple[Template, ...]:
@@ -47,6 +47,7 @@ def make(
     cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, stage: Stage, folder: Path
 ) -> None:
     """Embed the class names and write them into `folder`."""
+    precision.apply(cfg, clip)
     with Bar("embedding the class names", stage.progress) as bar:
         rows = text_classifier(
             clip.to(build.best_device()),

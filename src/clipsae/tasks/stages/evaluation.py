@@ -29,7 +29,7 @@ from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import MARK, SCHEMA, Stage, Store, write_json
 from clipsae.store.files import read_json
-from clipsae.tasks import build, plugins
+from clipsae.tasks import build, plugins, precision
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def pass_key(cfg: DictConfig) -> str:
     nodes = cfg.clip, cfg.dataset, cfg.evaluation, cfg.measurement
     options = [build.plain(node) for node in nodes]
     options[2].pop("count_threshold", None)  # each SAE's own
-    return json.dumps([*options, build.limit_images(cfg)])
+    return json.dumps([*options, build.limit_images(cfg), precision.of_clip(cfg)])
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,8 @@ def make(
     cfg = due[0].cfg
     options = cfg.evaluation
     device = build.best_device()
+    precision.apply(cfg, clip)
+    log.info("%s", precision.described(cfg))
     count_set = None
     if options.settings and options.protocol == "heldout":
         count_set = build.build_dataset(cfg.dataset, "train", clip.image_size)

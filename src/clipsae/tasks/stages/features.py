@@ -29,7 +29,7 @@ from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
 from clipsae.store import MARK, Busy, Stage, Store, find_damage
 from clipsae.store.files import free_bytes, read_json, sha256
-from clipsae.tasks import build
+from clipsae.tasks import build, precision
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +199,8 @@ def make(
     whole = cache.stage
     if not cache.is_there(content):
         clip.to(build.best_device())
+        precision.apply(cfg, clip)
+        log.info("%s", precision.described(cfg))
         # First the shards that nobody works on; then what others have not finished.
         for wait in (False, True):
             for i in range(cache.sizes.shards):

@@ -1,5 +1,6 @@
 """Kind "sae": a trained SAE. `sae.safetensors`, `sae.json`, `training.json`, `config.yaml`."""
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,12 +24,14 @@ from clipsae.errors import ConfigError
 from clipsae.progress import Bar
 from clipsae.store import Stage, Store, write_json
 from clipsae.store.files import checkpoint_step
-from clipsae.tasks import build, plugins
+from clipsae.tasks import build, plugins, precision
 from clipsae.tasks.options import TRAINER
 from clipsae.tasks.stages import features
 from clipsae.training.callbacks import BusyCores, Checkpoints, StepProgress, TokenRate
 from clipsae.training.module import SAEGroup, SAEModule
 from clipsae.training.schedule import warmup_then
+
+log = logging.getLogger(__name__)
 
 TRAINER_OPTIONS = {
     "enable_model_summary": False,
@@ -54,7 +57,10 @@ def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
         "sae": build.sae_options(cfg),
         "training": {
             **build.training_options(cfg),
-            "trainer": build.decisive("trainer", trainer),
+            "trainer": {
+                **build.decisive("trainer", trainer),
+                "precision": precision.of_training(cfg),
+            },
             "batches_a_step": trainer["accumulate_grad_batches"] * trainer["num_nodes"] * devices,
             "features": features.training_key(cfg),
             "seed": cfg.seed,
@@ -85,7 +91,7 @@ def check_options(cfg: DictConfig) -> None:
         build.call_target(cfg.trainer, logger=False, **TRAINER_OPTIONS, plugins=_plugins())
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         own = [name for name in cfg.trainer if name not in TRAINER]
-        names = ("accelerator", "devices", "strategy", "precision", *own)
+        names = ("accelerator", "devices", "strategy", *own)
         given = ", ".join(f"trainer.{name}={cfg.trainer[name]}" for name in names)
         said = str(error).strip().splitlines()[0]
         hint = ""
@@ -161,7 +167,7 @@ def make(
     and write them into their folders.
 
     Args:
-        trainings: with configs that have `together.stream_key` in common.
+        trainings: with configs that have `together.stream_key` and their precision in common.
         held_out: images for validation.
         watch: callbacks that observe the training.
 
@@ -169,6 +175,9 @@ def make(
         Why one of several failed, by the path of its stage. Of one alone the error is raised.
     """
     cfg = trainings[0].cfg
+    precision.apply(cfg, clip)
+    if rank_zero_only.rank == 0:
+        log.info("%s", precision.described(cfg))
     cache = features.open_cache(cfg, clip, train_set)
     data = features.data_module(cfg, clip, train_set, held_out, cache=cache)
     checkpoints = Checkpoints(
@@ -178,6 +187,7 @@ def make(
     options = {k: v for k, v in build.plain(cfg.trainer).items() if k not in MEMBER_OPTIONS}
     trainer = build.call_target(
         options,
+        precision=precision.of_lightning(cfg),
         max_steps=sum(training.cfg.trainer.max_steps for training in trainings),
         logger=False,
         callbacks=[checkpoints, TokenRate(), BusyCores(), StepProgress(), *watch],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.evaluation.ranking import top_latents
+from clipsae.sae.dense import without_tf32
 
 _ROWS = 1024  # compared with all others at a time
 
@@ -30,6 +31,7 @@ class Words:
     scores: Tensor
 
 
+@without_tf32()
 def nearest(
     rows: Tensor,
     alive: Tensor,
@@ -85,6 +87,7 @@ def layout(rows: Tensor, alive: Tensor) -> Tensor:
     return places.masked_fill(~alive[:, None], torch.nan).float()
 
 
+@without_tf32()
 def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor | None:
     """How well each latent's direction aligns with each word, cosines float32 [M, W].
 
