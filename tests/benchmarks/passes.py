@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data.cache import CachedLoader, Layout, TokenCache, write_manifest, write_shard
+from clipsae.data.cache import Cache, TokenLayout, TokenLoader, write_manifest, write_shard
 from clipsae.data.loader import image_batches
 from clipsae.evaluation import Evaluation, evaluate
 from clipsae.sae import SAE
@@ -170,7 +170,7 @@ def measure_features(setup: Setup, report: Callable[[str], None]) -> dict[str, A
         prefix = len(batch) / min(setup.seconds(step) for _ in range(2))
     report(f"prefix: {prefix:.1f} images a second")
 
-    layout = Layout(sizes.cache_images, clip.tokens, clip.width, shard_images=1024)
+    layout = TokenLayout(images=sizes.cache_images, tokens=clip.tokens, width=clip.width)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()
@@ -182,8 +182,8 @@ def measure_features(setup: Setup, report: Callable[[str], None]) -> dict[str, A
         write_manifest(
             folder, layout, {}, [{"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files]
         )
-        loader = CachedLoader(
-            TokenCache(folder),
+        loader = TokenLoader(
+            Cache(folder),
             CACHE_BATCH,
             block_images=64,
             buffer_images=512,

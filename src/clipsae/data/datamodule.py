@@ -10,14 +10,15 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data.cache import CachedLoader, TokenCache
+from clipsae.data.cache import Cache, CacheLoader, TokenLayout, TokenLoader
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.loader import ResumableLoader, image_batches, joined
 
 
 class FeatureDataModule(LightningDataModule):
     """Images from a dataset, through the frozen prefix on the training device: tokens [B, T, d].
-    With a cache those of the training are read instead, and images are read for validation alone.
+    With a cache the tokens of the training, or its decoded images, are read instead, and image
+    files for validation alone.
 
     The CLIP lives here and not in the LightningModule: it is no part of a checkpoint.
 
@@ -32,8 +33,9 @@ class FeatureDataModule(LightningDataModule):
         num_workers: processes that read images.
         seed: decides the order of the images, with the epoch.
         val_dataset: images for validation, in one fixed order; None: no validation.
-        cache: the tokens of `train_dataset`.
-        block_images, buffer_images: how the cache is read, see `CachedLoader`.
+        cache: the tokens of `train_dataset`, or its decoded images, with which the batches are
+            those without a cache.
+        block_images, buffer_images: how tokens are read, see `TokenLoader`.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class FeatureDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_dataset: ImageDataset | None = None,
-        cache: TokenCache | None = None,
+        cache: Cache | None = None,
         block_images: int = 64,
         buffer_images: int = 1024,
     ) -> None:
@@ -88,11 +90,13 @@ class FeatureDataModule(LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "transform": self._mixed,
         }
-        if self.cache is not None:
-            return CachedLoader(self.cache, self.batch_size, **self.reading, **options)
-        return ResumableLoader(
-            self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
-        )
+        if self.cache is None:
+            return ResumableLoader(
+                self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
+            )
+        if isinstance(self.cache.layout, TokenLayout):
+            return TokenLoader(self.cache, self.batch_size, **self.reading, **options)
+        return CacheLoader(self.cache, self.batch_size, **options)
 
     def _mixed(self, images: list[Tensor], seed: int) -> Tensor:
         """The tokens of a block, permuted where there is a shuffle buffer."""
@@ -101,12 +105,15 @@ class FeatureDataModule(LightningDataModule):
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for a backward pass
     def _tokens(self, images: list[Tensor]) -> Tensor:
-        """Tokens [n, T, d], float32, of images or of a cache's tokens."""
+        """Tokens [n, T, d], float32, of images, B at a time, or of a cache's tokens."""
         parts = []
         for part in images:
             part = part.to(self.clip.device, non_blocking=True)
-            is_image = part.dtype == torch.uint8
-            parts.append(self.clip.prefix(self.clip.normalize(part)) if is_image else part.float())
+            if part.dtype == torch.uint8:
+                batches = part.split(self.batch_size)
+                parts += [self.clip.prefix(self.clip.normalize(batch)) for batch in batches]
+            else:
+                parts.append(part.float())
         return joined(parts)
 
     def _permuted(self, tokens: Tensor, seed: int) -> Tensor:
@@ -118,14 +125,14 @@ class FeatureDataModule(LightningDataModule):
 
     def first_batch(self, images: int) -> Tensor:
         """Tokens [n, T, d] of the first n images of the first epoch (fewer if the dataset has
-        fewer), for an initialisation from data; the same on every rank. From a cache they are the
-        first before a buffer permutes them."""
+        fewer), for an initialisation from data; the same on every rank. From a cache of tokens they
+        are the first before a buffer permutes them."""
         count = min(images, len(self.train_dataset))
         if self.cache is not None:
             positions = self._loader().order(0)[:count]
             return self._tokens([self.cache.read(positions)])
         loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
-        return self._tokens(list(next(iter(loader)).split(self.batch_size)))
+        return self._tokens([next(iter(loader))])
 
 
 class ValidationLoader:
