@@ -4,6 +4,7 @@ B images of a batch, T tokens of an image, d width, S image side, N images of a 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from lightning import LightningDataModule
@@ -13,12 +14,13 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data.cache import Cache, CacheLoader, TokenLayout, TokenLoader
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.loader import ResumableLoader, image_batches, joined
+from clipsae.data.prefetch import prefetched
 
 
 class FeatureDataModule(LightningDataModule):
     """Images from a dataset, through the frozen prefix on the training device: tokens [B, T, d].
     With a cache the tokens of the training, or its decoded images, are read instead, and image
-    files for validation alone.
+    files for validation alone. On a GPU the next batch is prepared beside the step.
 
     The CLIP lives here and not in the LightningModule: it is no part of a checkpoint.
 
@@ -82,13 +84,15 @@ class FeatureDataModule(LightningDataModule):
         return ValidationLoader(self.val_dataset, self.batch_size, self.num_workers, self._tokens)
 
     def _loader(self, rank: int = 0, world_size: int = 1) -> ResumableLoader:
+        on_gpu = self._on_gpu
         options = {
             "seed": self.seed,
             "shuffle_images": self.shuffle_buffer_images,
             "rank": rank,
             "world_size": world_size,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": on_gpu,
             "transform": self._mixed,
+            "prefetch": partial(prefetched, device=self.clip.device) if on_gpu else None,
         }
         if self.cache is None:
             return ResumableLoader(
@@ -97,6 +101,10 @@ class FeatureDataModule(LightningDataModule):
         if isinstance(self.cache.layout, TokenLayout):
             return TokenLoader(self.cache, self.batch_size, **self.reading, **options)
         return CacheLoader(self.cache, self.batch_size, **options)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.clip.device.type == "cuda"
 
     def _mixed(self, images: list[Tensor], seed: int) -> Tensor:
         """The tokens of a block, permuted where there is a shuffle buffer."""
@@ -120,8 +128,9 @@ class FeatureDataModule(LightningDataModule):
         """Mix all tokens of a block, [n, T, d] -> [n, T, d]; the same on every device."""
         flat = tokens.flatten(0, 1)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(flat), generator=generator).to(flat.device)
-        return flat[order].view_as(tokens)
+        # Pinned, or the host would wait for the copy and with it for the GPU.
+        order = torch.randperm(len(flat), generator=generator, pin_memory=self._on_gpu)
+        return flat[order.to(flat.device, non_blocking=True)].view_as(tokens)
 
     def first_batch(self, images: int) -> Tensor:
         """Tokens [n, T, d] of the first n images of the first epoch (fewer if the dataset has

@@ -37,7 +37,7 @@ class CacheLoader(ResumableLoader):
         batch_size: B, images a step and rank.
         buffer_images: images that are read in one go, held in memory twice (the next are read
             meanwhile); rounded up to whole mixing blocks.
-        options: seed, shuffle_images, rank, world_size, pin_memory, transform of
+        options: seed, shuffle_images, rank, world_size, pin_memory, transform, prefetch of
             `ResumableLoader`.
 
     Raises:
