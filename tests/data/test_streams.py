@@ -145,8 +145,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, positions, pin_memory=False):
-        return (self.images[positions, None] * 4 + torch.arange(4)).unsqueeze(-1).float()
+    def read_parts(self, parts, pin_memory=False):
+        return [
+            (self.images[part, None] * 4 + torch.arange(4)).unsqueeze(-1).float() for part in parts
+        ]
 
 
 def tokens_of(batches) -> list[list[int]]:

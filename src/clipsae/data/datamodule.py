@@ -113,15 +113,12 @@ class FeatureDataModule(LightningDataModule):
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for a backward pass
     def _tokens(self, images: list[Tensor]) -> Tensor:
-        """Tokens [n, T, d], float32, of images, B at a time, or of a cache's tokens."""
+        """Tokens [n, T, d], float32, of images or of a cache's tokens."""
         parts = []
         for part in images:
             part = part.to(self.clip.device, non_blocking=True)
-            if part.dtype == torch.uint8:
-                batches = part.split(self.batch_size)
-                parts += [self.clip.prefix(self.clip.normalize(batch)) for batch in batches]
-            else:
-                parts.append(part.float())
+            is_image = part.dtype == torch.uint8
+            parts.append(self.clip.prefix(self.clip.normalize(part)) if is_image else part.float())
         return joined(parts)
 
     def _permuted(self, tokens: Tensor, seed: int) -> Tensor:
@@ -139,9 +136,9 @@ class FeatureDataModule(LightningDataModule):
         count = min(images, len(self.train_dataset))
         if self.cache is not None:
             positions = self._loader().order(0)[:count]
-            return self._tokens([self.cache.read(positions)])
+            return self._tokens(self.cache.read_parts(positions.split(self.batch_size)))
         loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
-        return self._tokens([next(iter(loader))])
+        return self._tokens(list(next(iter(loader)).split(self.batch_size)))
 
 
 class ValidationLoader:

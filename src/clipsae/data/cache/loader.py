@@ -6,7 +6,7 @@ B images of a batch, N images of the cache.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any
 
 import torch
@@ -66,11 +66,14 @@ class CacheLoader(ResumableLoader):
                 yield from found
 
     def _read_buffer(self, blocks: list[Block]) -> list[tuple[Block, list[Tensor]]]:
-        """Each mixing block with what is kept of its images."""
-        positions = torch.cat([block.indices for block in blocks])
-        found = self.cache.read(positions, pin_memory=self.pin_memory)
-        parts = found.split([len(block.indices) for block in blocks])
-        return [(block, [part]) for block, part in zip(blocks, parts, strict=True)]
+        """Each mixing block with what is kept of its images, batch by batch: large pieces of memory
+        would go back to the system and be got anew each time."""
+        batches = [block.indices.split(self.batch_size) for block in blocks]
+        found = iter(self.cache.read_parts(list(chain(*batches)), pin_memory=self.pin_memory))
+        return [
+            (block, list(islice(found, len(parts))))
+            for block, parts in zip(blocks, batches, strict=True)
+        ]
 
 
 class TokenLoader(CacheLoader):
