@@ -1,7 +1,6 @@
 """Tokens or decoded images on disk, computed once: `docs/feature-cache.md` specifies the format."""
 
 from clipsae.data.cache.files import (
-    DTYPES,
     MANIFEST,
     VERSION,
     ImageLayout,
@@ -14,7 +13,6 @@ from clipsae.data.cache.loader import CacheLoader, TokenLoader
 from clipsae.data.cache.reader import Cache
 
 __all__ = [
-    "DTYPES",
     "MANIFEST",
     "VERSION",
     "Cache",

@@ -36,7 +36,8 @@ class CacheLoader(ResumableLoader):
         cache: N images.
         batch_size: B, images a step and rank.
         buffer_images: images that are read in one go, held in memory twice (the next are read
-            meanwhile); rounded up to whole mixing blocks.
+            meanwhile); rounded up to whole mixing blocks. The more, the more requests a disk
+            answers at a time.
         options: seed, shuffle_images, rank, world_size, pin_memory, transform, prefetch of
             `ResumableLoader`.
 
@@ -45,7 +46,7 @@ class CacheLoader(ResumableLoader):
     """
 
     def __init__(
-        self, cache: Cache, batch_size: int, *, buffer_images: int = 256, **options: Any
+        self, cache: Cache, batch_size: int, *, buffer_images: int = 1024, **options: Any
     ) -> None:
         super().__init__(cache, batch_size, **options)
         self.cache = cache
