@@ -21,6 +21,7 @@ from clipsae.data.scenes import ScenesDataset
 from clipsae.errors import ConfigError
 from clipsae.store import Store
 from clipsae.store.files import sha256
+from clipsae.tasks.experiment import Experiment
 from clipsae.tasks.stages import features, sae
 from run import ROOT
 from tests.warm import run_py
@@ -152,6 +153,20 @@ def test_the_sae_is_found_that_was_trained_online(tmp_path, scenes):
         return sae.stage(cfg, Store(tmp_path), scenes).path.name
 
     assert path("features=images") == path("features=online") != path("features=cached")
+
+
+def test_files_whose_images_are_in_the_cache_are_not_looked_at_for_damage(tmp_path, clip, scenes):
+    def looked_at(choice: str) -> list[object]:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            sizes = [f"paths.output_dir={tmp_path}", f"+train_dataset.size={N}"]
+            cfg = compose("config", [f"features={choice}", *sizes])
+        sets = {"train_set": scenes, "test_set": "tested", "held_out": lambda: "held out"}
+        return list(Experiment._read(SimpleNamespace(cfg=cfg, **sets)))
+
+    assert looked_at("images") == [scenes, "held out", "tested"]
+    features.make(config(tmp_path), clip, scenes)
+    assert looked_at("images") == ["held out", "tested"]
+    assert looked_at("cached") == looked_at("online") == [scenes, "held out", "tested"]
 
 
 class Deadly:
