@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.benchmarks import performance, plain
 from tests.benchmarks.setup import Setup, Sizes, options_of, prepared
@@ -13,7 +14,7 @@ TITLES = {
     "growth": "How it grows",
     "memory": "Memory",
     "evaluation": "Evaluation",
-    "features": "Features",
+    "features": "Images a second of each source",
 }
 
 
@@ -47,6 +48,27 @@ def test_every_part_is_measured_and_one_alone_leaves_the_others(tmp_path):
     assert all(
         f"\n## {title}\n" in (tmp_path / "performance.md").read_text() for title in TITLES.values()
     )
+
+
+def test_what_more_cores_give_is_reckoned_from_one(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(64):
+        Image.new("RGB", (70, 80), (i, 0, 0)).save(photos / f"{i}.png")
+    words = ["--quick", "--only", "features", "--threads", "1", "--images", str(photos)]
+    performance.main([*words, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "performance.json").read_text())
+    rates = found["sections"]["features"]["values"]["rates"]
+    assert set(rates) == {"photos, 0 workers", "scenes"} | {
+        f"{kind} {where}" for kind in ("images", "tokens") for where in ("in memory", "on disk")
+    }
+    assert min(rates.values()) > 0
+    page = (tmp_path / "performance.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    for name, factors in (("photos", (1, 8, 16, 64)), ("tokens in memory", (1, 1, 1, 1))):
+        rate = rates["photos, 0 workers" if name == "photos" else name]
+        (row,) = [row for row in rows if row[0] == f"| {name}"]
+        assert row[1:5] == [f"{rate * factor:,.0f}" for factor in factors]
 
 
 RECIPES = [name for name, _ in Sizes().step_rows]

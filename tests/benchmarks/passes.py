@@ -1,13 +1,9 @@
 """Passes over images: top-n classification beside the plain protocol, and what more settings and
-SAEs cost; decoding, the frozen prefix, the feature cache."""
+SAEs cost."""
 
 import statistics
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,32 +11,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data.cache import CachedLoader, Layout, TokenCache, write_manifest, write_shard
 from clipsae.data.loader import image_batches
 from clipsae.evaluation import Evaluation, evaluate
 from clipsae.sae import SAE
-from clipsae.store.files import sha256
 from tests.benchmarks.plain import PlainTopN
-from tests.benchmarks.setup import Noise, Setup, images, options_of, set_density
+from tests.benchmarks.setup import Setup, clip_of, images, options_of, set_density
 
 BATCH = 8
 DENSITY = 0.021  # of the Sparsemax SAE: a trained one's
 ROUNDS = 3  # of ours; the plain protocol is run once
 MORE_NS = 8
-CACHE_BATCH = 32
-READ = 256  # images that are decoded
-
-
-def _clip(setup: Setup) -> FrozenCLIP:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about random weights, which are intended here
-        return FrozenCLIP.load(*setup.sizes.clip).to(setup.device)
 
 
 def measure_evaluation(setup: Setup, report: Callable[[str], None]) -> dict[str, Any]:
     """Seconds per image of both, the cost of another n and another SAE, and equal predictions."""
     sizes = setup.sizes
-    clip = _clip(setup)
+    clip = clip_of(setup)
     dataset = images(setup.images, sizes.images, clip.image_size)
     generator = torch.Generator().manual_seed(setup.seed)
     classifier = normalize(torch.randn(1000, clip.embed_dim, generator=generator), dim=1)
@@ -133,79 +119,3 @@ def _sae(name: str, clip: FrozenCLIP, dataset: Any, setup: Setup) -> SAE:
     sae.train().initialize(x)
     set_density(sae, x, DENSITY if name == "sparsemax" else None)
     return sae.eval()
-
-
-class Ready:
-    """A stand-in for CLIP with precomputed tokens: only the writing is measured."""
-
-    def __init__(self, tokens: int, width: int) -> None:
-        self.values = torch.randn(64, tokens, width)
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        return pixels
-
-    def prefix(self, pixels: Tensor) -> Tensor:
-        return self.values[: len(pixels)]
-
-
-def measure_features(setup: Setup, report: Callable[[str], None]) -> dict[str, Any]:
-    """Images decoded, prefixes and cached tokens per second; wall clock."""
-    sizes = setup.sizes
-    clip = _clip(setup)
-    n = min(READ, sizes.cache_images)
-    dataset = images(setup.images, n, clip.image_size)
-    decoded = {}
-    if setup.images is not None:
-        for workers in sizes.workers:
-            start = time.perf_counter()
-            for _ in image_batches(dataset, CACHE_BATCH, workers):
-                pass
-            decoded[workers] = n / (time.perf_counter() - start)
-            report(f"{workers} workers: {decoded[workers]:.0f} images decoded a second")
-    batch = next(iter(image_batches(dataset, CACHE_BATCH)))[0]
-    with torch.inference_mode():
-        batch = batch[:8] if setup.device == "cpu" else batch
-        step = lambda: clip.prefix(clip.normalize(batch.to(setup.device)))  # noqa: E731
-        step()
-        prefix = len(batch) / min(setup.seconds(step) for _ in range(2))
-    report(f"prefix: {prefix:.1f} images a second")
-
-    layout = Layout(sizes.cache_images, clip.tokens, clip.width, shard_images=1024)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        start = time.perf_counter()
-        pixels = Noise([0] * sizes.cache_images, 8)
-        for shard in range(layout.shards):
-            write_shard(folder, layout, shard, Ready(clip.tokens, clip.width), pixels)
-        written = time.perf_counter() - start
-        files = [folder / layout.file(shard) for shard in range(layout.shards)]
-        write_manifest(
-            folder, layout, {}, [{"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files]
-        )
-        loader = CachedLoader(
-            TokenCache(folder),
-            CACHE_BATCH,
-            block_images=64,
-            buffer_images=512,
-            shuffle_images=CACHE_BATCH * 2,
-        )
-        start = time.perf_counter()
-        batches = sum(1 for _ in loader)
-        read = time.perf_counter() - start
-        loader.close()
-    tokens = sizes.cache_images * clip.tokens
-    found = {
-        "clip": sizes.clip[0],
-        "decoded": decoded,
-        "prefix": prefix,
-        "write_tokens_per_s": tokens / written,
-        "read_tokens_per_s": batches * CACHE_BATCH * clip.tokens / read,
-        "read_gb_per_s": batches * CACHE_BATCH * layout.image_bytes / read / 1e9,
-        "image_kb": layout.image_bytes / 1e3,
-        "cache_images": sizes.cache_images,
-    }
-    report(
-        f"cache: {found['write_tokens_per_s']:,.0f} tokens written a second, "
-        f"{found['read_tokens_per_s']:,.0f} read"
-    )
-    return found

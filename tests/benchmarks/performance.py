@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jinja2
 import torch
 
-from tests.benchmarks.passes import measure_evaluation, measure_features
+from tests.benchmarks.passes import measure_evaluation
 from tests.benchmarks.setup import QUICK, Setup, Sizes
+from tests.benchmarks.sources import measure_features
 from tests.benchmarks.steps import measure_growth, measure_memory, measure_steps
 
 ROOT = Path(__file__).resolve().parents[2]

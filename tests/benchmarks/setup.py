@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipsae.clip import FrozenCLIP
 from clipsae.data.dataset import ImageList
 from clipsae.data.listing import list_images
 from clipsae.sae import SAE
@@ -215,6 +217,13 @@ def set_density(sae: SAE, x: Tensor, share: float | None) -> None:
             architecture.C.copy_(start - middle * start.std() * toward / toward.norm())
             active = (sae.scores(sample) > 0).float().mean()
             low, high = (middle, high) if active > share else (low, middle)
+
+
+def clip_of(setup: Setup) -> FrozenCLIP:
+    """The frozen CLIP on the device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about random weights, which are intended here
+        return FrozenCLIP.load(*setup.sizes.clip).to(setup.device)
 
 
 class Noise(Dataset):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from clipsae.data.cache import Layout, TokenCache, write_manifest, write_shard
+from clipsae.data.cache import Cache, TokenLayout, write_manifest, write_shard
 from clipsae.store.files import sha256
 
 T = 4
@@ -39,16 +39,14 @@ class Counting(nn.Module):
         return (index[:, None] * T + torch.arange(T)).unsqueeze(-1)
 
 
-def write_cache(
-    folder: Path, n: int, *, clip=None, dataset=None, about=None, **options
-) -> TokenCache:
+def write_cache(folder: Path, n: int, *, clip=None, dataset=None, about=None, **options) -> Cache:
     """Write a cache as a stage would, and open it."""
     options = {"tokens": T, "width": 1, "dtype": "fp32", "shard_images": 100, **options}
-    layout = Layout(images=n, **options)
+    layout = TokenLayout(images=n, **options)
     folder.mkdir()
     for shard in range(layout.shards):
         write_shard(folder, layout, shard, clip or Counting(), dataset or Numbers(n))
     files = [folder / layout.file(shard) for shard in range(layout.shards)]
     sealed = [{"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files]
     write_manifest(folder, layout, about or {"clip": "counting"}, sealed)
-    return TokenCache(folder)
+    return Cache(folder)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data.cache import Layout, TokenCache
+from clipsae.data.cache import Cache, TokenLayout
 from clipsae.data.images import BadImageError
 from clipsae.data.scenes import ScenesDataset
 from clipsae.store.files import sha256
@@ -75,14 +75,14 @@ def test_the_order_is_random_and_a_matter_of_the_seed(cache):
 
 
 def test_sizes_are_known_before_anything_is_written(cache):
-    layout = Layout(images=250, tokens=4, width=1, dtype="fp32", shard_images=64)
+    layout = TokenLayout(images=250, tokens=4, width=1, dtype="fp32", shard_images=64)
     folder = cache(250, shard_images=64).folder
     for shard in range(layout.shards):
         path = folder / layout.file(shard)
         assert path.stat().st_size == layout.bytes(shard)
         with safe_open(path, "pt") as file:
             assert file.get_slice("tokens").get_shape() == [layout.count(shard), 4, 1]
-    imagenet = Layout.of_shards(4, images=1_281_167, tokens=197, width=768, dtype="bf16")
+    imagenet = TokenLayout.of_shards(4, images=1_281_167, tokens=197, width=768, dtype="bf16")
     assert sum(map(imagenet.bytes, range(imagenet.shards))) / 1e9 == pytest.approx(388, abs=0.5)
     assert imagenet.bytes(0) / 1e9 == pytest.approx(4, rel=0.01)
     assert imagenet.shard_images % 64 == 0
@@ -130,7 +130,7 @@ def edit(folder, **changes):
         (lambda f: edit(f, images=200), "not 200 images"),
         (lambda f: edit(f, shards=[]), "not 150 images"),
         (lambda f: edit(f, shards=3), "manifest"),
-        (lambda f: (f / "manifest.json").write_text("{"), "no manifest of a feature cache"),
+        (lambda f: (f / "manifest.json").write_text("{"), "does not describe the feature cache"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
         (lambda f: (f / "tokens-00001.safetensors").unlink(), "is missing"),
         (lambda f: (f / "tokens-00001.safetensors").write_bytes(b"short"), "has 5 of"),
@@ -144,10 +144,10 @@ def edit(folder, **changes):
 )
 def test_another_cache_is_refused_in_a_sentence(cache, spoil, words):
     folder = cache(150).folder
-    TokenCache(folder, {"clip": "counting"})
+    Cache(folder, {"clip": "counting"})
     spoil(folder)
     with pytest.raises(ValueError, match=words) as refused:
-        TokenCache(folder, {"clip": "counting"})
+        Cache(folder, {"clip": "counting"})
     assert str(folder) in str(refused.value) or "dtype" in words
     assert "\n" not in str(refused.value)
 
@@ -163,16 +163,16 @@ def test_damage_that_sizes_do_not_show(cache):
     path = found.folder / "tokens-00000.safetensors"
     repeat_an_image(path)
     with pytest.raises(ValueError, match="each of 100 images once"):
-        TokenCache(found.folder)
+        Cache(found.folder)
     with path.open("r+b") as file:  # cut while it is open
         file.truncate(1000)
-    with pytest.raises(ValueError, match="ends within image"):
+    with pytest.raises(ValueError, match="ends within its images"):
         found.read(torch.arange(100))
 
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"images": 0}, {"shard_images": 0}])
 def test_a_layout_that_cannot_be_is_refused(options):
     with pytest.raises(ValueError, match=r"expected|must be at least"):
-        Layout(**{"images": 1, "tokens": 1, "width": 1, **options})
+        TokenLayout(**{"images": 1, "tokens": 1, "width": 1, **options})
     with pytest.raises(ValueError, match="shard_gb=0"):
-        Layout.of_shards(0, images=1, tokens=1, width=1)
+        TokenLayout.of_shards(0, images=1, tokens=1, width=1)

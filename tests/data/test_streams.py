@@ -15,7 +15,7 @@ from torch import nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import FeatureDataModule, ImageFolder, ImageList
-from clipsae.data.cache import CachedLoader
+from clipsae.data.cache import TokenLoader
 from clipsae.data.loader import ResumableLoader, image_batches
 from tests.data.counting import Counting, Numbers, write_cache
 
@@ -145,8 +145,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, positions, pin_memory=False):
-        return (self.images[positions, None] * 4 + torch.arange(4)).unsqueeze(-1).float()
+    def read_parts(self, parts, pin_memory=False):
+        return [
+            (self.images[part, None] * 4 + torch.arange(4)).unsqueeze(-1).float() for part in parts
+        ]
 
 
 def tokens_of(batches) -> list[list[int]]:
@@ -172,7 +174,7 @@ def test_every_token_of_a_cache_exactly_once_an_epoch(n, b, parts, world, block,
 
     options = {"seed": 3, "shuffle_images": parts * b, "world_size": world}
     options |= {"block_images": block, "buffer_images": buffer, "transform": transform}
-    loaders = [CachedLoader(Tokens(n, shard), b, rank=r, **options) for r in range(world)]
+    loaders = [TokenLoader(Tokens(n, shard), b, rank=r, **options) for r in range(world)]
     for _ in range(2):
         seen = [tokens_of(loader) for loader in loaders]
         assert [len(batches) for batches in seen] == [n // (b * world)] * world
@@ -220,7 +222,7 @@ def test_orders_are_the_same_as_ever(cached, rank):
 def test_the_order_is_a_matter_of_seed_and_epoch_alone(cached):
     def epochs(seed=1, **options):
         options = {"block_images": 8, **options}
-        loader = CachedLoader(cached(200).cache, 4, seed=seed, **options)
+        loader = TokenLoader(cached(200).cache, 4, seed=seed, **options)
         return [tokens_of(loader), tokens_of(loader)]
 
     before = torch.get_rng_state()
@@ -246,15 +248,15 @@ def test_a_checkpoint_of_another_stream_is_refused(cached, changed):
     if "online" in changed:
         changed, state = {"block_images": 64}, ResumableLoader(Numbers(110), 4).state_dict()
     else:
-        state = CachedLoader(cache, 4).state_dict()
+        state = TokenLoader(cache, 4).state_dict()
     with pytest.raises(ValueError, match=next(iter(changed))):
-        CachedLoader(cache, 4, **changed).load_state_dict(state)
+        TokenLoader(cache, 4, **changed).load_state_dict(state)
 
 
 @pytest.mark.parametrize("changed", [{"block_images": 0}, {"buffer_images": -1}])
 def test_invalid_sizes_are_refused(changed):
     with pytest.raises(ValueError, match=next(iter(changed))):
-        CachedLoader(Tokens(100, 1), 4, **changed)
+        TokenLoader(Tokens(100, 1), 4, **changed)
 
 
 # --- mixing ---
@@ -309,7 +311,7 @@ def test_images_are_mixed_well():
     b, cache = 32, Tokens(4096, 64)
 
     def epochs(**options):
-        loader = CachedLoader(cache, b, **options)
+        loader = TokenLoader(cache, b, **options)
         return [cache.images[loader.indices(epoch)] for epoch in (0, 1)]
 
     mixed = epochs()

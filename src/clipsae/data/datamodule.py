@@ -4,20 +4,23 @@ B images of a batch, T tokens of an image, d width, S image side, N images of a 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data.cache import CachedLoader, TokenCache
+from clipsae.data.cache import Cache, CacheLoader, TokenLayout, TokenLoader
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.loader import ResumableLoader, image_batches, joined
+from clipsae.data.prefetch import prefetched
 
 
 class FeatureDataModule(LightningDataModule):
     """Images from a dataset, through the frozen prefix on the training device: tokens [B, T, d].
-    With a cache those of the training are read instead, and images are read for validation alone.
+    With a cache the tokens of the training, or its decoded images, are read instead, and image
+    files for validation alone. On a GPU the next batch is prepared beside the step.
 
     The CLIP lives here and not in the LightningModule: it is no part of a checkpoint.
 
@@ -32,8 +35,9 @@ class FeatureDataModule(LightningDataModule):
         num_workers: processes that read images.
         seed: decides the order of the images, with the epoch.
         val_dataset: images for validation, in one fixed order; None: no validation.
-        cache: the tokens of `train_dataset`.
-        block_images, buffer_images: how the cache is read, see `CachedLoader`.
+        cache: the tokens of `train_dataset`, or its decoded images, with which the batches are
+            those without a cache.
+        block_images, buffer_images: how tokens are read, see `TokenLoader`.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class FeatureDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_dataset: ImageDataset | None = None,
-        cache: TokenCache | None = None,
+        cache: Cache | None = None,
         block_images: int = 64,
         buffer_images: int = 1024,
     ) -> None:
@@ -80,19 +84,27 @@ class FeatureDataModule(LightningDataModule):
         return ValidationLoader(self.val_dataset, self.batch_size, self.num_workers, self._tokens)
 
     def _loader(self, rank: int = 0, world_size: int = 1) -> ResumableLoader:
+        on_gpu = self._on_gpu
         options = {
             "seed": self.seed,
             "shuffle_images": self.shuffle_buffer_images,
             "rank": rank,
             "world_size": world_size,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": on_gpu,
             "transform": self._mixed,
+            "prefetch": partial(prefetched, device=self.clip.device) if on_gpu else None,
         }
-        if self.cache is not None:
-            return CachedLoader(self.cache, self.batch_size, **self.reading, **options)
-        return ResumableLoader(
-            self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
-        )
+        if self.cache is None:
+            return ResumableLoader(
+                self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
+            )
+        if isinstance(self.cache.layout, TokenLayout):
+            return TokenLoader(self.cache, self.batch_size, **self.reading, **options)
+        return CacheLoader(self.cache, self.batch_size, **options)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.clip.device.type == "cuda"
 
     def _mixed(self, images: list[Tensor], seed: int) -> Tensor:
         """The tokens of a block, permuted where there is a shuffle buffer."""
@@ -113,17 +125,18 @@ class FeatureDataModule(LightningDataModule):
         """Mix all tokens of a block, [n, T, d] -> [n, T, d]; the same on every device."""
         flat = tokens.flatten(0, 1)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(flat), generator=generator).to(flat.device)
-        return flat[order].view_as(tokens)
+        # Pinned, or the host would wait for the copy and with it for the GPU.
+        order = torch.randperm(len(flat), generator=generator, pin_memory=self._on_gpu)
+        return flat[order.to(flat.device, non_blocking=True)].view_as(tokens)
 
     def first_batch(self, images: int) -> Tensor:
         """Tokens [n, T, d] of the first n images of the first epoch (fewer if the dataset has
-        fewer), for an initialisation from data; the same on every rank. From a cache they are the
-        first before a buffer permutes them."""
+        fewer), for an initialisation from data; the same on every rank. From a cache of tokens they
+        are the first before a buffer permutes them."""
         count = min(images, len(self.train_dataset))
         if self.cache is not None:
             positions = self._loader().order(0)[:count]
-            return self._tokens([self.cache.read(positions)])
+            return self._tokens(self.cache.read_parts(positions.split(self.batch_size)))
         loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
         return self._tokens(list(next(iter(loader)).split(self.batch_size)))
 

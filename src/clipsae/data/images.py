@@ -15,6 +15,8 @@ from clipsae.errors import ConfigError
 
 # A strip 1 pixel wide and 5,000 long would be resized to 224 x 1,120,000.
 _LONGEST_ASPECT = 200
+# What `preprocessing` does before it crops the centre.
+RESIZE = {"resize_mode": "shortest", "interpolation": "bicubic"}
 # Formats whose mode "I" is 16 bits from black to white; in any other 32 bits have no known white.
 _SIXTEEN_BITS = ("PNG", "PPM")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
@@ -29,9 +31,7 @@ def preprocessing(image_size: int) -> Compose:
     """open_clip's own evaluation transform up to the PIL image: resize the short side (bicubic),
     crop the centre, convert to RGB. What is left, scaling to [0, 1] and normalising, is done on
     the device (`FrozenCLIP.normalize`)."""
-    whole = open_clip.image_transform(
-        image_size, is_train=False, resize_mode="shortest", interpolation="bicubic"
-    )
+    whole = open_clip.image_transform(image_size, is_train=False, **RESIZE)
     return Compose(whole.transforms[:-2])
 
 

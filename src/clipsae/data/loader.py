@@ -15,6 +15,8 @@ from clipsae.data.reader import BadImages, read_batches
 
 # (images of a block, several uint8 [B, 3, S, S], the seed of its mix) -> what batches are cut from.
 Transform = Callable[[list[Tensor], int], Tensor]
+# Batches without end -> the same, each begun while the one before is in use.
+Prefetch = Callable[[Iterator[Tensor]], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ResumableLoader:
     """Batches of training images or their tokens, endlessly different by epoch, sharded over ranks.
 
     Lightning saves its state with a checkpoint. The position counts the batches that were handed
-    out, not those that workers have read ahead. Workers read on into the next epoch, so that no
+    out, not those that were read ahead. Workers read on into the next epoch, so that no
     epoch begins with a pause.
 
     Args:
@@ -45,6 +47,7 @@ class ResumableLoader:
         rank, world_size: this process among all: rank r reads blocks r, r + world_size, ...
         num_workers: processes that read images; 0: this one. No influence on the order.
         pin_memory: for faster copies to a GPU.
+        prefetch: such as `prefetched`; None: each batch is made when it is asked for.
 
     Raises:
         ValueError: an invalid size, or fewer images than one batch of all ranks.
@@ -62,6 +65,7 @@ class ResumableLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         transform: Transform | None = None,
+        prefetch: Prefetch | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
@@ -85,6 +89,7 @@ class ResumableLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.transform = transform or (lambda images, seed: joined(images))
+        self.prefetch = prefetch or (lambda batches: batches)
         self.epoch = 0
         self.position = 0
         self._resumed = False  # within an epoch that is yet to be continued
@@ -157,7 +162,7 @@ class ResumableLoader:
         while self.position < len(self):
             at = self.epoch, self.position
             if self._stream is None or self._stream_at != at:
-                self._stream = self._read_from(*at)
+                self._stream = self.prefetch(self._read_from(*at))
             batch = next(self._stream)
             self.position += 1
             self._resumed = False

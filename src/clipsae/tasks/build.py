@@ -32,7 +32,7 @@ PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")  # where and how 
 UNDECISIVE: dict[str, tuple[str, ...]] = {
     "dataset": (*PLACE_KEYS, "on_bad_image"),
     "model": ("name", *TRAINING_KEYS),
-    "features": ("num_workers", "pin_memory", "folder", "shard_gb"),
+    "features": ("num_workers", "pin_memory", "image_cache", "folder", "shard_gb"),
     "evaluation": ("batch_size",),
     "trainer": (
         *("accelerator", "strategy", "log_every_n_steps", "profiler", "max_time"),

@@ -1,4 +1,4 @@
-"""`task=cache`: only make the feature cache, or verify it."""
+"""`task=cache`: only make the cache of tokens or of decoded images, or verify it."""
 
 import logging
 
@@ -19,7 +19,8 @@ def run(cfg: DictConfig) -> None:
     """
     if not features.cached(cfg):
         raise ConfigError(
-            "task=cache writes the cache that features=cached reads: leave out features=online"
+            "task=cache writes the cache that features=cached or features=images reads: leave out "
+            "features=online"
         )
     build.check_keys(cfg)
     clip = build.build_clip(cfg)
@@ -27,4 +28,4 @@ def run(cfg: DictConfig) -> None:
     precision.resolve(cfg, lambda: features.stage(cfg, train_set))
     features.check(cfg, clip, train_set, content=cfg.task.verify)
     folder = features.make(cfg, clip, train_set, content=cfg.task.verify)
-    log.info("the feature cache is in %s", folder)
+    log.info("the cache is in %s", folder)

@@ -18,7 +18,7 @@ from clipsae.store import Busy, Stage, Store
 from clipsae.tasks import build, precision, watch
 from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.options import set_by_recipe
-from clipsae.tasks.stages import classifier, evaluation, sae
+from clipsae.tasks.stages import classifier, evaluation, features, sae
 from clipsae.tasks.table import print_results
 from clipsae.tasks.tracking import Run
 from clipsae.training.logging import log_results, log_sae
@@ -68,9 +68,11 @@ class Experiment:
         self.run = Run(cfg, self.trained, "train")
 
     def _read(self) -> Iterable[ImageDataset]:
-        """The images that training and evaluation read."""
+        """The images that training and evaluation read from their files."""
         if self.train_set is not None:
-            yield self.train_set
+            cached = features.cached(self.cfg) is not None
+            if not (cached and features.stage(self.cfg, self.train_set).finished):
+                yield self.train_set
             yield self.held_out()
         if self.cfg.evaluation.protocol == "heldout":
             yield build.build_dataset(self.cfg.dataset, "train", self.clip.image_size)

@@ -147,6 +147,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
             "order_seed": whole(0),
             "shard_gb": number(above=0),
         },
+        "image_cache": {"folder": TEXT, "shard_gb": number(above=0)},
     },
     "callbacks": {
         "checkpoint_every_n_steps": whole(1),

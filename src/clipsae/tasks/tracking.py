@@ -90,8 +90,8 @@ def public_config(cfg: DictConfig) -> dict[str, Any]:
     public = {key: value for key, value in build.plain(cfg).items() if key != "paths"}
     for group in ("dataset", "train_dataset"):
         public[group] = {k: v for k, v in public[group].items() if k not in build.PLACE_KEYS}
-    if features.cached(cfg):
-        public["features"]["cache"].pop("folder")
+    if cache := features.cached(cfg):
+        public["features"][cache].pop("folder")
     return _without_folders(public)
 
 

@@ -1,16 +1,26 @@
-"""Token features on disk, computed once: `docs/feature-cache.md` specifies the format."""
+"""Tokens or decoded images on disk, computed once: `docs/feature-cache.md` specifies the format."""
 
-from clipsae.data.cache.files import DTYPES, MANIFEST, VERSION, Layout, write_manifest, write_shard
-from clipsae.data.cache.loader import CachedLoader
-from clipsae.data.cache.reader import TokenCache
+from clipsae.data.cache.files import (
+    MANIFEST,
+    VERSION,
+    ImageLayout,
+    Layout,
+    TokenLayout,
+    write_manifest,
+    write_shard,
+)
+from clipsae.data.cache.loader import CacheLoader, TokenLoader
+from clipsae.data.cache.reader import Cache
 
 __all__ = [
-    "DTYPES",
     "MANIFEST",
     "VERSION",
-    "CachedLoader",
+    "Cache",
+    "CacheLoader",
+    "ImageLayout",
     "Layout",
-    "TokenCache",
+    "TokenLayout",
+    "TokenLoader",
     "write_manifest",
     "write_shard",
 ]

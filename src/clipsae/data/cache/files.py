@@ -1,13 +1,16 @@
-"""The files of a feature cache: the order of the images, their shards, the manifest; writing them.
+"""The files of a cache of tokens or of decoded images: their order, the shards, the manifest;
+writing them.
 
-N images, T tokens of an image, d width, n images of a shard.
+N images, T tokens of an image, d width, S image side, n images of a shard.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,45 +20,67 @@ from clipsae.data.dataset import ImageDataset
 from clipsae.data.loader import permutation
 from clipsae.data.reader import BadImages, read_batches
 
-FORMAT = "clipsae feature cache"
 VERSION = 1
 MANIFEST = "manifest.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CODES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # as safetensors calls them
+CODES = {  # as safetensors calls them
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.uint8: "U8",
+}
 ROUND = 64  # images that a shard holds a multiple of, if it holds so many
 BATCH = 64  # not an option: the last bit of a token may depend on its batch
 
 
-@dataclass(frozen=True)
-class Layout:
+@dataclass(frozen=True, kw_only=True)
+class Layout(ABC):
     """Sizes and order of a cache.
 
     Attributes:
-        images: N.  tokens: T.  width: d.
-        dtype: "bf16", "fp16" or "fp32".
-        order_seed: decides in which order the images are written.
+        images: N.
         shard_images: images of every shard but the last, which has the rest.
+        shape, numbers: of what is kept of an image, and the dtype.
+        NAME: what users call such a cache.
+        HOLDS: the tensor in its files, and the beginning of their names.
 
     Raises:
-        ValueError: an unknown dtype, or an invalid size.
+        ValueError: an invalid size or dtype.
     """
 
     images: int
-    tokens: int
-    width: int
-    dtype: str = "bf16"
-    order_seed: int = 0
     shard_images: int = 1024
+    NAME: ClassVar[str]
+    HOLDS: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
-        for name in ("images", "tokens", "width", "shard_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name != "order_seed" and value < 1:
+                raise ValueError(f"{field.name}={value}: must be at least 1")
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    @abstractmethod
+    def numbers(self) -> torch.dtype: ...
+
+    @abstractmethod
+    def order(self) -> Tensor:
+        """The images in the order in which they are written, LongTensor [N]."""
+
+    @abstractmethod
+    def encode(self, clip: FrozenCLIP, images: Tensor) -> Tensor:
+        """What is kept of images uint8 [B, 3, S, S]: `numbers` [B, *shape].
+
+        Raises:
+            ValueError: numbers that the dtype cannot hold.
+        """
 
     @classmethod
-    def of_shards(cls, shard_gb: float, **sizes: Any) -> "Layout":
+    def of_shards(cls, shard_gb: float, **sizes: Any) -> Self:
         """A layout with shards of about so many gigabytes (10^9 bytes) each.
 
         Raises:
@@ -68,8 +93,8 @@ class Layout:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of an image's tokens."""
-        return self.tokens * self.width * DTYPES[self.dtype].itemsize
+        """Bytes that are kept of an image."""
+        return prod(self.shape) * self.numbers.itemsize
 
     @property
     def shards(self) -> int:
@@ -78,21 +103,17 @@ class Layout:
 
     def file(self, shard: int) -> str:
         """A shard's file name."""
-        return f"tokens-{shard:05d}.safetensors"
+        return f"{self.HOLDS}-{shard:05d}.safetensors"
 
     def count(self, shard: int) -> int:
         """n, images of a shard."""
         return min(self.shard_images, self.images - shard * self.shard_images)
 
-    def order(self) -> Tensor:
-        """The images in the order in which they are written, LongTensor [N]."""
-        return permutation(self.images, self.order_seed)
-
     def header(self, shard: int) -> bytes:
         """All that comes before the data in a shard's file, as safetensors specifies it."""
         n = self.count(shard)
         parts = {
-            "tokens": (CODES[self.dtype], [n, self.tokens, self.width], n * self.image_bytes),
+            self.HOLDS: (CODES[self.numbers], [n, *self.shape], n * self.image_bytes),
             "images": ("I64", [n], 8 * n),
             "sources": ("I64", [n], 8 * n),
         }
@@ -107,6 +128,78 @@ class Layout:
     def bytes(self, shard: int) -> int:
         """Size of a shard's file."""
         return len(self.header(shard)) + self.count(shard) * (self.image_bytes + 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayout(Layout):
+    """Tokens [N, T, d] in a random order: any stretch is a random sample of the dataset.
+
+    Attributes:
+        tokens: T.  width: d.
+        dtype: "bf16", "fp16" or "fp32".
+        order_seed: decides the order.
+    """
+
+    tokens: int
+    width: int
+    dtype: str = "bf16"
+    order_seed: int = 0
+    NAME = "feature cache"
+    HOLDS = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        super().__post_init__()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tokens, self.width
+
+    @property
+    def numbers(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.images:,} images x {self.tokens} tokens x {self.width} in {self.dtype}"
+
+    def order(self) -> Tensor:
+        return permutation(self.images, self.order_seed)
+
+    def encode(self, clip: FrozenCLIP, images: Tensor) -> Tensor:
+        tokens = clip.prefix(clip.normalize(images)).to(self.numbers)
+        if self.dtype == "fp16" and not tokens.isfinite().all():
+            raise ValueError(
+                "features.cache.dtype=fp16: some tokens are beyond 65,504; use bf16 or fp32"
+            )
+        return tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLayout(Layout):
+    """Decoded images [N, 3, S, S] in the dataset's order.
+
+    Attributes:
+        image_size: S.
+    """
+
+    image_size: int
+    NAME = "image cache"
+    HOLDS = "pixels"
+    numbers = torch.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 3, self.image_size, self.image_size
+
+    def __str__(self) -> str:
+        return f"{self.images:,} images of {self.image_size} x {self.image_size} pixels"
+
+    def order(self) -> Tensor:
+        return torch.arange(self.images)
+
+    def encode(self, clip: FrozenCLIP, images: Tensor) -> Tensor:
+        return images
 
 
 @torch.inference_mode()
@@ -125,7 +218,7 @@ def write_shard(
     Args:
         clip: on the device that computes.
         dataset: N images; one that cannot be read stops it, or with `on_bad_image: skip` has the
-            next one's tokens in its place, and is reported.
+            next one in its place, and is reported.
         num_workers: processes that read images; 0: this one.
         progress: called with the images written, and n.
 
@@ -136,7 +229,7 @@ def write_shard(
     start, n = shard * layout.shard_images, layout.count(shard)
     images = layout.order()[start : start + n]
     batches = [chunk.tolist() for chunk in images.split(BATCH)]
-    bad = BadImages(dataset, "replaced by the next in the feature cache", replaced=True)
+    bad = BadImages(dataset, f"replaced by the next in the {layout.NAME}", replaced=True)
     reader = read_batches(
         dataset,
         batches,
@@ -148,12 +241,7 @@ def write_shard(
     with (folder / layout.file(shard)).open("wb") as file:
         file.write(layout.header(shard))
         for pixels, _, indices in bad.checked(reader):
-            tokens = clip.prefix(clip.normalize(pixels)).to(DTYPES[layout.dtype])
-            if layout.dtype == "fp16" and not tokens.isfinite().all():
-                raise ValueError(
-                    "features.cache.dtype=fp16: some tokens are beyond 65,504; use bf16 or fp32"
-                )
-            file.write(_bytes(tokens))
+            file.write(_bytes(layout.encode(clip, pixels)))
             sources.append(indices)
             done += len(indices)
             progress(done, n)
@@ -172,33 +260,34 @@ def write_manifest(
     """Describe the shards of a folder.
 
     Args:
-        contents: what decides the tokens: the CLIP, the dataset, the split, the preprocessing.
+        contents: what decides what is kept: the dataset, the split, of tokens the CLIP.
         sealed: of each shard "bytes" and "sha256".
     """
     shards = [
         {"file": layout.file(i), "images": layout.count(i), **about}
         for i, about in enumerate(sealed)
     ]
-    content = {"format": FORMAT, "version": VERSION, "of": dict(contents), **asdict(layout)}
-    text = json.dumps({**content, "shards": shards}, indent=2)
+    head = {"format": f"clipsae {layout.NAME}", "version": VERSION, "of": dict(contents)}
+    text = json.dumps({**head, **asdict(layout), "shards": shards}, indent=2)
     (folder / MANIFEST).write_text(text + "\n")
 
 
-def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any], list[int]]:
-    """The layout, what decides the tokens, and the bytes of each shard's file.
+def read_manifest(folder: Path, kind: type[Layout]) -> tuple[Layout, dict[str, Any], list[int]]:
+    """The layout, what decides what is kept of an image, and the bytes of each shard's file.
 
     Raises:
-        ValueError: no manifest, or not one of this version.
+        ValueError: no manifest, or not one of this kind and version.
     """
     path = folder / MANIFEST
+    expected = f"clipsae {kind.NAME}"
     try:
         content = json.loads(path.read_text())
-        if (content["format"], content["version"]) != (FORMAT, VERSION):
+        if (content["format"], content["version"]) != (expected, VERSION):
             raise ValueError(
                 f"{path} is of {content['format']!r}, version {content['version']}: expected "
-                f"{FORMAT!r}, version {VERSION}; remove the folder, and it is recomputed"
+                f"{expected!r}, version {VERSION}; remove the folder, and it is recomputed"
             )
-        layout = Layout(**{name: content[name] for name in Layout.__dataclass_fields__})
+        layout = kind(**{field.name: content[field.name] for field in fields(kind)})
         counts = [shard["images"] for shard in content["shards"]]
         if counts != [layout.count(i) for i in range(layout.shards)]:
             raise ValueError(
@@ -207,9 +296,9 @@ def read_manifest(folder: Path) -> tuple[Layout, dict[str, Any], list[int]]:
             )
         return layout, dict(content["of"]), [shard["bytes"] for shard in content["shards"]]
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no {MANIFEST}: expected a feature cache") from error
+        raise ValueError(f"{folder} is no {kind.NAME}: it has no {MANIFEST}") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is no manifest of a feature cache ({error!r}): remove the folder, and it is "
+            f"{path} does not describe the {kind.NAME} ({error!r}): remove the folder, and it is "
             "recomputed"
         ) from error

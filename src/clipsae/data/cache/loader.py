@@ -1,18 +1,18 @@
-"""The training's stream of tokens from a feature cache: permuted blocks, permuted again within a
-buffer, the next buffer read by a thread.
+"""The training's stream from a cache, what comes next read by a thread: decoded images in the order
+of online training; tokens in permuted blocks, permuted again within a buffer.
 
-B images of a batch, N images of the cache, T tokens of an image, d width.
+B images of a batch, N images of the cache.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipsae.data.cache.reader import TokenCache
+from clipsae.data.cache.reader import Cache
 from clipsae.data.loader import Block, ResumableLoader, permutation
 
 
@@ -28,7 +28,56 @@ def check_reading(block_images: int, buffer_images: int) -> None:
         raise ValueError(f"buffer_images={buffer_images}: must be at least 0")
 
 
-class CachedLoader(ResumableLoader):
+class CacheLoader(ResumableLoader):
+    """Batches from a cache, read ahead by a thread: of decoded images those of `ResumableLoader`
+    on their dataset.
+
+    Args:
+        cache: N images.
+        batch_size: B, images a step and rank.
+        buffer_images: images that are read in one go, held in memory twice (the next are read
+            meanwhile); rounded up to whole mixing blocks. The more, the more requests a disk
+            answers at a time.
+        options: seed, shuffle_images, rank, world_size, pin_memory, transform, prefetch of
+            `ResumableLoader`.
+
+    Raises:
+        ValueError: an invalid size.
+    """
+
+    def __init__(
+        self, cache: Cache, batch_size: int, *, buffer_images: int = 1024, **options: Any
+    ) -> None:
+        super().__init__(cache, batch_size, **options)
+        self.cache = cache
+        self.buffer_images = buffer_images
+        # Mixing blocks of a buffer.
+        self.window = max(1, -(-buffer_images // (self.parts * batch_size)))
+
+    def _read(self, epoch: int, position: int) -> Iterator[tuple[Block, list[Tensor]]]:
+        """A thread reads the next buffer, after a resumption what is left of it."""
+        blocks = self._blocks_from(epoch, position)
+        by_buffer = groupby(blocks, lambda block: (block.epoch, block.number // self.window))
+        buffers = (list(group) for _, group in by_buffer)
+        with ThreadPoolExecutor(1, "cache") as reader:
+            ahead = reader.submit(self._read_buffer, next(buffers))
+            for following in buffers:
+                found = ahead.result()
+                ahead = reader.submit(self._read_buffer, following)
+                yield from found
+
+    def _read_buffer(self, blocks: list[Block]) -> list[tuple[Block, list[Tensor]]]:
+        """Each mixing block with what is kept of its images, batch by batch: large pieces of memory
+        would go back to the system and be got anew each time."""
+        batches = [block.indices.split(self.batch_size) for block in blocks]
+        found = iter(self.cache.read_parts(list(chain(*batches)), pin_memory=self.pin_memory))
+        return [
+            (block, list(islice(found, len(parts))))
+            for block, parts in zip(blocks, batches, strict=True)
+        ]
+
+
+class TokenLoader(CacheLoader):
     """Batches of tokens with the state, remainder (what does not fill a step of all ranks is left
     out: other images each epoch) and resumption of `ResumableLoader`.
 
@@ -38,12 +87,10 @@ class CachedLoader(ResumableLoader):
     buffer come in the order in which online training reads images.
 
     Args:
-        cache: N images.
-        batch_size: B, images a step and rank.
-        block_images: images that are read in one go.
-        buffer_images: images among which images are permuted, held in memory twice (the next are
-            read meanwhile); rounded up to whole mixing blocks. 0: blocks are permuted alone.
-        options: seed, shuffle_images, rank, world_size, pin_memory, transform of `ResumableLoader`.
+        block_images: images that lie together on disk, and are read in one go.
+        buffer_images: also the images among which images are permuted; 0: blocks are permuted
+            alone.
+        others: see `CacheLoader`.
 
     Raises:
         ValueError: an invalid size.
@@ -51,7 +98,7 @@ class CachedLoader(ResumableLoader):
 
     def __init__(
         self,
-        cache: TokenCache,
+        cache: Cache,
         batch_size: int,
         *,
         block_images: int = 64,
@@ -59,12 +106,8 @@ class CachedLoader(ResumableLoader):
         **options: Any,
     ) -> None:
         check_reading(block_images, buffer_images)
-        super().__init__(cache, batch_size, **options)
-        self.cache = cache
+        super().__init__(cache, batch_size, buffer_images=buffer_images, **options)
         self.block_images = block_images
-        self.buffer_images = buffer_images
-        # Mixing blocks of a buffer.
-        self.window = max(1, -(-buffer_images // (self.parts * batch_size)))
 
     def _options(self) -> dict[str, int]:
         reading = {"block_images": self.block_images, "buffer_images": self.buffer_images}
@@ -91,22 +134,3 @@ class CachedLoader(ResumableLoader):
                 for i, buffer in enumerate(buffers)
             ]
         )
-
-    def _read(self, epoch: int, position: int) -> Iterator[tuple[Block, list[Tensor]]]:
-        """A thread reads the next buffer, after a resumption what is left of it."""
-        blocks = self._blocks_from(epoch, position)
-        by_buffer = groupby(blocks, lambda block: (block.epoch, block.number // self.window))
-        buffers = (list(group) for _, group in by_buffer)
-        with ThreadPoolExecutor(1, "feature-cache") as reader:
-            ahead = reader.submit(self._read_buffer, next(buffers))
-            for following in buffers:
-                tokens = ahead.result()
-                ahead = reader.submit(self._read_buffer, following)
-                yield from tokens
-
-    def _read_buffer(self, blocks: list[Block]) -> list[tuple[Block, list[Tensor]]]:
-        """Each mixing block with its tokens [n, T, d]."""
-        positions = torch.cat([block.indices for block in blocks])
-        tokens = self.cache.read(positions, pin_memory=self.pin_memory)
-        parts = tokens.split([len(block.indices) for block in blocks])
-        return [(block, [part]) for block, part in zip(blocks, parts, strict=True)]

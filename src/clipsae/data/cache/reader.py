@@ -1,28 +1,31 @@
-"""A finished feature cache, read by position.
+"""A finished cache, read by position.
 
-N images, T tokens of an image, d width, n images of a shard or of a request.
+N images, n images of a shard or of a request.
 """
 
 import json
 import os
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from clipsae.data.cache.files import DTYPES, read_manifest
+from clipsae.data.cache.files import Layout, TokenLayout, read_manifest
+
+_ROWS = 64  # images that are read by one call to the system, at most
 
 
-class TokenCache:
-    """Tokens of N images, by their positions in the cache.
+class Cache:
+    """What is kept of N images, by their positions in the cache. Several threads may read.
 
     Files are read, not mapped: rows are read straight into the result, without another copy.
 
     Args:
         folder: with the manifest and the shards.
+        kind: of what is kept.
         contents: what must be in the manifest's "of"; None: anything.
 
     Attributes:
@@ -34,18 +37,24 @@ class TokenCache:
         ValueError: no cache, one of something else, or one that is not whole, in one sentence.
     """
 
-    def __init__(self, folder: Path | str, contents: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        contents: Mapping[str, Any] | None = None,
+        *,
+        kind: type[Layout] = TokenLayout,
+    ) -> None:
         self.folder = Path(folder)
-        self.layout, self.contents, sizes = read_manifest(self.folder)
+        self.layout, self.contents, sizes = read_manifest(self.folder, kind)
         for name, wanted in (contents or {}).items():
             if (found := self.contents.get(name)) != wanted:
                 raise ValueError(
-                    f"{self.folder} holds tokens of {name}={found}, expected {wanted}: choose "
-                    "another features.cache.folder, or remove it, and it is recomputed"
+                    f"{self.folder} holds {self.layout.HOLDS} of {name}={found}, expected "
+                    f"{wanted}: choose another folder for the {self.layout.NAME}, or remove it, "
+                    "and it is recomputed"
                 )
-        self._lock = threading.Lock()  # files have one position each
         self._files: list[BinaryIO] = []
-        self._starts: list[int] = []  # of the first token in each file
+        self._starts: list[int] = []  # of the first image in each file
         indices = [self._open(shard, size) for shard, size in enumerate(sizes)]
         self.images, self.sources = (torch.cat(parts) for parts in zip(*indices, strict=True))
         if not torch.equal(self.images.sort().values, torch.arange(self.layout.images)):
@@ -58,48 +67,49 @@ class TokenCache:
         """N."""
         return self.layout.images
 
-    def read(self, positions: Tensor, *, pin_memory: bool = False) -> Tensor:
-        """Tokens [n, T, d] in the cache's dtype, in the order of the positions [n].
-
-        Each stretch of consecutive positions is read in one go, in the order in which it lies on
-        disk.
+    def read(self, positions: Tensor) -> Tensor:
+        """Tokens [n, T, d] in the cache's dtype or images uint8 [n, 3, S, S], in the order of the
+        positions [n].
 
         Raises:
             ValueError: a shard that has become shorter.
         """
-        layout = self.layout
-        shape = (len(positions), layout.tokens, layout.width)
-        out = torch.empty(shape, dtype=DTYPES[layout.dtype], pin_memory=pin_memory)
-        rows = out.view(torch.uint8).flatten(1).numpy()
-        sorted_positions, places = positions.sort()
-        last = -2
-        with self._lock:
-            self._announce(sorted_positions)
-            for position, place in zip(sorted_positions.tolist(), places.tolist(), strict=True):
-                shard, row = divmod(position, layout.shard_images)
-                file = self._files[shard]
-                if position != last + 1 or row == 0:
-                    file.seek(self._starts[shard] + row * layout.image_bytes)
-                if file.readinto(rows[place]) != layout.image_bytes:
-                    raise ValueError(
-                        f"{file.name} ends within image {row}: run task=cache, and it is recomputed"
-                    )
-                last = position
+        return self.read_parts([positions])[0]
+
+    def read_parts(self, parts: Sequence[Tensor], *, pin_memory: bool = False) -> list[Tensor]:
+        """The same for several lists of positions, each into memory of its own.
+
+        All are read in the order in which they lie on disk, neighbours in one go.
+        """
+        size, dtype = self.layout.image_bytes, self.layout.numbers
+        out = [
+            torch.empty(len(part), *self.layout.shape, dtype=dtype, pin_memory=pin_memory)
+            for part in parts
+        ]
+        rows = [row for part in out for row in part.view(torch.uint8).flatten(1).numpy()]
+        in_order, places = torch.cat(list(parts)).sort()
+        stretches = list(self._stretches(in_order))
+        if hasattr(os, "posix_fadvise"):  # the system reads ahead: twice as fast from a cold disk
+            for file, start, count in stretches:
+                os.posix_fadvise(file.fileno(), start, count * size, os.POSIX_FADV_WILLNEED)
+        into = (rows[place] for place in places.tolist())
+        for file, start, count in stretches:
+            if os.preadv(file.fileno(), list(islice(into, count)), start) < count * size:
+                raise ValueError(
+                    f"{file.name} ends within its images: run task=cache, and it is recomputed"
+                )
         return out
 
-    def _announce(self, positions: Tensor) -> None:
-        """Announce the stretches that are about to be read, so that the system reads ahead: twice
-        as fast from a cold disk."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        n, size = self.layout.shard_images, self.layout.image_bytes
-        ends = ((positions.diff() > 1) | (positions[1:] % n == 0)).nonzero().flatten() + 1
-        for stretch in positions.tensor_split(ends):
-            if len(stretch):
-                shard, row = divmod(int(stretch[0]), n)
-                file, start = self._files[shard], self._starts[shard] + row * size
-                length = (int(stretch[-1]) - int(stretch[0]) + 1) * size
-                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+    def _stretches(self, positions: Tensor) -> Iterator[tuple[BinaryIO, int, int]]:
+        """Neighbours among sorted positions: their file, where they start in it, how many."""
+        n = self.layout.shard_images
+        ends = ((positions.diff() != 1) | (positions[1:] % n == 0)).nonzero().flatten() + 1
+        for whole in positions.tensor_split(ends):
+            for stretch in whole.split(_ROWS):
+                if len(stretch):
+                    shard, row = divmod(int(stretch[0]), n)
+                    start = self._starts[shard] + row * self.layout.image_bytes
+                    yield self._files[shard], start, len(stretch)
 
     def _open(self, shard: int, size: int) -> tuple[Tensor, Tensor]:
         """Open a shard's file and read its images and sources."""

@@ -1,5 +1,5 @@
-"""Kind "features": the tokens of the training images on disk. `manifest.json`,
-`tokens-*.safetensors` (docs/feature-cache.md).
+"""Kinds "features" and "images": the tokens of the training images on disk, or their pixels.
+`manifest.json`, `tokens-*.safetensors` or `pixels-*.safetensors` (docs/feature-cache.md).
 
 While a cache is being made, each of its shards is a stage of kind "shards". So several jobs make a
 cache together, a killed one loses the shard it was at, and `task=status` shows how far they are.
@@ -19,12 +19,15 @@ from clipsae.data import FeatureDataModule, ImageDataset
 from clipsae.data.cache import (
     MANIFEST,
     VERSION,
+    Cache,
+    ImageLayout,
     Layout,
-    TokenCache,
+    TokenLayout,
     write_manifest,
     write_shard,
 )
 from clipsae.data.cache.loader import check_reading
+from clipsae.data.images import RESIZE
 from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
 from clipsae.store import MARK, Busy, Stage, Store, find_damage
@@ -34,23 +37,37 @@ from clipsae.tasks import build, precision
 log = logging.getLogger(__name__)
 
 SPLIT = "train"
+CACHES = ("cache", "image_cache")  # keys of conf/features
 
 
-def cached(cfg: DictConfig) -> bool:
-    """Whether tokens are read from disk."""
-    return cfg.features.get("cache") is not None
+def cached(cfg: DictConfig) -> str | None:
+    """The key of `cfg.features` that has the options of the cache trained from: "cache" where it
+    holds tokens, "image_cache" where it holds decoded images. None: there is no cache."""
+    return next((key for key in CACHES if cfg.features.get(key) is not None), None)
+
+
+def _kind(cfg: DictConfig) -> type[Layout]:
+    """What the cache holds."""
+    return ImageLayout if cached(cfg) == "image_cache" else TokenLayout
 
 
 def training_key(cfg: DictConfig) -> dict[str, Any]:
     """What of `cfg.features` decides an SAE's weights."""
     options = build.decisive("features", cfg.features)
-    if cached(cfg):
+    if cached(cfg) == "cache":
         options["cache"] = build.decisive("features", cfg.features.cache)
     return options
 
 
 def content_key(cfg: DictConfig, train_set: ImageDataset) -> dict[str, Any]:
-    """What the tokens are of: all that decides them but how they are written."""
+    """What is in the cache: all that decides it but how it is written."""
+    if _kind(cfg) is ImageLayout:
+        return {
+            "dataset": build.dataset_key(cfg.train_dataset, train_set),
+            "split": SPLIT,
+            "image_size": train_set.image_size,
+            "resize": RESIZE,
+        }
     return {
         "clip": build.clip_key(cfg),
         "dataset": cfg.train_dataset.name,
@@ -61,22 +78,28 @@ def content_key(cfg: DictConfig, train_set: ImageDataset) -> dict[str, Any]:
     }
 
 
-def stage(cfg: DictConfig, train_set: ImageDataset) -> Stage:
-    """The place of the cache."""
-    return _stage(cfg, train_set, "features", [], {})
+def stage(cfg: DictConfig, train_set: ImageDataset, **shard: int) -> Stage:
+    """The place of the cache, or while it is made of a shard.
 
-
-def _stage(
-    cfg: DictConfig, train_set: ImageDataset, kind: str, words: list[str], more: dict[str, Any]
-) -> Stage:
-    options, dataset = cfg.features.cache, cfg.train_dataset.name
-    written = {"format": VERSION, "dtype": options.dtype, "order_seed": options.order_seed}
-    return Store(options.folder).stage(
-        kind,
-        [dataset, SPLIT, cfg.clip.name, options.dtype, *words],
-        {**content_key(cfg, train_set), **written, **more},
-        {"dataset": dataset, "clip": cfg.clip.name},
-    )
+    Args:
+        shard: which one (`shard`), and the images of each (`shard_images`).
+    """
+    options, dataset = cfg.features[cached(cfg)], cfg.train_dataset.name
+    key: dict[str, Any] = {**content_key(cfg, train_set), "format": VERSION}
+    words, about = [dataset, SPLIT], {"dataset": dataset}
+    if _kind(cfg) is ImageLayout:
+        kind = "images"
+        words.append(f"{train_set.image_size}px")
+    else:
+        kind = "features"
+        key |= {"dtype": options.dtype, "order_seed": options.order_seed}
+        words += [cfg.clip.name, options.dtype]
+        about["clip"] = cfg.clip.name
+    if shard:
+        kind = "shards"
+        key |= shard
+        words.append(f"{shard['shard']:05d}")
+    return Store(options.folder).stage(kind, words, key, about)
 
 
 class _Cache:
@@ -88,14 +111,17 @@ class _Cache:
 
     def __init__(self, cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
         self.cfg, self.clip, self.train_set = cfg, clip, train_set
-        options = {k: v for k, v in build.plain(cfg.features.cache).items() if k != "folder"}
-        self.sizes: Layout = build.user_error(
-            Layout.of_shards, images=len(train_set), tokens=clip.tokens, width=clip.width, **options
-        )
+        options = build.plain(cfg.features[cached(cfg)])
+        self.folder = Path(options.pop("folder"))
+        options |= {"images": len(train_set)}
+        if _kind(cfg) is TokenLayout:
+            options |= {"tokens": clip.tokens, "width": clip.width}
+        else:
+            options |= {"image_size": train_set.image_size}
+        self.sizes: Layout = build.user_error(_kind(cfg).of_shards, **options)
         self.stage = stage(cfg, train_set)
-        size = {"shard_images": self.sizes.shard_images}
         self.shards = [
-            _stage(cfg, train_set, "shards", [f"{i:05d}"], {**size, "shard": i})
+            stage(cfg, train_set, shard=i, shard_images=self.sizes.shard_images)
             for i in range(self.sizes.shards)
         ]
 
@@ -151,7 +177,7 @@ class _Cache:
                 # A kill before the cache is finished costs this shard.
                 (shard.path / file).rename(folder / file)
         write_manifest(folder, self.sizes, content, sealed)
-        TokenCache(folder, content)  # each image once
+        Cache(folder, content, kind=_kind(self.cfg))  # each image once
 
 
 def check(
@@ -162,27 +188,27 @@ def check(
     Raises:
         ConfigError: an invalid option, or a disk that is too small.
     """
-    build.user_error(check_reading, cfg.features.block_images, cfg.features.buffer_images)
+    if cached(cfg) == "cache":
+        build.user_error(check_reading, cfg.features.block_images, cfg.features.buffer_images)
     cache = _Cache(cfg, clip, train_set)
-    sizes, name = cache.sizes, cache.stage.path.name
+    sizes, folder, name = cache.sizes, cache.folder, cache.stage.path.name
     if cache.is_there(content):
-        log.info("using the feature cache %s", cache.stage.path)
+        log.info("using the %s %s", sizes.NAME, cache.stage.path)
         return
     missing = [
         i for i, shard in enumerate(cache.shards) if not shard.finished and not cache.found(i)
     ]
     needed = sum(sizes.bytes(i) for i in missing)
-    folder = Path(cfg.features.cache.folder)
     free = free_bytes(folder)
-    what = f"{sizes.images:,} images x {sizes.tokens} tokens x {sizes.width} in {sizes.dtype}"
     if needed > free:
         raise ConfigError(
-            f"{what} of {name} need {needed / 1e9:,.1f} GB, and {folder} has {free / 1e9:,.1f} GB "
-            "free: make space, set features.cache.folder to a larger disk, or use features=online"
+            f"{sizes} of {name} need {needed / 1e9:,.1f} GB, and {folder} has {free / 1e9:,.1f} GB "
+            f"free: make space, set features.{cached(cfg)}.folder to a larger disk, or use "
+            "features=online"
         )
     log.info(
         "%s of %s: %.2f GB to write in %d of %d shards; %s has %.1f GB free",
-        *(what, name, needed / 1e9, len(missing), sizes.shards, folder, free / 1e9),
+        *(sizes, name, needed / 1e9, len(missing), sizes.shards, folder, free / 1e9),
     )
 
 
@@ -218,7 +244,7 @@ def data_module(
     train_set: ImageDataset,
     val_set: ImageDataset | None = None,
     *,
-    cache: TokenCache | None = None,
+    cache: Cache | None = None,
 ) -> FeatureDataModule:
     """What streams tokens to the training.
 
@@ -228,7 +254,7 @@ def data_module(
     Raises:
         ConfigError: invalid sizes.
     """
-    options = {k: v for k, v in build.plain(cfg.features).items() if k != "cache"}
+    options = {k: v for k, v in build.plain(cfg.features).items() if k not in CACHES}
     return build.user_error(
         FeatureDataModule,
         clip,
@@ -240,16 +266,16 @@ def data_module(
     )
 
 
-def open_cache(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> TokenCache | None:
+def open_cache(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> Cache | None:
     """The cache, made first where it is missing; None for features=online.
 
     Raises:
         ConfigError: what lies there is not this cache.
     """
-    if not cached(cfg):
+    if cached(cfg) is None:
         return None
     folder = make(cfg, clip, train_set)
-    return build.user_error(TokenCache, folder, content_key(cfg, train_set))
+    return build.user_error(Cache, folder, content_key(cfg, train_set), kind=_kind(cfg))
 
 
 def _checksum(path: Path) -> str | None:
