@@ -2,7 +2,8 @@
 
 To read in this order: `base` (the contract), `topk` (an activation), `linear` (an architecture),
 `sae` (the two together), `losses`; `codes` (the format of sparse codes), `sparse_ops` (their
-products, by device); `dense` (memory and blocks on a CPU).
+products and gradients), `engine` (what computes these on a CPU and on a GPU); `dense` (memory and
+blocks on a CPU).
 """
 
 # Imported for their registration.
