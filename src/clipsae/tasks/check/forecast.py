@@ -1,0 +1,211 @@
+"""How long each training, each evaluation and the whole sweep will take, by what was measured."""
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from clipsae.store import Store
+from clipsae.store.files import checkpoint_step
+from clipsae.tasks import build
+from clipsae.tasks.check.evaluations import Evaluating
+from clipsae.tasks.check.jobs import Job
+from clipsae.tasks.check.machine import sae_bytes
+from clipsae.tasks.stages import classifier, evaluation, features
+from clipsae.tasks.together import stream_key
+
+CHECKPOINT_BYTES = 3e8  # a second: written, flushed and hashed; not measured
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was measured of a job, in seconds.
+
+    Attributes:
+        read, encode: of an image: by the loader, by CLIP up to the SAE.
+        first, step: of a training step, as initialised and later.
+        evaluating: None: not measured.
+    """
+
+    read: float
+    encode: float
+    first: float
+    step: float
+    evaluating: Evaluating | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something that one process does.
+
+    Attributes:
+        after: what must be done before.
+    """
+
+    seconds: float
+    after: Path | None = None
+
+
+@dataclass
+class Forecast:
+    """The work that is not finished, of the jobs that were measured.
+
+    Attributes:
+        start: seconds that a job needs before it begins.
+        prompts: that are embedded a second.
+    """
+
+    jobs: Sequence[Job]
+    costs: Mapping[Job, Cost]
+    start: float
+    prompts: float
+    _classes: dict[Path, float] = field(default_factory=dict)
+
+    def trainings(self) -> dict[Path, Job]:
+        """The first job that needs each SAE that is missing."""
+        found: dict[Path, Job] = {}
+        for job in self.jobs:
+            if not job.trained.finished:
+                found.setdefault(job.trained.path, job)
+        return found
+
+    def evaluations(self) -> dict[Path, Job]:
+        """The first job that needs each evaluation that is missing."""
+        found: dict[Path, Job] = {}
+        for job in self.jobs:
+            if (
+                job.evaluated is not None
+                and not job.evaluated.finished
+                and self.costs[job].evaluating
+            ):
+                found.setdefault(job.evaluated.path, job)
+        return found
+
+    def training(self, jobs: Sequence[Job], *, cached: bool | None = None) -> float:
+        """Seconds of a training of several SAEs on the same tokens, or of one.
+
+        Args:
+            cached: whether tokens are read from a cache; None: as the config says.
+        """
+        cfg, cost = jobs[0].cfg, self.costs[jobs[0]]
+        cached = features.cached(cfg) if cached is None else cached
+        size = cfg.features.batch_size
+        read, encode = (0.0, 0.0) if cached else (size * cost.read, size * cost.encode)
+        batches = max(
+            job.cfg.trainer.max_steps * job.cfg.trainer.accumulate_grad_batches for job in jobs
+        )
+        left = 1 - max(_done(job) for job in jobs) if len(jobs) == 1 else 1.0
+        compute = sum(_mean_step(job, self.costs[job]) for job in jobs)
+        seconds = batches * _fed(cfg, read, encode + compute)
+        limit = cfg.trainer.limit_val_batches
+        if isinstance(limit, float):
+            limit = limit * len(jobs[0].train_set) / size
+        looks = batches // cfg.trainer.val_check_interval
+        tokens = size * (cost.read + cost.encode)
+        # Forward passes alone take a third; predictions as long as two batches.
+        seconds += looks * (limit * tokens + (limit + 2) * compute / 3)
+        saved = batches // cfg.callbacks.checkpoint_every_n_steps
+        seconds += saved * sum(3 * sae_bytes(job) for job in jobs) / CHECKPOINT_BYTES
+        return left * seconds
+
+    def evaluation(self, jobs: Sequence[Job]) -> float:
+        """Seconds of an evaluation of several SAEs in one pass, or of one."""
+        images = len(jobs[0].test_set)
+        limit = build.limit_images(jobs[0].cfg)
+        images = images if limit is None else min(images, limit)
+        sample = jobs[0].cfg.measurement.sample_images
+        shared = images * (self.costs[jobs[0]].read + self.costs[jobs[0]].encode)
+        each = [self.costs[job].evaluating.seconds(images, sample) for job in jobs]
+        return sum(each) - (len(jobs) - 1) * min(shared, min(each))
+
+    def works(self, together: bool) -> dict[Path, Work]:
+        """What is yet to be done, each in one process, by the place of its result."""
+        works: dict[Path, Work] = {}
+        trainings, evaluations = self.trainings(), self.evaluations()
+        if together:
+            return self._together(trainings, evaluations)
+        for path, job in trainings.items():
+            after = None
+            if features.cached(job.cfg):
+                cache = features.stage(job.cfg, job.train_set)
+                if not cache.finished:
+                    after = cache.path
+                    works.setdefault(after, Work(self.start + self.cache(job)))
+            works[path] = Work(self.start + self.training([job]), after)
+        for path, job in evaluations.items():
+            seconds = self.start + self.evaluation([job]) + self._embedding(job, works)
+            works[path] = Work(seconds, job.trained.path)
+        return works
+
+    def _together(self, trainings: Mapping[Path, Job], evaluations: Mapping[Path, Job]) -> dict:
+        streams: dict[str, list[Job]] = {}
+        for job in trainings.values():
+            streams.setdefault(stream_key(job.cfg), []).append(job)
+        works = {
+            jobs[0].trained.path: Work(self.start + self.training(jobs))
+            for jobs in streams.values()
+        }
+        first = {
+            job.trained.path: jobs[0].trained.path for jobs in streams.values() for job in jobs
+        }
+        passes: dict[str, list[Job]] = {}
+        for job in evaluations.values():
+            passes.setdefault(evaluation.pass_key(job.cfg), []).append(job)
+        for jobs in passes.values():
+            after = first.get(jobs[0].trained.path)
+            seconds = self.start * len(jobs) + self.evaluation(jobs)
+            works[jobs[0].evaluated.path] = Work(seconds, after)
+        return works
+
+    def cache(self, job: Job) -> float:
+        """Seconds to make the feature cache."""
+        cost = self.costs[job]
+        return len(job.train_set) * _fed(job.cfg, cost.read, cost.encode)
+
+    def _embedding(self, job: Job, works: Mapping[Path, Work]) -> float:
+        """Seconds to embed the class names, of the first job that needs them."""
+        if not job.cfg.evaluation.settings:
+            return 0.0
+        store = Store(job.cfg.paths.output_dir)
+        place = classifier.stage(job.cfg, store, job.test_set, job.cfg.dataset.name)
+        if place.path in self._classes or place.finished:
+            return 0.0
+        self._classes[place.path] = 0.0
+        count = len(job.test_set.classnames) * len(classifier.templates(job.cfg, job.test_set))
+        return count / self.prompts
+
+
+def makespan(works: Mapping[Path, Work], places: int) -> float:
+    """Seconds until all is done, if each place takes what can begin first, the longest first."""
+    free, ends = [0.0] * places, {}
+    waiting = dict(works)
+
+    def ready(path: Path) -> float:
+        after = waiting[path].after
+        return 0.0 if after not in works else ends.get(after, math.inf)
+
+    while waiting:
+        path = min(waiting, key=lambda path: (ready(path), -waiting[path].seconds))
+        begins = max(heapq.heappop(free), ready(path))
+        ends[path] = begins + waiting.pop(path).seconds
+        heapq.heappush(free, ends[path])
+    return max(ends.values(), default=0.0)
+
+
+def _fed(cfg: DictConfig, read: float, compute: float) -> float:
+    """Seconds of a batch: workers read while the device computes."""
+    return max(read, compute) if cfg.features.num_workers else read + compute
+
+
+def _mean_step(job: Job, cost: Cost) -> float:
+    """Seconds of a step of a training: supports settle while the rate warms up."""
+    share = min(1.0, job.cfg.optimizer.warmup_steps / job.cfg.trainer.max_steps)
+    return share * cost.first + (1 - share) * cost.step
+
+
+def _done(job: Job) -> float:
+    """The share of a training that its checkpoint holds."""
+    return (checkpoint_step(job.trained.scratch) or 0) / job.cfg.trainer.max_steps
