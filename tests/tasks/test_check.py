@@ -69,7 +69,12 @@ def test_a_sweep_that_can_run(tmp_path):
     assert set(lines) == {
         *("options", "versions", "device", "disk", "W&B", "CLIP", "zero-shot", "forecast"),
         *("dataset scenes", "dataset scenes_shape", "dataset scenes_colour"),
-        *("step topk k=16", "step batch_topk k=16", "training topk k=16", "training batch_topk k=16"),
+        *(
+            "step topk k=16",
+            "step batch_topk k=16",
+            "training topk k=16",
+            "training batch_topk k=16",
+        ),
         *(["shorter"] if "shorter" in lines else []),
     }
     (forecast,) = lines["forecast"]

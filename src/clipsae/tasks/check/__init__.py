@@ -163,7 +163,8 @@ class Check:
             if clip.pretrained is not None:
                 found = f"{clip.name}: {clip.tokens} tokens of width {clip.width}"
                 findings.add("CLIP", OK, f"{found}, weights {Path(clip.pretrained).name}")
-            clip.to(device)
+            with findings.attempt("CLIP"):
+                clip.to(device)
         for dataset, name, split, cfg in filter(None, self.opened.datasets.values()):
             with findings.attempt(f"dataset {name}"):
                 rate = images.dataset(name, split, dataset, cfg, self.seconds, findings)
@@ -174,7 +175,11 @@ class Check:
         evaluated: dict[str, evaluations.Evaluating | None] = {}
         costs = {}
         for job in self.jobs:
-            cfg, clip, of_clip = job.cfg, job.clip, f"{job.cfg.clip} {job.cfg.features.batch_size}"
+            cfg, clip = job.cfg, job.clip
+            of_clip, of_images = (
+                f"{cfg.clip} {cfg.features.batch_size}",
+                f"{cfg.clip} {cfg.dataset}",
+            )
             sample = job.train_set or job.test_set or self.opened.any_dataset(clip.image_size)
             if sample is None:
                 findings.add("steps", WARNING, "not timed: no images are there")
@@ -185,7 +190,7 @@ class Check:
                     encoded[of_clip] = images.encoded(clip, sample, size, self.seconds)
             if job.test_set is not None and not classes:
                 with findings.attempt("zero-shot"):
-                    classes[cfg.dataset.name], self.prompts = images.zero_shot(job, findings)
+                    classes[of_images], self.prompts = images.zero_shot(job, findings)
             if of_clip not in encoded:
                 continue
             tokens, rate = encoded[of_clip]
@@ -201,10 +206,9 @@ class Check:
             if how not in evaluated and job.evaluated is not None and sae is not None:
                 evaluated[how] = None
                 with findings.attempt(f"evaluation {cfg.model.name}"):
-                    name = cfg.dataset.name
-                    if name not in classes:
-                        classes[name] = images.few_prompts(job)
-                    evaluated[how] = evaluations.timed(job, sae, classes[name], self.seconds)
+                    if of_images not in classes:
+                        classes[of_images] = images.few_prompts(job)
+                    evaluated[how] = evaluations.timed(job, sae, classes[of_images], self.seconds)
                     stepped[variant] = (first, step, None)  # its memory
             costs[job] = Cost(
                 read.get(job.train_set, 0.0), 1 / rate, first, step, evaluated.get(how)
@@ -231,20 +235,15 @@ class Check:
         if not apart <= steps.TOLERANCES[kind]:
             verdict = FAILS
             todo = f"expected is {steps.TOLERANCES[kind]:g} at most: this machine miscalculates"
-        elif (
-            (limit := cfg.resources.mem_gb)
-            and self.on_slurm
-            and tokens.device.type == "cpu"
-            and gb > limit
-        ):
-            verdict, todo = FAILS, f"resources.mem_gb={limit}: ask for {math.ceil(1.2 * gb)}"
+        elif self.on_slurm and not cfg.resources.gpus and gb > (cfg.resources.mem_gb or gb):
+            verdict, todo = FAILS, f"ask for resources.mem_gb={math.ceil(1.2 * gb)}"
         findings.add(f"step {_named(cfg)}", verdict, found, todo, seconds=later.seconds, gb=gb)
         return begun.seconds, later.seconds, later.sae
 
     def _forecast(self, forecast: Forecast) -> None:
         """How long all will take, and what would shorten it."""
         findings = self.findings
-        for job in forecast.trainings().values():
+        for job in forecast.trainings():
             seconds = forecast.training([job])
             verdict, todo = OK, ""
             limit = 60 * self.launcher.timeout_min if self.on_slurm else math.inf
@@ -254,11 +253,10 @@ class Check:
             found = f"about {duration(seconds)} for {job.cfg.trainer.max_steps:,} steps"
             check = f"training {_named(job.cfg)}"
             findings.add(check, verdict, found, todo, job=job.name, seconds=seconds)
-        works = forecast.works(together=False)
-        if not works:
+        here = forecast.works(self.cfg.together)
+        if not here:
             findings.add("forecast", OK, "all is finished: nothing is left to be done")
             return
-        here = forecast.works(self.cfg.together)
         times = {places: makespan(here, places) for places in (*PLACES, self.places)}
         said = ", ".join(f"{duration(times[n])} on {n}" for n in PLACES)
         trainings = counted(len(forecast.trainings()), "training")
@@ -278,35 +276,33 @@ class Check:
     def _hints(self, forecast: Forecast, now: float) -> Iterator[tuple[str, float]]:
         """What would shorten it, and the seconds that it saves."""
         if not self.cfg.together:
-            saved = makespan(forecast.works(together=True), 1) - makespan(
-                forecast.works(together=False), 1
-            )
-            if -saved > WORTH * now:
-                yield "together=true, of the time on one place", -saved
-        trainings = forecast.trainings().values()
+            alone, together = (makespan(forecast.works(t), 1) for t in (False, True))
+            if alone - together > WORTH * now:
+                yield "together=true, of the time on one place", alone - together
+        trainings = forecast.trainings()
         online = [job for job in trainings if not features.cached(job.cfg)]
         if online:
             job = online[0]
             saved = sum(
-                forecast.training([j]) - forecast.training([j], cached=True) for j in online
+                forecast.training([one]) - forecast.training([one], cached=True) for one in online
             )
             saved -= forecast.cache(job)
             gb = 2e-9 * len(job.train_set) * job.clip.tokens * job.clip.width
             if saved > WORTH * now:
-                hint = f"features=cached ({gb:,.1f} GB), of the time on one place at most"
-                yield hint, saved
-        if self.places < PLACES[-1]:
-            works = forecast.works(self.cfg.together)
-            saved = now - makespan(works, PLACES[-1])
-            if saved > WORTH * now:
-                yield f"{PLACES[-1]} places instead of {self.places}", saved
+                yield f"features=cached ({gb:,.1f} GB), of the time on one place at most", saved
+            workers, waits = job.cfg.features.num_workers, forecast.waits(job)
+            if workers and waits > 1:
+                hint = (
+                    f"features.num_workers={math.ceil(workers * waits)}, where there are such cores"
+                )
+                yield hint, (1 - 1 / waits) * sum(forecast.training([one]) for one in online)
 
     @property
     def places(self) -> int:
         """Jobs at a time, as the launcher is set."""
         if self.on_slurm:
             return self.launcher.array_parallelism
-        return (self.launcher.parallel or os.cpucounted() or 1) if self.many else 1
+        return (self.launcher.parallel or os.cpu_count() or 1) if self.many else 1
 
 
 def _variant(cfg: DictConfig) -> str:

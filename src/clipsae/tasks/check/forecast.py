@@ -2,8 +2,8 @@
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -49,7 +49,7 @@ class Work:
     after: Path | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Forecast:
     """The work that is not finished, of the jobs that were measured.
 
@@ -62,17 +62,16 @@ class Forecast:
     costs: Mapping[Job, Cost]
     start: float
     prompts: float
-    _classes: dict[Path, float] = field(default_factory=dict)
 
-    def trainings(self) -> dict[Path, Job]:
+    def trainings(self) -> list[Job]:
         """The first job that needs each SAE that is missing."""
         found: dict[Path, Job] = {}
         for job in self.jobs:
             if not job.trained.finished:
                 found.setdefault(job.trained.path, job)
-        return found
+        return list(found.values())
 
-    def evaluations(self) -> dict[Path, Job]:
+    def evaluations(self) -> list[Job]:
         """The first job that needs each evaluation that is missing."""
         found: dict[Path, Job] = {}
         for job in self.jobs:
@@ -82,7 +81,7 @@ class Forecast:
                 and self.costs[job].evaluating
             ):
                 found.setdefault(job.evaluated.path, job)
-        return found
+        return list(found.values())
 
     def training(self, jobs: Sequence[Job], *, cached: bool | None = None) -> float:
         """Seconds of a training of several SAEs on the same tokens, or of one.
@@ -122,42 +121,34 @@ class Forecast:
         return sum(each) - (len(jobs) - 1) * min(shared, min(each))
 
     def works(self, together: bool) -> dict[Path, Work]:
-        """What is yet to be done, each in one process, by the place of its result."""
+        """What is yet to be done, each in one process, by the place of its (first) result.
+
+        Args:
+            together: whether SAEs are trained, and evaluated, in groups, as `together=true` does.
+        """
         works: dict[Path, Work] = {}
-        trainings, evaluations = self.trainings(), self.evaluations()
-        if together:
-            return self._together(trainings, evaluations)
-        for path, job in trainings.items():
-            after = None
+        made_with: dict[Path, Path] = {}
+        for jobs in _grouped(self.trainings(), stream_key if together else None):
+            job, after = jobs[0], None
             if features.cached(job.cfg):
                 cache = features.stage(job.cfg, job.train_set)
                 if not cache.finished:
                     after = cache.path
                     works.setdefault(after, Work(self.start + self.cache(job)))
-            works[path] = Work(self.start + self.training([job]), after)
-        for path, job in evaluations.items():
-            seconds = self.start + self.evaluation([job]) + self._embedding(job, works)
-            works[path] = Work(seconds, job.trained.path)
-        return works
-
-    def _together(self, trainings: Mapping[Path, Job], evaluations: Mapping[Path, Job]) -> dict:
-        streams: dict[str, list[Job]] = {}
-        for job in trainings.values():
-            streams.setdefault(stream_key(job.cfg), []).append(job)
-        works = {
-            jobs[0].trained.path: Work(self.start + self.training(jobs))
-            for jobs in streams.values()
-        }
-        first = {
-            job.trained.path: jobs[0].trained.path for jobs in streams.values() for job in jobs
-        }
-        passes: dict[str, list[Job]] = {}
-        for job in evaluations.values():
-            passes.setdefault(evaluation.pass_key(job.cfg), []).append(job)
-        for jobs in passes.values():
-            after = first.get(jobs[0].trained.path)
-            seconds = self.start * len(jobs) + self.evaluation(jobs)
-            works[jobs[0].evaluated.path] = Work(seconds, after)
+            works[job.trained.path] = Work(self.start + self.training(jobs), after)
+            made_with |= {one.trained.path: job.trained.path for one in jobs}
+        embedded: set[Path] = set()
+        by_pass = evaluation.pass_key if together else None
+        for jobs in _grouped(self.evaluations(), by_pass):
+            job, seconds = jobs[0], self.start * len(jobs) + self.evaluation(jobs)
+            if job.cfg.evaluation.settings:
+                store, name = Store(job.cfg.paths.output_dir), job.cfg.dataset.name
+                place = classifier.stage(job.cfg, store, job.test_set, name)
+                if place.path not in embedded and not place.finished:
+                    embedded.add(place.path)
+                    prompts = classifier.templates(job.cfg, job.test_set)
+                    seconds += len(job.test_set.classnames) * len(prompts) / self.prompts
+            works[job.evaluated.path] = Work(seconds, made_with.get(job.trained.path))
         return works
 
     def cache(self, job: Job) -> float:
@@ -165,17 +156,10 @@ class Forecast:
         cost = self.costs[job]
         return len(job.train_set) * _fed(job.cfg, cost.read, cost.encode)
 
-    def _embedding(self, job: Job, works: Mapping[Path, Work]) -> float:
-        """Seconds to embed the class names, of the first job that needs them."""
-        if not job.cfg.evaluation.settings:
-            return 0.0
-        store = Store(job.cfg.paths.output_dir)
-        place = classifier.stage(job.cfg, store, job.test_set, job.cfg.dataset.name)
-        if place.path in self._classes or place.finished:
-            return 0.0
-        self._classes[place.path] = 0.0
-        count = len(job.test_set.classnames) * len(classifier.templates(job.cfg, job.test_set))
-        return count / self.prompts
+    def waits(self, job: Job) -> float:
+        """How many times as long as the device needs for an image its reading takes."""
+        cost = self.costs[job]
+        return cost.read / (cost.encode + _mean_step(job, cost) / job.cfg.features.batch_size)
 
 
 def makespan(works: Mapping[Path, Work], places: int) -> float:
@@ -193,6 +177,14 @@ def makespan(works: Mapping[Path, Work], places: int) -> float:
         ends[path] = begins + waiting.pop(path).seconds
         heapq.heappush(free, ends[path])
     return max(ends.values(), default=0.0)
+
+
+def _grouped(jobs: Sequence[Job], key: Callable[[DictConfig], str] | None) -> list[list[Job]]:
+    """The jobs that have a key in common; without one each by itself."""
+    groups: dict[str, list[Job]] = {}
+    for i, job in enumerate(jobs):
+        groups.setdefault(str(i) if key is None else key(job.cfg), []).append(job)
+    return list(groups.values())
 
 
 def _fed(cfg: DictConfig, read: float, compute: float) -> float:
