@@ -92,7 +92,9 @@ class Findings:
             table.add_column(heading, overflow="fold", ratio=ratio)
         for line in self.lines:
             verdict = f"[{COLOURS[line.verdict]}]{line.verdict}[/]"
-            table.add_row(line.check, verdict, escape(f"{_of(line.jobs)}{line.found}"), line.todo)
+            table.add_row(
+                line.check, verdict, escape(f"{_of(line.jobs)}{line.found}"), escape(line.todo)
+            )
         terminal(140).print(table)
         counts = [f"{sum(line.verdict == v for line in self.lines)} {v}" for v in COLOURS]
         print(", ".join(counts))

@@ -111,9 +111,12 @@ def zero_shot(job: Job, findings: Findings) -> tuple[Tensor | None, float]:
             clip, images.classnames, templates, renormalize=cfg.evaluation.renormalize_text
         )
         rate = len(templates) * len(images.classnames) / (now() - begun)
-    if clip.pretrained is None:
-        found = "random weights (clip.pretrained=null): not measured, all numbers mean nothing"
-        findings.add("zero-shot", WARNING, found, "set clip.pretrained, unless this is a trial")
+    if clip.pretrained is None:  # or its own were not found, which is a line of its own
+        if cfg.clip.pretrained is None:
+            found = (
+                "not measured: with random weights (clip.pretrained=null) no number means anything"
+            )
+            findings.add("zero-shot", WARNING, found, "set clip.pretrained, unless this is a trial")
         return classes, rate
     right = count = 0
     indices = evenly_spaced(images.labels, ZERO_SHOT_IMAGES)

@@ -74,7 +74,6 @@ def about(cfg: DictConfig, device: torch.device, elsewhere: bool, findings: Find
         said = f"{found}; busy, load {load:.1f}" if busy else found
         todo = "times are those of a busy machine" if busy else ""
         findings.add("device", WARNING if busy else OK, said, todo)
-    return device
 
 
 def disk(jobs: Sequence[Job], places: int, findings: Findings) -> None:
@@ -83,7 +82,8 @@ def disk(jobs: Sequence[Job], places: int, findings: Findings) -> None:
     for job in jobs:
         missing = by_root.setdefault(Path(job.cfg.paths.output_dir), {})
         if job.trained is None or not job.trained.finished:
-            missing[job.trained.path if job.trained else job.name] = sae_bytes(job)
+            alike = f"{job.cfg.clip} {job.cfg.model} {job.cfg.optimizer} {job.cfg.seed}"
+            missing[job.trained.path if job.trained else alike] = sae_bytes(job)
     for root, sizes in by_root.items():
         # A checkpoint has the weights and Adam's two moments; the next is written beside it.
         largest = sorted(sizes.values(), reverse=True)[:places]
