@@ -134,6 +134,15 @@ def test_a_single_run_with_an_image_that_cannot_be_read_and_weights_of_another_m
     assert "does not hold the weights" in wrong["CLIP"]
 
 
+@pytest.mark.slow
+def test_k_that_nothing_is_there_to_learn_from(tmp_path):
+    auto = ("-m", "model=topk", "model.k=auto,4", "evaluation=none")
+    lines, status = checked(tmp_path, *auto)
+    assert status == 1
+    assert "no finished Sparsemax SAE" in failing(lines)["options"]
+    assert lines["forecast"][0]["found"].endswith("1 of 2 jobs are not in it")
+
+
 def test_a_full_disk(tmp_path, cfg, monkeypatch):
     cfg = OmegaConf.merge(cfg, {"paths": {"output_dir": str(tmp_path)}})
     trained = Store(tmp_path).stage("sae", ["x"], {})

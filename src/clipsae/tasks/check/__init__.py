@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
@@ -64,6 +64,7 @@ def show_sweep(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> No
         findings = Findings()
         check = Check(cfg, cfg.hydra.launcher, findings)
         check.asked = len(job_overrides)
+        check.learns_k = any("model=sparsemax" in overrides for overrides in job_overrides)
         for name, overrides in zip(job_names(job_overrides), job_overrides, strict=True):
             try:
                 config = config_of(launcher, overrides)
@@ -114,6 +115,7 @@ class Check:
         self.opened = Opened(findings)
         self.jobs: list[Job] = []  # those that can be measured
         self.asked = 1
+        self.learns_k = False  # whether the sweep trains what `model.k=auto` learns from
         self.prompts = math.inf  # a second
         target = "" if launcher is None else str(launcher.get("_target_")).rpartition(".")[2]
         self.on_slurm, self.many = target == "Slurm", target == "ManyCores"
@@ -121,10 +123,7 @@ class Check:
 
     def look(self, name: str, cfg: DictConfig) -> None:
         """Look at one job; nothing is measured yet."""
-        learns_k = cfg.model.get("k") == "auto" and "sparsemax" in str(
-            OmegaConf.select(self.cfg, "hydra.sweeper.params.model", default="")
-        )
-        job = look(name, cfg, self.opened, elsewhere=self.elsewhere, learns_k=learns_k)
+        job = look(name, cfg, self.opened, elsewhere=self.elsewhere, learns_k=self.learns_k)
         if job is not None:
             self.jobs.append(job)
 

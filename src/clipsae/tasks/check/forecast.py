@@ -99,9 +99,8 @@ class Forecast:
         left = 1 - max(_done(job) for job in jobs) if len(jobs) == 1 else 1.0
         compute = sum(_mean_step(job, self.costs[job]) for job in jobs)
         seconds = batches * _fed(cfg, read, encode + compute)
-        limit = cfg.trainer.limit_val_batches
-        if isinstance(limit, float):
-            limit = limit * len(jobs[0].train_set) / size
+        limit, held_out = cfg.trainer.limit_val_batches, len(jobs[0].held_out) / size
+        limit = limit * held_out if isinstance(limit, float) else min(limit, held_out)
         looks = batches // cfg.trainer.val_check_interval
         tokens = size * (cost.read + cost.encode)
         # Forward passes alone take a third; predictions as long as two batches.

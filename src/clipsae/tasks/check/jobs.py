@@ -24,7 +24,8 @@ class Job:
 
     Attributes:
         clip: of random weights, where its own were not found.
-        train_set, test_set: None: not there.
+        train_set, held_out, test_set: what it is trained, validated and evaluated on; None: not
+            there.
         trained, evaluated: places in the store; None: not known, or nothing is evaluated.
     """
 
@@ -32,6 +33,7 @@ class Job:
     cfg: DictConfig
     clip: FrozenCLIP
     train_set: ImageDataset | None
+    held_out: ImageDataset | None
     test_set: ImageDataset | None
     trained: Stage | None = None
     evaluated: Stage | None = None
@@ -111,7 +113,7 @@ def look(
     clip = opened.clip(cfg)
     size = clip.image_size if clip else ANY_SIZE
     train_set = opened.dataset(cfg, "train_dataset", "train", size)
-    opened.dataset(cfg, "train_dataset", "test", size)
+    held_out = opened.dataset(cfg, "train_dataset", "test", size)
     if cfg.evaluation.protocol == "heldout":
         opened.dataset(cfg, "dataset", "train", size)
     test_set = opened.dataset(cfg, "dataset", cfg.evaluation.split, size)
@@ -122,8 +124,8 @@ def look(
     except ConfigError as error:
         findings.add("options", WARNING if learns_k else FAILS, str(error), job=name)
         return None
-    job = Job(name, cfg, clip, train_set, test_set)
-    if train_set is None or test_set is None:
+    job = Job(name, cfg, clip, train_set, held_out, test_set)
+    if train_set is None or held_out is None or test_set is None:
         return job
     with findings.attempt("options", name):
         sae.check(cfg, clip, train_set)
