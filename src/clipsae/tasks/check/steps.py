@@ -25,7 +25,7 @@ from clipsae.tasks.stages.sae import MEMBER_OPTIONS, TRAINER_OPTIONS
 from clipsae.training.module import SAEGroup, SAEModule
 
 LEAST, MOST = 2, 1000  # steps that are timed
-TRAINED_SHARE = 0.03  # of latents that are active after a training; the built-in recipes: 1 to 4 %
+TRAINED_SHARE = 0.03  # of latents that are active after a training; in sweeps=demo 2 to 4 %
 TOKENS = 5  # that the float64 formula is computed on
 # Largest distance of the gradients from those in float64, relative to their norm.
 TOLERANCES = {"float32": 1e-4, "tf32": 3e-2, "16 bits": 0.5}
