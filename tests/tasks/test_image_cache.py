@@ -137,7 +137,7 @@ def test_one_cache_for_every_layer_clip_and_sae(tmp_path, scenes):
 
     same = place()
     assert same.parent == tmp_path / "images"
-    for override in ("clip.layer=-1", "clip.precision=bf16", "clip=vit_b_16", "model=relu"):
+    for override in ("clip.layer=-1", "precision=bf16", "clip=vit_b_16", "model=relu"):
         assert place(override) == same
     for override in ("features.shuffle_buffer_images=64", "features.batch_size=16", "seed=1"):
         assert place(override) == same

@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
 SIGINT_STATUS = 128 + signal.SIGINT
-LIGHT = ("clipsae.tasks.status.run", "clipsae.tasks.gc.run")  # do without torch
+# These do without torch, or print nothing but their results.
+LIGHT = ("clipsae.tasks.status.run", "clipsae.tasks.gc.run", "clipsae.tasks.check.run")
 
 
 def run_task(cfg: DictConfig, task: Callable[[DictConfig], None] | None = None) -> None:

@@ -199,6 +199,7 @@ RUN = {"_target_": TEXT, "hydra_mode": one_of("RUN", "MULTIRUN")}
 NAMES = or_null(list_of(NAME))
 TASKS: dict[str, Mapping[str, Any]] = {
     "cache": {"verify": FLAG},
+    "check": {"json": FLAG, "seconds": number(above=0), "run_dir": TEXT, "sweep_dir": TEXT},
     "dashboard": {
         "project": NAME,
         "entity": or_null(NAME),

@@ -38,7 +38,7 @@ def resolve(cfg: DictConfig, stage: Callable[[], Stage]) -> Stage:
     """
     if cfg.precision != "auto":
         return stage()
-    own = "tf32" if _has_tf32() and cfg.trainer.accelerator != "cpu" else "float32"
+    own = of_device(cfg)
     places = {}
     for value in sorted(PRECISIONS, key=lambda value: value != own):  # its own first
         cfg.precision = value
@@ -50,6 +50,11 @@ def resolve(cfg: DictConfig, stage: Callable[[], Stage]) -> Stage:
     if cfg.precision != own:
         log.info("precision=auto is %s, that of %s", cfg.precision, places[cfg.precision].path)
     return places[cfg.precision]
+
+
+def of_device(cfg: DictConfig) -> str:
+    """The value that suits the device."""
+    return "tf32" if _has_tf32() and cfg.trainer.accelerator != "cpu" else "float32"
 
 
 def apply(cfg: DictConfig, clip: FrozenCLIP) -> None:

@@ -19,7 +19,6 @@ from clipsae.store.survey import Entry, short, survey
 from clipsae.tasks.sweep import Cell, cells_of, configs_of
 from clipsae.tasks.table import terminal
 
-TARGET = "clipsae.tasks.status.run"
 KNOWN = ("model", "dataset", "clip", "latents", "k", "seed")
 COLOURS = {
     "done": "green",

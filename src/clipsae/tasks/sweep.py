@@ -8,7 +8,8 @@ the stages are asked for.
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,12 +109,30 @@ def configs_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> li
     Raises:
         ConfigError: an invalid value in one of them, before any of them begins.
     """
+    return [config_of(launcher, overrides) for overrides in job_overrides]
+
+
+def config_of(launcher: Launcher, overrides: Sequence[str]) -> DictConfig:
+    """The config that one job of a sweep runs with.
+
+    Raises:
+        ConfigError: an invalid value in it.
+    """
     load = launcher.hydra_context.config_loader.load_sweep_config
-    configs = []
-    for overrides in job_overrides:
-        configs.append(load(launcher.config, list(overrides)))
-        options.check(configs[-1], overrides)
-    return configs
+    config = load(launcher.config, list(overrides))
+    options.check(config, overrides)
+    return config
+
+
+@contextmanager
+def as_job(config: DictConfig) -> Iterator[None]:
+    """Hydra's config is that of a job within the block: it says where plugins are."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def cells_of(configs: Sequence[DictConfig], job_overrides: Sequence[Sequence[str]]) -> list[Cell]:
@@ -125,18 +144,14 @@ def cells_of(configs: Sequence[DictConfig], job_overrides: Sequence[Sequence[str
         configs: of the jobs, as `configs_of` composes them.
         job_overrides: by which the cells are called.
     """
-    before = HydraConfig.instance().cfg
     datasets: dict[str, ImageDataset] = {}
     cells = []
-    try:
-        for config, about in zip(configs, abouts(job_overrides), strict=True):
-            HydraConfig.instance().set_config(config)  # which says where plugins are
+    for config, about in zip(configs, abouts(job_overrides), strict=True):
+        with as_job(config):
             try:
                 cells.append(Cell(about, stages_of(deepcopy(config), datasets)))
             except ConfigError as error:
                 cells.append(Cell(about, why=str(error)))
-    finally:
-        HydraConfig.instance().cfg = before
     return cells
 
 
@@ -206,11 +221,11 @@ def forecast(cells: Sequence[Cell]) -> str:
     saes = [path for path in stages if path.parent.name == "sae"]
     to_train = sum(stage.path in saes for stage in missing)
     counts = (
-        f"{_count(len(cells), 'cell')}, {sum(cell.finished for cell in cells)} of them finished; "
-        f"{_count(len(saes), 'SAE')}, {to_train} to train"
+        f"{counted(len(cells), 'cell')}, {sum(cell.finished for cell in cells)} of them finished; "
+        f"{counted(len(saes), 'SAE')}, {to_train} to train"
     )
     if unknown := [cell.why for cell in cells if cell.why]:
-        return f"{counts}; not known yet for {_count(len(unknown), 'cell')} ({unknown[0]})"
+        return f"{counts}; not known yet for {counted(len(unknown), 'cell')} ({unknown[0]})"
     if not missing:
         return counts
     seconds = [estimate(stage) for stage in missing]
@@ -426,5 +441,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _count(n: int, what: str) -> str:
+def counted(n: int, what: str) -> str:
+    """Such as "1 cell", "2 cells"."""
     return f"{n} {what}" + ("s" if n != 1 else "")

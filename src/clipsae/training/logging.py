@@ -67,7 +67,7 @@ def wandb_logger(
     """
     import wandb
 
-    mode = mode or _mode_of_environment()
+    mode = mode or asked_mode()
     if mode not in (None, "online", "offline", "disabled"):
         raise ValueError(f"logger.mode={mode!r}: expected online, offline, disabled or null")
     if mode == "disabled":
@@ -106,7 +106,7 @@ def wandb_logger(
     return logger
 
 
-def _mode_of_environment() -> str | None:
+def asked_mode() -> str | None:
     """What W&B's own variables ask for; None: nothing."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
         return "disabled"

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
+from hydra.utils import get_method
 from omegaconf import DictConfig, open_dict
 
 log = logging.getLogger(__name__)
 
 # Their modules have a `prepare`, too.
 TOGETHER = ("clipsae.tasks.experiment.run", "clipsae.tasks.evaluate.run")
+# Theirs have a `show_sweep`.
+LOOKING = ("clipsae.tasks.status.run", "clipsae.tasks.check.run")
 
 
 class Local(BasicLauncher):
@@ -25,7 +28,7 @@ class Local(BasicLauncher):
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.sweep import Sweep, outcome_of
 
-        if shows_status(self, job_overrides):
+        if only_looks(self, job_overrides):
             return []
         sweep = Sweep(self, job_overrides)
 
@@ -56,13 +59,12 @@ class Local(BasicLauncher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
 
 
-def shows_status(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> bool:
-    """Whether this is `task=status`: then the sweep's state is printed here, and nothing starts."""
-    from clipsae.tasks import status
-
-    if launcher.config.task.get("_target_") != status.TARGET:
+def only_looks(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> bool:
+    """Whether the task looks at a sweep as a whole: then it does so here, and no job starts."""
+    target = launcher.config.task.get("_target_")
+    if target not in LOOKING:
         return False
-    status.show_sweep(launcher, job_overrides)
+    get_method(f"{target.removesuffix('run')}show_sweep")(launcher, job_overrides)
     return True
 
 

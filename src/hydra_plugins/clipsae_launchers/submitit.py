@@ -21,7 +21,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from hydra_plugins.clipsae_launchers.local import groups_of, run_cells, shows_status
+from hydra_plugins.clipsae_launchers.local import groups_of, only_looks, run_cells
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -107,7 +107,7 @@ class _Awaited(BaseSubmititLauncher):
     ) -> Sequence[JobReturn]:
         from clipsae.tasks.sweep import Sweep
 
-        if shows_status(self, job_overrides):
+        if only_looks(self, job_overrides):
             return []
         self._require()
         sweep = Sweep(self, job_overrides)

@@ -9,7 +9,7 @@
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from clipsae.errors import ConfigError
 from clipsae.evaluation import Evaluation, check_metrics, check_topn_options, evaluate
 from clipsae.evaluation.encoders import image_encoder
 from clipsae.evaluation.metrics import METRICS
+from clipsae.evaluation.passes import Progress
 from clipsae.evaluation.truth import has_truth
 from clipsae.progress import Bar
 from clipsae.sae import SAE
@@ -182,12 +183,7 @@ def make(
     """
     cfg = due[0].cfg
     options = cfg.evaluation
-    device = build.best_device()
-    precision.apply(cfg, clip)
     log.info("%s", precision.described(cfg))
-    count_set = None
-    if options.settings and options.protocol == "heldout":
-        count_set = build.build_dataset(cfg.dataset, "train", clip.image_size)
     if (limit := build.limit_images(cfg)) is not None:
         log.info(
             "evaluating %d of %d images only: %s",
@@ -202,32 +198,57 @@ def make(
         for one in due:
             one.stage.progress(done, total)
 
+    saes = {one.stage.path.name: SAE.load(one.trained.path) for one in due}
+    thresholds = {one.stage.path.name: one.cfg.evaluation.count_threshold for one in due}
     with Bar(f"evaluating {build.title(cfg, len(due))}", report) as bar:
-        result = evaluate(
-            clip.to(device),
-            {one.stage.path.name: SAE.load(one.trained.path).to(device) for one in due},
-            test_set,
-            classifier,
-            ns=tuple(options.ns),
-            settings=tuple(options.settings),
-            protocol=options.protocol,
-            count_dataset=count_set,
-            count_threshold={
-                one.stage.path.name: one.cfg.evaluation.count_threshold for one in due
-            },
-            **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
-            batch_size=options.batch_size,
-            limit_images=limit,
-            num_workers=cfg.features.num_workers,
-            device=device,
-            progress=bar,
-        )
+        result = compute(cfg, clip, saes, thresholds, classifier, test_set, limit, bar)
     for one in due:
         if options.settings:
             write_topn(one.cfg, result, one.stage.path.name, one.folder)
         if measures(cfg):
             write_metrics(one.cfg, result, one.stage.path.name, one.folder)
         build.save_config(one.cfg, one.folder)
+
+
+def compute(
+    cfg: DictConfig,
+    clip: FrozenCLIP,
+    saes: Mapping[str, SAE],
+    thresholds: Mapping[str, float],
+    classifier: Tensor | None,
+    test_set: ImageDataset,
+    limit: int | None,
+    progress: Progress,
+) -> Evaluation:
+    """Evaluate and measure SAEs as a config asks for, on the best device that is there.
+
+    Args:
+        thresholds: `evaluation.count_threshold` of each SAE.
+        limit: images; None: all.
+        progress: called with (done, total, what).
+    """
+    options, device = cfg.evaluation, build.best_device()
+    precision.apply(cfg, clip)
+    count_set = None
+    if options.settings and options.protocol == "heldout":
+        count_set = build.build_dataset(cfg.dataset, "train", clip.image_size)
+    return evaluate(
+        clip.to(device),
+        {name: sae.to(device) for name, sae in saes.items()},
+        test_set,
+        classifier,
+        ns=tuple(options.ns),
+        settings=tuple(options.settings),
+        protocol=options.protocol,
+        count_dataset=count_set,
+        count_threshold=thresholds,
+        **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
+        batch_size=options.batch_size,
+        limit_images=limit,
+        num_workers=cfg.features.num_workers,
+        device=device,
+        progress=progress,
+    )
 
 
 def write_topn(cfg: DictConfig, result: Evaluation, name: str, folder: Path) -> None:

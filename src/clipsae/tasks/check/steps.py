@@ -1,0 +1,221 @@
+"""Real training steps: their time and memory, and whether this machine computes the right thing.
+
+B images, T tokens of an image, d width, M latents.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+from torch import Tensor
+
+from clipsae.sae import SAE
+from clipsae.tasks import build, precision
+from clipsae.tasks.check.jobs import on_one_device
+from clipsae.tasks.stages.sae import MEMBER_OPTIONS, TRAINER_OPTIONS
+from clipsae.training.module import SAEGroup, SAEModule
+
+LEAST, MOST = 2, 1000  # steps that are timed
+TRAINED_SHARE = 0.03  # of latents that are active after a training; in sweeps=demo 2 to 4 %
+TOKENS = 5  # that the float64 formula is computed on
+# Largest distance of the gradients from those in float64, relative to their norm.
+TOLERANCES = {"float32": 1e-4, "tf32": 3e-2, "bf16": 0.5}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What steps of one SAE cost.
+
+    Attributes:
+        seconds: of a step, the median.
+        taken: steps that were timed.
+        gb: peak memory (10^9 bytes) of the device; on a CPU of the process.
+        sae: after these steps, in training mode.
+    """
+
+    seconds: float
+    taken: int
+    gb: float
+    sae: SAE
+
+
+class _SameBatch(LightningDataModule):
+    """One batch of tokens [B, T, d], again and again."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def first_batch(self, images: int) -> Tensor:
+        return self.tokens[:images]
+
+    def train_dataloader(self) -> "_SameBatch":
+        return self
+
+    def __len__(self) -> int:
+        return MOST
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(MOST):
+            yield self.tokens
+
+
+class _Stopwatch(Callback):
+    """Times each step and ends the fit after so many seconds.
+
+    Args:
+        share: of latents that are to be active; None: as initialised.
+    """
+
+    def __init__(self, share: float | None, seconds: float) -> None:
+        self.share, self.seconds = share, seconds
+        self.times: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: SAEGroup) -> None:
+        if self.share is not None:
+            set_density(pl_module.members[0].sae, trainer.datamodule.tokens, self.share)
+        self.last = self.begun = now()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: SAEGroup, *args: Any) -> None:
+        self.times.append(now() - self.last)
+        self.last = now()
+        if len(self.times) > LEAST and self.last - self.begun > self.seconds:
+            trainer.should_stop = True
+
+
+def timed(cfg: DictConfig, tokens: Tensor, share: float | None, seconds: float) -> Steps:
+    """Steps as `task=experiment` takes them, on one device and always on the same tokens.
+
+    Args:
+        tokens: of a batch, [B, T, d].
+        share: of latents that are to be active; None: as initialised.
+        seconds: for all of them; two at least are timed after a first one.
+    """
+    _forget_peak()
+    watch = _Stopwatch(share, seconds)
+    trainer = _trainer(cfg, [watch])
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    module = SAEModule(
+        build.build_sae(cfg, tokens.shape[-1]),
+        # So small that the SAE stays what it is.
+        **build.training_options(cfg) | {"learning_rate": 1e-12},
+        gradient_clip_val=cfg.trainer.gradient_clip_val,
+        max_steps=MOST,
+    )
+    trainer.fit(SAEGroup([module]), datamodule=_SameBatch(tokens))
+    times = watch.times[1:]  # the first step allocates what the others use again
+    return Steps(statistics.median(times), len(times), _peak_gb(), module.sae)
+
+
+def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
+    options = build.plain(on_one_device(cfg).trainer)
+    if cfg.trainer.accelerator == "cpu":
+        options["accelerator"] = "cpu"
+    return build.call_target(
+        {k: v for k, v in options.items() if k not in MEMBER_OPTIONS},
+        max_steps=MOST,
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=callbacks,
+        precision=precision.of_lightning(cfg),
+        **TRAINER_OPTIONS,
+    )
+
+
+def distance(cfg: DictConfig, sae: SAE, tokens: Tensor) -> float:
+    """How far the gradients of a training step on one token are from those of the same formula in
+    float64 on the CPU, all products dense, relative to the norm of these. The median of a few
+    tokens: a latent at the threshold may be active in one and not in the other.
+
+    Args:
+        tokens: [B, T, d] on the SAE's device.
+    """
+    here, reference = copy.deepcopy(sae).train(), copy.deepcopy(sae).cpu().double().train()
+    reference.architecture.dictionary = lambda: None  # dense
+    forward = _trainer(cfg, []).precision_plugin.forward_context
+    found = []
+    for token in tokens[0, :: max(1, tokens.shape[1] // TOKENS)][:TOKENS].split(1):
+        here.zero_grad()
+        reference.zero_grad()
+        with forward():
+            loss = here(token).loss
+        loss.backward()
+        reference(token.cpu().double()).loss.backward()
+        pairs = [
+            (a.grad.cpu().double(), b.grad)
+            for a, b in zip(here.parameters(), reference.parameters(), strict=True)
+            if b.grad is not None
+        ]
+        between = sum((a - b).square().sum() for a, b in pairs)
+        found.append(float((between / sum(b.square().sum() for _, b in pairs)).sqrt()))
+    return statistics.median(found)
+
+
+@torch.no_grad()
+def set_density(sae: SAE, x: Tensor, share: float) -> None:
+    """Move biases or scales until this share of the latents is active, as after a training. An SAE
+    with k active latents, or without a bias to move, is left as it is.
+
+    Args:
+        x: tokens [..., d].
+    """
+    tokens = x.flatten(0, -2)
+    sample = tokens[:: max(1, len(tokens) // 64)][:64]
+    kept = max(1, int(share * sae.latents * len(sample)))
+
+    def border() -> Tensor:
+        return sae.scores(sample).flatten().topk(kept).values[-1]
+
+    activation, architecture = sae.activation, sae.architecture
+    if hasattr(activation, "k"):
+        return
+    if hasattr(activation, "b_gate"):
+        activation.b_gate.sub_(border())
+        activation.b_mag.sub_(border())
+    elif hasattr(activation, "log_theta"):
+        activation.log_theta.fill_(border().clamp(min=1e-6).log())
+    elif hasattr(activation, "weights"):  # smaller scores have a larger support
+        matrix = architecture.W_K if hasattr(architecture, "W_K") else architecture.W_enc
+        start, low, high = matrix.clone(), -9.0, 9.0
+        for _ in range(25):
+            middle = (low + high) / 2
+            matrix.copy_(start * 2**middle)
+            scores = sae.scores(sample)
+            active = (scores > sae.threshold(scores)).float().mean()
+            low, high = (middle, high) if active > share else (low, middle)
+    elif hasattr(architecture, "b_enc"):
+        architecture.b_enc.sub_(border())
+
+
+def now() -> float:
+    """Seconds, the GPU's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
+    except OSError:
+        return
+
+
+def _peak_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
