@@ -1,6 +1,7 @@
 """What makes the host wait for a GPU, noticed without one."""
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,10 +16,32 @@ class Waits(TorchDispatchMode):
         *("bincount", "unique", "_unique2", "unique_consecutive", "unique_dim", "allclose"),
         *("repeat_interleave", "histc"),
     )
+    READS = ("tolist", "numpy", "cpu", "__array__")
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+
+    def __enter__(self) -> "Waits":
+        # On CPU tensors these are no operations of the dispatcher.
+        self.patches = [patch.object(torch.Tensor, name, self._noted(name)) for name in self.READS]
+        for one in self.patches:
+            one.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for one in self.patches:
+            one.stop()
+
+    def _noted(self, name: str) -> Any:
+        method = getattr(torch.Tensor, name)
+
+        def noted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.seen.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -340,4 +340,5 @@ def test_a_step_waits_for_nothing(recipe, as_on_cuda, monkeypatch):
         tokens(3, D).nonzero()
         bool(torch.ones(()) > 0)
         tokens(3, D)[torch.ones(3, dtype=torch.bool)]
-    assert waits.seen == ["nonzero", "_local_scalar_dense", "index"]
+        torch.ones(3).tolist()
+    assert waits.seen == ["nonzero", "_local_scalar_dense", "index", "tolist"]

@@ -34,7 +34,7 @@ def config(folder: Path, *overrides: str):
         return compose(
             "config",
             [
-                *("task=cache", "features=images", "features.num_workers=0"),
+                *("task=cache", "features=images", "features.num_workers=0", "precision=float32"),
                 *(f"paths.output_dir={folder}", f"+train_dataset.size={N}"),
                 f"features.image_cache.shard_gb={(SHARD + 0.5) * 3 * 64 * 64 / 1e9}",
                 *overrides,
