@@ -263,7 +263,8 @@ class SAE(nn.Module):
         if self.auxk:
             aux: Tensor | SparseCodes | None = None
             strength = self.activation.auxk_scores
-            if self._may_be_dead(len(x)):
+            # (Compiled code would be compiled again for each number that it compares.)
+            if torch.compiler.is_compiling() or self._may_be_dead(len(x)):
                 if dictionary is None:
                     assert isinstance(scores, Tensor)
                     aux = dead_codes(strength(scores), self.dead, self.auxk_k)
