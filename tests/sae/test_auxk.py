@@ -3,6 +3,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch._dynamo.testing import CompileCounter
 
 from clipsae.sae import SAE
 from clipsae.sae.losses import auxk_loss, dead_codes
@@ -74,6 +75,15 @@ def test_no_dead_latent_gives_exactly_0_and_no_residual_no_nan():
             assert loss.isfinite()
             assert not a.grad.any()
     assert dense_loss(x, x, a, ~dead, sae).item() == 0
+
+
+def test_a_compiled_step_is_compiled_once():
+    sae, counter = build("topk", auxk=0.1, dead_after=20), CompileCounter()
+    compiled = torch.compile(sae, backend=counter)
+    for seed in range(4):
+        compiled(tokens(4, 3, D, seed=seed))
+    assert sae.dead.any()
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("model", ["topk", "batch_topk"])

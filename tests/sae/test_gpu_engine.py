@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from clipsae.sae import SAE, engine
+from clipsae.sae.codes import SparseCodes
 from clipsae.sae.engine import gpu
 from clipsae.sae.engine.gpu import GPU, PaddedCodes, Rows
 from clipsae.sae.engine.reference import Reference
@@ -151,6 +152,16 @@ def test_the_largest_of_each_token(m, k, case, dtype):
     assert torch.equal(by.values, others.flatten()[codes.positions])
 
 
+@pytest.mark.parametrize("m", [20, 70])
+def test_the_largest_of_impossible_scores_and_of_both_zeros(m):
+    scores = torch.full((2, m), -torch.inf)
+    scores[0, [3, 7]] = torch.tensor([2.0, 1.0])
+    scores[1, :6] = torch.tensor([1.0, 0.0, 0.0, -0.0, -0.0, -0.0])
+    codes = GPU.largest(scores, 4).pack().exact()
+    assert codes.positions.tolist() == [3, 7, m, m + 1, m + 2, m + 3]
+    assert torch.equal(codes.values, scores.flatten()[codes.positions])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("case", "count"), [("random", 6), ("ties", 40), ("few", 1), ("few", 300), ("negative", 6)]
@@ -193,6 +204,17 @@ def test_above(floor, shift):
         assert torch.equal(short.positions, expected[:-1])
 
 
+def test_scores_and_floors_in_any_layout():
+    scores, every = torch.randn(37, 10).T[::2], torch.tensor(0.5)
+    for floor in (every, every[None], torch.randn(1, 37), torch.randn(5, 37), torch.randn(74)[::2]):
+        expected = (scores > floor).flatten().nonzero()[:, 0]
+        assert torch.equal(support(GPU.above(scores, floor)), expected)
+    plain = scores.contiguous()
+    assert torch.equal(support(GPU.sparsemax(scores)), Reference.sparsemax(plain))
+    found = GPU.largest(scores, 3).pack().positions
+    assert torch.equal(found, Reference.largest(plain, 3).sort().values)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.03, 1.0])
 def test_products_are_the_reference(share):
     codes = random_codes(share)
@@ -209,6 +231,29 @@ def test_products_are_the_reference(share):
         real = sparse.real if isinstance(sparse, PaddedCodes) else ...
         expected = (x @ rows.T).flatten()[sparse.positions]
         torch.testing.assert_close(sampled[real], expected[real])
+
+
+def test_products_of_pairs_in_any_order():
+    codes = random_codes(0.1)
+    order = torch.randperm(len(codes.values), generator=torch.Generator().manual_seed(0))
+    mixed = SparseCodes(codes.values[order], codes.positions[order], codes.shape)
+    z, rows, x = codes.dense(), torch.randn(40, 30), torch.randn(9, 30)
+    torch.testing.assert_close(GPU.mix(mixed, rows), z @ rows)
+    torch.testing.assert_close(GPU.accumulate(mixed, x), z.T @ x)
+    torch.testing.assert_close(GPU.sample(mixed, x, rows), (x @ rows.T).flatten()[mixed.positions])
+    found = GPU.find(x, lambda *_: z, lambda _: mixed.positions, most=360, wait=False)
+    assert torch.equal(found.positions, mixed.positions.sort().values)
+
+
+def test_padded_codes_of_images_are_read_as_others():
+    x = scores_of("random", 6, 40, torch.float32)
+    codes = GPU.above(x, torch.tensor(1.0)).pack(200).view(2, 3, 40)
+    z = codes.dense()
+    assert torch.equal(codes.count(), (z != 0).sum(1))
+    assert torch.equal(codes.lookup(torch.arange(5)), z[..., :5])
+    assert torch.equal(codes[1].dense(), z[1])
+    assert torch.equal(codes.compact()[0].dense(), z[0])
+    assert torch.equal(codes.csr().to_dense().float(), z.view(6, 40))
 
 
 def test_sums_over_latents_and_tokens_with_their_gradients():
@@ -235,6 +280,8 @@ def test_sums_over_latents_and_tokens_with_their_gradients():
     assert torch.equal(codes.count(), plain.count())
     assert torch.equal(codes.count(codes.values > 1.5), plain.count(plain.values > 1.5))
     assert torch.equal(codes.sizes(), plain.sizes())
+    half = codes.sum_latents(codes.values.bfloat16())
+    torch.testing.assert_close(half.float(), plain.dense().sum(1).float(), rtol=0.01, atol=0)
 
 
 def steps(sae: SAE, xs: list[Tensor]) -> tuple[list, dict]:
@@ -281,14 +328,35 @@ def test_a_step_is_that_of_dense_products(recipe, monkeypatch):
             torch.testing.assert_close(dict(sparse.named_buffers())[name], value)
 
 
-def test_a_step_with_more_codes_than_memory_is_repeated_in_dense_products(recipe, as_on_cuda):
+def test_a_step_without_tokens(recipe, as_on_cuda):
+    sae = build(recipe)
+    sae(torch.zeros(0, 3, D)).loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in sae.parameters())
+
+
+def test_auxk_with_more_latents_than_there_are(monkeypatch):
+    found = []
+    for choices in ({"cpu": lambda: GPU}, engine.BACKENDS):
+        monkeypatch.setattr(engine, "BACKENDS", choices)
+        monkeypatch.setitem(DENSE_FROM, "cpu", {1: 1.0, 2: 1.0})
+        sae = build("topk", auxk=0.1, auxk_k=50, dead_after=30).double()
+        sae.tokens_since_fired[::2] = 1000
+        found.append(sae(tokens(4, 3, D, dtype=torch.float64)).losses["auxk"])
+    assert found[0] > 0
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_step_with_more_codes_than_memory_is_in_dense_products(recipe, known, as_on_cuda):
     x = tokens(2, 3, D)
     expected = build(recipe)
     out = expected(x)
     out.loss.backward()
     DENSE_FROM["cpu"] = {1: 1e-9, 2: 1e-9}
     sae = build(recipe)
+    sae._many = known  # from the step before
     found = sae(x)
+    assert sae._many or "k" in sae.config  # where the number is known, nothing is looked at
     found.loss.backward()
     assert isinstance(found.encoded, Tensor)
     torch.testing.assert_close(found.codes, out.codes)
@@ -307,7 +375,7 @@ def test_sparse_encoding_is_encoding(recipe, as_on_cuda, monkeypatch):
     expected = sae.encode(x)
     assert torch.equal(codes.dense(), expected)
     torch.testing.assert_close(sae.decode(codes, sae.input_scale(x)), sae(x).reconstruction)
-    monkeypatch.setattr(gpu, "BLOCK", 4)  # tokens of a block, too
+    monkeypatch.setattr(gpu, "TOKENS", 4)
     torch.testing.assert_close(sae.encode_sparse(x).dense(), expected)
 
 

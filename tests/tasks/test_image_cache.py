@@ -149,7 +149,7 @@ def test_one_cache_for_every_layer_clip_and_sae(tmp_path, scenes):
 def test_the_sae_is_found_that_was_trained_online(tmp_path, scenes):
     def path(*overrides: str) -> str:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("config", [f"+train_dataset.size={N}", *overrides])
+            cfg = compose("config", [f"+train_dataset.size={N}", "precision=float32", *overrides])
         return sae.stage(cfg, Store(tmp_path), scenes).path.name
 
     assert path("features=images") == path("features=online") != path("features=cached")
@@ -159,7 +159,7 @@ def test_files_whose_images_are_in_the_cache_are_not_looked_at_for_damage(tmp_pa
     def looked_at(choice: str) -> list[object]:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             sizes = [f"paths.output_dir={tmp_path}", f"+train_dataset.size={N}"]
-            cfg = compose("config", [f"features={choice}", *sizes])
+            cfg = compose("config", [f"features={choice}", "precision=float32", *sizes])
         sets = {"train_set": scenes, "test_set": "tested", "held_out": lambda: "held out"}
         return list(Experiment._read(SimpleNamespace(cfg=cfg, **sets)))
 

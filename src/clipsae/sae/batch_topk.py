@@ -60,9 +60,9 @@ class BatchTopK(Activation):
         return self.inference_threshold
 
     def support(self, scores: Tensor) -> Chosen:
-        kept = self.k * len(scores) * self.world_size
-        if prefers_dense(scores, kept):
+        if prefers_dense(scores, self.k * len(scores)):
             return None
+        kept = self.k * len(scores) * self.world_size
         here = partial(share, kept=kept, world_size=self.world_size)
         return backend(scores).largest_of_all(scores, kept, here)
 

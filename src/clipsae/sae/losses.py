@@ -81,9 +81,10 @@ def sparse_dead_codes(
         query: [N, d], the dictionary's input.
     """
     if not backend(query).waits:
+        most = min(k, dead.numel())
         found = dictionary.find(
             query,
-            lambda s: largest_positions(s, k, auxk_scores(s).masked_fill(~dead, -1)),
+            lambda s: largest_positions(s, most, auxk_scores(s).masked_fill(~dead, -1)),
             wait=False,
         )
         assert isinstance(found, SparseCodes)

@@ -111,6 +111,7 @@ class SAE(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
         self.config = given | architecture_options | activation_options
         self._silence: tuple[Any, int, int] = (None, 0, 0)  # see `_may_be_dead`
+        self._many = False  # whether the last step had more codes than memory
 
     # --- from tokens to codes and back ---
 
@@ -212,7 +213,8 @@ class SAE(nn.Module):
         dictionary = self._dictionary(batch)
         if dictionary is None or backend(batch).waits:
             return self._output(batch, dictionary)[0]
-        # How many codes there are is looked at when everything is queued that follows them.
+        # How many codes there are is looked at when everything is queued that follows them, or at
+        # once where there were too many in the step before.
         before = [buffer.clone() for buffer in self.buffers()]
         (device, version, longest), was = self._silence, self.tokens_since_fired._version
         out, overflows = self._output(batch, dictionary)
@@ -221,6 +223,7 @@ class SAE(nn.Module):
         for buffer, value in zip(self.buffers(), before, strict=True):
             buffer.copy_(value)
         self._silence = device, version + self.tokens_since_fired._version - was, longest
+        self._many = True
         return self._output(batch, dictionary, lambda scores: None)[0]
 
     def _output(
@@ -240,6 +243,10 @@ class SAE(nn.Module):
         overflows: Callable[[], bool] = lambda: False  # noqa: E731
         if isinstance(scores, SparseCodes):
             overflows = scores.overflows(self.world_size)
+            if self._many:
+                self._many = overflows()
+                if self._many:
+                    return self._output(batch, dictionary, lambda scores: None)
         codes = self.activation(scores)
 
         def decode(codes: Tensor | SparseCodes, frozen: bool = False) -> Tensor:
@@ -263,7 +270,8 @@ class SAE(nn.Module):
         if self.auxk:
             aux: Tensor | SparseCodes | None = None
             strength = self.activation.auxk_scores
-            if self._may_be_dead(len(x)):
+            # (Compiled code would be compiled again for each number that it compares.)
+            if torch.compiler.is_compiling() or self._may_be_dead(len(x)):
                 if dictionary is None:
                     assert isinstance(scores, Tensor)
                     aux = dead_codes(strength(scores), self.dead, self.auxk_k)

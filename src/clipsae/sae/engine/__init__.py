@@ -1,4 +1,4 @@
-"""Five operations on sparse codes, and what computes them on each device.
+"""Four operations on sparse codes, and sums of them, and what computes these on each device.
 
 | operation          | of codes Z [N, M] at p pairs, X [N, d], rows W [M, d]                     |
 |--------------------|---------------------------------------------------------------------------|
@@ -7,7 +7,7 @@
 | mix                | Z W: codes to tokens                                                      |
 | sample             | X W^T at the pairs of Z: the gradient of codes                            |
 | accumulate         | Z^T X: the gradient of a dictionary                                       |
-| sums               | of values over each latent or token (methods of the codes)                |
+| sums               | of values over each latent or token: methods of the codes                 |
 
 A dense product costs N M d; these cost p d. `reference` has each as its formula and runs wherever
 torch does, `cpu` and `gpu` compute the same in the way that their devices like; `switch` says where

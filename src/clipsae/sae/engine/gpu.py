@@ -3,6 +3,11 @@
 How many latents act is known to the device alone. So codes have a fixed amount of memory, as much
 as there are pairs where dense products become faster (`PaddedCodes`); a training step looks at the
 number when all of its forward pass is queued, and repeats it in dense products if there were more.
+
+    scores [N, M] -> a lower bound of each token's threshold (but for a plain threshold)
+                  -> compact: the scores above it, in a list for each token
+                  -> the exact threshold, of the list
+                  -> pack: what is above that, one list after another: `Rows` -> `PaddedCodes`
 """
 
 from collections.abc import Callable
@@ -30,6 +35,7 @@ from clipsae.sae.engine.reference import (
 
 BLOCK = 2048  # scores that a program has in registers
 ROOM = 2048  # pairs of a token's list
+TOKENS = 2048  # whose scores are in memory together, where the number of codes is read
 NEWTON = 6  # steps to the lower bound
 NEWTON_MOST = 64  # to tau: enough for 2^38 latents, see `kernels.sparsemax`
 
@@ -110,8 +116,22 @@ class PaddedCodes(SparseCodes):
         return self.begin.diff()
 
     def count(self, where: Tensor | None = None) -> Tensor:
-        where = self.values != 0 if where is None else where
-        return self.sum_tokens((where & self.real).float()).long()  # (exact up to 2^24 tokens)
+        where = (self.values != 0 if where is None else where) & self.real
+        if len(self.shape) > 2:
+            return super().count(where)
+        return self.sum_tokens(where.float()).long()  # (exact up to 2^24 tokens)
+
+    def lookup(self, latents: Tensor) -> Tensor:
+        return self.exact().lookup(latents)
+
+    def __getitem__(self, index: int | slice | Tensor) -> SparseCodes:
+        return self.exact()[index]
+
+    def compact(self) -> SparseCodes:
+        return self.exact().compact()
+
+    def csr(self) -> Tensor:
+        return self.exact().csr()
 
     @property
     def lists_by_token(self) -> "Lists":
@@ -159,10 +179,11 @@ class Lists:
         return out
 
     def sums(self, values: Tensor) -> Tensor:
-        """Of each list's values: [S]."""
-        out = values.new_empty(len(self.begin) - 1)
-        _launch(kernels.sums, (len(out),), self.begin, self.values(values), out, BLOCK=128)
-        return out
+        """Of each list's values: [S]. Half precision is summed in float32."""
+        wide = at_least_float32(values)
+        out = wide.new_empty(len(self.begin) - 1)
+        _launch(kernels.sums, (len(out),), self.begin, self.values(wide), out, BLOCK=128)
+        return out.to(values.dtype)
 
 
 class _Spread(torch.autograd.Function):
@@ -199,8 +220,8 @@ class Rows(Found):
     Attributes:
         scores: [N, M]; zeroed: BoolTensor [M] or None, latents whose scores count as 0.
         lists, ids, counts: of each token, what may be kept of its scores: see `kernels`.
-        floor: kept is what is above it ([N, 1], [M] or a scalar), and of what is equal to it the
-            first `places` [N] of each token.
+        floor: kept is what is above it ([N, M], expanded), and of what is equal to it the first
+            `places` [N] of each token.
         sizes: how much that is, [N].
         most: pairs in all, where that is known; None: any number.
     """
@@ -236,7 +257,8 @@ class Rows(Found):
         _launch(
             kernels.pack,
             *((n,), self.scores, self.zeroed, self.floor, places, self.lists, self.ids),
-            *(self.counts, begin, values, positions, m, *_strides(self.floor)),
+            *(self.counts, begin, values, positions, m),
+            *self.floor.stride(),
             *(int(self.places is not None), room),
             **_constants(self.zeroed),
             ROOM=ROOM,
@@ -259,7 +281,7 @@ class _Look:
             self.total = torch.empty((), dtype=total.dtype, pin_memory=True)
             self.total.copy_(total, non_blocking=True)
             self.event = torch.cuda.Event()
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(total.device))
 
     def __call__(self) -> bool:
         if self.event is not None:
@@ -276,7 +298,8 @@ class GPU(Reference):
 
     @staticmethod
     def above(scores: Tensor, floor: Tensor) -> Rows:
-        floor = at_least_float32(rounded_down(floor, scores)).contiguous()
+        scores = scores.contiguous()
+        floor = at_least_float32(rounded_down(floor, scores)).expand_as(scores)
         lists, ids, counts = _compacted(scores, None, floor)
         return Rows(scores, None, lists, ids, counts, floor, counts)
 
@@ -287,6 +310,7 @@ class GPU(Reference):
             assert isinstance(rows, Rows)
             found = rows.pack()
             return found.with_values(scores.flatten()[found.positions])
+        scores = scores.contiguous()
         n, m = scores.shape
         bound = at_least_float32(scores[:0]).new_full((n, 1), -torch.inf)
         bits = 63 if bound.dtype == torch.float64 else 31
@@ -299,7 +323,7 @@ class GPU(Reference):
             )
             # Those that are equal to it may be kept.
             bound = torch.nextafter(bound, torch.full_like(bound, -torch.inf))
-        lists, ids, counts = _compacted(scores, None, bound)
+        lists, ids, counts = _compacted(scores, None, bound.expand_as(scores))
         border, places = torch.empty_like(bound), torch.empty_like(counts)
         _launch(
             kernels.largest,
@@ -308,8 +332,9 @@ class GPU(Reference):
             ROOM=ROOM,
             BITS=bits,
         )
-        sizes = torch.full_like(counts, k)
-        return Rows(scores, None, lists, ids, counts, border, sizes, places, most=n * k)
+        sizes = counts.clamp(max=k)  # scores of -inf are none
+        floor = border.expand_as(scores)
+        return Rows(scores, None, lists, ids, counts, floor, sizes, places, most=n * k)
 
     @staticmethod
     def largest_of_all(scores: Tensor, count: int, share: Share) -> PaddedCodes:
@@ -342,7 +367,7 @@ class GPU(Reference):
 
     @staticmethod
     def sparsemax_threshold(scores: Tensor) -> Tensor:
-        return _sparsemax(scores.contiguous(), None)[0]
+        return _sparsemax(scores, None)[0]
 
     @classmethod
     def find(
@@ -356,15 +381,17 @@ class GPU(Reference):
         wait: bool = True,
     ) -> Tensor | SparseCodes:
         """In one piece, as codes that may be padded; with `wait` some tokens at a time."""
-        block = max(1, min(len(x), BLOCK) if wait and not at_once else len(x))
+        block = max(1, min(len(x), TOKENS) if wait and not at_once else len(x))
         parts = []
         for start in range(0, max(1, len(x)), block):
             scores = scorer(x[start : start + block], None)
-            chosen = choose(scores)
+            chosen = choose(scores) if len(x) else scores.new_empty(0, dtype=torch.int64)
             if chosen is None:
                 return scores if block >= len(x) else scorer(x, None)
             if isinstance(chosen, Rows):
                 chosen = chosen.pack(None if wait else most)
+            elif isinstance(chosen, Tensor):  # an activation's own, in any order
+                chosen = chosen.sort().values
             found = placed(scores, chosen)
             if not wait:
                 return _padded(found)
@@ -392,7 +419,9 @@ class GPU(Reference):
             PAIRS=16,
             BLOCK=_columns(d),
         )
-        return out
+        return (
+            out if lists.order is None else torch.empty_like(out).index_copy_(0, lists.order, out)
+        )
 
     @staticmethod
     def accumulate(codes: SparseCodes, x: Tensor) -> Tensor:
@@ -401,6 +430,7 @@ class GPU(Reference):
 
 def _sparsemax(scores: Tensor, zeroed: Tensor | None) -> tuple[Tensor, Rows]:
     """tau [N, 1], float64, and what is above it."""
+    scores = scores.contiguous()
     n, m = scores.shape
     bound = at_least_float32(scores[:0]).new_empty(n, 1)
     _launch(
@@ -410,7 +440,7 @@ def _sparsemax(scores: Tensor, zeroed: Tensor | None) -> tuple[Tensor, Rows]:
         EPS=torch.finfo(bound.dtype).eps,
         STEPS=NEWTON,
     )
-    lists, ids, counts = _compacted(scores, zeroed, bound)
+    lists, ids, counts = _compacted(scores, zeroed, bound.expand_as(scores))
     tau = torch.empty(n, 1, dtype=torch.float64, device=scores.device)
     sizes = torch.empty_like(counts)
     _launch(
@@ -420,30 +450,27 @@ def _sparsemax(scores: Tensor, zeroed: Tensor | None) -> tuple[Tensor, Rows]:
         ROOM=ROOM,
         STEPS=NEWTON_MOST,
     )
-    floor = at_least_float32(rounded_down(tau, scores))
+    floor = at_least_float32(rounded_down(tau, scores)).expand_as(scores)
     return tau, Rows(scores, zeroed, lists, ids, counts, floor, sizes)
 
 
 def _compacted(
     scores: Tensor, zeroed: Tensor | None, floor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The list of each token: scores above the floor [N, ROOM], their latents, how many, [N]."""
+    """The list of each token: scores above the floor [N, M], [N, ROOM], their latents, how many,
+    [N]."""
     n, m = scores.shape
     lists = at_least_float32(scores[:0]).new_empty(n, ROOM)
     ids = torch.empty(n, ROOM, dtype=torch.int32, device=scores.device)
     counts = torch.empty(n, dtype=torch.int32, device=scores.device)
     _launch(
         kernels.compact,
-        *((n,), scores, zeroed, floor, lists, ids, counts, m, *_strides(floor)),
+        *((n,), scores, zeroed, floor, lists, ids, counts, m),
+        *floor.stride(),
         **_constants(zeroed),
         ROOM=ROOM,
     )
     return lists, ids, counts
-
-
-def _strides(floor: Tensor) -> tuple[int, int]:
-    """Steps by token and by latent of a floor [N, 1], [M] or a scalar."""
-    return int(floor.ndim == 2), int(floor.ndim == 1)
 
 
 def _constants(zeroed: Tensor | None) -> dict[str, Any]:
@@ -469,10 +496,13 @@ def _padded(codes: SparseCodes) -> PaddedCodes:
         return codes
 
     def make() -> PaddedCodes:
-        tokens = torch.arange(codes.tokens + 1, device=codes.positions.device)
-        begin = torch.searchsorted(codes.token.contiguous(), tokens)
+        token, order = torch.sort(codes.token, stable=True)
+        edges = torch.arange(codes.tokens + 1, device=token.device, dtype=token.dtype)
+        begin = torch.searchsorted(token, edges)
         flat = (codes.tokens, codes.latents)
-        return PaddedCodes(codes.values.detach(), codes.positions.long(), flat, begin)
+        padded = PaddedCodes(codes.values.detach(), codes.positions.long(), flat, begin)
+        padded.derived("lists by token", lambda: Lists(begin, padded.latent[order], order))
+        return padded
 
     return codes.derived("padded", make)
 
@@ -486,6 +516,6 @@ def _selected(codes: PaddedCodes, kept: Tensor, most: int) -> PaddedCodes:
     begin = before[codes.begin]
     real = torch.arange(most, device=begin.device) < begin[-1]
     positions, values = torch.where(real, positions, 0), torch.where(real, values, 0)
-    # Those that there was no room for may be among the largest.
+    # Those that there was no room for may be among the largest: then any number above the room.
     total = None if codes.total is None else (codes.total > len(codes.positions)) * (most + 1)
     return PaddedCodes(values, positions, codes.shape, begin, total)

@@ -74,7 +74,8 @@ def sparsemax_bound(
 
 @triton.jit
 def _ordered(s):
-    """Numbers as whole numbers of the same order."""
+    """Numbers as whole numbers of the same order, -0 and 0 as the same one."""
+    s = tl.where(s == 0, 0.0, s)
     if s.dtype == tl.float64:
         bits = s.to(tl.int64, bitcast=True)
         key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
@@ -221,7 +222,10 @@ def largest(
     scores, zeroed, lists, ids, counts, borders, places, latents, k,
     BLOCK: tl.constexpr, ROOM: tl.constexpr, ZEROED: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """The k-th largest score of each row, bit by bit, and how many equal to it are among the k."""
+    """The k-th largest score of each row, bit by bit, and how many equal to it are among the k.
+
+    Of a row with fewer above -inf, -inf.
+    """
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + row)
     zero = row * 0
@@ -237,7 +241,7 @@ def largest(
         scores, zeroed, lists, ids, row, count, latents, border + 1, BLOCK, ROOM, ZEROED
     )
     like, _, _ = _chunk(scores, zeroed, row, 0, latents, BLOCK, ZEROED)
-    tl.store(borders + row, _number(border, like))
+    tl.store(borders + row, tl.where(count < k, float("-inf"), _number(border, like)))
     tl.store(places + row, k - greater)
 
 
