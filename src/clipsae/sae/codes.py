@@ -45,6 +45,10 @@ class SparseCodes:
 
     def with_values(self, values: Tensor) -> "SparseCodes":
         """The same pairs with other values [p]; what was derived from the pairs is shared."""
+        return self.paired(values)
+
+    def paired(self, values: Tensor) -> "SparseCodes":
+        """The same for the operations, which read no more values than there are codes."""
         new = SparseCodes(values, self.positions, self.shape)
         new._derived = self._derived
         return new

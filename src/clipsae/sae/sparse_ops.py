@@ -83,7 +83,7 @@ class Dictionary:
             positions = found.token * m + latents[found.latent]
             found = SparseCodes(found.values, positions, (n, m))
         # (Detached: the graph must not hold its own result.)
-        pairs = found.with_values(found.values.detach())
+        pairs = found.paired(found.values.detach())
         scores = _Scores.apply(x, self.center, self.encoder, self.bias, found.values, pairs)
         return pairs.with_values(scores)
 
@@ -162,7 +162,7 @@ class _Mix(torch.autograd.Function):
         if pairs is None:
             return codes @ rows
         wide = at_least_float32(rows)
-        return backend(rows).mix(pairs.with_values(codes), wide).to(rows.dtype)
+        return backend(rows).mix(pairs.paired(codes), wide).to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -180,7 +180,7 @@ class _Mix(torch.autograd.Function):
 
 
 def _matrix(values: Tensor, pairs: SparseCodes | None) -> Tensor | SparseCodes:
-    return values if pairs is None else pairs.with_values(at_least_float32(values))
+    return values if pairs is None else pairs.paired(at_least_float32(values))
 
 
 def _accumulate(z: Tensor | SparseCodes, x: Tensor) -> Tensor:

@@ -63,14 +63,14 @@ class PaddedCodes(SparseCodes):
         self.total = total
 
     def with_values(self, values: Tensor) -> "PaddedCodes":
-        return self._same(torch.where(self.real, values, 0))
+        return self.paired(torch.where(self.real, values, 0))
 
     def view(self, *shape: int) -> "PaddedCodes":
-        new = self._same(self.values)
+        new = self.paired(self.values)
         new.shape = (self.tokens, *shape[1:]) if shape[0] == -1 else shape
         return new
 
-    def _same(self, values: Tensor) -> "PaddedCodes":
+    def paired(self, values: Tensor) -> "PaddedCodes":
         new = PaddedCodes(values, self.positions, self.shape, self.begin, self.total)
         new._derived = self._derived
         return new
