@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from tests.benchmarks import performance, plain
+from tests.benchmarks.crossing import equal_at
 from tests.benchmarks.setup import Setup, Sizes, options_of, prepared
 
-TITLES = {
+TITLES = {  # of what is measured on a CPU
     "steps": "A training step",
     "growth": "How it grows",
     "memory": "Memory",
@@ -48,6 +49,34 @@ def test_every_part_is_measured_and_one_alone_leaves_the_others(tmp_path):
     assert all(
         f"\n## {title}\n" in (tmp_path / "performance.md").read_text() for title in TITLES.values()
     )
+
+
+def test_crossing_and_feeding_are_measured_and_a_gpu_has_a_page_of_its_own(tmp_path):
+    words = ["--quick", "--threads", "1", "--out", str(tmp_path), "--only", "steps"]
+    performance.main([*words, "crossing", "feeding"])
+    content = json.loads((tmp_path / "performance.json").read_text())
+    found = {name: part["values"] for name, part in content["sections"].items()}
+    assert {row["precision"] for row in found["steps"]} == {"float32"}
+    few, many = found["crossing"]["rows"]
+    assert (few["active"], many["active"]) == pytest.approx((0.02, 0.3), rel=0.01)
+    rates = found["feeding"]["rates"]
+    assert set(rates) == {"tokens", "images"}
+    assert min(rate for of in rates.values() for rate in of.values()) > 0
+    assert found["feeding"]["minutes"] == pytest.approx(81920 * 32 / rates["tokens"]["step"] / 60)
+    content["sections"]["steps"]["about"]["device"] = "cuda"
+    page = performance.page(content, "performance-gpu")
+    assert page.startswith("# Speed on a GPU\n")
+    assert "](performance-gpu.json)" in page
+    assert "| relu, as initialised | float32 |" in page
+    assert " TFLOP/s in float32." in page
+    assert "performance.py --device cuda --images PHOTOS" in page
+
+
+def test_dense_and_sparse_steps_are_equal_between_two_shares():
+    ratios = [(0.1, 1.5), (0.2, 1.25), (0.3, 0.75), (0.4, 0.5)]
+    assert equal_at(ratios) == pytest.approx(0.25)
+    assert equal_at(ratios[:2]) is None
+    assert equal_at(ratios[2:]) is None
 
 
 def test_what_more_cores_give_is_reckoned_from_one(tmp_path):

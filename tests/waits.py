@@ -1,8 +1,11 @@
-"""What makes the host wait for a GPU, noticed without one."""
+"""What makes the host wait for a GPU, noticed with one and without."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,3 +54,33 @@ class Waits(TorchDispatchMode):
         if name in self.NAMES or masks:
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
+
+
+def hide_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter reads numbers where the device would: these are not the host's."""
+    from clipsae.sae.engine import gpu
+
+    launch = gpu._launch
+
+    def unseen(*args: Any, **kwargs: Any) -> None:
+        with torch.utils._python_dispatch._disable_current_modes():
+            launch(*args, **kwargs)
+
+    monkeypatch.setattr(gpu, "_launch", unseen)
+    monkeypatch.setattr(gpu._Look, "__call__", lambda self: False)
+
+
+@contextlib.contextmanager
+def no_waits(device: str) -> Iterator[None]:
+    """Where the host would wait for the device, an error is raised."""
+    if device == "cpu":
+        with Waits() as waits:
+            yield
+        if waits.seen:
+            raise RuntimeError(f"the host would wait for {waits.seen}")
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

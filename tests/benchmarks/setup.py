@@ -3,8 +3,8 @@
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data.dataset import ImageList
 from clipsae.data.listing import list_images
 from clipsae.sae import SAE
+from clipsae.sae.engine.switch import DENSE_FROM
 
 Step = Callable[[], object]
 
@@ -31,6 +32,7 @@ class Sizes:
         step_rows: recipes and densities (None: as initialised) of the table of steps.
         memory_rows, memory_tokens: the same for peak memory, and tokens per step there.
         grow: what a step's cost is measured against, and the values.
+        crossing_tokens, crossing_shares: of the steps that find where dense products are faster.
         clip: name and weights.
         images, cache_images: number of images in the evaluation and in the cache.
         workers: numbers of processes that decode images.
@@ -67,6 +69,8 @@ class Sizes:
     )
     memory_tokens: int = 6304
     grow: Mapping[str, tuple] = field(default_factory=lambda: _GROW)
+    crossing_tokens: tuple[int, ...] = (512, 6304)
+    crossing_shares: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: _SHARES)
     clip: tuple[str, str | None] = ("ViT-B-16-quickgelu", None)
     images: int = 16
     ns: tuple[int, ...] = (1, 5, 10, 50)
@@ -81,6 +85,18 @@ _GROW = {
     "support": (0.002, 0.007, 0.021, 0.06),
 }
 
+_SHARES = {
+    "cpu": (0.03, 0.06, 0.09, 0.12, 0.15, 0.2),
+    "cuda": (0.001, 0.003, 0.006, 0.01, 0.02, 0.04, 0.08),
+}
+
+GPU_ROWS = (
+    *(("relu", None), ("relu", 0.004), ("relu", 0.02), ("jumprelu", 0.004), ("gated", 0.004)),
+    *(("topk", None), ("batch_topk", None), ("attention_relu", 0.004)),
+    *(("sparsemax", 0.0016), ("sparsemax", 0.007), ("sparsemax", 0.021)),
+    ("linear_sparsemax", 0.007),
+)
+
 QUICK = Sizes(
     d=32,
     latents=512,
@@ -90,6 +106,8 @@ QUICK = Sizes(
     memory_rows=(("topk", None),),
     memory_tokens=128,
     grow={"latents": (512, 1024), "tokens": (32, 64), "k": (4, 8), "support": (0.01, 0.05)},
+    crossing_tokens=(64,),
+    crossing_shares={"cpu": (0.02, 0.3), "cuda": (0.02, 0.3)},
     clip=("clipsae-tiny", "builtin"),
     images=4,
     ns=(1, 5),
@@ -104,7 +122,7 @@ class Setup:
 
     Attributes:
         device: "cpu" or "cuda".
-        bf16: matrix products under autocast in bfloat16.
+        precision: of the SAE's products, "float32", "tf32" or "bf16", as `precision=` of a run.
         images: a folder of photos; None: random pixels.
     """
 
@@ -112,7 +130,7 @@ class Setup:
     threads: int
     seed: int = 0
     device: str = "cpu"
-    bf16: bool = False
+    precision: str = "float32"
     images: Path | None = None
 
     @property
@@ -127,8 +145,17 @@ class Setup:
             torch.cuda.synchronize()
         return time.process_time() if "CPU time" in self.clock_name else time.perf_counter()
 
-    def precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext()
+    def apply(self) -> None:
+        """Set what holds for the whole process: threads, and TF32 on a GPU."""
+        torch.set_num_threads(self.threads)
+        if self.device != "cpu":
+            tf32 = self.precision != "float32"
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        bf16 = self.precision == "bf16"
+        return torch.autocast(self.device, torch.bfloat16) if bf16 else nullcontext()
 
     def seconds(self, step: Step) -> float:
         start = self.clock()
@@ -149,6 +176,20 @@ class Setup:
 def ratio(times: list[float], base: list[float]) -> float:
     """The median of the pairs' ratios."""
     return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+@contextmanager
+def switched(device: str, share: float) -> Iterator[None]:
+    """Dense products on a type of device from this share of active pairs on; 0: always."""
+    before = DENSE_FROM.pop(device, None)
+    if share:
+        DENSE_FROM[device] = {1: share, 2: share}
+    try:
+        yield
+    finally:
+        DENSE_FROM.pop(device, None)
+        if before is not None:
+            DENSE_FROM[device] = before
 
 
 def options_of(model: str, latents: int) -> dict[str, Any]:
@@ -187,8 +228,8 @@ def set_density(sae: SAE, x: Tensor, share: float | None) -> None:
     sample = x.flatten(0, -2)[:64]
     kept = max(1, int(share * sae.latents * len(sample)))
 
-    def border() -> Tensor:
-        return sae.scores(sample).flatten().topk(kept).values[-1]
+    def border() -> Tensor:  # between two scores: rounding does not decide on either
+        return sae.scores(sample).flatten().topk(kept + 1).values[-2:].mean()
 
     activation, architecture = sae.activation, sae.architecture
     if hasattr(activation, "b_gate"):

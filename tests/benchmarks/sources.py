@@ -76,7 +76,7 @@ def measure_features(setup: Setup, report: Callable[[str], None]) -> dict[str, A
     with tempfile.TemporaryDirectory() as name:
         for kind, (layout, loader) in layouts.items():
             folder = Path(name) / kind
-            written[kind] = n / _write(folder, layout, Ready(clip.tokens, clip.width))
+            written[kind] = n / write_cache(folder, layout, Ready(clip.tokens, clip.width))
             cache = Cache(folder, kind=type(layout))
             make = lambda cache=cache, loader=loader: loader(cache, BATCH)  # noqa: E731
             measure(f"{kind} in memory", make)
@@ -114,7 +114,7 @@ def _from_disk(loader: ResumableLoader, folder: Path) -> float:
     return _rates(loader, 1)[0]
 
 
-def _write(folder: Path, layout: Layout, clip: Ready) -> float:
+def write_cache(folder: Path, layout: Layout, clip: Ready) -> float:
     """Write a cache of random images; the seconds."""
     folder.mkdir()
     pixels = Noise([0] * layout.images, layout.shape[-1] if layout.HOLDS == "pixels" else 8)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,13 @@ SAELENS = {
 Row = dict[str, Any]
 
 
-def ours(sae: SAE, x: Tensor, setup: Setup) -> Step:
-    """Our training step of an SAE on tokens x [1, N, d]."""
+def training_step(sae: SAE, setup: Setup) -> Callable[[Tensor], None]:
+    """Our training step of an SAE, a function of tokens [..., d]."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-5, fused=True)
 
-    def step() -> None:
+    def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        with setup.precision():
+        with setup.autocast():
             loss = sae(x).loss
         loss.backward()
         sae.after_backward()
@@ -52,10 +53,15 @@ def ours(sae: SAE, x: Tensor, setup: Setup) -> Step:
     return step
 
 
+def ours(sae: SAE, x: Tensor, setup: Setup) -> Step:
+    """The same on tokens x [1, N, d]."""
+    return partial(training_step(sae, setup), x)
+
+
 def product(setup: Setup) -> Step:
     """Scores of tokens [N, d] and a dictionary [M, d], in memory that was written before."""
     sizes = setup.sizes
-    dtype = torch.bfloat16 if setup.bf16 else torch.float32
+    dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
     x = torch.randn(sizes.tokens, sizes.d, device=setup.device, dtype=dtype)
     rows = torch.randn(sizes.latents, sizes.d, device=setup.device, dtype=dtype)
     out = empty(sizes.tokens, sizes.latents, like=x)
@@ -87,7 +93,7 @@ def saelens(recipe: str, setup: Setup) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
-        with setup.precision():
+        with setup.autocast():
             loss = sae.training_forward_pass(inputs).loss
         loss.backward()
         optimizer.step()
@@ -106,7 +112,7 @@ def measure_steps(setup: Setup, report: Callable[[str], None]) -> list[Row]:
             active = sae(x).fired().sum().item() / (sizes.tokens * sizes.latents)
         forms = {
             "ours": ours(sae, x, setup),
-            "plain": plain.step(*prepared(options, density, setup), setup.precision),
+            "plain": plain.step(*prepared(options, density, setup), setup.autocast),
             "product": product(setup),
         }
         del sae
@@ -115,7 +121,7 @@ def measure_steps(setup: Setup, report: Callable[[str], None]) -> list[Row]:
         times = setup.interleaved(forms)
         rows.append({"recipe": name, "as initialised": density is None, "active": active})
         for form, seconds in times.items():
-            rows[-1][form] = _row(seconds, times["ours"], sizes.tokens)
+            rows[-1][form] = row_of(seconds, times["ours"], sizes.tokens)
         report(f"{name} {100 * active:.2f} %: {_said(rows[-1])}")
     return rows
 
@@ -146,13 +152,13 @@ def measure_growth(setup: Setup, report: Callable[[str], None]) -> list[Row]:
                 del sae
                 row = {"of": what, "recipe": recipe, "value": value, "active": active}
                 for form, seconds in times.items():
-                    row[form] = _row(seconds, times["ours"], sizes.tokens)
+                    row[form] = row_of(seconds, times["ours"], sizes.tokens)
                 rows.append(row)
                 report(f"{recipe}, {what} = {value}: {_said(row)}")
     return rows
 
 
-def _row(seconds: list[float], ours: list[float], tokens: int) -> Row:
+def row_of(seconds: list[float], ours: list[float], tokens: int) -> Row:
     middle = statistics.median(seconds)
     return {
         "seconds": middle,
@@ -193,7 +199,7 @@ def alone() -> None:
     """What the process does: reads a question from stdin, and prints the answer."""
     question = json.load(sys.stdin)
     setup = Setup(sizes=replace(Sizes(), **question["sizes"]), **question["setup"])
-    torch.set_num_threads(setup.threads)
+    setup.apply()
     sae, x = prepared(question["options"], question["density"], setup)
     before = peak(setup.device)
     step = ours(sae, x, setup)

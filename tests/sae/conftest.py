@@ -6,7 +6,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from clipsae.sae import SAE
+from clipsae.sae import SAE, engine
+from clipsae.sae.engine.switch import DENSE_FROM
 from clipsae.tasks.build import sae_options
 from run import ROOT  # (and the resolvers that the configs use)
 
@@ -50,3 +51,40 @@ def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recipe" in metafunc.fixturenames:
         metafunc.parametrize("recipe", sorted(path.stem for path in MODELS.glob("[!_]*.yaml")))
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's kernels in Triton's interpreter, with rows of more than one chunk, and lists that
+    are too short for some."""
+    from triton.runtime import interpreter
+
+    from clipsae.sae.engine import gpu
+
+    monkeypatch.setattr(gpu, "BLOCK", 32)
+    monkeypatch.setattr(gpu, "ROOM", 8)
+    # Half of the interpreter's time goes into replacing Triton's functions at each call, again
+    # within a kernel: here once for each function that it calls.
+    patch_lang = interpreter._patch_lang
+    patched: dict = {}
+    depth = [0]
+
+    class Scope:
+        def __init__(self, function) -> None:
+            depth[0] += 1
+            if function not in patched:
+                patched[function] = patch_lang(function)
+
+        def restore(self) -> None:
+            depth[0] -= 1
+            while not depth[0] and patched:
+                patched.popitem()[1].restore()
+
+    monkeypatch.setattr(interpreter, "_patch_lang", Scope)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU uses the GPU's operations, and never dense products."""
+    monkeypatch.setitem(engine.BACKENDS, "cpu", engine.BACKENDS["cuda"])
+    monkeypatch.setitem(DENSE_FROM, "cpu", {1: 1.0, 2: 1.0})

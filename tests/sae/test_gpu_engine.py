@@ -6,7 +6,6 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from clipsae.sae import SAE, engine
 from clipsae.sae.codes import SparseCodes
@@ -16,41 +15,13 @@ from clipsae.sae.engine.reference import Reference
 from clipsae.sae.engine.switch import DENSE_FROM
 from tests.sae.conftest import D, build, tokens
 from tests.sae.test_sparse import OPTIONS, random_codes
-from tests.waits import Waits
+from tests.waits import Waits, hide_the_interpreter
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
 
 
-@pytest.fixture(autouse=True)
-def small_lists(monkeypatch):
-    """Rows of more than one chunk, and lists that are too short for some."""
-    monkeypatch.setattr(gpu, "BLOCK", 32)
-    monkeypatch.setattr(gpu, "ROOM", 8)
-    # Half of the interpreter's time goes into replacing Triton's functions at each call, again
-    # within a kernel: here once for each function that it calls.
-    patch_lang = interpreter._patch_lang
-    patched: dict = {}
-    depth = [0]
-
-    class Scope:
-        def __init__(self, function) -> None:
-            depth[0] += 1
-            if function not in patched:
-                patched[function] = patch_lang(function)
-
-        def restore(self) -> None:
-            depth[0] -= 1
-            while not depth[0] and patched:
-                patched.popitem()[1].restore()
-
-    monkeypatch.setattr(interpreter, "_patch_lang", Scope)
-
-
-@pytest.fixture
-def as_on_cuda(monkeypatch):
-    monkeypatch.setitem(engine.BACKENDS, "cpu", lambda: GPU)
-    monkeypatch.setitem(DENSE_FROM, "cpu", {1: 1.0, 2: 1.0})
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def scores_of(case: str, n: int, m: int, dtype: torch.dtype) -> Tensor:
@@ -380,15 +351,7 @@ def test_sparse_encoding_is_encoding(recipe, as_on_cuda, monkeypatch):
 
 
 def test_a_step_waits_for_nothing(recipe, as_on_cuda, monkeypatch):
-    launch = gpu._launch
-
-    def unseen(*args, **kwargs):  # the interpreter's own reads
-        with torch.utils._python_dispatch._disable_current_modes():
-            launch(*args, **kwargs)
-
-    monkeypatch.setattr(gpu, "_launch", unseen)
-    looks = []
-    monkeypatch.setattr(gpu._Look, "__call__", lambda self: bool(looks.append(1)))
+    hide_the_interpreter(monkeypatch)
     for options in OPTIONS[recipe][:1]:
         sae = build(recipe, **options | ({"dead_after": 10**9} if "auxk" in options else {}))
         optimizer = torch.optim.Adam(sae.parameters(), fused=True)

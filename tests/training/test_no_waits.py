@@ -1,35 +1,43 @@
 """A training step of Lightning, with the engine that CUDA uses, reads nothing back to the host."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from clipsae.sae import engine
-from clipsae.sae.engine import gpu
-from clipsae.sae.engine.switch import DENSE_FROM
 from clipsae.training.callbacks import Checkpoints, StepProgress, TokenRate
 from clipsae.training.module import SAEGroup, SAEModule
+from tests.benchmarks.setup import switched
 from tests.sae.conftest import D, build, tokens
-from tests.waits import Waits
+from tests.waits import hide_the_interpreter, no_waits
 
 
 class Batches:
     epoch = 0
 
+    def __init__(self, device: str) -> None:
+        self.tokens = [tokens(2, 3, D, seed=seed).to(device) for seed in range(8)]
+
     def __len__(self):
         return 8
 
     def __iter__(self):
-        return (tokens(2, 3, D, seed=seed) for seed in range(8))
+        return iter(self.tokens)
 
     def state_dict(self):
         return {}
 
 
 class Stream(LightningDataModule):
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
     def train_dataloader(self):
-        return Batches()
+        return Batches(self.device)
 
     def first_batch(self, images):
         return tokens(images, 3, D)
@@ -38,8 +46,8 @@ class Stream(LightningDataModule):
 class Watched(Callback):
     """From the third step on, as the first ones make states and read the SAE's."""
 
-    def __init__(self) -> None:
-        self.waits = Waits()
+    def __init__(self, device: str) -> None:
+        self.waits = no_waits(device)
         self.steps = 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -52,22 +60,12 @@ class Watched(Callback):
             self.waits.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("recipe", ["sparsemax", "batch_topk"])
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_steps_of_a_trainer(recipe, sparse, tmp_path, monkeypatch):
-    monkeypatch.setitem(engine.BACKENDS, "cpu", engine.BACKENDS["cuda"])
-    if sparse:
-        monkeypatch.setitem(DENSE_FROM, "cpu", {1: 1.0, 2: 1.0})
-    else:
-        monkeypatch.delitem(DENSE_FROM, "cpu")
-    launch = gpu._launch
+def train_without_waits(recipe: str, folder: Path, device: str, share: float) -> None:
+    """Seven steps on a device, sparse up to this share of active pairs.
 
-    def unseen(*args, **kwargs):  # the interpreter's own reads
-        with torch.utils._python_dispatch._disable_current_modes():
-            launch(*args, **kwargs)
-
-    monkeypatch.setattr(gpu, "_launch", unseen)
-    monkeypatch.setattr(gpu._Look, "__call__", lambda self: False)
+    Raises:
+        RuntimeError: the host waits for the device in one of the third to the sixth.
+    """
     member = SAEModule(
         build(recipe),
         learning_rate=1e-3,
@@ -75,21 +73,33 @@ def test_steps_of_a_trainer(recipe, sparse, tmp_path, monkeypatch):
         max_steps=7,
         initial_images=2,
         gradient_clip_val=1.0,
-        checkpoint=tmp_path / "checkpoint.ckpt",
+        checkpoint=folder / "checkpoint.ckpt",
         progress=lambda step, steps, numbers: None,
     )
-    watched = Watched()
+    watched = Watched(device)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator="cpu" if device == "cpu" else "gpu",
+        devices=1,
         max_steps=7,
         log_every_n_steps=100,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=True,
         logger=False,
-        default_root_dir=tmp_path,
+        default_root_dir=folder,
         callbacks=[Checkpoints(every_n_steps=50), TokenRate(), StepProgress(), watched],
     )
-    trainer.fit(SAEGroup([member]), datamodule=Stream())
+    with switched(device, share):
+        trainer.fit(SAEGroup([member]), datamodule=Stream(device))
     assert (member.step, watched.steps) == (7, 5)
-    assert watched.waits.seen == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs it there")
+@pytest.mark.parametrize("recipe", ["sparsemax", "batch_topk"])
+@pytest.mark.parametrize("share", [1.0, 0.0], ids=["sparse", "dense"])
+def test_steps_of_a_trainer(recipe, share, tmp_path, monkeypatch):
+    monkeypatch.setitem(engine.BACKENDS, "cpu", engine.BACKENDS["cuda"])
+    hide_the_interpreter(monkeypatch)
+    train_without_waits(recipe, tmp_path, "cpu", share)
+    with pytest.raises(RuntimeError, match="_local_scalar_dense"), no_waits("cpu"):
+        float(torch.ones(()))

@@ -47,15 +47,13 @@ def checkpoint_times(folder: Path) -> list[float]:
     return []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shuffle", [0, 16])
-def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
-    more = f"features.shuffle_buffer_images={shuffle}"
-    run_py(*job(tmp_path / "whole", more), check=True)
+def kill_and_continue(tmp_path: Path, *more: str) -> None:
+    """whole/ is an undisturbed job; cut/ the same, ended twice by a signal, and continued."""
+    run_py(*job(tmp_path / "whole", *more), check=True)
 
     for sign in (signal.SIGKILL, signal.SIGTERM):
         seen = 0.0
-        process = start_py(*job(tmp_path / "cut", more))
+        process = start_py(*job(tmp_path / "cut", *more))
         while process.poll() is None:  # until a checkpoint of this run is there, then no mercy
             times = checkpoint_times(tmp_path / "cut")
             if times and seen and times[0] > seen:
@@ -66,12 +64,18 @@ def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
         assert process.wait(60) != 0, process.stdout.read()
         assert not list((tmp_path / "cut").glob("sae/[!.]*"))
 
-    last, again = (run_py(*job(tmp_path / "cut", more), check=True).stdout for _ in range(2))
+    last, again = (run_py(*job(tmp_path / "cut", *more), check=True).stdout for _ in range(2))
     for kind in ("sae", "evaluation"):  # what is finished is used
         assert f"using the finished {tmp_path}/cut/{kind}/" not in last
         assert f"using the finished {tmp_path}/cut/{kind}/" in again
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shuffle", [0, 16])
+def test_killed_and_continued_equals_undisturbed(tmp_path, shuffle):
+    kill_and_continue(tmp_path, f"features.shuffle_buffer_images={shuffle}")
 
 
 @pytest.mark.slow
