@@ -14,8 +14,9 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
 from clipsae.evaluation import Evaluation, evaluate
 from clipsae.sae import SAE
+from clipsae.training.density import set_density
 from tests.benchmarks.plain import PlainTopN
-from tests.benchmarks.setup import Setup, clip_of, images, options_of, set_density
+from tests.benchmarks.setup import Setup, clip_of, images, options_of
 
 BATCH = 8
 DENSITY = 0.021  # of the Sparsemax SAE: a trained one's
@@ -117,5 +118,6 @@ def _sae(name: str, clip: FrozenCLIP, dataset: Any, setup: Setup) -> SAE:
     sae = SAE(d=clip.width, **options_of(name, setup.sizes.latents)).to(setup.device)
     x = clip.prefix(clip.normalize(_batches(dataset, setup)[0][0]))
     sae.train().initialize(x)
-    set_density(sae, x, DENSITY if name == "sparsemax" else None)
+    if name == "sparsemax":
+        set_density(sae, x, DENSITY)
     return sae.eval()

@@ -18,6 +18,7 @@ from clipsae.data.dataset import ImageList
 from clipsae.data.listing import list_images
 from clipsae.sae import SAE
 from clipsae.sae.engine.switch import DENSE_FROM
+from clipsae.training.density import set_density
 
 Step = Callable[[], object]
 
@@ -215,49 +216,9 @@ def prepared(options: dict[str, Any], density: float | None, setup: Setup) -> tu
         sae = SAE(d=sizes.d, **options).train()
         x = torch.randn(1, sizes.tokens, sizes.d) + torch.randn(sizes.d)
         sae.initialize(x)
-        set_density(sae, x, density)
+        if density is not None:
+            set_density(sae, x, density)
     return sae, x
-
-
-@torch.no_grad()
-def set_density(sae: SAE, x: Tensor, share: float | None) -> None:
-    """Move biases or scales until this share of scores is active, as after training; None: as it is
-    initialised."""
-    if share is None:
-        return
-    sample = x.flatten(0, -2)[:64]
-    kept = max(1, int(share * sae.latents * len(sample)))
-
-    def border() -> Tensor:  # between two scores: rounding does not decide on either
-        return sae.scores(sample).flatten().topk(kept + 1).values[-2:].mean()
-
-    activation, architecture = sae.activation, sae.architecture
-    if hasattr(activation, "b_gate"):
-        activation.b_gate.sub_(border())
-        activation.b_mag.sub_(border())
-    elif hasattr(activation, "log_theta"):
-        activation.log_theta.fill_(border().clamp(min=1e-6).log())
-    elif hasattr(activation, "weights"):  # smaller scores have a larger support
-        matrix = architecture.W_K if hasattr(architecture, "W_K") else architecture.W_enc
-        start, low, high = matrix.clone(), -9.0, 9.0
-        for _ in range(25):
-            middle = (low + high) / 2
-            matrix.copy_(start * 2**middle)
-            scores = sae.scores(sample)
-            active = (scores > sae.threshold(scores)).float().mean()
-            low, high = (middle, high) if active > share else (low, middle)
-    elif hasattr(architecture, "b_enc"):
-        architecture.b_enc.sub_(border())
-    else:
-        # No bias: move the dictionary against the mean direction of the tokens.
-        mean = torch.nn.functional.normalize(x.flatten(0, -2).mean(dim=0), dim=0)
-        toward = architecture.query(mean[None])[0]
-        start, low, high = architecture.C.clone(), 0.0, 64.0
-        for _ in range(25):
-            middle = (low + high) / 2
-            architecture.C.copy_(start - middle * start.std() * toward / toward.norm())
-            active = (sae.scores(sample) > 0).float().mean()
-            low, high = (middle, high) if active > share else (low, middle)
 
 
 def clip_of(setup: Setup) -> FrozenCLIP:

@@ -18,6 +18,7 @@ from clipsae.store import Store
 from clipsae.tasks.check import machine, steps
 from clipsae.tasks.check.findings import FAILS, OK, WARNING, Findings
 from clipsae.tasks.check.forecast import Work, makespan
+from clipsae.training.density import set_density
 from run import ROOT
 from tests.warm import run_py
 
@@ -208,7 +209,7 @@ def test_the_timed_steps_are_as_sparse_as_asked(cfg):
     tokens = torch.randn(4, 50, 32)
     for name in ("relu", "jumprelu", "gated", "sparsemax"):
         sae = SAE(d=32, latents=512, activation=name)
-        steps.set_density(sae, tokens, 0.05)
+        set_density(sae, tokens, 0.05)
         share = (sae.eval().encode(tokens) != 0).float().mean()
         assert share == pytest.approx(0.05, abs=0.02), name
 

@@ -22,6 +22,7 @@ from clipsae.sae import SAE
 from clipsae.tasks import build, precision
 from clipsae.tasks.check.jobs import on_one_device
 from clipsae.tasks.stages.sae import MEMBER_OPTIONS, TRAINER_OPTIONS
+from clipsae.training.density import set_density
 from clipsae.training.module import SAEGroup, SAEModule
 
 LEAST, MOST = 2, 1000  # steps that are timed
@@ -158,42 +159,6 @@ def distance(cfg: DictConfig, sae: SAE, tokens: Tensor) -> float:
         between = sum((a - b).square().sum() for a, b in pairs)
         found.append(float((between / sum(b.square().sum() for _, b in pairs)).sqrt()))
     return statistics.median(found)
-
-
-@torch.no_grad()
-def set_density(sae: SAE, x: Tensor, share: float) -> None:
-    """Move biases or scales until this share of the latents is active, as after a training. An SAE
-    with k active latents, or without a bias to move, is left as it is.
-
-    Args:
-        x: tokens [..., d].
-    """
-    tokens = x.flatten(0, -2)
-    sample = tokens[:: max(1, len(tokens) // 64)][:64]
-    kept = max(1, int(share * sae.latents * len(sample)))
-
-    def border() -> Tensor:
-        return sae.scores(sample).flatten().topk(kept).values[-1]
-
-    activation, architecture = sae.activation, sae.architecture
-    if hasattr(activation, "k"):
-        return
-    if hasattr(activation, "b_gate"):
-        activation.b_gate.sub_(border())
-        activation.b_mag.sub_(border())
-    elif hasattr(activation, "log_theta"):
-        activation.log_theta.fill_(border().clamp(min=1e-6).log())
-    elif hasattr(activation, "weights"):  # smaller scores have a larger support
-        matrix = architecture.W_K if hasattr(architecture, "W_K") else architecture.W_enc
-        start, low, high = matrix.clone(), -9.0, 9.0
-        for _ in range(25):
-            middle = (low + high) / 2
-            matrix.copy_(start * 2**middle)
-            scores = sae.scores(sample)
-            active = (scores > sae.threshold(scores)).float().mean()
-            low, high = (middle, high) if active > share else (low, middle)
-    elif hasattr(architecture, "b_enc"):
-        architecture.b_enc.sub_(border())
 
 
 def now() -> float:
