@@ -95,8 +95,9 @@ def train_without_waits(recipe: str, folder: Path, device: str, share: float) ->
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs it there")
-@pytest.mark.parametrize("recipe", ["sparsemax", "batch_topk"])
-@pytest.mark.parametrize("share", [1.0, 0.0], ids=["sparse", "dense"])
+@pytest.mark.parametrize(
+    ("recipe", "share"), [("sparsemax", 1.0), ("batch_topk", 1.0), ("sparsemax", 0.0)]
+)
 def test_steps_of_a_trainer(recipe, share, tmp_path, monkeypatch):
     monkeypatch.setitem(engine.BACKENDS, "cpu", engine.BACKENDS["cuda"])
     hide_the_interpreter(monkeypatch)
