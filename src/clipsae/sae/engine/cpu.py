@@ -14,6 +14,7 @@ from clipsae.sae.engine.reference import (
     Reference,
     Scorer,
     Share,
+    below_largest,
     largest,
     newton,
     placed,
@@ -47,12 +48,7 @@ class CPU(Reference):
 
     @staticmethod
     def largest_of_all(scores: Tensor, count: int, share: Share) -> Chosen:
-        # The count-th largest of any part is a lower bound, which leaves few to choose from.
-        floor = at_least_float32(scores.new_zeros(()))
-        part = strided_maxima(scores, 16).flatten()
-        if len(part) >= count:
-            border = at_least_float32(part.topk(count, sorted=False).values.min())
-            floor = torch.nextafter(border, torch.full_like(border, -torch.inf)).clamp(min=0)
+        floor, _ = below_largest(scores, count)
         positions = positions_above(scores, floor)
         if positions is None:
             return None

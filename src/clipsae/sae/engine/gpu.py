@@ -28,9 +28,9 @@ from clipsae.sae.engine.reference import (
     Reference,
     Scorer,
     Share,
+    below_largest,
     placed,
     rounded_down,
-    strided_maxima,
 )
 
 BLOCK = 2048  # scores that a program has in registers
@@ -338,15 +338,7 @@ class GPU(Reference):
 
     @staticmethod
     def largest_of_all(scores: Tensor, count: int, share: Share) -> PaddedCodes:
-        # The count-th largest of the maxima of 16 is a lower bound. Fewer than `count` groups have
-        # a larger one, so few scores are above it: 16 of each, and those that are in no group.
-        floor = at_least_float32(scores.new_zeros(()))
-        maxima = strided_maxima(scores, 16).flatten()
-        room = scores.numel()
-        if len(maxima) >= count:
-            least = at_least_float32(maxima.topk(count, sorted=False).values.min())
-            floor = torch.nextafter(least, torch.full_like(least, -torch.inf)).clamp(min=0)
-            room = min(room, 16 * count + len(scores) * (scores.shape[1] % 16))
+        floor, room = below_largest(scores, count)
         found = GPU.above(scores, floor).pack(room)
         values = torch.where(found.real, at_least_float32(found.values), -torch.inf)
         ranked = values.topk(min(count, room)).values

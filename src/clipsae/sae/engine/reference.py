@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clipsae.sae.codes import SparseCodes
+from clipsae.sae.dense import at_least_float32
 
 Scorer = Callable[[Tensor, Tensor | None], Tensor]
 """Tokens [n, d] and memory to use again -> scores [n, M]."""
@@ -165,6 +166,22 @@ def largest(scores: Tensor, k: int, stride: int = 16) -> tuple[Tensor, Tensor]:
     columns = torch.cat([columns, in_none], dim=-1)
     values, chosen = scores.gather(-1, columns).topk(k, dim=-1, sorted=False)
     return values, columns.gather(-1, chosen)
+
+
+def below_largest(scores: Tensor, count: int) -> tuple[Tensor, int]:
+    """A floor, a scalar of 0 or more, below the `count` largest positive scores [N, M], and how
+    many scores can be above it, if few are equal to the least of these.
+
+    The count-th largest of the maxima of 16 is a lower bound. Fewer than `count` groups have a
+    larger one, so few scores are above it: 16 of each, and those that are in no group.
+    """
+    floor = at_least_float32(scores.new_zeros(()))
+    maxima = strided_maxima(scores, 16).flatten()
+    if len(maxima) < count:
+        return floor, scores.numel()
+    least = at_least_float32(maxima.topk(count, sorted=False).values.min())
+    floor = torch.nextafter(least, torch.full_like(least, -torch.inf)).clamp(min=0)
+    return floor, min(scores.numel(), 16 * count + len(scores) * (scores.shape[1] % 16))
 
 
 def newton(scores: Tensor, tau: Tensor | None = None) -> Tensor:
