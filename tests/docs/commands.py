@@ -131,7 +131,7 @@ def shrunken(words: list[str], cfg: Any, clip: str | None = None) -> list[str]:
             # Other images stay as many as they are: enough for a batch, as the command is written.
             if group == "train_dataset":
                 small["features.batch_size"] = "4"
-        if "clipsae.data.eleven" in cfg[group].get("_target_", ""):
+        if "clipsae.data.published" in cfg[group].get("_target_", ""):
             small[f"++{group}.templates"] = "dataset"  # one; 80 for 1,000 classes take a minute
     if cfg.task.get("seconds") is not None:
         small["task.seconds"] = "0.01"
