@@ -155,7 +155,7 @@ class Batch:
         labels, indices: LongTensor [B] on the CPU; indices are those in the dataset.
         tokens: [B, T, d] of CLIP's prefix, the patches last.
         embeddings: [B, e] of the separate image encoder.
-        patch_truth: bool [B, P, V] of `concept_names(PATCH_ATTRIBUTES)`.
+        patch_truth: bool [B, P, V] of `patch_concept_names(dataset)`.
         image_truth: bool [B, V] of `concept_names(IMAGE_ATTRIBUTES)`.
     """
 

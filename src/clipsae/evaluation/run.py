@@ -33,7 +33,7 @@ from clipsae.evaluation.topn import (
     make_rows,
     per_class_accuracy,
 )
-from clipsae.evaluation.truth import has_truth
+from clipsae.evaluation.truth import has_patch_truth, has_truth, patch_concept_names
 from clipsae.sae import SAE
 
 
@@ -193,7 +193,8 @@ def evaluate(
         num_workers=num_workers,
     )
     sizes = len(indices), clip.tokens, stream.embed_dim
-    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images)
+    concepts = tuple(patch_concept_names(dataset)) if has_patch_truth(dataset) else ()
+    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images, concepts=concepts)
     measured = {
         name: [METRICS[metric](sae, options).to(device) for metric in names]
         for name, sae in saes.items()
@@ -316,6 +317,7 @@ def check_metrics(
     there = {
         "embeddings": image_encoder is not None,
         "truth": has_truth(dataset),
+        "patch_truth": has_patch_truth(dataset),
         "predictions": classifier,
     }
     chosen = []
