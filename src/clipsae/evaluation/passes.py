@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.truth import image_concepts, patch_concepts
+from clipsae.evaluation.truth import has_truth, image_concepts, patch_concepts
 from clipsae.sae import SAE, SparseCodes
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
@@ -221,6 +221,22 @@ class Batch:
     def pooled(self) -> Tensor:
         """Codes of the images [B, M], by the pass's `pooling`."""
         return pool_codes(self.codes, self.images.stream.pooling)
+
+    def patch_codes(self, rows: Tensor, patches: int) -> SparseCodes:
+        """Codes [n, P, M] of the P patches, which are the last tokens, of images `rows` [n]."""
+        drawn = torch.zeros(self.tokens.shape[:2], dtype=torch.bool)
+        drawn[rows, -patches:] = True
+        codes = self.sparse.view(-1, self.sparse.latents)[drawn.flatten().to(self.tokens.device)]
+        return codes.view(len(rows), patches, codes.latents)
+
+    def object_labels(self, attributes: Sequence[str]) -> Tensor | None:
+        """Values of the attributes of images with one object, LongTensor [B, attributes] on the
+        CPU, -1 for other images; None where the dataset does not know objects."""
+        if self.images is None or not has_truth(self.images.stream.dataset):
+            return None
+        truth = self.images.stream.dataset.attributes(self.indices.cpu())
+        values = torch.stack([truth[name].view(len(self.indices), -1)[:, 0] for name in attributes])
+        return values.T.masked_fill((truth["count"] != 1)[:, None], -1)
 
     @cached_property
     def fired(self) -> Tensor:

@@ -192,9 +192,20 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    sizes = len(indices), clip.tokens, stream.embed_dim
     concepts = tuple(patch_concept_names(dataset)) if has_patch_truth(dataset) else ()
-    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images, concepts=concepts)
+    options = Options(
+        len(indices),
+        clip.tokens,
+        stream.embed_dim,
+        k=k,
+        threshold=threshold,
+        seed=seed,
+        sample_tokens=sample_tokens,
+        sample_images=sample_images,
+        concepts=concepts,
+        grid=clip.grid,
+        pooling=pooling,
+    )
     measured = {
         name: [METRICS[metric](sae, options).to(device) for metric in names]
         for name, sae in saes.items()

@@ -57,6 +57,8 @@ class Options:
         sample_tokens: that CKNNA compares, at most; drawn from all.
         sample_images: whose patches and pooled codes recovery compares, at most; drawn from all.
         concepts: names of the V columns of a batch's `patch_truth`; (): there is none.
+        grid: rows and columns of patches.
+        pooling: of token codes to image codes.
     """
 
     images: int
@@ -68,6 +70,8 @@ class Options:
     sample_tokens: int = 10_000
     sample_images: int = 2_000
     concepts: tuple[str, ...] = ()
+    grid: tuple[int, int] = (1, 1)
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         for name in ("sample_tokens", "sample_images"):
