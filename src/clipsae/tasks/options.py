@@ -92,6 +92,7 @@ DATASET = {
     "classes": one_of("all", "present"),
     "templates": one_of("imagenet", "dataset"),
     "on_bad_image": one_of("error", "skip"),
+    "ignored": list_of(whole(0)),
     "download": FLAG,
     "kind": TEXT,
     "seed": whole(0),

@@ -231,6 +231,10 @@ class _Images(Measurement):
         return tasks
 
 
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def _mean(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).nanmean()
 
@@ -319,14 +323,14 @@ class SparseProbing(_Images):
                 if name:
                     of_attributes[name] = probed["auc"]
                 else:
-                    found[f"sparse_probing_auc{suffix}"] = torch.tensor(probed["auc"])
+                    found[f"sparse_probing_auc{suffix}"] = _scalar(probed["auc"])
                     for k, accuracy in probed["k_accuracies"].items():
-                        found[f"sparse_probing_k{k}{suffix}"] = torch.tensor(accuracy)
+                        found[f"sparse_probing_k{k}{suffix}"] = _scalar(accuracy)
                 self.progress(at + 1, 1 + len(ATTRIBUTES), "sparse probing")
             if of_attributes:
                 found[f"concept_probing_auc{suffix}"] = _mean(list(of_attributes.values()))
                 for name, value in of_attributes.items():
-                    found[f"concept_probing_{name}{suffix}"] = torch.tensor(value)
+                    found[f"concept_probing_{name}{suffix}"] = _scalar(value)
         return found
 
 
@@ -386,14 +390,14 @@ class LinearProbe(_Images):
             of_x, of_x_hat = ((y[rows] - mean) / deviation for y in (x, x_hat))
             both[name] = linear_probe(of_x, of_x_hat, labels, training)
             if name:
-                found[f"concept_accuracy_original_{name}"] = torch.tensor(both[name][0])
+                found[f"concept_accuracy_original_{name}"] = _scalar(both[name][0])
         original, reconstructed = both.pop("", (torch.nan, torch.nan))
         ratio = reconstructed / original if original else torch.nan
         found |= {
-            "downstream_preservation": torch.tensor(min(ratio, 2.0)),
-            "accuracy_original": torch.tensor(original),
-            "accuracy_reconstructed": torch.tensor(reconstructed),
-            "accuracy_gap": torch.tensor(original - reconstructed),
+            "downstream_preservation": _scalar(min(ratio, 2.0)),
+            "accuracy_original": _scalar(original),
+            "accuracy_reconstructed": _scalar(reconstructed),
+            "accuracy_gap": _scalar(original - reconstructed),
         }
         if both:
             means = zip(*both.values(), strict=True)
