@@ -170,7 +170,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     },
     "measurement": {
         "metrics": or_null(list_of(TEXT)),
-        "image_encoder": or_null(TEXT),
+        "image_encoder": or_null(either(TEXT, list_of(TEXT, least=1))),
         "pooling": one_of("mean", "max", "cls"),
         "sample_tokens": whole(1),
         "sample_images": whole(1),

@@ -246,7 +246,7 @@ _number = partial(Number, table="probing", format=".1%")
 class SparseProbing(_Images):
     """`sparse_probing` of the pooled codes of a sample of images, for the classes and, where the
     dataset knows objects, for the attributes of images with one object; beside it the same of an
-    untrained SAE of the same config, initialised from the first batch.
+    untrained SAE of the same config, initialised from 32 images of the pass.
 
     The halves have as many images of each class.
     """
@@ -307,7 +307,8 @@ class SparseProbing(_Images):
         labels = self._labels(batch, rows)
         self.trained.update(numbers, labels, SparseCodes.from_dense(batch.pooled[rows]))
         if not self._twin:
-            self._twin = (untrained(self._sae[0], batch.tokens.float()),)
+            tokens = batch.tokens if batch.images is None else batch.images.stream.some_tokens
+            self._twin = (untrained(self._sae[0], tokens.float()),)
         codes = self._twin[0].encode(batch.tokens[rows].float())
         pooled = pool_codes(codes, self.options.pooling)
         self.untrained.update(numbers, labels, SparseCodes.from_dense(pooled))
@@ -318,7 +319,8 @@ class SparseProbing(_Images):
         for suffix, sample in (("", self.trained), ("_untrained", self.untrained)):
             beside, codes = sample.compute()
             of_attributes = {}
-            for at, (name, (rows, labels, training)) in enumerate(self._tasks(beside).items()):
+            tasks = self._tasks(beside)
+            for at, (name, (rows, labels, training)) in enumerate(tasks.items()):
                 probed = sparse_probing(codes[rows], labels, training)
                 if name:
                     of_attributes[name] = probed["auc"]
@@ -326,7 +328,7 @@ class SparseProbing(_Images):
                     found[f"sparse_probing_auc{suffix}"] = _scalar(probed["auc"])
                     for k, accuracy in probed["k_accuracies"].items():
                         found[f"sparse_probing_k{k}{suffix}"] = _scalar(accuracy)
-                self.progress(at + 1, 1 + len(ATTRIBUTES), "sparse probing")
+                self.progress(at + 1, len(tasks), "sparse probing")
             if of_attributes:
                 found[f"concept_probing_auc{suffix}"] = _mean(list(of_attributes.values()))
                 for name, value in of_attributes.items():
