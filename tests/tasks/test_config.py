@@ -38,7 +38,8 @@ NOT_VALUES = ("defaults", "_target_")
 def composed():
     @cache
     def once(*overrides: str):
-        needed = ["dataset.root=x"] if "dataset=image_folder" in overrides else []
+        rootless = {"dataset=image_folder", "dataset=mask_folder"} & set(overrides)
+        needed = ["dataset.root=x"] if rootless else []
         return compose("config", [*overrides, *needed])
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -182,6 +183,8 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
         ("evaluation.ns=[5,0]", "evaluation.ns=[5,0]"),
         ("evaluation.ns=5", "evaluation.ns=5: expected a list"),
         ("measurement.threshold=1.1", "measurement.threshold=1.1"),
+        ("measurement.image_encoder=[]", "measurement.image_encoder=[]: expected"),
+        ("+dataset.ignored=[-1]", "dataset.ignored=[-1]: expected a list"),
         ("measurement.pooling=sum", "measurement.pooling=sum: expected mean, max or cls"),
         ("logger.mode=upload", "logger.mode=upload: expected online, offline or disabled, or null"),
         ("dataset.size.train=-1", "dataset.size={'train': -1"),

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from clipsae.evaluation.metrics import NUMBERS
 from clipsae.evaluation.metrics.fidelity import fidelity
-from clipsae.evaluation.metrics.stability import mean_max_cosine
+from clipsae.evaluation.metrics.stability import matched_cosine, mean_max_cosine
 from clipsae.evaluation.numbers import Number
 from clipsae.report import published
 from clipsae.report.collect import Collected
@@ -357,6 +357,13 @@ def metric_tables(selection: Selection, dataset: str) -> list[Table]:
         f"Concepts found on {title}",
         "Against the ground truth, per patch and per image. {} Ours only.",
     )
+    probed = (
+        ("probing", False, "", ""),
+        f"probing_{on}",
+        f"Probes and maps on {title}",
+        "What few latents, and all, tell of an image, and whether a latent's patches lie together "
+        "and on a concept. {} Ours only.",
+    )
     label, name = ("Table 6", "table_06") if paper else ("As Table 6", f"monosemanticity_{on}")
     scores = metrics[metrics.image_encoder != ""]
     ways = sorted(set(zip(scores.image_encoder, scores.pooling, strict=True)))
@@ -375,7 +382,13 @@ def metric_tables(selection: Selection, dataset: str) -> list[Table]:
             )
         )
     found = []
-    for (kind, is_dense, encoder, pooling), *about in (selected, dense, *by_encoder, recovered):
+    for (kind, is_dense, encoder, pooling), *about in (
+        selected,
+        dense,
+        *by_encoder,
+        recovered,
+        probed,
+    ):
         figures = metrics[metrics.image_encoder.eq(encoder) & metrics.pooling.eq(pooling)]
         table = _metric_table(selection, figures, kind, is_dense, paper, *about)
         if table.columns and (paper or not table.empty):
@@ -442,13 +455,19 @@ def stability_table(
             std = statistics.stdev(values) if len(values) > 2 else None
             cosine = Cell(statistics.fmean(values), std, len(values))
             cells = {"cosine": cosine, "pairs": Cell(float(len(values)))}
+            # Symmetric: a pair of seeds counts once.
+            pairs = [float(matched_cosine(a, b)) for a, b in itertools.combinations(decoders, 2)]
+            spread = statistics.stdev(pairs) if len(pairs) > 1 else None
+            cells["matched"] = Cell(statistics.fmean(pairs), spread, len(pairs))
             rows.append(Row((selection.title(line), trained_on), cells, line.model))
     caption = (
         "For each decoder row of one seed the largest cosine with a row of another seed, mean "
-        "over rows and over ordered pairs of seeds (spread: over pairs). Ours only."
+        "over rows and over ordered pairs of seeds (spread: over pairs). Matched: the mean cosine "
+        "of rows that are matched one to one, so that their sum is the largest. Ours only."
     )
     columns = (
         Number("cosine", "mean max cosine"),
+        Number("matched", "matched cosine"),
         Number("pairs", "pairs of seeds", format=".0f", better=""),
     )
     heads = ("model", "trained on")
