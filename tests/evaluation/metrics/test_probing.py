@@ -157,6 +157,14 @@ def test_the_measurements_read_the_pass(pass_, merged):
         assert {n.floor, n.ceiling} - {""} <= declared
 
 
+@torch.no_grad()
+def test_images_of_one_class_have_no_numbers(pass_, merged):
+    sae, tokens, labels, codes, x_hat, known = pass_
+    given = (sae, tokens, 0 * labels, codes, x_hat, torch.full_like(known, -1))
+    for metric in (SparseProbing, LinearProbe):
+        assert run(metric, given, [slice(0, 40)], merged) == {}
+
+
 def test_the_untrained_twin_of_an_untrained_sae_is_at_the_floor(merged):
     torch.manual_seed(0)  # of the twin
     sae = SAE(6, 20, "linear", "relu")

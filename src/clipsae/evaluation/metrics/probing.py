@@ -219,13 +219,13 @@ class _Images(Measurement):
         return torch.randperm(n, generator=generator)
 
     def _tasks(self, beside: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """What is probed, "" for the classes and the attributes by name: the rows as a mask, their
+        """What is probed where there are two labels or more, "" for the classes and the attributes by name: the rows as a mask, their
         labels and the half to fit on."""
         tasks = {}
         for at, name in enumerate(("", *ATTRIBUTES)):
             rows = beside[:, at] >= 0
-            if rows.any():
-                labels = beside[rows, at].long()
+            labels = beside[rows, at].long()
+            if len(labels.unique()) > 1:
                 order = self._order(len(labels)).to(labels.device)
                 tasks[name] = rows, labels, halves(labels, order)
         return tasks
@@ -393,14 +393,15 @@ class LinearProbe(_Images):
             both[name] = linear_probe(of_x, of_x_hat, labels, training)
             if name:
                 found[f"concept_accuracy_original_{name}"] = _scalar(both[name][0])
-        original, reconstructed = both.pop("", (torch.nan, torch.nan))
-        ratio = reconstructed / original if original else torch.nan
-        found |= {
-            "downstream_preservation": _scalar(min(ratio, 2.0)),
-            "accuracy_original": _scalar(original),
-            "accuracy_reconstructed": _scalar(reconstructed),
-            "accuracy_gap": _scalar(original - reconstructed),
-        }
+        if "" in both:
+            original, reconstructed = both.pop("")
+            ratio = reconstructed / original if original else torch.nan
+            found |= {
+                "downstream_preservation": _scalar(min(ratio, 2.0)),
+                "accuracy_original": _scalar(original),
+                "accuracy_reconstructed": _scalar(reconstructed),
+                "accuracy_gap": _scalar(original - reconstructed),
+            }
         if both:
             means = zip(*both.values(), strict=True)
             for name, values in zip(("original", "reconstructed"), means, strict=True):
