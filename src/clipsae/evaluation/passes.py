@@ -7,6 +7,7 @@ B images, T tokens of an image, P patches, d width, M latents, e embedding size,
 concepts.
 """
 
+import io
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.truth import image_concepts, patch_concepts
+from clipsae.evaluation.truth import has_truth, image_concepts, patch_concepts, patch_coverage
 from clipsae.sae import SAE, SparseCodes
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
@@ -131,6 +133,14 @@ class Images:
         return image_concepts(self.stream.dataset, self.indices).to(self.pixels.device)
 
     @cached_property
+    def coverage(self) -> Tensor:
+        return patch_coverage(self.stream.dataset, self.indices, self.stream.clip.grid[0])
+
+    @cached_property
+    def jpeg_bytes(self) -> Tensor:
+        return torch.tensor([_jpeg_bytes(one) for one in self.pixels.cpu()])
+
+    @cached_property
     def predictions(self) -> Tensor:
         return self.stream.predict(self.tokens)
 
@@ -140,6 +150,12 @@ class Images:
         group = max(1, _DENSE_BYTES // size)
         for start in range(0, len(self), group):
             yield Batch(self, sae, slice(start, start + group))
+
+
+def _jpeg_bytes(pixels: Tensor) -> int:
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=75)
+    return file.tell()
 
 
 def _of_images(name: str) -> Any:
@@ -157,6 +173,8 @@ class Batch:
         embeddings: [B, e] of the separate image encoder.
         patch_truth: bool [B, P, V] of `concept_names(PATCH_ATTRIBUTES)`.
         image_truth: bool [B, V] of `concept_names(IMAGE_ATTRIBUTES)`.
+        coverage: [B, P] on the CPU, how much of each patch its foremost object covers, 0..1.
+        jpeg_bytes: LongTensor [B] on the CPU, the images' sizes as JPEG of quality 75.
     """
 
     labels: Tensor = _of_images("labels")
@@ -165,6 +183,8 @@ class Batch:
     embeddings: Tensor = _of_images("embeddings")
     patch_truth: Tensor = _of_images("patch_truth")
     image_truth: Tensor = _of_images("image_truth")
+    coverage: Tensor = _of_images("coverage")
+    jpeg_bytes: Tensor = _of_images("jpeg_bytes")
 
     def __init__(self, images: Images, sae: SAE, rows: slice) -> None:
         self.images = images
@@ -177,6 +197,11 @@ class Batch:
         them. LongTensor [B] on the CPU."""
         among = self.images.stream.indices
         return torch.tensor([bisect_left(among, index) for index in self.indices.tolist()])
+
+    @cached_property
+    def has_truth(self) -> bool:
+        """Whether the dataset knows what its images show."""
+        return has_truth(self.images.stream.dataset)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -221,6 +246,14 @@ class Batch:
     def pooled(self) -> Tensor:
         """Codes of the images [B, M], by the pass's `pooling`."""
         return pool_codes(self.codes, self.images.stream.pooling)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """How many latents are active on each patch, LongTensor [B, P]."""
+        codes = self.sparse
+        counts = codes.token.new_zeros(codes.tokens, dtype=torch.long)
+        counts.index_add_(0, codes.token.long(), (codes.values != 0).long())
+        return counts.view(codes.shape[:-1])[:, self.images.stream.clip.prefix_tokens :]
 
     @cached_property
     def fired(self) -> Tensor:

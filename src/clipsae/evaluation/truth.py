@@ -63,6 +63,11 @@ def patch_concepts(dataset: Any, indices: Tensor, grid: int) -> Tensor:
     return torch.cat(columns, dim=2)
 
 
+def patch_coverage(dataset: Any, indices: Tensor, grid: int) -> Tensor:
+    """How much of each patch its foremost object covers: float [n, P] in 0..1, P = grid^2."""
+    return dataset.patch_truth(indices.cpu(), grid=grid)["coverage"]
+
+
 class AttributeEncoder(nn.Module):
     """An "image encoder" that knows: an image's concepts as 0 and 1, of unit length.
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 
-MODULES = ("sparsity", "cknna", "orthogonality", "monosemanticity", "recovery")  # as they are shown
+# As they are shown.
+MODULES = ("sparsity", "cknna", "orthogonality", "monosemanticity", "recovery", "support")
 for _module in MODULES:
     import_module(f"{__name__}.{_module}")
 
