@@ -177,6 +177,7 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
         ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan"),
         ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9,1]"),
         ("optimizer.decay=cosin", "optimizer.decay=cosin: expected constant, cosine or linear"),
+        ("evaluation.count_share=0", "evaluation.count_share=0: expected a share above 0"),
         ("evaluation.count_threshold=-0.1", "evaluation.count_threshold=-0.1"),
         ("evaluation.protocol=papers", "evaluation.protocol=papers: expected paper or heldout"),
         ("evaluation.ranking=tfidf", "evaluation.ranking=tfidf: expected frequency or contrast"),

@@ -36,6 +36,8 @@ from clipsae.evaluation.topn import (
 from clipsae.evaluation.truth import has_truth
 from clipsae.sae import SAE
 
+SHARE_IMAGES = 200  # that `count_share` sets thresholds on
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -91,6 +93,7 @@ def evaluate(
     ranking: str = "frequency",
     count_dataset: Any = None,
     count_threshold: float | Mapping[str, float] = 0.2,
+    count_share: float | None = None,
     settings: Sequence[str] = tuple(SETTINGS),
     memory_gb: float = 4.0,
     metrics: Sequence[str] | None = None,
@@ -122,6 +125,9 @@ def evaluate(
             on the mean class (`ranking.contrast`), which takes a pass more by the paper's protocol.
         count_threshold: a (token, latent) pair counts if its code is larger; one for all SAEs or
             one for each by name. 0.2 was tuned for codes of unnormalised tokens.
+        count_share: in place of `count_threshold` each SAE has the threshold that this share of its
+            active codes exceeds, on `SHARE_IMAGES` of the images that are counted: SAEs whose codes
+            differ in size are then compared alike. 1.0: every active code counts.
         settings: which of no_sae, on, off, self; none: no top-n classification.
         memory_gb: bound on what waits for its class to be complete. The images of a class that
             needs more are encoded a second time instead, with the same results.
@@ -182,6 +188,12 @@ def evaluate(
     elif not names:
         raise ValueError("nothing to evaluate: give a classifier and settings, or metrics")
 
+    if settings and count_share is not None and not 0 < count_share <= 1:
+        raise ValueError(
+            f"count_share={count_share}: expected a share of the active codes above 0 and at most "
+            "1, or None for count_threshold"
+        )
+
     needs = {need for name in names for need in METRICS[name].needs}
     device = clip.device if device is None else torch.device(device)
     encoder = image_encoder if "embeddings" in needs else None
@@ -203,6 +215,10 @@ def evaluate(
     )
     sizes = len(indices), clip.tokens, stream.embed_dim
     options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images)
+    of_count = dataset if count_dataset is None else count_dataset
+    count_stream = replace(stream, dataset=of_count, keep_scores=False)
+    if count_share is not None and set(settings) - {"no_sae"}:
+        thresholds = _thresholds_of_share(count_stream, saes, counted or order, count_share)
     measured = {
         name: [METRICS[metric](sae, options).to(device) for metric in names]
         for name, sae in saes.items()
@@ -245,7 +261,6 @@ def evaluate(
         advance(images)
 
     if counted:
-        count_stream = replace(stream, dataset=count_dataset, keep_scores=False)
         count_stream.run(saes, lambda name, batch: topn[name].count(batch), counted, each=advance)
         for one in topn.values():
             one.rank()
@@ -352,6 +367,27 @@ def _thresholds(saes: Mapping[str, SAE], given: float | Mapping[str, float]) -> 
                 "not active would count"
             )
     return {name: float(given[name]) for name in saes}
+
+
+def _thresholds_of_share(
+    stream: Stream, saes: Mapping[str, SAE], images: Sequence[int], share: float
+) -> dict[str, float]:
+    """The threshold that a share of each SAE's active codes exceeds, on images of all classes."""
+    few = images[:: -(-len(images) // SHARE_IMAGES)]
+    active: dict[str, list[Tensor]] = {name: [] for name in saes}
+
+    def add(name: str, batch: Batch) -> None:
+        values = batch.sparse.values.float()
+        active[name].append(values[values != 0].cpu())
+
+    stream.run(saes, add, few)
+    found = {}
+    for name, parts in active.items():
+        values = torch.cat(parts).sort(descending=True).values
+        exceeding = int(share * len(values))
+        # The largest code that does not exceed it; all active codes exceed 0.
+        found[name] = float(values[exceeding].clamp(min=0)) if exceeding < len(values) else 0.0
+    return found
 
 
 def _by_class(dataset: Any, indices: list[int], classes: int) -> list[int]:

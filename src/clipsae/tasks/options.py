@@ -172,6 +172,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "ns": list_of(whole(1), least=1),
         "settings": list_of(one_of("no_sae", "on", "off", "self")),
         "count_threshold": number(least=0),
+        "count_share": or_null(share("a share above 0, up to 1", zero=False)),
         "split": SPLIT,
         "batch_size": whole(1),
         "limit_images": or_null(whole(1)),

@@ -252,6 +252,7 @@ def compute(
         ranking=options.ranking,
         count_dataset=count_set,
         count_threshold=thresholds,
+        count_share=options.count_share,
         **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
         batch_size=options.batch_size,
         limit_images=limit,
