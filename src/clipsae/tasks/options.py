@@ -241,6 +241,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "push": or_null(TEXT),
         "private": FLAG,
     },
+    "findings": {"folder": TEXT, "sweep_dir": TEXT},
     "gc": {"delete": FLAG, "unused": FLAG},
     "report": {
         "clip": TEXT,

@@ -37,6 +37,7 @@ EXPERIMENT = "clipsae.tasks.experiment.run"
 TRAIN_ONLY = ("evaluation.settings=[]", "measurement.metrics=[]")
 UNFINISHED = ("running", "failed", "stalled")  # of a cell's stages the first of these is shown
 SHOWN = 10  # latents kept, of the accuracy that a sweep's summary shows
+_COLUMNS = ("model", "dataset")  # of a summary, beside its rows
 _ANY_SIZE = 224  # pixels; no key of a stage depends on it
 
 
@@ -380,7 +381,7 @@ def summary(cells: Sequence[Cell], failed: set[int]) -> tuple[str, Table]:
     work: dict[str, dict[Path, float]] = {}
     columns = set()
     for i, cell in enumerate(cells):
-        others = (f"{k}={v}" for k, v in cell.about.items() if k not in ("model", "dataset"))
+        others = (f"{k}={v}" for k, v in cell.about.items() if v and k not in _COLUMNS)
         row = " ".join([cell.about.get("model", ""), *others]).strip()
         ended = "[red]failed[/]" if i in failed else "" if cell.stages else "done"
         column, text = accuracy(cell)

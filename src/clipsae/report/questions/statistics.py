@@ -1,0 +1,127 @@
+"""Intervals and tests over seeds: Student's t, Welch, Fisher's z and the F test, all at 95 %."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % interval; bounds are NaN where it is not known (one value).
+
+    Attributes:
+        n: values that it rests on.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def half(self) -> float:
+        """Half its width; NaN where it is not known."""
+        return (self.high - self.low) / 2
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval lies above or below 0, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def mean(values: Sequence[float]) -> Interval:
+    """The mean with Student's t interval, mean ± t(n - 1) sd / sqrt(n); NaN is left out."""
+    x = np.asarray([v for v in values if not math.isnan(v)], dtype=float)
+    if len(x) == 0:
+        return Interval(*[math.nan] * 3, 0)
+    middle = float(x.mean())
+    if len(x) == 1:
+        return Interval(middle, math.nan, math.nan, 1)
+    half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    return Interval(middle, middle - half, middle + half, len(x))
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """mean(a) - mean(b) with Welch's interval; n is the smaller number of values.
+
+    Without two values on each side there is no interval. Where neither side varies at all the
+    interval is the difference itself.
+    """
+    x, y = (np.asarray([v for v in side if not math.isnan(v)], dtype=float) for side in (a, b))
+    n = min(len(x), len(y))
+    if n == 0:
+        return Interval(*[math.nan] * 3, 0)
+    middle = float(x.mean() - y.mean())
+    if n == 1:
+        return Interval(middle, math.nan, math.nan, 1)
+    of_x, of_y = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
+    if of_x + of_y == 0:
+        return Interval(middle, middle, middle, n)
+    freedom = (of_x + of_y) ** 2 / (of_x**2 / (len(x) - 1) + of_y**2 / (len(y) - 1))
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(of_x + of_y)
+    return Interval(middle, middle - half, middle + half, n)
+
+
+def correlation(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Pearson's correlation with Fisher's interval, tanh(artanh r ± 1.96 / sqrt(n - 3)).
+
+    NaN where one of them is constant or there are fewer than 3 pairs; without bounds below 4.
+    """
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if not (math.isnan(x) or math.isnan(y))]
+    n = len(pairs)
+    x, y = np.asarray(pairs, dtype=float).reshape(n, 2).T
+    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Interval(*[math.nan] * 3, n)
+    r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
+    if n < 4 or abs(r) == 1:
+        return Interval(r, math.nan, math.nan, n)
+    half = stats.norm.ppf((1 + LEVEL) / 2) / math.sqrt(n - 3)
+    return Interval(r, *(math.tanh(math.atanh(r) + side * half) for side in (-1, 1)), n)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far a measure tells variants apart.
+
+    Attributes:
+        within: standard deviation between seeds of one variant, pooled.
+        between: standard deviation of the variants' means.
+        ratio: within / between, the noise as a share of the difference.
+        p: of the F test that all variants have the same mean.
+        n: variants.
+    """
+
+    within: float
+    between: float
+    ratio: float
+    p: float
+    n: int
+
+
+def noise(groups: Sequence[Sequence[float]]) -> Noise:
+    """One-way analysis of variance of a measure; variants with one seed are left out.
+
+    NaN where fewer than two variants are left, or where nothing varies at all.
+    """
+    kept = [np.asarray([v for v in group if not math.isnan(v)], dtype=float) for group in groups]
+    kept = [group for group in kept if len(group) > 1]
+    if len(kept) < 2:
+        return Noise(*[math.nan] * 4, len(kept))
+    freedom = sum(len(group) - 1 for group in kept)
+    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in kept)
+    within = math.sqrt(squares / freedom)
+    between = float(np.std([group.mean() for group in kept], ddof=1))
+    if between == 0 and within == 0:
+        return Noise(0.0, 0.0, math.nan, math.nan, len(kept))
+    p = 0.0 if within == 0 else float(stats.f_oneway(*kept).pvalue)
+    return Noise(within, between, within / between if between else math.inf, p, len(kept))
+
+
+def agreement(a: Sequence[float], b: Sequence[float]) -> float:
+    """Kendall's tau-b of two orders of the same things; NaN below two of them or for ties alone."""
+    return float(stats.kendalltau(a, b).statistic) if len(a) > 1 else math.nan
