@@ -3,12 +3,21 @@
 import math
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from clipsae.evaluation.metrics.support import NUMBERS
 from clipsae.report.names import model_style, model_title
 from clipsae.report.plots import INK, STYLE, Plot
-from clipsae.report.questions.evidence import TRAINED, UNTRAINED, Evidence, mean_of, of, said
+from clipsae.report.questions.evidence import (
+    TRAINED,
+    UNTRAINED,
+    Evidence,
+    correlation_of,
+    mean_of,
+    of,
+    said,
+)
 from clipsae.report.questions.question import NOISE, Question, Table, bounds, figure, interval
 from clipsae.report.questions.statistics import difference
 
@@ -48,7 +57,7 @@ def ask(evidence: Evidence) -> Question:
         mine = frames["sparsemax"]
         signs: dict[int, list[str]] = {1: [], 0: [], -1: []}
         for key, words in _ASKED.items():
-            found = mean_of(mine, key)
+            found = correlation_of(mine, key)
             if found.n > 1 and not math.isnan(found.value):
                 signs[found.sign].append(f"{words} ({bounds(found)})")
         told = (
@@ -103,12 +112,15 @@ def _table(kind: str, keys: list, frames: dict) -> Table:
     models = list(frames)
     rows = [["L0", *(interval(mean_of(frames[m], "l0"), ".1f") for m in models)]]
     for number in keys:
-        form = ".1f" if "_l0_" in number.key else ".2f"
-        cells = [interval(mean_of(frames[m], number.key), form) for m in models]
+        if "~" in number.label:
+            cells = [bounds(correlation_of(frames[m], number.key)) for m in models]
+        else:
+            form = ".1f" if "_l0_" in number.key else ".2f"
+            cells = [interval(mean_of(frames[m], number.key), form) for m in models]
         rows.append([number.label, *cells])
     caption = (
-        f"{kind}: means over seeds with half their 95 % intervals. L0 ~ x is the rank correlation "
-        f"of the number of active latents with x. A difference is within the noise where {NOISE}."
+        f"{kind}: means over seeds with 95 % intervals. L0 ~ x is the rank correlation of the number "
+        f"of active latents with x. A difference is within the noise where {NOISE}."
     )
     return Table(caption, ["", *map(model_title, models)], rows)
 
@@ -123,9 +135,10 @@ def _plot(keys: list, frames: dict) -> Plot:
         axes.axvline(0, color=INK, linewidth=0.8)
         for at, model in enumerate(models):
             colour, marker = model_style(model, models)
-            found = [mean_of(frames[model], number.key) for number in shown]
+            found = [correlation_of(frames[model], number.key) for number in shown]
             places = [-i + 0.1 * (len(models) / 2 - at) for i in range(len(shown))]
-            spread = [0 if math.isnan(one.half) else one.half for one in found]
+            ends = [(one.value - one.low, one.high - one.value) for one in found]
+            spread = np.nan_to_num(ends).clip(min=0).T
             values = [one.value for one in found]
             style = {"color": colour, "marker": marker, "markersize": 5, "linestyle": "none"}
             axes.errorbar(values, places, xerr=spread, **style, label=model_title(model))

@@ -55,8 +55,8 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """Such as "paper, frequency"."""
-        share = "" if math.isnan(self.share) else f", {self.share:.0%} of the codes counted"
+        """Such as "paper, frequency", or "paper, frequency, 10 %" where a share is counted."""
+        share = "" if math.isnan(self.share) else f", {self.share:.0%}".replace("%", " %")
         return f"{self.protocol}, {self.ranking}{share}"
 
 
@@ -70,14 +70,15 @@ class Evidence:
             (names of the folders), dataset, key (a number's, or "on_5", "on_all", "no_sae", ...),
             value. Accuracies (in %) have protocol, ranking and share, numbers have none.
         concepts: rows of `concepts.csv` with recipe, model, role, seed and dataset.
-        seconds: that each finished stage took, by its folder's name.
+        spans: when each finished stage was made, by its folder's name: host, start, end in
+            seconds.
         cells: how many the sweep has, those included that are not finished.
         commits, versions: of the code that made the results.
     """
 
     figures: pd.DataFrame
     concepts: pd.DataFrame
-    seconds: dict[str, float]
+    spans: dict[str, tuple[str, float, float]]
     cells: int
     commits: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
@@ -141,9 +142,14 @@ class Evidence:
         return {model: found for model, found in mine.items() if len(found)}
 
     def hours(self, rows: pd.DataFrame) -> float:
-        """Of the work behind some rows: their SAEs and their evaluations."""
-        stages = {*rows.sae, *rows.evaluation}
-        return sum(self.seconds.get(name, 0.0) for name in stages) / 3600
+        """That the work behind some rows took, their SAEs and their evaluations. What was made at
+        the same time on one host, as with `together=true`, counts once."""
+        total, busy = 0.0, {}
+        for host, start, end in sorted(self.spans[n] for n in {*rows.sae, *rows.evaluation}):
+            until = busy.get(host, start)
+            total += max(0.0, end - max(start, until))
+            busy[host] = max(end, until)
+        return total / 3600
 
 
 def of(rows: pd.DataFrame, key: str) -> list[float]:
@@ -154,6 +160,11 @@ def of(rows: pd.DataFrame, key: str) -> list[float]:
 def mean_of(rows: pd.DataFrame, key: str) -> Interval:
     """Its mean over seeds."""
     return statistics.mean(of(rows, key))
+
+
+def correlation_of(rows: pd.DataFrame, key: str) -> Interval:
+    """The mean of a correlation over seeds (`statistics.mean_correlation`)."""
+    return statistics.mean_correlation(of(rows, key))
 
 
 def recipe_title(recipe: str) -> str:
@@ -178,7 +189,7 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
     recipes = _recipes([result.overrides for result in results])
     rows: list[dict[str, Any]] = []
     concepts: list[pd.DataFrame] = []
-    seconds: dict[str, float] = {}
+    spans: dict[str, tuple[str, float, float]] = {}
     commits, versions = set(), set()
     seen = set()
     recipe_of: dict[str, str] = {}  # two cells may ask for one SAE in different words
@@ -201,7 +212,8 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
         }
         for stage in (result.sae, result.evaluation):
             mark = read_json(stage / MARK)
-            seconds[stage.name] = float(mark.get("seconds") or 0.0)
+            end, took = float(mark["finished"]), float(mark.get("seconds") or 0.0)
+            spans[stage.name] = (str(mark.get("host")), end - took, end)
             commits |= {str(mark["git_commit"])[:10]} if mark.get("git_commit") else set()
             named = sorted((mark.get("versions") or {}).items())
             versions |= {", ".join(f"{name} {version}" for name, version in named)} - {""}
@@ -235,7 +247,7 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
     return Evidence(
         figures=pd.DataFrame(rows, columns=_COLUMNS),
         concepts=pd.concat(concepts, ignore_index=True) if concepts else pd.DataFrame(),
-        seconds=seconds,
+        spans=spans,
         cells=cells,
         commits=tuple(sorted(commits)),
         versions=tuple(sorted(versions)),

@@ -61,11 +61,11 @@ def text(evidence: Evidence, questions: Sequence[Question], words: Sequence[str]
         "Six questions about sparse autoencoders on the built-in world, whose concepts are known, "
         "answered from the results of one sweep. The sentences under *Answer* are computed from "
         "them, with 95 % intervals over seeds; the page is written by the second command.",
-        _code([[*words, "together=true"], [*words, "task=findings"]]),
+        _code([words, [*words, "task=findings"]]),
         f"It rests on {done} of {counted(evidence.cells, 'cell')} of the sweep: "
         f"{counted(figures.sae.nunique(), 'SAE')}, {counted(figures.seed.nunique(), 'seed')}, "
-        f"{evidence.hours(figures):.1f} hours of work"
-        + (f", made by the code of {', '.join(evidence.commits)}" if evidence.commits else "")
+        f"made in {_took(evidence.hours(figures))}"
+        + (f" by the code of {', '.join(evidence.commits)}" if evidence.commits else "")
         + (f" with {'; '.join(evidence.versions)}." if evidence.versions else "."),
     ]
     for at, question in enumerate(questions, start=1):
@@ -75,7 +75,7 @@ def text(evidence: Evidence, questions: Sequence[Question], words: Sequence[str]
 
 def _section(evidence: Evidence, question: Question, words: Sequence[str]) -> list[str]:
     grids = f"'hydra.sweeper.only=[{','.join(question.grids)}]'"
-    command = _code([[*words, "together=true", grids]])
+    command = _code([[*words, grids]])
     if not question.answer:
         return [f"{_UNANSWERED} These cells do:", command]
     parts = ["**Answer.** " + " ".join(question.answer)]
@@ -93,7 +93,7 @@ def _section(evidence: Evidence, question: Question, words: Sequence[str]) -> li
         parts.append(
             f"**Rests on** {counted(question.used.sae.nunique(), 'SAE')} "
             f"({counted(len(seeds), 'recipe')}, {several} each), "
-            f"{evidence.hours(question.used):.1f} hours. To repeat it:"
+            f"{_took(evidence.hours(question.used))}. To repeat it:"
         )
     parts.append(command)
     parts.append("**What it does not show.** " + " ".join(question.limits))
@@ -103,6 +103,10 @@ def _section(evidence: Evidence, question: Question, words: Sequence[str]) -> li
 def _code(commands: Sequence[Sequence[str]]) -> str:
     lines = [f"python run.py {' '.join(words)}  # takes hours" for words in commands]
     return "\n".join(["```bash", *lines, "```"])
+
+
+def _took(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
 def _markdown(table: Table) -> str:

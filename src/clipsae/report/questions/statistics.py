@@ -46,6 +46,13 @@ def mean(values: Sequence[float]) -> Interval:
     return Interval(middle, middle - half, middle + half, len(x))
 
 
+def mean_correlation(values: Sequence[float]) -> Interval:
+    """The mean of correlations by Fisher's z, tanh of the mean of artanh r, and its t interval."""
+    inside = [min(max(v, -0.999999), 0.999999) for v in values if not math.isnan(v)]
+    found = mean([math.atanh(r) for r in inside])
+    return Interval(*(math.tanh(v) for v in (found.value, found.low, found.high)), found.n)
+
+
 def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     """mean(a) - mean(b) with Welch's interval; n is the smaller number of values.
 

@@ -17,7 +17,7 @@ PAIR = ("sparsemax", "topk")
 def ask(evidence: Evidence) -> Question:
     """on_n of both with the same share of their active codes counted."""
     question = Question(
-        "Does a few latents of Sparsemax carry more than equally few of TopK, where the same share "
+        "Do a few latents of Sparsemax carry more than equally few of TopK, where the same share "
         "of their active codes is counted?",
         ("shares",),
         limits=[
@@ -43,7 +43,10 @@ def ask(evidence: Evidence) -> Question:
         parts = [f"{ours} is ahead at {said(signs[1])}"] * bool(signs[1])
         parts += [f"{theirs} is ahead at {said(signs[-1])}"] * bool(signs[-1])
         parts += [f"neither beyond noise at {said(signs[0])}"] * bool(signs[0])
-        answer.append(f"{setting.title[0].upper()}{setting.title[1:]}: {'; '.join(parts)}.")
+        rule = f"With {setting.share:.0%} of the codes counted ({setting.ranking})".replace(
+            "%", " %"
+        )
+        answer.append(f"{rule} {'; '.join(parts)}.")
         for model in PAIR:
             cells = []
             for key in keys:
