@@ -11,6 +11,8 @@ The reference for random and frozen baselines is "Sanity Checks for Sparse Autoe
 N tokens, d width, M latents, C texts, e embedding size.
 """
 
+import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +22,11 @@ from torch import Tensor
 
 from clipsae.sae import SAE
 
+log = logging.getLogger(__name__)
+
 MOST_TOKENS = 20_000
 """So many are drawn at random where the work would be long: for ICA, and for `least_squares`."""
+ICA_STEPS = 400
 LEARNED = ("trained", "partly frozen", "not learned")
 
 
@@ -133,8 +138,11 @@ def ica(u: np.ndarray, generator: np.random.Generator) -> Rows:
             f"fit='ica': {n:,} tokens span {rank} of {d} dimensions, and all are needed: set "
             "model.initial_images to more"
         )
-    found = FastICA(whiten="unit-variance", max_iter=400, random_state=_seed(generator))
-    found.fit(_sample(u, generator))
+    found = FastICA(whiten="unit-variance", max_iter=ICA_STEPS, random_state=_seed(generator))
+    with warnings.catch_warnings(action="ignore"):
+        found.fit(_sample(u, generator))
+    if found.n_iter_ == ICA_STEPS:
+        log.warning("FastICA has not converged in %d iterations", ICA_STEPS)
     return _signed(found.components_), _signed(found.mixing_.T)
 
 
