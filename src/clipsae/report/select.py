@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from clipsae.report.collect import ENCODER, NO_K, Collected
-from clipsae.report.names import ELEVEN_NAMES, SIX, WITH_K, model_title
+from clipsae.report.names import ELEVEN_NAMES, SIX, WITH_K, model_title, variant_title
 from clipsae.report.published import ablation_parts
 from clipsae.report.settings import Line, set_apart
 
@@ -80,7 +80,8 @@ class Selection:
         """A line's model, with its k where it has one, and what sets it apart."""
         k = self.k.get(line, NO_K)
         of_k = f" (k = {k})" if k != NO_K else ""
-        return ", ".join(filter(None, (model_title(line.model) + of_k, line.variant)))
+        name = model_title(line.model) + of_k
+        return ", ".join(filter(None, (name, variant_title(line.variant))))
 
     def usual(self, model: str) -> Line:
         """A line of a model without results: with the common settings most like `wanted.usual`,
@@ -175,10 +176,13 @@ def select(found: Collected, wanted: Wanted) -> Selection:
 
 
 def _fits(figures: pd.DataFrame, wanted: Wanted) -> pd.Series:
-    """Whether a figure is of the wanted CLIP, protocol, M and settings."""
+    """Whether a figure is of the wanted CLIP, protocol, M and settings. Fitted SAEs, many of which
+    have the M that they can have, are there with any."""
     fits = figures.protocol.eq(wanted.protocol) | figures.measured.eq(True)
-    for name in ("clip", "weights", "layer", "latents"):
+    for name in ("clip", "weights", "layer"):
         fits &= figures[name].eq(getattr(wanted, name))
+    fitted = {settings: "model.fit" in dict(settings) for settings in set(figures.settings)}
+    fits &= figures.latents.eq(wanted.latents) | figures.settings.map(fitted).astype(bool)
     if wanted.settings:
         asked = wanted.settings.items()
         known = {settings: dict(settings) for settings in set(figures.settings)}

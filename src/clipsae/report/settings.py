@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from clipsae.overrides import flat
-from clipsae.report.names import dataset_title, listed, model_title
+from clipsae.report.names import dataset_title, listed, model_title, variant_title
 from clipsae.rules import PRECISIONS
 from clipsae.store.survey import short
 
@@ -29,6 +29,8 @@ _LEFT_OUT = (
     # The image encoder's figures have tables of their own.
     "measurement.image_encoder",
 )
+# By default null, and then not said: the SAE is trained as a whole.
+_NOT_TRAINED = ("model.freeze", "model.fit")
 # Of key["training"], whose other entries are of conf/model.
 _FEATURES = ("batch_size", "shuffle_buffer_images", "cache", "block_images", "buffer_images")
 _GROUPS = {
@@ -52,6 +54,9 @@ _OF_MODEL = (
     *("model.", "optimizer.", "plugins"),
     *("trainer.gradient_clip", "evaluation.count_threshold"),
 )
+# Never left out where it is set: not, or partly, trained.
+_ALWAYS = ("model.freeze", "trainer.max_steps")
+_OF_OWN = (*_OF_MODEL, "trainer.max_steps")
 _OVERRIDE = re.compile(
     r"(?!\w+\.batches_a_step)(trainer|model|optimizer|features|evaluation)\.[\w.]+=\S+"
     r"|precision=\S+"
@@ -73,7 +78,9 @@ def settings_of(
         named = {_config_name(name): value for name, value in flat(of_sae)}
     else:
         features = {k: v for k, v in (config.get("features") or {}).items() if k in _FEATURES}
-        groups = ("clip", "model", "optimizer", "train_dataset", "trainer", "features")
+        groups = ["clip", "model", "train_dataset", "features"]
+        if (config.get("model") or {}).get("fit") is None:
+            groups += ["optimizer", "trainer"]
         named = config_settings({**config, "features": features}, groups)
         if "precision" in config:
             named["precision"] = config["precision"]
@@ -91,7 +98,10 @@ def settings_of(
         named |= config_settings(config, ("dataset", "evaluation"))
     if schema is not None:
         named["schema"] = str(schema)
-    return tuple(sorted((n, v) for n, v in named.items() if n not in _LEFT_OUT))
+    named = {n: v for n, v in named.items() if (n, v) not in ((n, "null") for n in _NOT_TRAINED)}
+    kept = {"model.latents"} if "model.fit" in named else set()  # a report has those of any M
+    left_out = set(_LEFT_OUT) - kept
+    return tuple(sorted((n, v) for n, v in named.items() if n not in left_out))
 
 
 def config_settings(config: Mapping[str, Any], groups: Iterable[str]) -> dict[str, str]:
@@ -136,7 +146,7 @@ class Line:
     @property
     def title(self) -> str:
         """The model as the paper writes it, and what sets its line apart."""
-        return ", ".join(filter(None, (model_title(self.model), self.variant)))
+        return ", ".join(filter(None, (model_title(self.model), variant_title(self.variant))))
 
     @property
     def overrides(self) -> list[str]:
@@ -157,9 +167,16 @@ def set_apart(figures: pd.DataFrame, usual: Mapping[str, str]) -> tuple[pd.DataF
     names = ["model", "dataset", "folder", "settings"]
     results = figures[names].drop_duplicates(ignore_index=True)
     values = pd.DataFrame([dict(s) for s in results.settings], results.index, dtype=object)
+    for name in {"trainer.max_steps", "model.fit"} - {*values}:
+        values[name] = pd.Series(None, values.index, dtype=object)
+    trained = values["model.fit"].isna()
     for name in values:  # whoever lacks one of these has another value; of others nothing is known
-        if decides_codes(name):
-            values[name] = values[name].fillna(NOT_SET)
+        if decides_codes(name):  # (What is fitted has no settings of a training.)
+            values[name] = values[name].fillna(NOT_SET).where(trained, values[name])
+    # An untrained SAE is a line of its model, and says nothing about the others' length.
+    untrained = values["trainer.max_steps"].eq("0")
+    steps = values["trainer.max_steps"].where(untrained, NOT_SET)
+    values["trainer.max_steps"] = values["trainer.max_steps"].mask(untrained)
     common = _varying(results, values[[name for name in values if not name.startswith(_OF_MODEL)]])
     sentences = [_sentence(name, results, values) for name in common]
     for name in common:  # every dataset has a hash of its images: of interest if it has several
@@ -169,11 +186,16 @@ def set_apart(figures: pd.DataFrame, usual: Mapping[str, str]) -> tuple[pd.DataF
     labels, unlike = _labels(values[common]), pd.Series(0, values.index)
     for name in usual.keys() & set(common):
         unlike += ~values[name].isin([usual[name], NOT_SET, float("nan")])
+    values["trainer.max_steps"] = steps
+    for name in [name for name in _ALWAYS if name in values]:
+        unlike += values[name].notna() & values[name].ne(NOT_SET)
     lines: dict[tuple[Any, ...], Line] = {}
     for model, mine in results.groupby("model"):
-        own = _varying(mine, values.loc[mine.index, [n for n in values if n.startswith(_OF_MODEL)]])
+        own = _varying(mine, values.loc[mine.index, [n for n in values if n.startswith(_OF_OWN)]])
         sentences += [f"{model_title(model)}: {_sentence(n, mine, values)}" for n in own]
-        own_labels = _labels(values.loc[mine.index, own])
+        said = values.loc[mine.index, [name for name in _ALWAYS if name in values]]
+        said = said.columns[(said.notna() & said.ne(NOT_SET)).any()]
+        own_labels = _labels(values.loc[mine.index, [*dict.fromkeys([*said, *own])]], [*said])
         for at, row in zip(mine.index, mine.itertuples(), strict=True):
             line = Line(model, labels[at], own_labels[at], unlike[at])
             lines[model, row.dataset, row.settings] = line
@@ -207,10 +229,14 @@ def _varying(results: pd.DataFrame, values: pd.DataFrame) -> list[str]:
     return found
 
 
-def _labels(values: pd.DataFrame) -> dict[int, str]:
-    """By row a label that distinguishes its settings from the others' by as few as are needed."""
+def _labels(values: pd.DataFrame, always: Iterable[str] = ()) -> dict[int, str]:
+    """By row a label that distinguishes its settings from the others' by as few as are needed.
+
+    Args:
+        always: settings that are in it anyway.
+    """
     known = values.fillna(NOT_SET)
-    chosen: list[str] = []
+    chosen = list(always)
 
     def parts(names: list[str]) -> int:
         return len(known[names].drop_duplicates()) if names else 1
