@@ -16,8 +16,10 @@ untrained SAE reach on the same images, and what a supervised probe does.
 N rows (patches, objects or images), M latents, V concepts, d width.
 """
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -33,15 +35,29 @@ from clipsae.evaluation.metrics.auroc import (
     latent_blocks,
 )
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.metrics.floors import (
+    RandomDirections,
+    encode_some,
+    least_squares,
+    mean_rows,
+    untrained,
+)
 from clipsae.evaluation.metrics.sample import CodeSample, Draw
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.ranking import top_latents
-from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names
+from clipsae.evaluation.truth import (
+    IMAGE_ATTRIBUTES,
+    OBJECT_ATTRIBUTES,
+    PATCH_ATTRIBUTES,
+    concept_names,
+)
 from clipsae.sae import SAE, SparseCodes
 
-LEVELS = ("patch", "object", "image")
-_ATTRIBUTES = dict(zip(LEVELS, (PATCH_ATTRIBUTES, OBJECT_ATTRIBUTES, IMAGE_ATTRIBUTES), strict=True))
+log = logging.getLogger(__name__)
+
+LEVELS = {"patch": "patches", "object": "objects", "image": "images"}
+_ATTRIBUTES = {"patch": PATCH_ATTRIBUTES, "object": OBJECT_ATTRIBUTES, "image": IMAGE_ATTRIBUTES}
 # What they are compared with: `{level}_{key}_{name}`.
 REFERENCES = {
     "random": "512 random directions and their negatives",
@@ -125,8 +141,8 @@ _BLOCK_ELEMENTS = 2**20
 _ENTRIES = 2**24
 # Tokens and truth, float32: 0.13 GB.
 _NUMBERS = 2**25
-# Images whose tokens are encoded again at a time, by what is no SAE in the evaluation.
-_IMAGES = 32
+# Of dense codes of pooled rows: 64 MB.
+_POOLED = 2**24
 
 
 def concept_recovery(
@@ -169,13 +185,13 @@ def concept_recovery(
         A concept that all rows of a half show, or none, is NaN, its latents are -1.
 
         Per latent [M]:
-        `concepts`: how many concepts it is good for (above 1: it merges several);
+        `good_for`: how many concepts it is good for (above 1: it merges several);
         `purity`: the largest share of its activation (positive codes, of all N rows) that lies on
         rows of one concept; NaN for latents without positive codes. A latent that is active
         everywhere has the share of the commonest concept.
 
         Scalars: `mean_auroc`, `mean_f1`, `mean_mcc` over the concepts that are defined, and their
-        number `defined`; `concepts_found`: the share of these whose `auroc` is at least the
+        number `concepts`; `concepts_found`: the share of these whose `auroc` is at least the
         threshold; `splitting`: mean number of good latents of a concept that is found; `merging`:
         share of good latents that are good for two concepts or more; `mean_purity` over latents;
         `live`: latents with positive codes.
@@ -203,7 +219,7 @@ def concept_recovery(
 
     sizes = _sizes(truth, groups, choosing)
     found = {name: sizes[at] for at, name in enumerate(SIZES)}
-    defined = ((sizes[2:] > 0) & (sizes[2:] < sizes[:2])).all(dim=0)
+    defined = _defined(sizes)
     best = [top_latents(x.nan_to_num(nan=-torch.inf).T.contiguous(), 1)[:, 0] for x in (area, f1)]
     assigned = _one_to_one(r[:, defined])
     partner = torch.full_like(best[0], -1)
@@ -226,9 +242,7 @@ def concept_recovery(
         at = torch.searchsorted(candidates, best[0][columns])
         scores["auroc"][columns] = again[at, torch.arange(len(columns), device=at.device)]
         chosen = best[1][columns]
-        level[columns] = f1_threshold(
-            before.lookup(chosen), truth[rows & choosing][:, columns]
-        )
+        level[columns] = f1_threshold(before.lookup(chosen), truth[rows & choosing][:, columns])
         scores["f1"][columns] = f1_above(after.lookup(chosen), here, level[columns])
         values = after.lookup(partner[columns].clamp(min=0))
         scores["mcc"][columns] = torch.where(
@@ -237,7 +251,7 @@ def concept_recovery(
     good &= likely
     latents, concepts = good.sum(dim=0), good.sum(dim=1)
     purity = _purity(codes, truth)
-    found |= scores | {"latents": latents, "concepts": concepts, "purity": purity}
+    found |= scores | {"latents": latents, "good_for": concepts, "purity": purity}
     found |= {"f1_threshold": level, "mcc_latent": partner}
     for name, latent in zip(("auroc", "f1"), best, strict=True):
         found[f"{name}_latent"] = torch.where(defined, latent, -1)
@@ -246,11 +260,67 @@ def concept_recovery(
         "mean_f1": scores["f1"].nanmean(),
         "mean_mcc": scores["mcc"].nanmean(),
         "mean_purity": purity.nanmean(),
-        "defined": defined.sum(),
+        "concepts": defined.sum(),
         "concepts_found": (scores["auroc"] >= threshold)[defined].double().mean(),
         "splitting": latents[latents > 0].double().mean(),
         "merging": (concepts[concepts > 0] > 1).double().mean(),
         "live": (~purity.isnan()).sum(),
+    }
+
+
+def probe_recovery(
+    features: Tensor,
+    truth: Tensor,
+    names: Sequence[str],
+    choosing: Tensor,
+    threshold: float = 0.9,
+) -> dict[str, Tensor]:
+    """What a supervised linear probe of each concept reaches, by the rules of `concept_recovery`.
+
+    The probe is fitted among siblings by least squares on the half that chooses latents, and the
+    threshold of its F1 is set there; the other half scores it.
+
+    Args:
+        features: [N, d].
+        truth, names, choosing, threshold: as there.
+
+    Returns:
+        `auroc`, `f1`, `mcc` per concept, float64 [V], and the scalars `mean_auroc`, `mean_f1`,
+        `mean_mcc`, `concepts_found`, `concepts`, as there; and `weights`, float64 [d + 1, V], the
+        intercepts last; NaN for concepts that are not defined.
+
+    Raises:
+        ValueError: as there.
+    """
+    _check(len(features), truth, names, choosing, threshold)
+    wide = {"dtype": torch.float64, "device": truth.device}
+    found = {
+        key: torch.full((truth.shape[1],), torch.nan, **wide) for key in ("auroc", "f1", "mcc")
+    }
+    weights = torch.full((features.shape[1] + 1, truth.shape[1]), torch.nan, **wide)
+    groups = siblings(truth, names)
+    defined = _defined(_sizes(truth, groups, choosing))
+    for rows, columns in groups:
+        columns = columns[defined[columns]]
+        if not len(columns):
+            continue
+        before, after = (
+            (features[half].double(), truth[half][:, columns])
+            for half in (rows & choosing, rows & ~choosing)
+        )
+        weights[:, columns] = w = least_squares(*before)
+        fitted, scores = (x @ w[:-1] + w[-1] for x, _ in (before, after))
+        low = torch.cat((fitted, scores)).amin(dim=0) - 1  # thresholds of F1 are positive
+        level = f1_threshold(fitted - low, before[1])
+        sparse = SparseCodes.from_dense(scores - low).by_latent()
+        found["auroc"][columns] = auroc(sparse, after[1].double()).diagonal()
+        found["f1"][columns] = f1_above(scores - low, after[1], level)
+        found["mcc"][columns] = column_correlation(scores, after[1])
+    return found | {
+        **{f"mean_{key}": value.nanmean() for key, value in found.items()},
+        "concepts_found": (found["auroc"] >= threshold)[defined].double().mean(),
+        "concepts": defined.sum(),
+        "weights": weights,
     }
 
 
@@ -307,6 +377,11 @@ def _sizes(truth: Tensor, groups: list[tuple[Tensor, Tensor]], choosing: Tensor)
     return sizes
 
 
+def _defined(sizes: Tensor) -> Tensor:
+    """BoolTensor [V]: both halves have rows that show the concept, and rows that do not."""
+    return ((sizes[2:] > 0) & (sizes[2:] < sizes[:2])).all(dim=0)
+
+
 def _one_to_one(r: Tensor) -> Tensor:
     """The latent of each concept, [V] (-1: there were too few), by the correlations [M, V]."""
     latent, concept = linear_sum_assignment(r.cpu().numpy(), maximize=True)
@@ -324,25 +399,31 @@ def _purity(codes: SparseCodes, truth: Tensor) -> Tensor:
     return torch.where(mass > 0, most / mass, torch.nan)
 
 
-def pool_rows(codes: SparseCodes, group: Tensor, how: str = "max") -> SparseCodes:
+def pool_rows(codes: SparseCodes, group: Tensor, how: str) -> SparseCodes:
     """The codes of groups of rows, such as an object's patches.
 
     Args:
         codes: [N, M].
-        group: LongTensor [N], which of G groups each row belongs to; -1: to none.
-        how: "max", or 0 where all are negative; "mean" over the group's rows.
+        group: LongTensor [N], which of G groups each row belongs to, each to be found among them;
+            -1: to none.
+        how: "max" (0 where all are negative), "mean" over the group's rows, or "cls": its first.
 
     Returns:
         [G, M].
     """
     sizes = torch.bincount(group[group >= 0])
+    if how == "cls":
+        first = group.new_full((len(sizes),), len(group))
+        rows = torch.arange(len(group), device=group.device)
+        first.scatter_reduce_(0, group[group >= 0], rows[group >= 0], "amin")
+        return codes[torch.zeros_like(group, dtype=torch.bool).index_fill_(0, first, True)]
     of = group[codes.token]
     step = max(1, _POOLED // codes.latents)
-    parts = []
-    for first in range(0, len(sizes), step):
-        here = (of >= first) & (of < first + step)
-        cells = (of[here] - first) * codes.latents + codes.latent[here]
-        many = sizes[first : first + step]
+    parts = [codes.values.new_zeros(0, codes.latents)]
+    for start in range(0, len(sizes), step):
+        here = (of >= start) & (of < start + step)
+        cells = (of[here] - start) * codes.latents + codes.latent[here]
+        many = sizes[start : start + step]
         dense = codes.values.new_zeros(len(many) * codes.latents)
         if how == "max":
             dense.scatter_reduce_(0, cells, codes.values[here], "amax")
@@ -353,33 +434,74 @@ def pool_rows(codes: SparseCodes, group: Tensor, how: str = "max") -> SparseCode
     return SparseCodes.from_dense(torch.cat(parts))
 
 
-class _Sample:
-    """The sampled images at all levels.
+@dataclass(frozen=True)
+class _Level:
+    """The rows of a level (patches, objects or images) and what is known of them.
 
-    Args:
-        beside: what `CodeSample` has kept, [n, T (d + V + 1) + W]: tokens, patch truth and object
-            of each token, and the image's truth.
-        tokens, d: T, d.
-        pooling: of codes to image codes.
+    Attributes:
+        names: of the V concepts.
+        truth: BoolTensor [N, V].
+        choosing: BoolTensor [N].
+        row: LongTensor [n T], the row that each token belongs to; -1: to none.
     """
 
-    def __init__(self, beside: Tensor, tokens: int, d: int, pooling: str) -> None:
-        names = {level: concept_names(attributes) for level, attributes in _ATTRIBUTES.items()}
-        v, w = len(names["patch"]), len(names["image"])
-        parts = beside.split((tokens * d, tokens * v, tokens, w), dim=1)
-        self.tokens = parts[0].reshape(-1, tokens, d)
-        self.pooling = pooling
-        of_tokens = parts[1].reshape(-1, tokens, v) > 0
-        self.image = parts[3] > 0
-        self.objects = parts[2].long()
+    names: list[str]
+    truth: Tensor
+    choosing: Tensor
+    row: Tensor
+
+
+def _levels(beside: Tensor, tokens: int, d: int) -> tuple[Tensor, dict[str, _Level]]:
+    """The sampled images at all levels.
+
+    Every second image chooses. (The sample is in the order of a draw, not of the dataset, whose
+    labels may alternate.)
+
+    Args:
+        beside: of n images, [n, T (d + V + 1) + W]: their tokens, each token's concepts and object,
+            and the image's concepts.
+        tokens, d: T, d.
+
+    Returns:
+        Tokens [n, T, d], and the levels by name.
+    """
+    names = {level: concept_names(attributes) for level, attributes in _ATTRIBUTES.items()}
+    n, v = len(beside), len(names["patch"])
+    sizes = (tokens * d, tokens * v, tokens, len(names["image"]))
+    x, of_tokens, objects, of_images = beside.split(sizes, dim=1)
+    truth, slot = of_tokens.reshape(n * tokens, v) > 0, objects.flatten().long()
+    image = torch.arange(n, device=beside.device)
+    of_token = image.repeat_interleave(tokens)
+    patch = truth.any(dim=1)  # the class token has no attributes
+    shown = slot >= 0
+    cells = of_token * (int(slot.max()) + 1) + slot if n else slot
+    found, place = cells[shown].unique(return_inverse=True)
+    first = place.new_zeros(len(found)).scatter_(0, place, shown.nonzero()[:, 0])  # any: all agree
+    columns = [names["patch"].index(name) for name in names["object"]]
+    rows = {
+        "patch": (truth[patch], of_token[patch], torch.where(patch, patch.cumsum(0) - 1, -1)),
+        "object": (
+            truth[first][:, columns],
+            of_token[first],
+            torch.full_like(slot, -1).masked_scatter(shown, place),
+        ),
+        "image": (of_images > 0, image, of_token),
+    }
+    return x.reshape(n, tokens, d), {
+        name: _Level(names[name], truth, image % 2 == 0, row)
+        for name, (truth, image, row) in rows.items()
+    }
 
 
 @METRICS.register("recovery")
 class ConceptRecovery(Measurement):
-    """`concept_recovery` of a sample of images, by their patches and by their pooled codes.
+    """`concept_recovery` of a sample of images: by patches, objects and whole images.
 
-    The sample's codes are kept; of SAEs with very many active latents a part of them
-    (`CodeSample`), and the log says how many. `concepts` has each concept's best latents.
+    An object's code is the largest of its patches' codes, an image's is pooled by
+    `Options.pooling`. The codes, tokens and truth of the sample are kept; where that is too much
+    memory, those of a part of the images (`CodeSample`), and the log says of how many. `concepts`
+    has each concept's latents, and its scores by what the SAE is compared with (`REFERENCES`),
+    which is measured on the same images; of codes that are mostly not zero on the first of them.
     """
 
     numbers = NUMBERS
@@ -387,54 +509,143 @@ class ConceptRecovery(Measurement):
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
+        self._sae = (sae,)  # in a tuple it is no part of this module
         self.draw = Draw(options.images, 1, options.sample_images, options.seed)
-        self.patches, self.images = (
-            CodeSample(
-                "recovery",
-                unit,
-                self.latents,
-                torch.empty(0, len(concept_names(attributes)), dtype=torch.bool),
-                lambda rows, pairs: pairs > _ENTRIES,
-            )
-            for unit, attributes in (("patches", PATCH_ATTRIBUTES), ("images", IMAGE_ATTRIBUTES))
+        order = torch.Generator().manual_seed(options.seed)
+        self.order = torch.randperm(len(self.draw.drawn), generator=order)
+        patch, image = (len(concept_names(_ATTRIBUTES[level])) for level in ("patch", "image"))
+        width = options.tokens * (self.d + patch + 1) + image
+        self.sample = CodeSample(
+            "recovery",
+            "images",
+            options.tokens * self.latents,
+            torch.empty(0, width),
+            lambda rows, pairs: pairs > _ENTRIES or rows * width > _NUMBERS,
         )
 
     def update(self, batch: Batch) -> None:
         rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
-        truth = batch.patch_truth[rows]
-        patches = truth.shape[1]
-        drawn = torch.zeros(batch.tokens.shape[:2], dtype=torch.bool)
-        drawn[rows, -patches:] = True
-        codes = batch.sparse.view(-1, self.latents)[drawn.flatten().to(truth.device)]
-        of_patches = numbers[:, None] * patches + torch.arange(patches)
-        self.patches.update(of_patches.flatten(), truth.flatten(0, 1), codes)
-        pooled = SparseCodes.from_dense(batch.pooled[rows])
-        self.images.update(numbers, batch.image_truth[rows], pooled)
+        x = batch.tokens[rows].float()
+        n, tokens = x.shape[:2]
+        known = (
+            batch.patch_truth[rows].to(x.device),
+            batch.patch_objects[rows, :, None].to(x.device),
+        )
+        truth, objects = (
+            x.new_full((n, tokens, part.shape[2]), nothing)
+            for part, nothing in zip(known, (0, -1), strict=True)
+        )
+        for whole, part in ((truth, known[0]), (objects, known[1])):
+            whole[:, -part.shape[1] :] = part.float()  # patches are the last tokens
+        parts = (x, truth, objects, batch.image_truth[rows].float().to(x.device))
+        beside = torch.cat([part.flatten(1) for part in parts], dim=1)
+        drawn = torch.zeros(len(batch.positions), dtype=torch.bool, device=x.device)
+        drawn[rows] = True
+        codes = batch.sparse[drawn]
+        flat = SparseCodes(codes.values, codes.positions, (n, tokens * self.latents))
+        self.sample.update(self.order[numbers], beside, flat)
 
     def compute(self) -> dict[str, Tensor]:
-        """The scalars of both levels, after "patch_" and "image_"."""
+        """The scalars of all levels, after "patch_", "object_" and "image_"."""
+        beside, kept = self.sample.compute()
+        tokens = self.options.tokens
+        x, levels = _levels(beside, tokens, self.d)
+        codes = SparseCodes(kept.values, kept.positions, (len(x) * tokens, self.latents))
+        found = {level: self._compare(level, codes, rows) for level, rows in levels.items()}
+        others = {level: {"probe": self._probe(level, x, rows)} for level, rows in levels.items()}
+        for of, model in (
+            ("random", RandomDirections(x.flatten(0, 1))),
+            ("untrained", untrained(self._sae[0], x)),
+        ):
+            codes = encode_some(model, x, _ENTRIES)
+            n = codes.tokens // tokens
+            some = levels if n == len(x) else _levels(beside[:n], tokens, self.d)[1]
+            for level, rows in some.items():
+                others[level][of] = self._compare(level, codes, rows)
+
         values: dict[str, Tensor] = {}
         self.concepts = []
-        for level, sample, attributes in (
-            ("patch", self.patches, PATCH_ATTRIBUTES),
-            ("image", self.images, IMAGE_ATTRIBUTES),
-        ):
-
-            def report(done: int, total: int, unit: str = sample.unit) -> None:
-                self.progress(done, total, f"recovery in {unit}")
-
-            truth, codes = sample.compute()
-            found = concept_recovery(codes, truth, self.options.threshold, report)
-            columns = {name: found[name].tolist() for name in COLUMNS}
-            self.concepts += [
-                {"level": level, "concept": name, **{c: column[v] for c, column in columns.items()}}
-                for v, name in enumerate(concept_names(attributes))
-            ]
-            for number in _CONCEPTS:
-                value = found.get(f"mean_{number.key}", found[number.key])
-                values[f"{level}_{number.key}"] = value
-            if sample.compared is not None:
-                values[f"{level}_compared"] = torch.tensor(float(sample.compared))
+        for level in LEVELS:
+            values |= _named(level, found[level], others[level])
+            self.concepts += _rows(level, levels[level].names, found[level], others[level])
+        self._tell(values, levels)
         return values
+
+    def _compare(self, level: str, codes: SparseCodes, rows: _Level) -> dict[str, Tensor]:
+        """`concept_recovery` of codes [n T, M] at a level."""
+        how = {"patch": "cls", "object": "max"}.get(level, self.options.pooling)
+        return concept_recovery(
+            pool_rows(codes, rows.row, how),
+            rows.truth,
+            rows.names,
+            rows.choosing,
+            self.options.threshold,
+            lambda done, total: self.progress(done, total, f"recovery in {LEVELS[level]}"),
+        )
+
+    def _probe(self, level: str, x: Tensor, rows: _Level) -> dict[str, Tensor]:
+        """The same of a probe of tokens [n, T, d]: of a patch's, of the mean of an object's, and of
+        an image's first (the class token, where there is one) beside the mean of all."""
+        features = x.flatten(0, 1)
+        if level == "patch":
+            features = features[rows.row >= 0]
+        elif level == "object":
+            features = mean_rows(features, rows.row)
+        else:
+            features = torch.cat((x[:, 0], x.mean(dim=1)), dim=1)
+        return probe_recovery(
+            features, rows.truth, rows.names, rows.choosing, self.options.threshold
+        )
+
+    def _tell(self, values: dict[str, Tensor], levels: dict[str, _Level]) -> None:
+        """In the log, what is left out."""
+        for level, rows in levels.items():
+            if left := len(rows.names) - int(values[f"{level}_concepts"]):
+                log.info(
+                    "recovery leaves out %d of %d concepts in %s: a half of the images has none of "
+                    "them, or nothing else",
+                    left,
+                    len(rows.names),
+                    LEVELS[level],
+                )
+
+
+def _named(
+    level: str, found: dict[str, Tensor], others: dict[str, dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The scalars of a level by the keys of `NUMBERS`."""
+    values = {}
+    for number in NUMBERS:
+        of, _, key = number.key.partition("_")
+        if of != level:
+            continue
+        key, _, name = (
+            key.rpartition("_") if key.rpartition("_")[2] in REFERENCES else (key, "", "")
+        )
+        source = others[name] if name else found
+        values[number.key] = source[f"mean_{key}" if f"mean_{key}" in source else key]
+    return values
+
+
+def _rows(
+    level: str,
+    names: Sequence[str],
+    found: dict[str, Tensor],
+    others: dict[str, dict[str, Tensor]],
+) -> list[dict[str, Any]]:
+    """A row of `concepts.csv` for each concept of a level."""
+    columns = {name: found[name] for name in COLUMNS}
+    for name, other in others.items():
+        columns |= {f"{key}_{name}": other[key] for key in ("auroc", "f1", "mcc")}
+    lists = {name: column.tolist() for name, column in columns.items()}
+    return [
+        {
+            "level": level,
+            "attribute": name.partition("=")[0],
+            "concept": name,
+            **{column: values[v] for column, values in lists.items()},
+        }
+        for v, name in enumerate(names)
+    ]
