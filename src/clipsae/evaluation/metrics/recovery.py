@@ -135,6 +135,8 @@ COLUMNS = (
     *("auroc", "auroc_latent", "f1", "f1_latent", "f1_threshold", "mcc", "mcc_latent", "latents"),
 )
 
+_PER_CONCEPT = ("auroc", "f1", "mcc")
+
 # Of float64 arrays [entries, V] and [m, V]: so few that their memory is used again and again.
 _BLOCK_ELEMENTS = 2**20
 # Codes that are not zero: 0.2 GB, and several times that while they are sorted.
@@ -203,8 +205,8 @@ def concept_recovery(
         codes = SparseCodes.from_dense(codes.float())
     _check(len(codes), truth, names, choosing, threshold)
     v, total = truth.shape[1], codes.latents
-    double = {"dtype": torch.float64, "device": truth.device}
-    area, f1, r = (torch.full((total, v), torch.nan, **double) for _ in range(3))
+    nothing = truth.new_full((v,), torch.nan, dtype=torch.float64)
+    area, f1, r = (nothing.repeat(total, 1) for _ in range(3))
     groups = siblings(truth, names)
     for number, (rows, columns) in enumerate(groups):
         part = codes[rows & choosing]
@@ -227,8 +229,8 @@ def concept_recovery(
     likely = (area >= threshold) & defined
     likely[best[0][defined], defined.nonzero()[:, 0]] = True
     good = torch.zeros_like(likely)
-    scores = {name: torch.full((v,), torch.nan, **double) for name in ("auroc", "f1", "mcc")}
-    level = torch.full((v,), torch.nan, **double)
+    scores = {name: nothing.clone() for name in _PER_CONCEPT}
+    level = nothing.clone()
     for rows, columns in groups:
         columns = columns[defined[columns]]
         if not len(columns):
@@ -539,7 +541,7 @@ class ConceptRecovery(Measurement):
         )
         for whole, part in ((truth, known[0]), (objects, known[1])):
             whole[:, -part.shape[1] :] = part.float()  # patches are the last tokens
-        parts = (x, truth, objects, batch.image_truth[rows].float().to(x.device))
+        parts = (x, truth, objects, batch.image_truth[rows].to(x))
         beside = torch.cat([part.flatten(1) for part in parts], dim=1)
         drawn = torch.zeros(len(batch.positions), dtype=torch.bool, device=x.device)
         drawn[rows] = True
@@ -638,7 +640,7 @@ def _rows(
     """A row of `concepts.csv` for each concept of a level."""
     columns = {name: found[name] for name in COLUMNS}
     for name, other in others.items():
-        columns |= {f"{key}_{name}": other[key] for key in ("auroc", "f1", "mcc")}
+        columns |= {f"{key}_{name}": other[key] for key in _PER_CONCEPT}
     lists = {name: column.tolist() for name, column in columns.items()}
     return [
         {
