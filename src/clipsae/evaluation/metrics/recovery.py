@@ -33,6 +33,7 @@ from clipsae.evaluation.metrics.auroc import (
     f1_above,
     f1_threshold,
     latent_blocks,
+    sum_rows,
 )
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.metrics.floors import (
@@ -188,9 +189,9 @@ def concept_recovery(
 
         Per latent [M]:
         `good_for`: how many concepts it is good for (above 1: it merges several);
-        `purity`: the largest share of its activation (positive codes, of all N rows) that lies on
-        rows of one concept; NaN for latents without positive codes. A latent that is active
-        everywhere has the share of the commonest concept.
+        `purity`: the largest share of its activation (positive codes, on all rows of the choosing
+        half) that lies on rows of one concept that is defined; NaN for latents without positive
+        codes there. A latent that is active everywhere has the share of the commonest concept.
 
         Scalars: `mean_auroc`, `mean_f1`, `mean_mcc` over the concepts that are defined, and their
         number `concepts`; `concepts_found`: the share of these whose `auroc` is at least the
@@ -206,10 +207,11 @@ def concept_recovery(
     _check(len(codes), truth, names, choosing, threshold)
     v, total = truth.shape[1], codes.latents
     nothing = truth.new_full((v,), torch.nan, dtype=torch.float64)
-    area, f1, r = (nothing.repeat(total, 1) for _ in range(3))
+    area, f1, r, lies = (nothing.repeat(total, 1) for _ in range(4))
     groups = siblings(truth, names)
+    before, after = codes[choosing], codes[~choosing]
     for number, (rows, columns) in enumerate(groups):
-        part = codes[rows & choosing]
+        part = before[rows[choosing]]
         here = truth[rows & choosing][:, columns].double()
         room = max(1, _BLOCK_ELEMENTS // len(columns))
         for first, block in latent_blocks(part, pairs=room, latents=room):
@@ -217,56 +219,57 @@ def concept_recovery(
             area[to, columns] = auroc(block, here)
             f1[to, columns] = best_f1(block, here)
             r[to, columns] = correlation(block, here)
+            lies[to, columns] = sum_rows(block, block.values.double().clamp(min=0), here)
             progress(number * total + first + block.latents, len(groups) * total)
-
     sizes = _sizes(truth, groups, choosing)
     found = {name: sizes[at] for at, name in enumerate(SIZES)}
     defined = _defined(sizes)
-    best = [top_latents(x.nan_to_num(nan=-torch.inf).T.contiguous(), 1)[:, 0] for x in (area, f1)]
-    assigned = _one_to_one(r[:, defined])
-    partner = torch.full_like(best[0], -1)
-    partner[defined] = assigned
-    likely = (area >= threshold) & defined
-    likely[best[0][defined], defined.nonzero()[:, 0]] = True
-    good = torch.zeros_like(likely)
+    mass = before.sum_tokens(before.values.double().clamp(min=0))
+    most = torch.where(defined, lies, 0).amax(dim=1)
+    purity = torch.where(mass > 0, most / mass, torch.nan)
+    best = {
+        name: top_latents(scores.nan_to_num(nan=-torch.inf).T.contiguous(), 1)[:, 0]
+        for name, scores in (("auroc", area), ("f1", f1))
+    }
+    best["mcc"] = _one_to_one(r, defined)
     scores = {name: nothing.clone() for name in _PER_CONCEPT}
     level = nothing.clone()
+    likely = (area >= threshold) & defined
+    likely[best["auroc"][defined], defined.nonzero()[:, 0]] = True
+    good = torch.zeros_like(likely)
     for rows, columns in groups:
         columns = columns[defined[columns]]
         if not len(columns):
             continue
-        here = truth[rows & ~choosing][:, columns]
-        before, after = codes[rows & choosing], codes[rows & ~choosing]
+        first, second = before[rows[choosing]], after[rows[~choosing]]
+        was, here = (truth[rows & half][:, columns] for half in (choosing, ~choosing))
         candidates = likely[:, columns].any(dim=1).nonzero()[:, 0]
-        of_candidates = SparseCodes.from_dense(after.lookup(candidates)).by_latent()
-        again = auroc(of_candidates, here.double())  # [candidates, columns]
-        good[candidates[:, None], columns] = again >= threshold
-        at = torch.searchsorted(candidates, best[0][columns])
-        scores["auroc"][columns] = again[at, torch.arange(len(columns), device=at.device)]
-        chosen = best[1][columns]
-        level[columns] = f1_threshold(before.lookup(chosen), truth[rows & choosing][:, columns])
-        scores["f1"][columns] = f1_above(after.lookup(chosen), here, level[columns])
-        values = after.lookup(partner[columns].clamp(min=0))
-        scores["mcc"][columns] = torch.where(
-            partner[columns] >= 0, column_correlation(values, here), 0
-        )
+        for start, block in latent_blocks(
+            second.take(candidates), pairs=_BLOCK_ELEMENTS, latents=_BLOCK_ELEMENTS
+        ):
+            of = candidates[start : start + block.latents, None]
+            area[of, columns] = auroc(block, here.double())
+        good[candidates[:, None], columns] = area[candidates[:, None], columns] >= threshold
+        scores["auroc"][columns] = area[best["auroc"][columns], columns]
+        chosen = best["f1"][columns]
+        level[columns] = f1_threshold(first.columns(chosen), was)
+        scores["f1"][columns] = f1_above(second.columns(chosen), here, level[columns])
+        partner = best["mcc"][columns]
+        of_partner = column_correlation(second.columns(partner.clamp(min=0)), here)
+        scores["mcc"][columns] = torch.where(partner >= 0, of_partner, 0)
     good &= likely
-    latents, concepts = good.sum(dim=0), good.sum(dim=1)
-    purity = _purity(codes, truth)
-    found |= scores | {"latents": latents, "good_for": concepts, "purity": purity}
-    found |= {"f1_threshold": level, "mcc_latent": partner}
-    for name, latent in zip(("auroc", "f1"), best, strict=True):
-        found[f"{name}_latent"] = torch.where(defined, latent, -1)
+    latents, good_for = good.sum(dim=0), good.sum(dim=1)
+    found |= scores | {"latents": latents, "good_for": good_for, "purity": purity}
+    found |= {"f1_threshold": level}
+    found |= {f"{name}_latent": torch.where(defined, best[name], -1) for name in best}
     return found | {
-        "mean_auroc": scores["auroc"].nanmean(),
-        "mean_f1": scores["f1"].nanmean(),
-        "mean_mcc": scores["mcc"].nanmean(),
+        **{f"mean_{name}": value.nanmean() for name, value in scores.items()},
         "mean_purity": purity.nanmean(),
         "concepts": defined.sum(),
         "concepts_found": (scores["auroc"] >= threshold)[defined].double().mean(),
         "splitting": latents[latents > 0].double().mean(),
-        "merging": (concepts[concepts > 0] > 1).double().mean(),
-        "live": (~purity.isnan()).sum(),
+        "merging": (good_for[good_for > 0] > 1).double().mean(),
+        "live": (mass > 0).sum(),
     }
 
 
@@ -384,21 +387,13 @@ def _defined(sizes: Tensor) -> Tensor:
     return ((sizes[2:] > 0) & (sizes[2:] < sizes[:2])).all(dim=0)
 
 
-def _one_to_one(r: Tensor) -> Tensor:
-    """The latent of each concept, [V] (-1: there were too few), by the correlations [M, V]."""
-    latent, concept = linear_sum_assignment(r.cpu().numpy(), maximize=True)
+def _one_to_one(r: Tensor, defined: Tensor) -> Tensor:
+    """The latent of each concept, LongTensor [V], by the correlations [M, V]; -1: there were too
+    few, or the concept is not defined."""
+    latent, concept = linear_sum_assignment(r[:, defined].cpu().numpy(), maximize=True)
     found = torch.full((r.shape[1],), -1, dtype=torch.long)
-    found[torch.from_numpy(concept)] = torch.from_numpy(latent)
+    found[defined.cpu().nonzero()[:, 0][torch.from_numpy(concept)]] = torch.from_numpy(latent)
     return found.to(r.device)
-
-
-def _purity(codes: SparseCodes, truth: Tensor) -> Tensor:
-    activation = codes.values.double().clamp(min=0)
-    mass, most = codes.sum_tokens(activation), torch.zeros(codes.latents, dtype=torch.float64)
-    most = most.to(mass.device)
-    for column in truth.T.double():
-        most = torch.maximum(most, codes.sum_tokens(activation * codes.at_token(column)))
-    return torch.where(mass > 0, most / mass, torch.nan)
 
 
 def pool_rows(codes: SparseCodes, group: Tensor, how: str) -> SparseCodes:
@@ -577,9 +572,12 @@ class ConceptRecovery(Measurement):
 
     def _compare(self, level: str, codes: SparseCodes, rows: _Level) -> dict[str, Tensor]:
         """`concept_recovery` of codes [n T, M] at a level."""
-        how = {"patch": "cls", "object": "max"}.get(level, self.options.pooling)
+        if level == "patch":
+            codes = codes[rows.row >= 0]
+        else:
+            codes = pool_rows(codes, rows.row, "max" if level == "object" else self.options.pooling)
         return concept_recovery(
-            pool_rows(codes, rows.row, how),
+            codes,
             rows.truth,
             rows.names,
             rows.choosing,
