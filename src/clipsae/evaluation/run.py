@@ -214,7 +214,7 @@ def evaluate(
         num_workers=num_workers,
     )
     sizes = len(indices), clip.tokens, stream.embed_dim
-    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images)
+    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images, pooling)
     of_count = dataset if count_dataset is None else count_dataset
     count_stream = replace(stream, dataset=of_count, keep_scores=False)
     if count_share is not None and set(settings) - {"no_sae"}:
