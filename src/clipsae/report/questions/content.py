@@ -119,8 +119,8 @@ def _table(kind: str, keys: list, frames: dict) -> Table:
             cells = [interval(mean_of(frames[m], number.key), form) for m in models]
         rows.append([number.label, *cells])
     caption = (
-        f"{kind}: means over seeds with 95 % intervals. L0 ~ x is the rank correlation of the number "
-        f"of active latents with x. A difference is within the noise where {NOISE}."
+        f"{kind}: means over seeds with 95 % intervals. L0 ~ x is the rank correlation of the "
+        f"number of active latents with x. A difference is within the noise where {NOISE}."
     )
     return Table(caption, ["", *map(model_title, models)], rows)
 

@@ -1,4 +1,4 @@
-"""Intervals and tests over seeds: Student's t, Welch, Fisher's z and the F test, all at 95 %."""
+"""Intervals and tests over seeds: Student's t, Welch and Fisher's z, all at 95 %."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
+from clipsae.report.noise import LEVEL
 
 
 @dataclass(frozen=True)
@@ -89,44 +89,6 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> Interval:
         return Interval(r, math.nan, math.nan, n)
     half = stats.norm.ppf((1 + LEVEL) / 2) / math.sqrt(n - 3)
     return Interval(r, *(math.tanh(math.atanh(r) + side * half) for side in (-1, 1)), n)
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How far a measure tells variants apart.
-
-    Attributes:
-        within: standard deviation between seeds of one variant, pooled.
-        between: standard deviation of the variants' means.
-        ratio: within / between, the noise as a share of the difference.
-        p: of the F test that all variants have the same mean.
-        n: variants.
-    """
-
-    within: float
-    between: float
-    ratio: float
-    p: float
-    n: int
-
-
-def noise(groups: Sequence[Sequence[float]]) -> Noise:
-    """One-way analysis of variance of a measure; variants with one seed are left out.
-
-    NaN where fewer than two variants are left, or where nothing varies at all.
-    """
-    kept = [np.asarray([v for v in group if not math.isnan(v)], dtype=float) for group in groups]
-    kept = [group for group in kept if len(group) > 1]
-    if len(kept) < 2:
-        return Noise(*[math.nan] * 4, len(kept))
-    freedom = sum(len(group) - 1 for group in kept)
-    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in kept)
-    within = math.sqrt(squares / freedom)
-    between = float(np.std([group.mean() for group in kept], ddof=1))
-    if between == 0 and within == 0:
-        return Noise(0.0, 0.0, math.nan, math.nan, len(kept))
-    p = 0.0 if within == 0 else float(stats.f_oneway(*kept).pvalue)
-    return Noise(within, between, within / between if between else math.inf, p, len(kept))
 
 
 def agreement(a: Sequence[float], b: Sequence[float]) -> float:

@@ -3,9 +3,11 @@
 import math
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from clipsae.report.names import column_order, model_style, model_title
+from clipsae.report.noise import Reliability, reliability
 from clipsae.report.plots import STYLE, Plot
 from clipsae.report.questions.evidence import NOT_LEARNED, Evidence, Setting, of, recipe_title, said
 from clipsae.report.questions.question import (
@@ -17,7 +19,7 @@ from clipsae.report.questions.question import (
     figure,
     measures,
 )
-from clipsae.report.questions.statistics import Interval, Noise, correlation, noise
+from clipsae.report.questions.statistics import Interval, correlation
 
 _RECOVERY = ("patch_concepts_found", "patch_auroc", "patch_f1")
 _NS = ("on_1", "on_5")
@@ -40,15 +42,16 @@ def ask(evidence: Evidence) -> Question:
     asked = [n for n in measures() if n.key in set(rows.key)]
     on = sorted({key for key in rows.key if key.startswith("on_")}, key=column_order)
     asked += [accuracy(key) for key in on]
-    found = {n: noise([of(frame, n.key) for frame in frames.values()]) for n in asked}
-    found = {number: one for number, one in found.items() if not math.isnan(one.p)}
+    values = {n: [of(frame, n.key) for frame in frames.values()] for n in asked}
+    known = {n: reliability([v for v in one if not np.isnan(v).any()]) for n, one in values.items()}
+    found = {number: one for number, one in known.items() if one is not None}
     answer, tables, plots = [], [], []
     if found:
         ordered = sorted(found.items(), key=lambda pair: pair[1].ratio)
-        apart = [number for number, one in ordered if one.p < 0.05]
+        apart = [number for number, one in ordered if one.tells]
         answer.append(
             f"{len(apart)} of {counted(len(found), 'measure')} tell the "
-            f"{max(one.n for one in found.values())} variants apart (F test, p < 0.05); "
+            f"{max(one.variants for one in found.values())} variants apart (F test, p < 0.05); "
             f"{ordered[0][0].label} best, {ordered[-1][0].label} least: there the spread between "
             f"seeds is {figure(ordered[-1][1].ratio)} of that between variants."
         )
@@ -58,14 +61,17 @@ def ask(evidence: Evidence) -> Question:
                 figure(one.within, number.format),
                 figure(one.between, number.format),
                 figure(one.ratio),
-                figure(one.p, ".3f"),
+                f"{figure(one.icc)} [{figure(one.low)}, {figure(one.high)}]",
+                "yes" if one.tells else "no",
             ]
             for number, one in ordered
         ]
-        head = ["measure", "sd between seeds", "sd between variants", "ratio", "p"]
+        head = ["measure", "sd between seeds", "sd between variants", "ratio", "ICC", "apart"]
         caption = (
             "One-way analysis of variance over the variants' main recipes; sd between seeds is "
-            "pooled over variants. The smaller the ratio, the better a measure tells them apart."
+            "pooled over variants. The smaller the ratio, the better a measure tells them apart. "
+            "ICC: the share of the variance that lies between variants, with its 95 % interval; "
+            "apart: whether the F test (p < 0.05) tells them apart."
         )
         tables.append(Table(caption, head, table))
         plots.append(_ratios([(number.label, one) for number, one in ordered]))
@@ -126,13 +132,13 @@ def _sentence(found: dict[tuple[str, Setting, str], Interval]) -> str:
     return f"Recovery (concepts found, patch): {'; '.join(told)}."
 
 
-def _ratios(ordered: list[tuple[str, Noise]]) -> Plot:
+def _ratios(ordered: list[tuple[str, Reliability]]) -> Plot:
     """Spread between seeds over that between variants, a bar a measure."""
     with matplotlib.rc_context(STYLE):
         plot = Figure(figsize=(8.0, 0.8 + 0.2 * len(ordered)), layout="constrained")
         axes = plot.subplots()
         drawn = ordered[::-1]
-        colours = ["#0072b2" if one.p < 0.05 else "#999999" for _, one in drawn]
+        colours = ["#0072b2" if one.tells else "#999999" for _, one in drawn]
         finite = [min(one.ratio, 3.0) for _, one in drawn]
         axes.barh(range(len(drawn)), finite, color=colours)
         axes.set_yticks(range(len(drawn)), [label for label, _ in drawn], fontsize=8)
