@@ -41,7 +41,7 @@ def relu(p, x):
 
 
 def jumprelu(p, x, target=None):
-    s, theta, eps = preactivation(p, x), p["log_theta"].exp(), 0.7
+    s, theta, eps = preactivation(p, x), p["theta"], 0.7
     held, passes = theta.detach(), s > theta
     rect = (((s - theta) / eps).abs() < 0.5).double().detach()
     z = s * passes - (held / eps) * rect * (theta - held)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from clipsae.errors import ConfigError
 from clipsae.store import Store
-from clipsae.tasks.guidance import resolve_k
+from clipsae.tasks import guidance
 from run import ROOT
 
 
@@ -37,10 +37,10 @@ def test_k_is_the_support_of_the_newest_that_fits(composed, tmp_path):
     finished(store, composed("model=topk"), 93.0, 6)
     finished(store, composed("model=sparsemax"), None, 7)
     cfg = composed("model=topk", "model.k=auto")
-    resolve_k(cfg, store)
+    guidance.resolve(cfg, store)
     assert cfg.model.k == 34
     other = composed("model=batch_topk", "model.k=auto", "seed=1")
-    resolve_k(other, store)
+    guidance.resolve(other, store)
     assert other.model.k == 90
 
 
@@ -48,10 +48,10 @@ def test_other_values_are_left_alone(composed, tmp_path):
     for overrides in (["model=topk", "model.k=7"], ["model=relu"]):
         cfg = composed(*overrides)
         before = OmegaConf.to_yaml(cfg.model)
-        resolve_k(cfg, Store(tmp_path))
+        guidance.resolve(cfg, Store(tmp_path))
         assert OmegaConf.to_yaml(cfg.model) == before
 
 
 def test_without_one_it_says_what_to_run(composed, tmp_path):
     with pytest.raises(ConfigError, match="model=sparsemax first"):
-        resolve_k(composed("model=topk", "model.k=auto"), Store(tmp_path))
+        guidance.resolve(composed("model=topk", "model.k=auto"), Store(tmp_path))

@@ -24,7 +24,7 @@ from clipsae.errors import ConfigError
 from clipsae.progress import Bar
 from clipsae.store import Stage, Store, write_json
 from clipsae.store.files import checkpoint_step
-from clipsae.tasks import build, plugins, precision
+from clipsae.tasks import build, guidance, plugins, precision
 from clipsae.tasks.options import TRAINER
 from clipsae.tasks.stages import features
 from clipsae.training.callbacks import BusyCores, Checkpoints, StepProgress, TokenRate
@@ -81,12 +81,13 @@ def check_options(cfg: DictConfig) -> None:
     """
     check_devices(cfg)
     options = build.training_options(cfg)
-    if cfg.model.get("k") == "auto":  # a number by then
-        cfg = OmegaConf.merge(cfg, {"model": {"k": 1}})
+    unknown = dict.fromkeys(guidance.unresolved(cfg), 1)  # numbers by then
+    cfg = OmegaConf.merge(cfg, {"model": unknown})
     with torch.device("meta"):
         sae = build.build_sae(cfg, d=64)  # any width
         build.user_error(SAEModule, sae, **options)
-    build.user_error(warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps)
+    schedule = {key: options[key] for key in ("decay", "warmup_steps", "decay_fraction")}
+    build.user_error(warmup_then, **schedule, max_steps=cfg.trainer.max_steps)
     try:
         build.call_target(cfg.trainer, logger=False, **TRAINER_OPTIONS, plugins=_plugins())
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
