@@ -37,6 +37,7 @@ def build(recipe: str, d: int = D, seed: int = 0, **changes) -> SAE:
         for name, parameter in sae.named_parameters():
             if name.rsplit(".")[-1] in ("b_enc", "b_dec", "b_gate", "b_mag", "r_mag", "theta"):
                 parameter += 0.1 * torch.randn_like(parameter)
+    sae.activation.after_step()
     return sae
 
 
