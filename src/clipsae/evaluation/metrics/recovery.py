@@ -28,6 +28,7 @@ from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.metrics.concepts import (
     PER_CONCEPT,
     SIZES,
+    absorption,
     concept_recovery,
     probe_recovery,
 )
@@ -87,6 +88,15 @@ _COUNTS = (
 _PURITY = Number(
     "purity", "purity", "largest share of a latent's activation on one concept, mean over latents"
 )
+_ABSORPTION = Number(
+    "absorption",
+    "absorption",
+    "share of a shape's patches on which its main latent is silent and another one that is active "
+    "there contributes the shape's direction, as a latent for red circles would; mean over the "
+    "shapes that have a main latent (AUROC of 0.75 or above)",
+    ".1%",
+    "min",
+)
 
 
 def _numbers(level: str) -> tuple[Number, ...]:
@@ -99,7 +109,8 @@ def _numbers(level: str) -> tuple[Number, ...]:
         )
         for number in _SCORES
     ]
-    own = [*scores, *_COUNTS, *([] if level == "object" else [_PURITY])]
+    own = [*scores, *_COUNTS]
+    own += {"patch": [_ABSORPTION, _PURITY], "object": [], "image": [_PURITY]}[level]
     beside = [
         replace(n, key=f"{n.key}_{of}", label=f"{n.label} ({of})", meaning=said, table="")
         for n in _SCORES
@@ -121,7 +132,9 @@ NUMBERS = tuple(number for level in LEVELS for number in _numbers(level))
 COLUMNS = (
     *SIZES,
     *("auroc", "auroc_latent", "f1", "f1_latent", "f1_threshold", "mcc", "mcc_latent", "latents"),
+    "absorption",  # of patches
 )
+_MAIN = 0.75  # AUROC of a main latent, half-way from chance to perfect: see `absorption`
 
 # Codes that are not zero: 0.2 GB, and several times that while they are sorted.
 _ENTRIES = 2**24
@@ -330,12 +343,18 @@ class ConceptRecovery(Measurement):
         tokens = self.options.tokens
         codes = SparseCodes(kept.values, kept.positions, (len(beside), tokens, self.latents))
         x, levels = _levels(beside, tokens, self.d)
+        flat = x.flatten(0, 1)
         parts = (codes[i : i + _IMAGES] for i in range(0, len(x), _IMAGES))
         found = self._compare(parts, levels)
-        others = {"probe": {level: self._probe(level, x, rows) for level, rows in levels.items()}}
+        probes = {level: self._probe(level, x, rows) for level, rows in levels.items()}
+        tokenwise = codes.view(-1, self.latents)
+        found["patch"] |= self._absorption(
+            tokenwise, flat, levels["patch"], found["patch"], probes["patch"]
+        )
+        others = {"probe": probes}
         _, fewer = _levels(beside, tokens, self.d, _BACKGROUND)
         for of, model in (
-            ("random", RandomDirections(x.flatten(0, 1), self.options.seed)),
+            ("random", RandomDirections(flat, self.options.seed)),
             ("untrained", untrained(self._sae[0], x)),
         ):
             parts = (model.encode_sparse(part) for part in x.split(_IMAGES))
@@ -384,6 +403,37 @@ class ConceptRecovery(Measurement):
             features, rows.truth, rows.names, rows.choosing, self.options.threshold
         )
 
+    def _absorption(
+        self,
+        codes: SparseCodes,
+        x: Tensor,
+        level: _Level,
+        found: dict[str, Tensor],
+        probe: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """`absorption` of each concept on the patches that score it, and its mean over shapes.
+
+        Args:
+            codes, x: [n T, M], tokens [n T, d].
+        """
+        sae, patch = self._sae[0], level.row >= 0
+        x = x[patch]
+        says = x.double() @ probe["weights"][:-1] + probe["weights"][-1] >= probe["threshold"]
+        target = x / sae.input_scale(x)
+        if sae.decoder_bias is not None:
+            target = target - sae.decoder_bias
+        absorbed = absorption(
+            codes[patch],
+            target,
+            sae.decoder_rows(),
+            probe["weights"][:-1],
+            level.truth & says & ~level.choosing[:, None],
+            torch.where(found["auroc"] >= _MAIN, found["auroc_latent"], -1),
+        )
+        shapes = torch.tensor([name.startswith("shape=") for name in level.names])
+        mean = absorbed[shapes.to(absorbed.device)].nanmean()
+        return {"absorption": absorbed, "mean_absorption": mean}
+
     def _tell(self, values: dict[str, Tensor], levels: dict[str, _Level]) -> None:
         """In the log, what is left out."""
         for level, rows in levels.items():
@@ -421,7 +471,7 @@ def _rows(
     others: dict[str, dict[str, Tensor]],
 ) -> list[dict[str, Any]]:
     """A row of `concepts.csv` for each concept of a level."""
-    columns = {name: found[name] for name in COLUMNS}
+    columns = {name: found[name] for name in COLUMNS if name in found}
     for name, other in others.items():
         columns |= {f"{key}_{name}": other[key] for key in PER_CONCEPT}
     lists = {name: column.tolist() for name, column in columns.items()}
