@@ -367,18 +367,26 @@ def compared(selection: Selection, datasets: tuple[str, ...]) -> list[Compared]:
             groups.setdefault(line.common, {})[line] = evaluated & set(datasets)
     found = []
     for label, has in groups.items():
-        ordered = sorted((line for line in has if has[line]), key=lambda line: -len(has[line]))
-        shared = {
-            n: set.intersection(*(has[line] for line in ordered[:n]))
-            for n in range(2, len(ordered) + 1)
-        }
-        best = max(shared, key=lambda n: (n * len(shared[n]), n), default=0)
-        over = tuple(name for name in datasets if best and name in shared[best])
+        shared = largest_common(has, 2)
+        over = tuple(name for name in datasets if name in shared)
         if over:
             chosen = tuple(line for line in has if set(over) <= has[line])
+            ordered = sorted((line for line in has if has[line]), key=lambda line: -len(has[line]))
             left_out = {x: len(has[x] & set(over)) for x in ordered if x not in chosen}
             found.append(Compared(label, chosen, over, left_out))
     return found
+
+
+def largest_common(has: Mapping[Line, set[str]], least: int) -> set[str]:
+    """The datasets of the largest table of lines by datasets without a gap, with at least so many
+    lines; those with most datasets are taken first."""
+    ordered = sorted((line for line in has if has[line]), key=lambda line: -len(has[line]))
+    shared = {
+        n: set.intersection(*(has[line] for line in ordered[:n]))
+        for n in range(least, len(ordered) + 1)
+    }
+    best = max(shared, key=lambda n: (n * len(shared[n]), n), default=0)
+    return shared[best] if best else set()
 
 
 def rank_table(selection: Selection, group: Compared, name: str) -> Table:
