@@ -16,8 +16,8 @@ from clipsae.report.tables import (
     accuracy_tables,
     average_table,
     fidelity_table,
-    metric_tables,
     noise_table,
+    recovery_tables,
 )
 
 
@@ -171,11 +171,11 @@ def test_the_gap_is_from_the_untrained_sae_or_else_the_best_that_has_not_learned
     assert sparsemax["on_all"].gap is None  # the best that has not learned is at the ceiling
     assert relu["no_sae"].gap is None
     below = [row.labels[0] for row in table.rows if row.block == BELOW]
-    assert below == ["ReLU, decoder frozen", "ReLU, untrained", "ica", "pca"]
+    assert below == ["ReLU, decoder frozen", "ReLU, untrained", "ICA", "PCA"]
     assert all(rows[x].cells["on_5"].gap is None for x in below[1:])
     assert table.caption.endswith(
         "Gap closed: (value - floor) / (no_sae - floor); the floor is the untrained SAE of the "
-        "same variant, where there is none the best that has not learned (pca at on_5)."
+        "same variant, where there is none the best that has not learned (PCA at on_5)."
     )
     assert rows_of(others)["ReLU"].cells["off_5"].gap is None
     assert "Gap" not in others.caption  # nothing that has not learned has self_5
@@ -190,7 +190,7 @@ def test_the_gap_is_from_the_untrained_sae_or_else_the_best_that_has_not_learned
     assert r"\multicolumn{5}{l}{\emph{Not learned, or only in part}}" in to_latex(table)
     frame = to_frame(table).set_index("model")
     assert frame.loc["ReLU", "on_5_gap"] == pytest.approx(40.5 / 80)
-    assert frame.loc["pca", "block"] == BELOW
+    assert frame.loc["PCA", "block"] == BELOW
 
 
 def test_averages_have_gaps_and_ranks_leave_out_what_has_not_learned(store):
@@ -231,14 +231,14 @@ def test_recovery_has_floor_and_ceiling_of_the_same_result(store, monkeypatch):
         known = {"patch_auroc": value, "patch_auroc_untrained": 0.6, "patch_auroc_probe": 0.9}
         known |= {"patch_auroc_random": 0.55, "patch_purity": 0.5}
         store.measurement(model, "scenes", known, k=4 if model == "topk" else None)
-    (table,) = metric_tables(store.selection(), "scenes")
+    (table,) = recovery_tables(store.selection(), "scenes")
     assert table.title == "Concepts recovered on scenes: patch level"
     assert [c.key for c in table.columns] == ["patch_auroc", "patch_purity"]
     rows = rows_of(table)
     assert rows["ReLU"].cells["patch_auroc"].gap == pytest.approx(2 / 3)
     assert rows["TopK (k = 4)"].cells["patch_auroc"].gap == pytest.approx(1 / 3)
     assert rows["ReLU"].cells["patch_purity"].gap is None
-    assert rows["Random directions"].cells["patch_auroc"].ours == pytest.approx(0.55)
+    assert rows["Random directions (same rows)"].cells["patch_auroc"].ours == pytest.approx(0.55)
     assert rows["Supervised probe"].cells["patch_auroc"].ours == pytest.approx(0.9)
     assert [name for name, _ in table.blocks] == ["", BELOW, "Ceiling"]
 
@@ -246,18 +246,26 @@ def test_recovery_has_floor_and_ceiling_of_the_same_result(store, monkeypatch):
 def test_concepts_are_drawn_for_each_level_beside_untrained_and_probe(store):
     for model, value in (("relu", 0.95), ("gated", 0.6)):
         concepts = [
-            {"level": level, "concept": name, "auroc": value, "f1": 0.5}
+            {
+                "level": level,
+                "concept": name,
+                "auroc": value if "colour" in name else 0.5,
+                "f1": 0.5,
+            }
             | {"auroc_untrained": 0.55, "auroc_probe": 0.92}
             for level in ("patch", "object")
             for name in ("colour=red", "colour=blue", "shape=ring")
         ]
         store.evaluation(model, "scenes", {"on_5": 1.0}, concepts=concepts)
     report = store.report()
+    (said,) = [line for line in report.findings if "Concepts that" in line]
+    assert "2 of 2 of colour, 0 of 1 of shape" in said
+    assert said.endswith("; a probe tells some of shape (best 0.50), and no variant does.")
     drawn = {plot.name: plot.figure for plot in report.plots if "concepts" in plot.name}
     assert set(drawn) == {"concepts_patch_scenes", "concepts_object_scenes"}
     axes = drawn["concepts_patch_scenes"].axes[0]
     (image,) = axes.get_images()
-    expected = [[0.95, 0.6, 0.55, 0.92]] * 3
+    expected = [*[[0.95, 0.6, 0.55, 0.92]] * 2, [0.5, 0.5, 0.55, 0.92]]
     assert np.allclose(np.asarray(image.get_array()), expected)
     shown = [label.get_text() for label in axes.get_xticklabels()]
     assert shown == ["ReLU", "Gated", "untrained", "probe"]
