@@ -101,7 +101,7 @@ def _section(evidence: Evidence, question: Question, words: Sequence[str]) -> li
 
 
 def _code(commands: Sequence[Sequence[str]]) -> str:
-    lines = [f"python run.py {' '.join(words)}  # takes hours" for words in commands]
+    lines = [f"python run.py {' '.join(words)}  # needs hours" for words in commands]
     return "\n".join(["```bash", *lines, "```"])
 
 
