@@ -37,3 +37,28 @@ def test_cells_are_those_of_all_grids_in_order_and_each_once():
     ]
     with pytest.raises(ConfigError, match="only has 'size': expected names among main, sizes"):
         jobs([], grids=GRIDS, only=["size"])
+
+
+def test_the_page_is_written_from_the_finished_cells_of_the_sweep(tmp_path):
+    """And nothing is trained for it: what is not finished is said."""
+    where = f"paths.output_dir={tmp_path}"
+    one = run_py("task=findings", where)
+    assert "task=findings is about a sweep: add sweeps=findings" in one.stdout
+    small = ("trainer.max_steps=2", "features.batch_size=2", "model.latents=32", "dataset.size=32")
+    words = ["sweeps=findings", "hydra.sweeper.only=[main]", "logger=none", where, *small]
+    words += ["model=topk,sparsemax", "++measurement.metrics=[sparsity,support]"]
+    empty = run_py(*words, "seed=0", "task=findings")
+    assert (
+        "none of the sweep's 2 cells is finished: run the sweep first"
+        in empty.stdout + empty.stderr
+    )
+    run_py(*words, "seed=0", check=True)
+    told = run_py(*words, "seed=0,1", "task=findings", check=True)
+    assert "2 of 4 cells are not finished" in told.stdout
+    page = (tmp_path / "findings" / "findings.md").read_text()
+    assert "It rests on 2 of 4 cells of the sweep: 2 SAEs, 1 seed" in page
+    assert "Mean L0 lies between " in page
+    assert "| L0 | " in page
+    assert "python run.py sweeps=findings trainer.max_steps=2" in page
+    assert str(tmp_path) not in page
+    assert len(list((tmp_path / "sae").iterdir())) == 2
