@@ -108,7 +108,9 @@ def sweep_axes(cfg: Any) -> dict[str, list[str]]:
     """What the sweep of a config runs over; nothing where one run is asked for."""
     if not str(cfg.hydra.mode).endswith("MULTIRUN"):
         return {}
-    return {key: str(values).split(",") for key, values in cfg.hydra.sweeper.params.items()}
+    grids = cfg.hydra.sweeper.get("grids") or {}
+    axes = {**next(iter(grids.values()), {}), **cfg.hydra.sweeper.params}
+    return {key: str(values).split(",") for key, values in axes.items()}
 
 
 def shrunken(words: list[str], cfg: Any, clip: str | None = None) -> list[str]:

@@ -142,9 +142,12 @@ def test_sweeps_are_chosen_by_name_and_their_axes_exist(composed):
         cfg = compose("config", [f"sweeps={sweep}"], return_hydra_config=True)
         assert cfg.sweep_name == sweep
         assert str(cfg.hydra.mode) == "RunMode.MULTIRUN"
-        for key, values in cfg.hydra.sweeper.params.items():
-            more = ["model=topk"] if key == "model.k" else []
-            tried |= {(*more, f"{key}={value}") for value in str(values).split(",")}
+        grids = cfg.hydra.sweeper.get("grids") or {}
+        for axes in (cfg.hydra.sweeper.params, *grids.values()):
+            models = str(axes.get("model", "topk")).split(",")
+            for key, values in axes.items():
+                more = [f"model={models[0]}"] if key.startswith("model.") else []
+                tried |= {(*more, f"{key}={value}") for value in str(values).split(",")}
     for overrides in tried:
         composed(*overrides)
 

@@ -15,7 +15,7 @@ from clipsae.tasks.sweep import cells_of, configs_of
 
 log = logging.getLogger(__name__)
 
-_OWN = ("task", "together", "logger")
+_OWN = ("task", "together", "logger", "paths")  # groups of overrides that say nothing of the sweep
 
 
 def run(cfg: DictConfig) -> None:

@@ -169,7 +169,7 @@ def _trends(rows: pd.DataFrame) -> list[str]:
 
 def _heat_map(areas: pd.DataFrame) -> Plot:
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        plot = Figure(figsize=(8.0, 1.9 + 0.28 * len(areas)), layout="constrained")
+        plot = Figure(figsize=(8.0, 2.6 + 0.28 * len(areas)), layout="constrained")
         axes = plot.subplots()
         image = axes.imshow(areas.to_numpy(dtype=float), aspect="auto", vmin=0.5, vmax=1.0)
         axes.set_yticks(range(len(areas)), map(_title, areas.index))

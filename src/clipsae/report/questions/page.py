@@ -1,5 +1,6 @@
 """The page of findings as Markdown, and its figures."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def text(evidence: Evidence, questions: Sequence[Question], words: Sequence[str]
 
 
 def _section(evidence: Evidence, question: Question, words: Sequence[str]) -> list[str]:
-    grids = f"'hydra.sweeper.only=[{','.join(question.grids)}]'"
+    grids = f"hydra.sweeper.only=[{','.join(question.grids)}]"
     command = _code([[*words, grids]])
     if not question.answer:
         return [f"{_UNANSWERED} These cells do:", command]
@@ -101,7 +102,7 @@ def _section(evidence: Evidence, question: Question, words: Sequence[str]) -> li
 
 
 def _code(commands: Sequence[Sequence[str]]) -> str:
-    lines = [f"python run.py {' '.join(words)}  # takes hours" for words in commands]
+    lines = [f"python run.py {shlex.join(words)}  # needs hours" for words in commands]
     return "\n".join(["```bash", *lines, "```"])
 
 

@@ -51,9 +51,8 @@ def measures() -> tuple[Number, ...]:
     """The numbers that say which of two SAEs is better: no floors and ceilings of others."""
     beside = {key for number in NUMBERS for key in (number.floor, number.ceiling)}
     kept = [n for n in NUMBERS if n.better and n.table and n.key not in beside]
-    return tuple(
-        n for n in kept if not n.key.endswith(("_dense", "_random", "_untrained", "_probe"))
-    )
+    # How sparse an SAE is, is set by its recipe.
+    return tuple(n for n in kept if not n.key.endswith("_dense") and n.key != "zero_fraction")
 
 
 def accuracy(key: str) -> Number:

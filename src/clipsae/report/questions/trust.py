@@ -53,7 +53,7 @@ def ask(evidence: Evidence) -> Question:
             f"{len(apart)} of {counted(len(found), 'measure')} tell the "
             f"{max(one.variants for one in found.values())} variants apart (F test, p < 0.05); "
             f"{ordered[0][0].label} best, {ordered[-1][0].label} least: there the spread between "
-            f"seeds is {figure(ordered[-1][1].ratio)} of that between variants."
+            f"seeds is {figure(ordered[-1][1].ratio)} times that between variants."
         )
         table = [
             [
