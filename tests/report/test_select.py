@@ -47,7 +47,13 @@ def test_the_newest_figure_of_a_seed_counts_regardless_of_its_name(store):
 
 @pytest.mark.parametrize(
     "other",
-    [{"clip": "ViT-B-16-quickgelu"}, {"weights": None}, {"protocol": "heldout"}, {"latents": 256}],
+    [
+        {"clip": "ViT-B-16-quickgelu"},
+        {"weights": None},
+        {"protocol": "heldout", "max_steps": 3},
+        {"ranking": "contrast", "max_steps": 3},
+        {"latents": 256},
+    ],
 )
 def test_results_of_another_clip_protocol_or_size_do_not_mix(store, other):
     store.evaluation("relu", "scenes", {"on_5": 1.0}, finished=1)

@@ -179,6 +179,7 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
         ("optimizer.decay=cosin", "optimizer.decay=cosin: expected constant, cosine or linear"),
         ("evaluation.count_threshold=-0.1", "evaluation.count_threshold=-0.1"),
         ("evaluation.protocol=papers", "evaluation.protocol=papers: expected paper or heldout"),
+        ("evaluation.ranking=tfidf", "evaluation.ranking=tfidf: expected frequency or contrast"),
         ("evaluation.ns=[5,0]", "evaluation.ns=[5,0]"),
         ("evaluation.ns=5", "evaluation.ns=5: expected a list"),
         ("measurement.threshold=1.1", "measurement.threshold=1.1"),

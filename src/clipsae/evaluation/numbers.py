@@ -29,6 +29,9 @@ class Number:
             (Table 6), "recovery"; "": none.
         paper: its column in the paper's Table 5 or 6; "": the paper does not have it.
         headline: whether the terminal and the model card show it.
+        floor: key of the number that an untrained SAE reaches on the same rows; "": none.
+        ceiling: key of the number that a supervised probe reaches on the same rows; "": none. The
+            gap closed is (value - floor) / (ceiling - floor).
     """
 
     key: str
@@ -39,6 +42,8 @@ class Number:
     table: str = "sparsity"
     paper: str = ""
     headline: bool = False
+    floor: str = ""
+    ceiling: str = ""
 
     @property
     def digits(self) -> int:
@@ -49,7 +54,9 @@ class Number:
 
 def suffixed(numbers: Iterable[Number], suffix: str) -> tuple[Number, ...]:
     """The same numbers of another code: keys with a suffix."""
-    return tuple(replace(n, key=f"{n.key}{suffix}", headline=False) for n in numbers)
+    return tuple(
+        replace(n, key=f"{n.key}{suffix}", headline=False, floor="", ceiling="") for n in numbers
+    )
 
 
 def current_names(values: Mapping[str, float]) -> dict[str, float]:

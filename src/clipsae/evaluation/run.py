@@ -42,9 +42,10 @@ class Evaluation:
     """Results of `evaluate`. Without top-n classification its attributes are empty.
 
     Attributes:
-        rows: of top-n classification, tidy, one dict a setting: sae, protocol, setting ("no_sae",
-            "on", "off", "self"), n (None for no_sae), accuracy (macro, %), micro_accuracy (%),
-            images, classes (those with images), competing (those that could be predicted).
+        rows: of top-n classification, tidy, one dict a setting: sae, protocol, ranking, setting
+            ("no_sae", "on", "off", "self"), n (None for no_sae), accuracy (macro, %),
+            micro_accuracy (%), images, classes (those with images), competing (those that could be
+            predicted).
             `no_sae` is repeated for each SAE.
         class_accuracy: per key the accuracy of each class in %, [C]; NaN without images.
         predictions: per key the predicted class of each image, LongTensor [N]; -1: not evaluated.
@@ -87,6 +88,7 @@ def evaluate(
     *,
     ns: Sequence[int] = (1, 5, 10, 50),
     protocol: str = "paper",
+    ranking: str = "frequency",
     count_dataset: Any = None,
     count_threshold: float | Mapping[str, float] = 0.2,
     settings: Sequence[str] = tuple(SETTINGS),
@@ -115,6 +117,9 @@ def evaluate(
         ns: how many latents are kept; M is added for `on` and `off`.
         protocol: "paper" counts on the evaluated split itself, which is the published number;
             "heldout" counts on `count_dataset`.
+        ranking: which latents stand for a class: "frequency", those active most often on its
+            images, which is the published number; "contrast", those active more often there than
+            on the mean class (`ranking.contrast`), which takes a pass more by the paper's protocol.
         count_threshold: a (token, latent) pair counts if its code is larger; one for all SAEs or
             one for each by name. 0.2 was tuned for codes of unnormalised tokens.
         settings: which of no_sae, on, off, self; none: no top-n classification.
@@ -141,9 +146,10 @@ def evaluate(
             CKNNA and recovery compare.
 
     Raises:
-        ValueError: an unknown protocol, setting, metric or pooling; a metric that lacks what it
-            needs; n or another size below 1; a missing or superfluous `count_dataset`; thresholds
-            for SAEs that are not there; labels beyond the classifier; no images; nothing asked.
+        ValueError: an unknown protocol, ranking, setting, metric or pooling; a metric that lacks
+            what it needs; n or another size below 1; a missing or superfluous `count_dataset`;
+            thresholds for SAEs that are not there; labels beyond the classifier; no images; nothing
+            asked.
     """
     names = check_metrics(
         clip,
@@ -159,7 +165,7 @@ def evaluate(
     counted: list[int] = []
     thresholds = dict.fromkeys(saes, 0.0)
     if settings:
-        check_topn_options(ns, protocol, settings)
+        check_topn_options(ns, protocol, settings, ranking)
         thresholds = _thresholds(saes, count_threshold)
         if (protocol == "heldout") != (count_dataset is not None):
             raise ValueError(
@@ -167,9 +173,13 @@ def evaluate(
                 "another split, given as count_dataset; paper counts on the evaluated one"
             )
         order = _by_class(dataset, indices, classes)
-        if count_dataset is not None and set(settings) != {"no_sae"}:
+        if set(settings) == {"no_sae"}:
+            pass
+        elif count_dataset is not None:
             counted = evenly_spaced(count_dataset.labels, limit_images)
             counted = _by_class(count_dataset, counted, classes)
+        elif ranking == "contrast":
+            counted, count_dataset = order, dataset
     elif not names:
         raise ValueError("nothing to evaluate: give a classifier and settings, or metrics")
 
@@ -208,7 +218,8 @@ def evaluate(
             ns=ns,
             settings=settings,
             count_threshold=thresholds[name],
-            counting=protocol == "paper",
+            ranking=ranking,
+            counting=not counted,
             memory=memory_gb * 2**30 / len(saes),
         )
         for name, sae in saes.items()
@@ -269,7 +280,7 @@ def evaluate(
     by_class = {key: per_class_accuracy(found[key], labels, classes) for key in found}
     counts = [one.images for one in topn.values()]
     return Evaluation(
-        rows=make_rows(found, by_class, labels, list(topn), protocol) if found else [],
+        rows=make_rows(found, by_class, labels, list(topn), protocol, ranking) if found else [],
         class_accuracy=by_class,
         predictions=found,
         labels=labels,

@@ -133,8 +133,9 @@ def _rows(
     for place, settings in evaluations:
         deciding = {n: value for n, value in settings.items() if not n.startswith(idle)}
         for row in _read(place / name):
-            heldout = ", heldout protocol" if row.get("protocol") == "heldout" else ""
-            on = f"{row['dataset']} ({row['images']} images{heldout}"
+            way = ", heldout protocol" if row.get("protocol") == "heldout" else ""
+            way += ", ranked by contrast" if row.get("ranking") == "contrast" else ""
+            on = f"{row['dataset']} ({row['images']} images{way}"
             settings_on.setdefault(on, []).append(deciding)
             found.append((on, deciding, row))
     differing = {

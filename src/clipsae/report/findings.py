@@ -7,11 +7,18 @@ from collections.abc import Iterator
 from clipsae.report.collect import NO_K
 from clipsae.report.missing import ALL, Missing
 from clipsae.report.names import WITH_K, column_title, dataset_title, listed
+from clipsae.report.noise import RULE
 from clipsae.report.plots import mean_support
 from clipsae.report.select import Selection
 from clipsae.report.settings import Line
-from clipsae.report.table import number
-from clipsae.report.tables import Compared, accuracy_columns, accuracy_tables, compared
+from clipsae.report.table import Table, number
+from clipsae.report.tables import (
+    Compared,
+    accuracy_columns,
+    accuracy_tables,
+    average_cell,
+    compared,
+)
 
 LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published figure
 GUIDED_BY = "on_10"
@@ -62,7 +69,7 @@ def _filled(selection: Selection, missing: list[Missing]) -> str:
 def _winners(selection: Selection, group: Compared) -> Iterator[str]:
     """Who leads at each n."""
     leading: dict[str, list[str]] = {}
-    counts, agree = [], []
+    counts, agree, noisy, clear = [], [], [], []
     for key in accuracy_columns(selection, group.datasets):
         ours = group.values(selection, selection.cells, key)
         if key == "no_sae" or len(ours) < FEWEST_DATASETS:
@@ -74,6 +81,14 @@ def _winners(selection: Selection, group: Compared) -> Iterator[str]:
         leading.setdefault(_called(selection, best), []).append(
             f"{title} ({number(mean[best], 2)} %)"
         )
+        second = mean.drop(best).idxmax()
+        first, other = (
+            average_cell(selection, selection.runs, line, tuple(ours.index), key)
+            for line in (best, second)
+        )
+        apart = first.differs(other)
+        if apart is not None:
+            (clear if apart else noisy).append(f"{title} (before {_called(selection, second)})")
         theirs = group.published(ours.index, key)
         if len(theirs):
             agree.append(theirs.mean().idxmax() == best)
@@ -88,6 +103,10 @@ def _winners(selection: Selection, group: Compared) -> Iterator[str]:
         + " One seed each: the spread over seeds is unknown."
         * (seeds < 2)
     )
+    if noisy or clear:
+        parts = [f"within the noise of the seeds at {listed(noisy)}"] if noisy else []
+        parts += [f"beyond it at {listed(clear)}"] if clear else []
+        yield f"The lead over the second is {', '.join(parts)} ({RULE})."
     if agree:
         yield (
             f"The best model is the paper's at {sum(agree)} of {len(agree)} values of n, over the "
@@ -133,8 +152,17 @@ def _sparsity(selection: Selection, group: Compared) -> Iterator[str]:
     l0, fvu = (table.mean() for table in tables)
     sparse, faithful = l0.idxmin(), fvu.idxmin()
     title, fewest = _called(selection, sparse), number(l0[sparse], 1)
+    noise = ""
+    for metric, said, table in (("l0", "numbers of latents", l0), ("fvu", "FVUs", fvu)):
+        pair, over = list(table.nsmallest(2).index), tuple(tables[0].index)
+        first, other = (
+            average_cell(selection, selection.measured, line, over, metric) for line in pair
+        )
+        if first.differs(other) is False:
+            names = listed([_called(selection, line) for line in pair])
+            noise += f" The {said} of {names} differ by no more than the noise of the seeds."
     fvus = [f"FVU {number(fvu[line], 3)}" for line in (sparse, faithful)]
-    yield (
+    sentence = (
         f"{title} uses the fewest latents per token ({fewest}, {fvus[0]}); "
         f"{_called(selection, faithful)} reconstructs best ({fvus[1]}, "
         f"{number(l0[faithful], 1)} latents)."
@@ -142,6 +170,20 @@ def _sparsity(selection: Selection, group: Compared) -> Iterator[str]:
         else f"{title} uses the fewest latents per token ({fewest}) and reconstructs best "
         f"({fvus[0]})."
     )
+    yield sentence + noise
+
+
+def tells_apart(tables: list[Table]) -> Iterator[str]:
+    """Which numbers tell the variants apart, of each noise table."""
+    for table in tables:
+        tell = [row.labels[0] for row in table.rows if row.labels[1] == "yes"]
+        noise = [row.labels[0] for row in table.rows if row.labels[1] == "no"]
+        where = table.title.partition(": ")[2]
+        sentence = (
+            f"{len(tell)} of {len(table.rows)} numbers on {where} tell the variants apart, by more "
+            "than the noise of their seeds (F test, 5 %)"
+        )
+        yield f"{sentence}; these do not: {', '.join(noise)}." if noise else f"{sentence}."
 
 
 def _guidance(selection: Selection) -> Iterator[str]:

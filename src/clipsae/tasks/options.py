@@ -165,6 +165,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     },
     "evaluation": {
         "protocol": one_of("paper", "heldout"),
+        "ranking": one_of("frequency", "contrast"),
         "ns": list_of(whole(1), least=1),
         "settings": list_of(one_of("no_sae", "on", "off", "self")),
         "count_threshold": number(least=0),
@@ -242,6 +243,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "weights": or_null(TEXT),
         "layer": whole(),
         "protocol": one_of("paper", "heldout"),
+        "ranking": one_of("frequency", "contrast"),
         "latents": or_null(whole(1)),
         "models": NAMES,
         "datasets": NAMES,

@@ -112,12 +112,13 @@ class Forecast:
 
     def evaluation(self, jobs: Sequence[Job]) -> float:
         """Seconds of an evaluation of several SAEs in one pass, or of one."""
-        images = len(jobs[0].test_set)
-        limit = build.limit_images(jobs[0].cfg)
-        images = images if limit is None else min(images, limit)
+        images, counted = len(jobs[0].test_set), jobs[0].counted
+        if (limit := build.limit_images(jobs[0].cfg)) is not None:
+            images, counted = min(images, limit), min(counted, limit)
         sample = jobs[0].cfg.measurement.sample_images
-        shared = images * (self.costs[jobs[0]].read + self.costs[jobs[0]].encode)
-        each = [self.costs[job].evaluating.seconds(images, sample) for job in jobs]
+        read_once = self.costs[jobs[0]].read + self.costs[jobs[0]].encode
+        shared = (images + counted) * read_once
+        each = [self.costs[job].evaluating.seconds(images, sample, counted) for job in jobs]
         return sum(each) - (len(jobs) - 1) * min(shared, min(each))
 
     def works(self, together: bool) -> dict[Path, Work]:

@@ -25,6 +25,7 @@ class Job:
         clip: of random weights, where its own were not found.
         train_set, held_out, test_set: what it is trained, validated and evaluated on; None: not
             there.
+        counted: images of a pass that counts latents before they are evaluated.
         trained, evaluated: places in the store; None: not known, or nothing is evaluated.
     """
 
@@ -34,6 +35,7 @@ class Job:
     train_set: ImageDataset | None
     held_out: ImageDataset | None
     test_set: ImageDataset | None
+    counted: int = 0
     trained: Stage | None = None
     evaluated: Stage | None = None
 
@@ -113,9 +115,9 @@ def look(
     size = clip.image_size if clip else ANY_SIZE
     train_set = opened.dataset(cfg, "train_dataset", "train", size)
     held_out = opened.dataset(cfg, "train_dataset", "test", size)
+    counted = test_set = opened.dataset(cfg, "dataset", cfg.evaluation.split, size)
     if cfg.evaluation.protocol == "heldout":
-        opened.dataset(cfg, "dataset", "train", size)
-    test_set = opened.dataset(cfg, "dataset", cfg.evaluation.split, size)
+        counted = opened.dataset(cfg, "dataset", "train", size)
     if not valid or clip is None:
         return None
     try:
@@ -124,6 +126,8 @@ def look(
         findings.add("options", WARNING if learns_k else FAILS, str(error), job=name)
         return None
     job = Job(name, cfg, clip, train_set, held_out, test_set)
+    if counted is not None and evaluation.counts_first(cfg):
+        job.counted = len(counted)
     if train_set is None or held_out is None or test_set is None:
         if cfg.precision == "auto":
             cfg.precision = precision.of_device(cfg)
