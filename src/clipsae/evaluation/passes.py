@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.truth import image_concepts, patch_concepts
+from clipsae.evaluation.truth import image_concepts, patch_concepts, patch_objects
 from clipsae.sae import SAE, SparseCodes
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
@@ -127,6 +127,11 @@ class Images:
         return patch_concepts(self.stream.dataset, self.indices, grid).to(self.pixels.device)
 
     @cached_property
+    def patch_objects(self) -> Tensor:
+        grid = self.stream.clip.grid[0]
+        return patch_objects(self.stream.dataset, self.indices, grid).to(self.pixels.device)
+
+    @cached_property
     def image_truth(self) -> Tensor:
         return image_concepts(self.stream.dataset, self.indices).to(self.pixels.device)
 
@@ -156,6 +161,7 @@ class Batch:
         tokens: [B, T, d] of CLIP's prefix, the patches last.
         embeddings: [B, e] of the separate image encoder.
         patch_truth: bool [B, P, V] of `concept_names(PATCH_ATTRIBUTES)`.
+        patch_objects: LongTensor [B, P], which of the image's objects each patch shows; -1: none.
         image_truth: bool [B, V] of `concept_names(IMAGE_ATTRIBUTES)`.
     """
 
@@ -164,6 +170,7 @@ class Batch:
     tokens: Tensor = _of_images("tokens")
     embeddings: Tensor = _of_images("embeddings")
     patch_truth: Tensor = _of_images("patch_truth")
+    patch_objects: Tensor = _of_images("patch_objects")
     image_truth: Tensor = _of_images("image_truth")
 
     def __init__(self, images: Images, sae: SAE, rows: slice) -> None:

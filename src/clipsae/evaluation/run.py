@@ -203,7 +203,7 @@ def evaluate(
         num_workers=num_workers,
     )
     sizes = len(indices), clip.tokens, stream.embed_dim
-    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images)
+    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images, pooling)
     measured = {
         name: [METRICS[metric](sae, options).to(device) for metric in names]
         for name, sae in saes.items()

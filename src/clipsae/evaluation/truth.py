@@ -24,7 +24,8 @@ _VALUES = {
     "count": tuple(scenes.COUNTS),
 }
 IMAGE_ATTRIBUTES = tuple(_VALUES)
-PATCH_ATTRIBUTES = ("shape", "colour", "pattern", "size", "background")
+OBJECT_ATTRIBUTES = ("shape", "colour", "pattern", "size")
+PATCH_ATTRIBUTES = (*OBJECT_ATTRIBUTES, "background")
 
 
 def has_truth(dataset: Any) -> bool:
@@ -61,6 +62,11 @@ def patch_concepts(dataset: Any, indices: Tensor, grid: int) -> Tensor:
         truth[name][:, :, None] == torch.arange(len(_VALUES[name])) for name in PATCH_ATTRIBUTES
     ]
     return torch.cat(columns, dim=2)
+
+
+def patch_objects(dataset: Any, indices: Tensor, grid: int) -> Tensor:
+    """Which of its image's objects covers enough of each patch: LongTensor [n, P], -1: none."""
+    return dataset.patch_truth(indices.cpu(), grid=grid)["object"]
 
 
 class AttributeEncoder(nn.Module):

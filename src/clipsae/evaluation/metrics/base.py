@@ -55,6 +55,7 @@ class Options:
         seed: of the samples, which depend on it and on the number of images alone.
         sample_tokens: that CKNNA compares, at most; drawn from all.
         sample_images: whose patches and pooled codes recovery compares, at most; drawn from all.
+        pooling: of token codes to image codes.
     """
 
     images: int
@@ -65,6 +66,7 @@ class Options:
     seed: int = 0
     sample_tokens: int = 10_000
     sample_images: int = 2_000
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         for name in ("sample_tokens", "sample_images"):
