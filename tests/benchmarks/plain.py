@@ -76,7 +76,10 @@ def jumprelu(p: Parameters, x: Tensor, options: dict) -> Tensor:
     pull = near / eps * (theta - theta.detach())
     z = s * passes - theta.detach() * pull
     loss = options["reconstruction_weight"] * error(decode(p, z, x, options), x)
-    return loss + options["l0_coefficient"] * (passes - pull).sum(1).mean()
+    active = (passes - pull).sum(1).mean()
+    if options["target_l0"] is not None:
+        active = (active / options["target_l0"] - 1).square()
+    return loss + options["l0_coefficient"] * active
 
 
 def gated(p: Parameters, x: Tensor, options: dict) -> Tensor:

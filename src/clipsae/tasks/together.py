@@ -26,7 +26,9 @@ def stream_key(cfg: DictConfig) -> str:
     Those that learn their sparsity from an SAE that may be among the others come later."""
     trainer = {k: v for k, v in build.plain(cfg.trainer).items() if k not in MEMBER_OPTIONS}
     nodes = cfg.clip, cfg.train_dataset, cfg.features, cfg.callbacks
-    return json.dumps([*map(build.plain, nodes), trainer, cfg.precision, cfg.seed, unresolved(cfg)])
+    return json.dumps(
+        [*map(build.plain, nodes), trainer, cfg.precision, cfg.seed, bool(unresolved(cfg))]
+    )
 
 
 def by_stream(configs: Sequence[DictConfig]) -> list[list[int]]:
