@@ -67,7 +67,7 @@ class FakeStore:
         clip = {"name": cell["clip"], "pretrained": more.get("weights", "builtin"), "layer": -2}
         config = {
             "clip": clip,
-            "model": {"name": model, "latents": latents, "k": k, **more.get("model", {})},
+            "model": {"name": model, "latents": latents, "k": k, **more.get("options", {})},
             "dataset": {"name": dataset},
             "evaluation": {"limit_images": None},
             "trainer": {"max_steps": more.get("max_steps", 600)},

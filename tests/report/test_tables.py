@@ -17,6 +17,7 @@ from clipsae.report.tables import (
     fidelity_table,
     metric_tables,
     rank_table,
+    recovery_tables,
     stability_table,
 )
 from clipsae.sae import SAE
@@ -164,7 +165,8 @@ def test_table_5_shows_both_codes_beside_the_published_figures(store):
     # On other data: ours only, and tables only of what was measured.
     numbers = {"cosine": 0.5, "patch_concepts_found": 0.5, "image_auroc": 0.75}
     store.measurement("topk", "scenes", numbers, k=32)
-    other, patches, images = metric_tables(store.selection(), "scenes")
+    (other,) = metric_tables(store.selection(), "scenes")
+    patches, images = recovery_tables(store.selection(), "scenes")
     assert not other.has_published
     assert [c.label for c in patches.columns] == ["concepts found"]
     assert [c.label for c in images.columns] == ["AUROC"]

@@ -65,7 +65,7 @@ def collect(root: Path | str) -> Collected:
     """Read all finished evaluations of the store at `root`."""
     store = Store(root)
     frames: list[pd.DataFrame] = []
-    concepts = [pd.DataFrame(columns=_CONCEPTS)]
+    concepts: list[pd.DataFrame] = []
     origins: dict[str, dict[str, Any]] = {}
     problems = []
     for folder in store.finished("evaluation"):
@@ -93,7 +93,8 @@ def collect(root: Path | str) -> Collected:
     figures[ENCODER] = figures[ENCODER].astype(object).fillna("").astype(str).mask(others, "")
     figures["competing"] = figures.competing.fillna(figures.classes)  # older results lack it
     figures["ranking"] = figures.ranking.astype(object).fillna("frequency")
-    return Collected(figures, pd.concat(concepts, ignore_index=True), origins, problems)
+    known = pd.concat(concepts, ignore_index=True) if concepts else pd.DataFrame(columns=_CONCEPTS)
+    return Collected(figures, known, origins, problems)
 
 
 def _origin(folder: Path) -> dict[str, Any]:

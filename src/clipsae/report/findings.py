@@ -4,11 +4,13 @@ import math
 import statistics
 from collections.abc import Iterator
 
+import pandas as pd
+
 from clipsae.report.collect import NO_K
 from clipsae.report.missing import ALL, Missing
 from clipsae.report.names import WITH_K, column_title, dataset_title, listed
 from clipsae.report.noise import RULE
-from clipsae.report.plots import mean_support
+from clipsae.report.plots import FOUND, concept_means, mean_support
 from clipsae.report.select import Selection
 from clipsae.report.settings import Line
 from clipsae.report.table import Table, number
@@ -60,7 +62,7 @@ def _filled(selection: Selection, missing: list[Missing]) -> str:
     pairs = {(m, d) for m in selection.expected for d in selection.datasets}
     empty = {(gap.model, gap.dataset) for gap in missing if gap.what == ALL} & pairs
     sentence = f"{len(pairs - empty)} of {len(pairs)} pairs of a model and a dataset have results"
-    seeds = selection.cells.seeds
+    seeds = selection.cells.seeds[selection.cells.line.isin(selection.lines)]
     if len(seeds) and seeds.max() > 1:
         sentence += f", with {_range(seeds.min(), seeds.max())} seeds each"
     return sentence + (f"; {len(missing)} commands would fill the gaps." if missing else ".")
@@ -173,6 +175,35 @@ def _sparsity(selection: Selection, group: Compared) -> Iterator[str]:
     yield sentence + noise
 
 
+def concepts_found(selection: Selection, concepts: pd.DataFrame, dataset: str) -> Iterator[str]:
+    """Of which attributes no concept is found by any variant, though a probe finds one, at patches
+    (AUROC of `plots.FOUND`, mean over seeds)."""
+    table = concept_means(selection, concepts, dataset).get("patch")
+    if table is None:
+        return
+    attributes = table.index.str.partition("=").get_level_values(0)
+    probe = table.pop("probe") if "probe" in table else None
+    best = table.drop(columns="untrained", errors="ignore").max(axis=1)
+    found, top = (best >= FOUND).groupby(attributes, sort=False), best.groupby(attributes)
+    some = [
+        f"{int(n)} of {len(g)} of {name}" for (name, g), n in zip(found, found.sum(), strict=True)
+    ]
+    sentence = (
+        f"Concepts that a latent of some variant tells among patches of {dataset_title(dataset)} "
+        f"(AUROC of at least {FOUND}): {', '.join(some)}"
+    )
+    if probe is not None:
+        possible = (probe >= FOUND).groupby(attributes, sort=False).any()
+        missed = [
+            f"{name} (best {number(top.max()[name], 2)})"
+            for name, some_found in found.any().items()
+            if possible[name] and not some_found
+        ]
+        if missed:
+            sentence += f"; a probe tells some of {listed(missed)}, and no variant does"
+    yield f"{sentence}."
+
+
 def tells_apart(tables: list[Table]) -> Iterator[str]:
     """Which numbers tell the variants apart, of each noise table."""
     for table in tables:
@@ -183,7 +214,7 @@ def tells_apart(tables: list[Table]) -> Iterator[str]:
             f"{len(tell)} of {len(table.rows)} numbers on {where} tell the variants apart, by more "
             "than the noise of their seeds (F test, 5 %)"
         )
-        yield f"{sentence}; these do not: {', '.join(noise)}." if noise else f"{sentence}."
+        yield f"{sentence}; these do not: {'; '.join(noise)}." if noise else f"{sentence}."
 
 
 def _guidance(selection: Selection) -> Iterator[str]:

@@ -37,7 +37,7 @@ def told_apart(
     if error <= 1e-12 * max(abs(a), abs(b)):
         return not math.isclose(a, b, rel_tol=1e-12)
     freedom = (of_a + of_b) ** 2 / (of_a**2 / (n_a - 1) + of_b**2 / (n_b - 1))
-    return abs(a - b) > stats.t.ppf((1 + LEVEL) / 2, freedom) * error
+    return bool(abs(a - b) > stats.t.ppf((1 + LEVEL) / 2, freedom) * error)
 
 
 @dataclass(frozen=True)

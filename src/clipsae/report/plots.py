@@ -174,9 +174,11 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     return Plot(f"sparsity_{slug(dataset)}", title, caption, figure)
 
 
-def concept_plots(selection: Selection, concepts: pd.DataFrame, dataset: str) -> list[Plot]:
-    """Which variant recovers which concepts: AUROC, mean over seeds, a plot for each level; beside
-    the variants the untrained SAE and the probe, where they were measured.
+def concept_means(
+    selection: Selection, concepts: pd.DataFrame, dataset: str
+) -> dict[str, pd.DataFrame]:
+    """AUROC of each known concept [concept, variant], mean over seeds, for each level; beside the
+    variants the untrained SAE and the probe, where they were measured.
 
     Args:
         concepts: of `Collected`.
@@ -186,18 +188,24 @@ def concept_plots(selection: Selection, concepts: pd.DataFrame, dataset: str) ->
     of_line = of_line.drop_duplicates("folder").set_index("folder").line
     mine = concepts[concepts.folder.isin(of_line.index)]
     mine = mine.assign(line=mine.folder.map(of_line))
-    found = []
+    found = {}
     for level, rows in mine.groupby("level", sort=False):
-        order = list(dict.fromkeys(rows.concept))
         by_line = rows.groupby(["concept", "line"]).auroc.mean().unstack()
         shown = [line for line in selection.lines if line in by_line]
         table = by_line[shown].set_axis([selection.title(line) for line in shown], axis=1)
         for name in ("untrained", "probe"):
             if f"auroc_{name}" in rows:
                 table[name] = rows.groupby("concept")[f"auroc_{name}"].mean()
-        table = table.loc[order].dropna(how="all")
-        if table.empty or not shown:
-            continue
+        table = table.loc[list(dict.fromkeys(rows.concept))].dropna(how="all")
+        if shown and not table.empty:
+            found[level] = table
+    return found
+
+
+def concept_plots(selection: Selection, concepts: pd.DataFrame, dataset: str) -> list[Plot]:
+    """Which variant recovers which concepts: a heat map of `concept_means` for each level."""
+    found = []
+    for level, table in concept_means(selection, concepts, dataset).items():
         with matplotlib.rc_context(STYLE):
             figure, (axes,) = _figure(1.3 + 0.17 * len(table))
             colours = matplotlib.colormaps["cividis"].with_extremes(bad="none")

@@ -13,6 +13,7 @@ from clipsae.report.names import column_order, column_title, dataset_title, list
 from clipsae.report.select import Selection
 from clipsae.report.settings import Line
 from clipsae.report.table import Cell, Row, Table, number
+from clipsae.report.tables import largest_common
 
 Way = tuple[str, str]
 WAYS: tuple[Way, ...] = tuple(product(("paper", "heldout"), ("frequency", "contrast")))
@@ -26,7 +27,7 @@ _SAID = {
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Accuracies of the lines and datasets that have all of the ways.
+    """Accuracies of the same lines on the same datasets.
 
     Attributes:
         cells: (way, metric) -> line -> mean over the datasets, with the spread of the seeds' means.
@@ -40,37 +41,31 @@ class SideBySide:
 
 
 def side_by_side(selection: Selection) -> SideBySide | None:
-    """None: no SAE is evaluated in the paper's way and another. Of several ways those are shown
-    that leave most lines; on_M has no ranking and is left out."""
+    """None: no SAE is evaluated in the paper's way and another. Lines and datasets are those that
+    the paper's way shares with the one that shares most; other ways have what they have of these.
+    on_M has no ranking and is left out."""
     rows = selection.ways
-    lines = list(dict.fromkeys((*selection.lines, *selection.ablated)))
-    rows = rows[rows.tabled & rows.line.isin(lines) & rows.metric.str.startswith("on_")]
+    rows = rows[rows.tabled & rows.line.isin(selection.lines) & rows.metric.str.startswith("on_")]
     rows = rows[rows.metric.ne("on_all")].dropna(subset="value")
     has: dict[Way, set[tuple[Line, str]]] = {}
     for (protocol, ranking), found in rows.groupby(["protocol", "ranking"]):
         has[protocol, ranking] = set(zip(found.line, found.dataset, strict=True))
-    others = [way for way in WAYS[1:] if way in has and has[way] & has.get(PAPERS, set())]
-    if not others:
+    both = {way: has.get(PAPERS, set()) & has.get(way, set()) for way in WAYS[1:]}
+    shared = max(both.values(), key=len)
+    if not shared:
         return None
-    ways = (PAPERS, *others)
-    shared = set.intersection(*(has[way] for way in ways))
-    while not shared:  # another SAE for each way: the way with fewest is left out
-        ways = tuple(way for way in ways if way != min(ways[1:], key=lambda way: len(has[way])))
-        shared = set.intersection(*(has[way] for way in ways))
-    most = max(len({d for x, d in shared if x == line}) for line, _ in shared)
-    complete = [x for x in lines if len({d for line, d in shared if line == x}) == most]
-    datasets = set.intersection(*({d for x, d in shared if x == line} for line in complete))
-    if not datasets:
-        datasets = {d for x, d in shared if x == complete[0]}
-        complete = [x for x in complete if {(x, d) for d in datasets} <= shared]
+    on = {line: {d for x, d in shared if x == line} for line in selection.lines}
+    datasets = largest_common(on, 1)
+    complete = [line for line in selection.lines if datasets <= on[line]]
     rows = rows[rows.dataset.isin(datasets)]
     metrics = tuple(sorted(set(rows.metric), key=column_order))
     cells = {}
-    for way, metric in product(ways, metrics):
+    for way, metric in product(WAYS, metrics):
         chosen = rows[rows.protocol.eq(way[0]) & rows.ranking.eq(way[1]) & rows.metric.eq(metric)]
         found = {line: _mean(chosen[chosen.line.eq(line)], len(datasets)) for line in complete}
         cells[way, metric] = {line: cell for line, cell in found.items() if cell is not None}
     ordered = tuple(name for name in selection.datasets if name in datasets)
+    ways = tuple(way for way in WAYS if any(cells[way, metric] for metric in metrics))
     return SideBySide(ways, tuple(complete), ordered, metrics, cells)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from clipsae.report import plots, rankings, tables
 from clipsae.report.collect import NO_K, Collected
-from clipsae.report.findings import findings, tells_apart
+from clipsae.report.findings import concepts_found, findings, tells_apart
 from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells, no_baselines
 from clipsae.report.names import dataset_title, slug
 from clipsae.report.plots import Plot
@@ -76,6 +76,11 @@ def make_report(
         differences=[*selection.differences, *_several_k(selection)],
         findings=[
             *findings(selection, missing),
+            *(
+                sentence
+                for dataset in selection.datasets
+                for sentence in concepts_found(selection, found.concepts, dataset)
+            ),
             *([] if ways is None else rankings.order_kept(selection, ways)),
             *tells_apart([*noise.tables, *noise.folded]),
             *no_baselines(selection, commands),
@@ -117,6 +122,7 @@ def _dataset_section(selection: Selection, found: Collected, dataset: str) -> Se
     number = table_numbers().get(dataset)
     accuracy, *others = tables.accuracy_tables(selection, dataset)
     measured = tables.metric_tables(selection, dataset)
+    recovery = tables.recovery_tables(selection, dataset)
     in_paper = dataset == tables.MEASURED_ON
     drawn = (
         plots.accuracy_plot(selection, dataset),
@@ -126,7 +132,7 @@ def _dataset_section(selection: Selection, found: Collected, dataset: str) -> Se
     return Section(
         f"dataset-{slug(dataset)}",
         dataset_title(dataset) + (f" (Table {number})" if number else ""),
-        [accuracy, *measured] if in_paper else [accuracy],
+        [accuracy, *(measured if in_paper else []), *recovery],
         [plot for plot in drawn if plot is not None],
         others if in_paper else [*others, *measured],
     )

@@ -167,8 +167,8 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     cells = over_seeds.value.agg(value="mean", std="std", seeds="count")
     cells = cells.join(over_seeds[["images", "classes", "competing"]].min()).reset_index()
 
-    ways = like(fitting, figures[fits_otherwise & figures.measured.eq(False)])
-    ways = ways.sort_values(["finished", "folder"], kind="stable")
+    of_same = like(fitting, figures[fits_otherwise & figures.measured.eq(False)])
+    ways = of_same.sort_values(["finished", "folder"], kind="stable")
     way = ["line", "dataset", "k", "metric", "protocol", "ranking", "seed"]
     ways = ways.drop_duplicates(way, keep="last").sort_index()
 
@@ -203,8 +203,8 @@ def select(found: Collected, wanted: Wanted) -> Selection:
         k=k,
         differences=tuple(differences),
         folders=tuple(sorted(used | of_ways)),
-        superseded=len({*fitting.folder} - used),
-        unfitting=len({*figures.folder[~fits]} - of_ways),
+        superseded=len({*fitting.folder, *of_same.folder} - used - of_ways),
+        unfitting=len({*figures.folder[~fits]} - {*of_same.folder}),
     )
 
 

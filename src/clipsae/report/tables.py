@@ -367,18 +367,26 @@ def compared(selection: Selection, datasets: tuple[str, ...]) -> list[Compared]:
             groups.setdefault(line.common, {})[line] = evaluated & set(datasets)
     found = []
     for label, has in groups.items():
-        ordered = sorted((line for line in has if has[line]), key=lambda line: -len(has[line]))
-        shared = {
-            n: set.intersection(*(has[line] for line in ordered[:n]))
-            for n in range(2, len(ordered) + 1)
-        }
-        best = max(shared, key=lambda n: (n * len(shared[n]), n), default=0)
-        over = tuple(name for name in datasets if best and name in shared[best])
+        shared = largest_common(has, 2)
+        over = tuple(name for name in datasets if name in shared)
         if over:
             chosen = tuple(line for line in has if set(over) <= has[line])
+            ordered = sorted((line for line in has if has[line]), key=lambda line: -len(has[line]))
             left_out = {x: len(has[x] & set(over)) for x in ordered if x not in chosen}
             found.append(Compared(label, chosen, over, left_out))
     return found
+
+
+def largest_common(has: Mapping[Line, set[str]], least: int) -> set[str]:
+    """The datasets of the largest table of lines by datasets without a gap, with at least so many
+    lines; those with most datasets are taken first."""
+    ordered = sorted((line for line in has if has[line]), key=lambda line: -len(has[line]))
+    shared = {
+        n: set.intersection(*(has[line] for line in ordered[:n]))
+        for n in range(least, len(ordered) + 1)
+    }
+    best = max(shared, key=lambda n: (n * len(shared[n]), n), default=0)
+    return shared[best] if best else set()
 
 
 def rank_table(selection: Selection, group: Compared, name: str) -> Table:
@@ -467,8 +475,8 @@ def fidelity_table(selection: Selection) -> Table:
 
 def metric_tables(selection: Selection, dataset: str) -> list[Table]:
     """Table 5 of one dataset, of the codes as selected and of the code without its selection;
-    Table 6, one for each pooling and image encoder that was used; recovery of known concepts, one
-    for each level. Those that have a figure, of ImageNet the paper's in any case."""
+    Table 6, one for each pooling and image encoder that was used. Those that have a figure, of
+    ImageNet the paper's in any case."""
     paper = dataset == MEASURED_ON
     on, title = slug(dataset), dataset_title(dataset)
     metrics = selection.metrics[selection.metrics.dataset == dataset]
@@ -516,16 +524,16 @@ def metric_tables(selection: Selection, dataset: str) -> list[Table]:
         table = _metric_table(selection, figures, kind, is_dense, paper, *about)
         if table.columns and (paper or not table.empty):
             found.append(table)
-    return found + _recovery_tables(selection, metrics, dataset)
+    return found
 
 
-def _recovery_tables(selection: Selection, figures: pd.DataFrame, dataset: str) -> list[Table]:
+def recovery_tables(selection: Selection, dataset: str) -> list[Table]:
     """Which known concepts were recovered: a table for each level (patches, objects, images), with
     random directions below and a supervised probe above."""
     numbers = [n for n in NUMBERS if n.table == "recovery"]
+    figures = selection.metrics[selection.metrics.dataset == dataset]
     levels = dict.fromkeys(n.key.partition("_")[0] for n in numbers)
-    measured = set(figures.metric)
-    ends = {end for n in numbers for end in (n.floor, n.ceiling, f"{n.key}_random")}
+    measured, ends = set(figures.metric), _ends()
     tables = []
     for level in levels:
         columns = tuple(
@@ -537,7 +545,7 @@ def _recovery_tables(selection: Selection, figures: pd.DataFrame, dataset: str) 
             continue
         rows = list(_rows(selection, figures, columns, {}).values())
         for title, block, key_of in (
-            ("Random directions", BELOW, lambda n: f"{n.key}_random"),
+            ("Random directions (same rows)", BELOW, lambda n: f"{n.key}_random"),
             ("Supervised probe", ABOVE, lambda n: n.ceiling),
         ):
             values = {n.key: figures.value[figures.metric == key_of(n)].dropna() for n in columns}
@@ -563,6 +571,11 @@ def _recovery_tables(selection: Selection, figures: pd.DataFrame, dataset: str) 
     return tables
 
 
+def _ends() -> set[str]:
+    """Keys of numbers that say what others can reach: floors and ceilings."""
+    return {end for n in NUMBERS for end in (n.floor, n.ceiling, f"{n.key}_random")}
+
+
 def _metric_table(
     selection: Selection,
     figures: pd.DataFrame,
@@ -577,6 +590,8 @@ def _metric_table(
     caption stands for what the numbers are."""
     measured = set(figures.metric)
     numbers = [n for n in NUMBERS if n.table == kind and n.key.endswith("_dense") == dense]
+    ends = _ends()
+    numbers = [n for n in numbers if n.key not in ends]
     columns = tuple(n for n in numbers if n.key in measured or (paper and n.paper))
     # Of several levels of one number the first says it.
     meanings = {n.label.partition(", ")[0]: n.meaning for n in columns if n.meaning}
@@ -642,7 +657,7 @@ def noise_table(selection: Selection, dataset: str) -> Table:
     numbers = {n.key: n.label for n in NUMBERS}
     rows = []
     for frame in (selection.runs, selection.measured):
-        frame = frame[frame.dataset.eq(dataset) & frame.metric.ne("no_sae")]
+        frame = frame[frame.dataset.eq(dataset) & ~frame.metric.isin({"no_sae", *_ends()})]
         frame = frame[frame.tabled & frame.line.isin(selection.lines)].dropna(subset="value")
         ways = ["metric", "image_encoder", "pooling"]
         for (metric, encoder, pooling), mine in frame.groupby(ways, sort=False):
@@ -650,6 +665,7 @@ def noise_table(selection: Selection, dataset: str) -> Table:
             if found is None:
                 continue
             title = numbers.get(metric, column_title(metric, selection.wanted.latents))
+            title += ", without the selection" * metric.endswith("_dense")
             if encoder:
                 title += f" ({encoder}, {pooling})"
             values = {
