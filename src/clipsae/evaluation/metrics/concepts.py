@@ -155,7 +155,7 @@ def concept_recovery(
         "mean_purity": purity.nanmean(),
         "concepts": defined.sum(),
         "concepts_found": (scores["auroc"] >= threshold)[defined].double().mean(),
-        "splitting": latents[latents > 0].double().mean(),
+        "splitting": latents[scores["auroc"] >= threshold].double().mean(),
         "merging": (good_for[good_for > 0] > 1).double().mean(),
         "live": (mass > 0).sum(),
     }

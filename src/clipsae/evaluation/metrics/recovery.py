@@ -159,21 +159,23 @@ def pool_rows(codes: SparseCodes, group: Tensor, how: str) -> SparseCodes:
         [G, M].
     """
     sizes = torch.bincount(group[group >= 0])
-    if how == "cls":
-        first = group.new_full((len(sizes),), len(group))
-        rows = torch.arange(len(group), device=group.device)
-        first.scatter_reduce_(0, group[group >= 0], rows[group >= 0], "amin")
-        return codes[torch.zeros_like(group, dtype=torch.bool).index_fill_(0, first, True)]
     of = group[codes.token]
     here = of >= 0
+    if how == "cls":
+        rows = torch.arange(len(group), device=group.device)
+        first = group.new_full((len(sizes),), len(group))
+        first.scatter_reduce_(0, group[group >= 0], rows[group >= 0], "amin")
+        here &= first[of] == codes.token
     cells = of[here] * codes.latents + codes.latent[here]
     dense = codes.values.new_zeros(len(sizes) * codes.latents)
     if how == "max":
         dense.scatter_reduce_(0, cells, codes.values[here], "amax")
     else:
-        dense.index_add_(0, cells, codes.values[here])
+        dense = dense.double().index_add_(0, cells, codes.values[here].double())
     dense = dense.view(len(sizes), codes.latents)
-    return SparseCodes.from_dense(dense / sizes[:, None] if how == "mean" else dense)
+    if how == "mean":
+        dense = dense / sizes[:, None]
+    return SparseCodes.from_dense(dense.to(codes.dtype))
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,7 @@ def _by_level(
         Codes [N, M] by level; of the level's first rows, where it ended early.
     """
     found: dict[str, list[SparseCodes]] = {level: [] for level in levels}
+    done = dict.fromkeys(levels, 0)
     images = pairs = 0
     for codes in parts:
         b, tokens, latents = codes.shape
@@ -262,11 +265,13 @@ def _by_level(
         for name, level in levels.items():
             row = level.row[here]
             if name == "patch":
-                found[name].append(rows[row >= 0])
-            elif (row >= 0).any():
-                row = torch.where(row >= 0, row - row[row >= 0].min(), -1)
-                found[name].append(pool_rows(rows, row, "max" if name == "object" else pooling))
-            pairs += len(found[name][-1].values) if found[name] else 0
+                part = rows[row >= 0]
+            else:
+                row = torch.where(row >= 0, row - done[name], -1)
+                part = pool_rows(rows, row, "max" if name == "object" else pooling)
+            found[name].append(part)
+            done[name] += part.tokens
+            pairs += len(part.values)
         images += b
         if most is not None and pairs > most:
             break
@@ -319,16 +324,11 @@ class ConceptRecovery(Measurement):
             return
         x = batch.tokens[rows].float()
         n, tokens = x.shape[:2]
-        known = (
-            batch.patch_truth[rows].to(x.device),
-            batch.patch_objects[rows, :, None].to(x.device),
-        )
-        truth, objects = (
-            x.new_full((n, tokens, part.shape[2]), nothing)
-            for part, nothing in zip(known, (0, -1), strict=True)
-        )
-        for whole, part in ((truth, known[0]), (objects, known[1])):
-            whole[:, -part.shape[1] :] = part.float()  # patches are the last tokens
+        patches = batch.patch_objects.shape[1]  # the last tokens
+        truth = x.new_zeros(n, tokens, batch.patch_truth.shape[2])
+        truth[:, -patches:] = batch.patch_truth[rows].to(x)
+        objects = x.new_full((n, tokens), -1)
+        objects[:, -patches:] = batch.patch_objects[rows].to(x)
         parts = (x, truth, objects, batch.image_truth[rows].to(x))
         beside = torch.cat([part.flatten(1) for part in parts], dim=1)
         drawn = torch.zeros(len(batch.positions), dtype=torch.bool, device=x.device)
