@@ -112,7 +112,7 @@ def test_every_model_with_every_clip(composed, clip):
     for model in MODELS:
         cfg = composed(f"clip={clip}", f"model={model}")
         assert cfg.model.name == model
-        assert cfg.model.latents == (2048 if clip == "tiny" else 49152)
+        assert cfg.model.latents == (512 if clip == "tiny" else 49152)
         # Gradients are clipped where the source clips them.
         rivals = ("relu", "jumprelu", "gated", "topk", "batch_topk")
         clipped = {"vit_b_16": 0.02, "tiny": 0.3}.get(clip) if model in rivals else None
