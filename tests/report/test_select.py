@@ -348,3 +348,58 @@ def test_a_measurement_is_in_the_row_of_the_evaluation_of_its_sae(store):
     assert len([line for line in selection.lines if line.model == "relu"]) == 2
     rows = selection.rows(selection.metrics, Line("relu", "trainer.max_steps=3"))
     assert rows.set_index("metric").value.to_dict() == {"cosine": 0.5, "cknna": 0.003}
+
+
+# --- what is not trained, or in part ---
+
+
+def test_frozen_and_untrained_saes_are_lines_of_their_own(store):
+    """Named, behind the trained one of however few seeds, and alone, too."""
+
+    def sae(steps: int = 600, **model) -> str:
+        key = {"sae": {"freeze": None, **model}, "training": {"trainer": {"max_steps": steps}}}
+        return store.sae(f"sae-{store.made}", key)
+
+    store.evaluation("topk", "scenes", {"on_5": 1.0}, sae=sae())
+    for seed in range(3):
+        frozen = sae(freeze="decoder")
+        more = {"seed": seed, "options": {"freeze": "decoder"}}
+        store.evaluation("topk", "scenes", {"on_5": 2.0}, sae=frozen, **more)
+    store.evaluation("topk", "scenes", {"on_5": 3.0}, sae=sae(steps=0), max_steps=0)
+    store.evaluation("relu", "scenes", {"on_5": 4.0}, sae=sae(steps=0), max_steps=0)
+    store.evaluation("gated", "scenes", {"on_5": 5.0}, sae=sae())
+    assert figures(store.selection(), "scenes") == {
+        "TopK": 1.0,
+        "TopK, decoder frozen": 2.0,
+        "TopK, untrained": 3.0,
+        "ReLU, untrained": 4.0,
+        "Gated": 5.0,  # nothing sets it apart
+    }
+    selection = store.selection()
+    assert selection.main("topk") == Line("topk")
+    assert selection.main("topk").overrides == []
+    overrides = [line.overrides for line in selection.baselines if line.model == "topk"]
+    assert overrides == [["model.freeze=decoder"], ["trainer.max_steps=0"]]
+
+
+def test_fitted_saes_are_in_reports_of_any_number_of_latents(store):
+    def sae(**key) -> str:
+        return store.sae(f"sae-{store.made}", {"sae": key, "training": {"initial_images": 9}})
+
+    trained = {"sae": {"freeze": None}, "training": {"trainer": {"max_steps": 600}}}
+    accuracy = {"on_5": 1.0, "on_all": 9.0}
+    store.evaluation("relu", "scenes", accuracy, sae=store.sae("trained", trained))
+    pca = {"latents": 24, "options": {"fit": "pca"}}
+    store.evaluation("pca", "scenes", {"on_all": 2.0}, sae=sae(fit="pca"), **pca)
+    for m in (16, 128):
+        more = {"latents": m, "options": {"fit": "random"}}
+        fitted = sae(fit="random", latents=m)
+        store.evaluation("random", "scenes", {"on_all": 3.0 + m}, sae=fitted, **more)
+    found = figures(store.selection(), "scenes", "on_all")
+    assert found == {
+        "ReLU": 9.0,
+        "PCA": 2.0,
+        "Random directions, model.latents=16": 19.0,
+        "Random directions, model.latents=128": 131.0,
+    }
+    assert figures(store.selection(), "scenes") == {"ReLU": 1.0}  # and nothing sets it apart

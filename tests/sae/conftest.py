@@ -13,6 +13,9 @@ from run import ROOT  # (and the resolvers that the configs use)
 
 MODELS = ROOT / "conf" / "model"
 D, M = 12, 40
+TRAINED = sorted(p.stem for p in MODELS.glob("[!_]*.yaml") if "fit:" not in p.read_text())
+# With what is frozen behind a "+".
+RECIPES = [*TRAINED, "topk+decoder", "sparsemax+encoder", "relu+soft_decoder"]
 
 
 @cache
@@ -22,8 +25,10 @@ def _composed(recipe: str) -> dict:
 
 
 def options_of(recipe: str, **changes) -> dict:
-    """The SAE's options of conf/model/<recipe>.yaml, at the tests' size."""
-    options = dict(_composed(recipe))
+    """The SAE's options of conf/model/<recipe>.yaml, at the tests' size; "topk+decoder": with
+    freeze="decoder"."""
+    recipe, _, freeze = recipe.partition("+")
+    options = dict(_composed(recipe)) | {"freeze": freeze or None}
     small = {"latents": M, "k": 4, "dead_after": 30, "threshold_start_step": 2}
     options.update({k: v for k, v in small.items() if k in options})
     return {**options, **changes}
@@ -50,7 +55,7 @@ def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recipe" in metafunc.fixturenames:
-        metafunc.parametrize("recipe", sorted(path.stem for path in MODELS.glob("[!_]*.yaml")))
+        metafunc.parametrize("recipe", RECIPES)
 
 
 @pytest.fixture

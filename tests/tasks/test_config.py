@@ -112,7 +112,8 @@ def test_every_model_with_every_clip(composed, clip):
     for model in MODELS:
         cfg = composed(f"clip={clip}", f"model={model}")
         assert cfg.model.name == model
-        assert cfg.model.latents == (2048 if clip == "tiny" else 49152)
+        own = {"kmeans": 512, **dict.fromkeys(("neurons", "pca", "ica", "text"))}
+        assert cfg.model.latents == own.get(model, 2048 if clip == "tiny" else 49152)
         # Gradients are clipped where the source clips them.
         clipped = {"vit_b_16": 0.02, "tiny": 0.3}.get(clip) if "topk" in model else None
         assert cfg.trainer.gradient_clip_val == clipped or clip == "vit_l_14"
@@ -164,7 +165,14 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
         ("seed=-1", "seed=-1: expected an integer from 0 to 4294967295"),
         ("seed=true", "seed=true: expected an integer"),
         ("together=1", "together=1: expected true or false"),
-        ("trainer.max_steps=0", "trainer.max_steps=0: expected an integer of at least 1"),
+        ("trainer.max_steps=-1", "trainer.max_steps=-1: expected an integer of at least 0"),
+        (
+            "model.freeze=all",
+            "model.freeze=all: expected decoder, encoder or soft_decoder, or",
+        ),
+        ("model.fit=lda", "model.fit=lda: expected neurons, pca, ica, text, kmeans or random, or"),
+        ("model.latents=null", "model.latents=null: expected an integer of at least 1"),
+        ("model.freeze=soft_decoder", "model.freeze='soft_decoder': architecture=attention has no"),
         ("trainer.max_steps=1e3", "trainer.max_steps=1000.0: expected an integer"),
         ("precision=fp32", "precision=fp32: expected auto, float32, tf32 or bf16"),
         (
@@ -209,6 +217,16 @@ def test_what_is_out_of_range_or_unknown(composed, override, expected):
     OmegaConf.set_struct(cfg, False)
     cfg.merge_with_dotlist([override.lstrip("+")])
     assert expected in refusal(cfg, override)
+
+
+def test_what_fitted_saes_refuse(composed):
+    for model, override, expected in (
+        ("pca", "model.latents=64", "model.latents=64: the tokens and texts decide how many"),
+        ("random", "model.latents=65", "model.latents=65: model.fit=random has both signs"),
+        ("kmeans", "model.latents=null", "model.latents=null: expected an integer of at least 1"),
+        ("pca", "+model.freeze=decoder", "model.freeze=decoder: model.fit=pca is not trained"),
+    ):
+        assert expected in refusal(composed(f"model={model}", override))
 
 
 def test_what_others_define_is_theirs(composed):

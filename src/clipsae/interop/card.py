@@ -56,7 +56,13 @@ def _description(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
         text += f", the output of block {clip['layer']} of {clip['name']} ({clip['pretrained']})"
     images = config.get("train_dataset", {}).get("name") or config.get("dataset", {}).get("name")
     steps = config.get("trainer", {}).get("max_steps")
-    if images and steps and "imported" not in config.get("model", {}):
+    model = config.get("model", {})
+    if model.get("fit"):
+        text += f"; not trained: {model['fit']} of the tokens of {model['initial_images']:,} images"
+        text += f" of {images}, seed {config.get('seed')}"
+    elif steps == 0 and "imported" not in model:
+        text += f"; not trained: as initialised, seed {config.get('seed')}"
+    elif images and steps and "imported" not in model:
         text += f"; trained for {steps:,} steps on {images}, seed {config.get('seed')}"
     return f"{text}."
 

@@ -100,6 +100,11 @@ class Architecture(nn.Module):
         """[..., d] -> [..., d]: the dictionary's input."""
         return x
 
+    def matrices(self, part: str) -> list[nn.Parameter]:
+        """The matrices that make the scores (`part` "encoder") or `decoder_rows` ("decoder"), for
+        `SAE(freeze=...)`; biases are not among them. None, the default: it cannot be frozen."""
+        return []
+
     def initialize(self, x: Tensor) -> None:
         """Once, before the first step, with images [N, T, d] as the encoder will see them."""
 

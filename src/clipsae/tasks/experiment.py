@@ -150,6 +150,7 @@ def prepare(cfg: DictConfig) -> Experiment:
     clip = build.build_clip(cfg)
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
+    sae.resolve_latents(cfg, clip, train_set)
     trained = precision.resolve(cfg, lambda: sae.stage(cfg, store, train_set))
     sae.check(cfg, clip, train_set)
     if not trained.finished and (line := set_by_recipe(cfg)):

@@ -116,6 +116,7 @@ def finished_sae(cfg: DictConfig, store: Store, clip: FrozenCLIP) -> Stage:
         ConfigError: it is not trained yet.
     """
     train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
+    sae.resolve_latents(cfg, clip, train_set)
     trained = precision.resolve(cfg, lambda: sae.stage(cfg, store, train_set))
     if not trained.finished:
         of_this_task = ("task=", "task.", "model=")

@@ -134,6 +134,7 @@ def look(
             cfg.precision = precision.of_device(cfg)
         return job
     with findings.attempt("options", name):
+        sae.resolve_latents(cfg, clip, train_set)
         trained = precision.resolve(cfg, lambda: sae.stage(cfg, store, train_set))
         sae.check(cfg, clip, train_set)
         evaluated = evaluation.stage(cfg, store, trained, test_set)
