@@ -363,9 +363,10 @@ def test_frozen_and_untrained_saes_are_lines_of_their_own(store):
     store.evaluation("topk", "scenes", {"on_5": 1.0}, sae=sae())
     for seed in range(3):
         frozen = sae(freeze="decoder")
-        store.evaluation("topk", "scenes", {"on_5": 2.0}, sae=frozen, seed=seed)
-    store.evaluation("topk", "scenes", {"on_5": 3.0}, sae=sae(steps=0))
-    store.evaluation("relu", "scenes", {"on_5": 4.0}, sae=sae(steps=0))
+        more = {"seed": seed, "options": {"freeze": "decoder"}}
+        store.evaluation("topk", "scenes", {"on_5": 2.0}, sae=frozen, **more)
+    store.evaluation("topk", "scenes", {"on_5": 3.0}, sae=sae(steps=0), max_steps=0)
+    store.evaluation("relu", "scenes", {"on_5": 4.0}, sae=sae(steps=0), max_steps=0)
     store.evaluation("gated", "scenes", {"on_5": 5.0}, sae=sae())
     assert figures(store.selection(), "scenes") == {
         "TopK": 1.0,
@@ -376,8 +377,9 @@ def test_frozen_and_untrained_saes_are_lines_of_their_own(store):
     }
     selection = store.selection()
     assert selection.main("topk") == Line("topk")
-    overrides = [line.overrides for line in selection.of_model("topk")]
-    assert sorted(overrides) == [[], ["model.freeze=decoder"], ["trainer.max_steps=0"]]
+    assert selection.main("topk").overrides == []
+    overrides = [line.overrides for line in selection.baselines if line.model == "topk"]
+    assert overrides == [["model.freeze=decoder"], ["trainer.max_steps=0"]]
 
 
 def test_fitted_saes_are_in_reports_of_any_number_of_latents(store):
@@ -385,13 +387,17 @@ def test_fitted_saes_are_in_reports_of_any_number_of_latents(store):
         return store.sae(f"sae-{store.made}", {"sae": key, "training": {"initial_images": 9}})
 
     trained = {"sae": {"freeze": None}, "training": {"trainer": {"max_steps": 600}}}
-    store.evaluation("relu", "scenes", {"on_5": 1.0}, sae=store.sae("trained", trained))
-    store.evaluation("pca", "scenes", {"on_all": 2.0}, latents=24, sae=sae(fit="pca"))
+    accuracy = {"on_5": 1.0, "on_all": 9.0}
+    store.evaluation("relu", "scenes", accuracy, sae=store.sae("trained", trained))
+    pca = {"latents": 24, "options": {"fit": "pca"}}
+    store.evaluation("pca", "scenes", {"on_all": 2.0}, sae=sae(fit="pca"), **pca)
     for m in (16, 128):
+        more = {"latents": m, "options": {"fit": "random"}}
         fitted = sae(fit="random", latents=m)
-        store.evaluation("random", "scenes", {"on_all": 3.0 + m}, latents=m, sae=fitted)
+        store.evaluation("random", "scenes", {"on_all": 3.0 + m}, sae=fitted, **more)
     found = figures(store.selection(), "scenes", "on_all")
     assert found == {
+        "ReLU": 9.0,
         "PCA": 2.0,
         "Random directions, model.latents=16": 19.0,
         "Random directions, model.latents=128": 131.0,

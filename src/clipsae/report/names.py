@@ -28,7 +28,7 @@ _MODELS = {
     "pca": ("PCA", "#8a9099", "<"),
     "ica": ("ICA", "#8a9099", ">"),
     "kmeans": ("k-means", "#8a9099", "h"),
-    "text": ("Text embeddings", "#8a9099", "p"),
+    "text": ("Text directions", "#8a9099", "p"),
     "random": ("Random directions", "#8a9099", "."),
 }
 _OTHERS = (("#7f5fb0", "h"), ("#8c564b", "<"), ("#5f7f3f", ">"), ("#c0508f", "d"))

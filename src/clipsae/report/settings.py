@@ -18,6 +18,7 @@ from clipsae.overrides import flat
 from clipsae.report.names import dataset_title, listed, model_title
 from clipsae.rules import PRECISIONS
 from clipsae.store.survey import short
+from clipsae.training.baselines import learned
 
 Settings = tuple[tuple[str, str], ...]  # names and values, sorted
 NOT_SET = "not set"
@@ -76,11 +77,9 @@ _OVERRIDE = re.compile(
 def learned_by(config: Mapping[str, Any]) -> str:
     """How much of an SAE was learned, from the config of its run: `TRAINED` in full, "decoder
     frozen" and the like in part, `UNTRAINED` and `FITTED` (`model.fit`) not at all."""
-    model, trainer = config.get("model") or {}, config.get("trainer") or {}
-    if model.get("fit"):
-        return FITTED
-    if trainer.get("max_steps") == 0:
-        return UNTRAINED
+    model = config.get("model") or {}
+    if learned(config) == "not learned":
+        return UNTRAINED if model.get("fit") is None else FITTED
     return _FROZEN.get(str(model.get("freeze")), TRAINED)
 
 
@@ -117,9 +116,11 @@ def settings_of(
         named |= config_settings(config, ("dataset", "evaluation"))
     if schema is not None:
         named["schema"] = str(schema)
-    if learned_by(config) in NOT_LEARNED:
+    kept = set()
+    if (learnt := learned_by(config)) in NOT_LEARNED:
         named = {n: v for n, v in named.items() if not n.startswith(_OF_TRAINING)}
-    return tuple(sorted((n, v) for n, v in named.items() if n not in _LEFT_OUT))
+        kept = {"model.latents"} if learnt == FITTED else set()  # reports have those of any M
+    return tuple(sorted((n, v) for n, v in named.items() if n in kept or n not in _LEFT_OUT))
 
 
 def config_settings(config: Mapping[str, Any], groups: Iterable[str]) -> dict[str, str]:
@@ -193,9 +194,8 @@ def set_apart(figures: pd.DataFrame, usual: Mapping[str, str]) -> tuple[pd.DataF
     values = pd.DataFrame([dict(s) for s in results.settings], results.index, dtype=object)
     not_trained = results.learned.isin(NOT_LEARNED)
     for name in values:  # whoever lacks one of these has another value; of others nothing is known
-        if decides_codes(name):
-            idle = not_trained & name.startswith(_OF_TRAINING)
-            values[name] = values[name].fillna(NOT_SET).mask(idle)
+        if decides_codes(name):  # (what has not learned has no settings of a training)
+            values[name] = values[name].fillna(NOT_SET).mask(not_trained & values[name].isna())
     common = _varying(results, values[[name for name in values if not name.startswith(_OF_MODEL)]])
     sentences = [_sentence(name, results, values) for name in common]
     for name in common:  # every dataset has a hash of its images: of interest if it has several
