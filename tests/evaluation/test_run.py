@@ -19,10 +19,12 @@ from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import pool_codes
 from clipsae.evaluation.truth import (
     IMAGE_ATTRIBUTES,
+    OBJECT_ATTRIBUTES,
     PATCH_ATTRIBUTES,
     concept_names,
     image_concepts,
     patch_concepts,
+    patch_objects,
 )
 from clipsae.sae import SAE
 
@@ -100,17 +102,26 @@ def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
         at = torch.tensor(chosen)
         order = torch.randperm(11, generator=torch.Generator().manual_seed(5))
         choosing = order % 2 == 0
-        for level, attributes, z, truth, first in (
+        truth, slot = patch_concepts(scenes, at, 8), patch_objects(scenes, at, 8)
+        objects = [(i, s) for i in range(11) for s in range(3) if (slot[i] == s).any()]
+        for level, attributes, z, shown, first in (
             (
                 "patch",
                 PATCH_ATTRIBUTES,
                 codes[chosen, 1:].flatten(0, 1),
-                patch_concepts(scenes, at, 8).flatten(0, 1),
+                truth.flatten(0, 1),
                 choosing.repeat_interleave(64),
+            ),
+            (
+                "object",
+                OBJECT_ATTRIBUTES,
+                torch.stack([codes[chosen][i, 1:][slot[i] == s].amax(0) for i, s in objects]),
+                torch.stack([truth[i][slot[i] == s].any(0)[:25] for i, s in objects]),
+                torch.stack([choosing[i] for i, _ in objects]),
             ),
             ("image", IMAGE_ATTRIBUTES, pooled[chosen], image_concepts(scenes, at), choosing),
         ):
-            expected = concept_recovery(z, truth, concept_names(attributes), first, threshold=0.8)
+            expected = concept_recovery(z, shown, concept_names(attributes), first, threshold=0.8)
             assert found[f"{level}_auroc"] == pytest.approx(expected["mean_auroc"].item(), rel=1e-3)
             rows = [row for row in result.concepts[name] if row["level"] == level]
             assert [row["auroc_latent"] for row in rows] == expected["auroc_latent"].tolist()
