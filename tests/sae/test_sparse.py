@@ -269,6 +269,12 @@ def test_a_part_of_the_codes_is_that_part_of_the_dense_ones():
     assert torch.equal(small.dense(), z[3])
     assert torch.equal(small.lookup(torch.tensor([2, 5])), z[3][:, [2, 5]])
     assert torch.equal(codes.view(30, 30).dense(), z.view(30, 30))
+    chosen = torch.tensor([2, 5, 29])
+    assert torch.equal(codes.view(30, 30).take(chosen).dense(), z.view(30, 30)[:, chosen])
+    chosen = torch.tensor([29, 2, 2])
+    assert torch.equal(codes.view(30, 30).columns(chosen), z.view(30, 30)[:, chosen])
+    mask = torch.arange(30) % 3 == 0
+    assert torch.equal(codes.view(30, 30)[mask].dense(), z.view(30, 30)[mask])
     assert torch.equal(codes.view(30, 30).csr().to_dense(), z.view(30, 30).double())
     assert torch.equal((codes * torch.arange(30)).dense(), z * torch.arange(30))
     assert torch.equal(

@@ -136,7 +136,8 @@ def evaluate(
             "dense": the same, with the suffix _dense, of the code without its selection;
             "cknna"; "orthogonality" (of the decoder);
             "monosemanticity": its mean, max and number of live latents;
-            "recovery": concepts_found, auroc, ... with the prefixes patch_ and image_.
+            "recovery": concepts_found, auroc, ... with the prefixes patch_, object_ and image_, and
+            the same of random directions, an untrained SAE and a probe.
             None: all whose needs (an image encoder, ground truth, ...) are met.
         image_encoder: for MonoSemanticity: a name (`encoders.image_encoder`), or a callable
             (images uint8 [B, 3, S, S], indices [B]) -> [B, e].

@@ -304,7 +304,7 @@ def test_random_directions_find_nothing_and_a_probe_all():
     """Tokens with a large component "object or not", and a small one for each concept."""
     truth, names, choosing = planted()
     g = torch.Generator().manual_seed(2)
-    rows, d = torch.randn(12, 40, generator=g) / 40**0.5, 40
+    rows, d = torch.randn(12, 64, generator=g) / 8, 64
     large = torch.randn(d, generator=g)
     x = truth.float() @ rows + truth[:, :4].any(dim=1)[:, None] * large
     x = x + 0.3 * torch.randn(len(x), d, generator=g)
@@ -317,7 +317,7 @@ def test_random_directions_find_nothing_and_a_probe_all():
     assert torch.allclose(model.rows.norm(dim=1), torch.ones(1024))
     random_ones = concept_recovery(codes, truth, names, choosing)
     probe = probe_recovery(x, truth, names, choosing)
-    assert random_ones["concepts_found"] <= 1 / 12
+    assert random_ones["concepts_found"] == 0
     assert probe["concepts_found"] == 1
     assert random_ones["mean_auroc"] < probe["mean_auroc"] - 0.15
 

@@ -103,7 +103,7 @@ def _numbers(level: str) -> tuple[Number, ...]:
     scores = [
         replace(
             number,
-            headline=number.key == "concepts_found",
+            headline=(level, number.key) == ("patch", "concepts_found"),
             floor=f"{level}_{number.key}_untrained",
             ceiling=f"{level}_{number.key}_probe",
         )
