@@ -8,7 +8,7 @@ import torch
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
 from clipsae.evaluation import evaluate
-from clipsae.evaluation.encoders import image_encoder
+from clipsae.evaluation.encoders import image_encoder, judge
 from clipsae.evaluation.metrics import METRICS, NUMBERS, Measurement
 from clipsae.evaluation.metrics.cknna import cknna
 from clipsae.evaluation.metrics.concepts import concept_recovery
@@ -139,12 +139,35 @@ def test_batches_and_groups_change_nothing(clip, scenes, saes, size, monkeypatch
     assert [at for at in seen if at[2] == "images"][-1] == (IMAGES, IMAGES, "images")
     ended = {what for done, total, what in seen if done == total}
     assert ended == {
-        *("images", "CKNNA"),
+        *("images", "CKNNA", "sparse probing"),
         *(f"recovery in {of}" for of in ("patches", "objects", "images")),
     }
     for row, other in zip(whole.metrics, again.metrics, strict=True):
         assert row["metric"] == other["metric"]
         assert row["value"] == pytest.approx(other["value"], rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_several_image_encoders_are_each_alone(clip, scenes, saes):
+    options = {"metrics": ["monosemanticity"], "limit_images": 12, "batch_size": 5}
+    one = {
+        name: by_metric(evaluate(clip, saes, scenes, image_encoder=name, **options), "relu")
+        for name in ("attributes", "tiny")
+    }
+    both = evaluate(clip, saes, scenes, image_encoder=["attributes", "tiny"], **options)
+    found = by_metric(both, "relu")
+    assert both.image_encoder == "attributes"
+    for key, value in one["attributes"].items():
+        assert found.pop(key) == pytest.approx(value)
+    assert set(found) == {"monosemanticity_mean_tiny", "monosemanticity_max_tiny"}
+    for key, value in found.items():
+        assert value == pytest.approx(one["tiny"][key.removesuffix("_tiny")])
+    assert set(both.per_latent["relu"]) == {"monosemanticity", "monosemanticity_tiny"}
+
+
+def test_the_suffix_of_an_image_encoder():
+    assert judge("timm:vit_small_patch14_dinov2.lvd142m/random") == "dinov2"
+    assert judge("open_clip:ViT-B-32/openai") == "clip"
+    assert judge("timm:resnet50") == "other"
 
 
 def test_some_images_and_modes_are_restored(clip, scenes, saes):
@@ -175,6 +198,9 @@ def test_what_is_measured_depends_on_what_is_there(clip, scenes, saes):
         ({"sample_tokens": 0}, "at least 1"),
         ({"limit_images": 0}, "at least 1"),
         ({"image_encoder": "what"}, "open_clip:MODEL"),
+        ({"image_encoder": ["attributes", "what"]}, "open_clip:MODEL"),
+        ({"image_encoder": [], "metrics": ["monosemanticity"]}, "needs an image_encoder"),
+        ({"image_encoder": ["attributes", "tiny", "tiny"]}, "several encoders .* named 'tiny'"),
     ],
 )
 def test_invalid_options_are_refused(clip, scenes, saes, options, words):

@@ -34,6 +34,8 @@ Encoder = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what)."""
 
+INITIAL_IMAGES = 32  # that a training initialises an SAE from
+
 POOLINGS = ("mean", "max", "cls")
 
 # Dense codes are [images, T, M], at the paper's size 39 MB an image: images are encoded in groups
@@ -49,6 +51,7 @@ class Stream:
         dataset: items (uint8 [3, S, S], label).
         indices: the images of the dataset that are used, ascending.
         encoder: of `embeddings`: (uint8 [B, 3, S, S], indices [B]) -> [B, e].
+        judges: of `judged`, further encoders.
         classifier: of `predictions`: [C, e].
         pooling: of `pooled`.
         keep_scores: whether `scores` are needed: codes are then made from them.
@@ -58,6 +61,7 @@ class Stream:
     dataset: Any
     indices: Sequence[int]
     encoder: Encoder | None = None
+    judges: Sequence[Encoder] = ()
     classifier: Tensor | None = None
     pooling: str = "mean"
     keep_scores: bool = False
@@ -92,14 +96,29 @@ class Stream:
         embeddings = nn.functional.normalize(self.clip.tail(tokens), dim=-1)
         return (embeddings @ self.classifier.T).argmax(dim=-1)
 
+    @cached_property
+    def some_tokens(self) -> Tensor:
+        """Tokens [n, T, d] of up to 32 images, evenly spaced among all: what an untrained SAE is
+        initialised from, the same in each batch and process."""
+        step = -(-len(self.indices) // INITIAL_IMAGES)
+        parts = [
+            self.clip.prefix(self.clip.normalize(pixels.to(self.clip.device)))
+            for pixels, *_ in image_batches(
+                self.dataset, self.batch_size, 0, list(self.indices[::step])
+            )
+        ]
+        return torch.cat(parts)
+
     @property
     def embed_dim(self) -> int:
         """e of the encoder; 0 without one."""
-        if self.encoder is None:
-            return 0
+        return 0 if self.encoder is None else self.width_of(self.encoder)
+
+    def width_of(self, encoder: Encoder) -> int:
+        """e of an encoder."""
         size = self.clip.image_size
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.clip.device)
-        return self.encoder(blank, torch.tensor(self.indices[:1])).shape[1]
+        return encoder(blank, torch.tensor(self.indices[:1])).shape[1]
 
 
 class Images:
@@ -128,6 +147,10 @@ class Images:
     def embeddings(self) -> Tensor:
         assert self.stream.encoder is not None
         return self.stream.encoder(self.pixels, self.indices)
+
+    @cached_property
+    def judged(self) -> tuple[Tensor, ...]:
+        return tuple(judge(self.pixels, self.indices) for judge in self.stream.judges)
 
     @cached_property
     def patch_truth(self) -> Tensor:
@@ -203,6 +226,11 @@ class Batch:
         self.images = images
         self.sae = sae
         self.rows = rows
+
+    @cached_property
+    def judged(self) -> tuple[Tensor, ...]:
+        """Embeddings by each further encoder, [B, e] each."""
+        return tuple(embeddings[self.rows] for embeddings in self.images.judged)
 
     @cached_property
     def positions(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.evaluation.encoders import image_encoder as encoder_by_name
+from clipsae.evaluation.encoders import judge
 from clipsae.evaluation.metrics import METRICS, Options
 from clipsae.evaluation.metrics.base import NEEDS
 from clipsae.evaluation.numbers import SETTINGS
@@ -62,7 +63,7 @@ class Evaluation:
         per_latent: per SAE numbers of each latent by name, [M]; NaN where undefined.
         concepts: per SAE a dict a concept: level, concept, its best latents.
         images: how many were evaluated.
-        pooling, image_encoder: what MonoSemanticity was computed with.
+        pooling, image_encoder: what MonoSemanticity was computed with (the first encoder).
     """
 
     rows: list[dict[str, Any]]
@@ -97,7 +98,7 @@ def evaluate(
     settings: Sequence[str] = tuple(SETTINGS),
     memory_gb: float = 4.0,
     metrics: Sequence[str] | None = None,
-    image_encoder: str | Encoder | None = None,
+    image_encoder: str | Encoder | Sequence[str | Encoder] | None = None,
     pooling: str = "mean",
     k: int = 10,
     threshold: float = 0.9,
@@ -140,7 +141,8 @@ def evaluate(
             the same of random directions, an untrained SAE and a probe.
             None: all whose needs (an image encoder, ground truth, ...) are met.
         image_encoder: for MonoSemanticity: a name (`encoders.image_encoder`), or a callable
-            (images uint8 [B, 3, S, S], indices [B]) -> [B, e].
+            (images uint8 [B, 3, S, S], indices [B]) -> [B, e]; or several: the numbers of all but
+            the first have a suffix (`encoders.judge`).
         pooling: of token codes to image codes (`pool_codes`).
         k: neighbours of CKNNA.
         threshold: the AUROC from which a latent counts as good for a concept.
@@ -198,10 +200,12 @@ def evaluate(
 
     needs = {need for name in names for need in METRICS[name].needs}
     device = clip.device if device is None else torch.device(device)
-    encoder = image_encoder if "embeddings" in needs else None
-    if isinstance(encoder, str):
-        encoder = encoder_by_name(encoder, dataset)
-    for module in (clip, *saes.values(), encoder):
+    encoders = [
+        encoder_by_name(one, dataset) if isinstance(one, str) else one
+        for one in (_several(image_encoder) if "embeddings" in needs else ())
+    ]
+    encoder, judges = (encoders[0] if encoders else None), encoders[1:]
+    for module in (clip, *saes.values(), *encoders):
         if isinstance(module, nn.Module):
             module.to(device)
     stream = Stream(
@@ -209,6 +213,7 @@ def evaluate(
         dataset,
         indices,
         encoder=encoder,
+        judges=judges,
         classifier=None if classifier is None else classifier.to(device),
         pooling=pooling,
         keep_scores="scores" in needs,
@@ -228,6 +233,7 @@ def evaluate(
         concepts=concepts,
         grid=clip.grid,
         pooling=pooling,
+        judges=tuple((_suffix(one), stream.width_of(one)) for one in judges),
     )
     of_count = dataset if count_dataset is None else count_dataset
     count_stream = replace(stream, dataset=of_count, keep_scores=False)
@@ -336,7 +342,7 @@ def check_metrics(
     dataset: Any,
     *,
     metrics: Sequence[str] | None = None,
-    image_encoder: str | Encoder | None = None,
+    image_encoder: str | Encoder | Sequence[str | Encoder] | None = None,
     pooling: str = "mean",
     classifier: bool = False,
 ) -> list[str]:
@@ -352,8 +358,14 @@ def check_metrics(
         raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
     if pooling == "cls" and not clip.prefix_tokens:
         raise ValueError(f"pooling='cls': {clip.name} has no class token; use mean or max")
+    suffixes = [_suffix(one) for one in _several(image_encoder)[1:]]
+    if twice := [one for one in suffixes if suffixes.count(one) > 1]:
+        raise ValueError(
+            f"image_encoder: several encoders after the first are named {twice[0]!r} in the "
+            "results: expected one of each kind"
+        )
     there = {
-        "embeddings": image_encoder is not None,
+        "embeddings": bool(_several(image_encoder)),
         "truth": has_truth(dataset),
         "patch_truth": has_patch_truth(dataset),
         "predictions": classifier,
@@ -366,6 +378,18 @@ def check_metrics(
         if not absent:
             chosen.append(metric)
     return chosen
+
+
+def _several(image_encoder: str | Encoder | Sequence[str | Encoder] | None) -> list[str | Encoder]:
+    if image_encoder is None:
+        return []
+    if isinstance(image_encoder, str) or not isinstance(image_encoder, Sequence):
+        return [image_encoder]
+    return list(image_encoder)
+
+
+def _suffix(encoder: str | Encoder) -> str:
+    return judge(encoder if isinstance(encoder, str) else str(getattr(encoder, "name", "")))
 
 
 def _thresholds(saes: Mapping[str, SAE], given: float | Mapping[str, float]) -> dict[str, float]:

@@ -101,6 +101,7 @@ DATASET = {
     "classes": one_of("all", "present"),
     "templates": one_of("imagenet", "dataset"),
     "on_bad_image": one_of("error", "skip"),
+    "ignored": list_of(whole(0)),
     "download": FLAG,
     "kind": TEXT,
     "seed": whole(0),
@@ -186,7 +187,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     },
     "measurement": {
         "metrics": or_null(list_of(TEXT)),
-        "image_encoder": or_null(TEXT),
+        "image_encoder": or_null(either(TEXT, list_of(TEXT, least=1))),
         "pooling": one_of("mean", "max", "cls"),
         "sample_tokens": whole(1),
         "sample_images": whole(1),

@@ -21,7 +21,7 @@ from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.ranking import top_latents
 from clipsae.sae import SAE, SparseCodes
 
-_BLOCK_ELEMENTS = 2**20  # of float64 arrays [entries, V]
+_BLOCK_ELEMENTS = 2**22  # of float64 arrays [entries, V]: 34 MB
 _ENTRIES = 2**24  # codes that are not zero: 0.2 GB, and ten times that while they are sorted
 
 
@@ -37,49 +37,42 @@ def average_precision(codes: SparseCodes, truth: Tensor) -> Tensor:
         float64 [m, V]; the share of positives for a latent that is always the same, NaN for a
         concept that no row has.
     """
-    positives, (_, latent, true, said) = truth.sum(dim=0), _thresholds(codes, truth)
-    edges = codes.latent_edges()
-    # Recall gained at each threshold: what is true from there on, less from the next one on.
-    following = torch.zeros_like(true)
+    positives, (latent, _, true, said) = truth.sum(dim=0), _thresholds(codes, truth)
+    # What each threshold adds to what the next higher one finds.
+    above = torch.zeros_like(true)
     same = latent[1:] == latent[:-1]
-    following[:-1][same] = true[1:][same]
-    precision = true / said[:, None]
+    above[:-1][same] = true[1:][same]
     result = truth.new_zeros(codes.latents, truth.shape[1])
-    result.index_add_(0, latent, (true - following) * precision)
-    # The zeros are one tie, between the positive codes and the negative ones.
-    zeros = codes.tokens - edges.diff()
-    above = codes.values > 0
-    hits = truth.new_zeros(codes.latents, truth.shape[1])
-    hits.index_add_(0, codes.latent[above], truth[codes.token[above]])
-    of_pairs = truth.new_zeros(codes.latents, truth.shape[1])
-    of_pairs.index_add_(0, codes.latent, truth[codes.token])
-    of_zeros = positives - of_pairs
-    up_to = codes.count(above) + zeros
-    gained = of_zeros * (hits + of_zeros) / up_to.clamp(min=1)[:, None]
-    result += torch.where(zeros[:, None] > 0, gained, 0)
+    result.index_add_(0, latent, (true - above) * true / said[:, None])
     return torch.where(positives > 0, result / positives, torch.nan)
 
 
 def _thresholds(codes: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each different value of a latent that is not 0, ascending: its first pair, its latent, and
-    with all codes from it up predicted: positives among them [t, V] and how many they are [t]."""
+    """Each different value of each latent, 0 among them, by latent and ascending: the latent [t],
+    the value [t], and with all codes from it up predicted the positives among them [t, V] and how
+    many they are [t]."""
     first = torch.ones_like(codes.positions, dtype=torch.bool)
     first[1:] = (codes.latent.diff() != 0) | (codes.values.diff() != 0)
-    start = first.nonzero().squeeze(1)
-    latent = codes.latent[start].long()
-    end = codes.latent_edges()[latent + 1]
+    start, edges = first.nonzero().squeeze(1), codes.latent_edges()
     hits = truth[codes.token].cumsum(dim=0)
     hits = torch.cat((hits.new_zeros(1, truth.shape[1]), hits))
-    true, said = hits[end] - hits[start], (end - start).double()
-    below = codes.values[start] < 0  # the zeros lie above these
-    if below.any():
-        zeros = codes.tokens - codes.latent_edges().diff()
-        of_pairs = truth.new_zeros(codes.latents, truth.shape[1])
-        of_pairs.index_add_(0, codes.latent, truth[codes.token])
-        of_zeros = truth.sum(dim=0) - of_pairs
-        true = torch.where(below[:, None], true + of_zeros[latent], true)
-        said = torch.where(below, said + zeros[latent], said)
-    return start, latent, true, said
+    latent, value = codes.latent[start].long(), codes.values[start]
+    true, said = hits[edges[latent + 1]] - hits[start], edges[latent + 1] - start
+    # The zeros of a latent lie between its negative codes and its positive ones.
+    zeros = codes.tokens - edges.diff()
+    of_zeros = truth.sum(dim=0) - (hits[edges[1:]] - hits[edges[:-1]])
+    below = value < 0
+    true = torch.where(below[:, None], true + of_zeros[latent], true)
+    said = torch.where(below, said + zeros[latent], said)
+    positive = edges[:-1] + codes.count(codes.values < 0)  # the first positive pair
+    latent = torch.cat((latent, torch.arange(codes.latents, device=latent.device)))
+    value = torch.cat((value, value.new_zeros(codes.latents)))
+    true = torch.cat((true, hits[edges[1:]] - hits[positive] + of_zeros))
+    said = torch.cat((said, edges[1:] - positive + zeros))
+    order = value.argsort(stable=True)
+    order = order[latent[order].argsort(stable=True)]
+    order = order[said[order] > 0]  # none where a latent has neither zeros nor positive codes
+    return latent[order], value[order], true[order], said[order].double()
 
 
 def best_iou(codes: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,17 +85,14 @@ def best_iou(codes: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor]:
         float64 [m, V]; 0 and infinity for a latent without positive codes, NaN and infinity for a
         concept that no row has.
     """
-    positives, (start, latent, true, said) = truth.sum(dim=0), _thresholds(codes, truth)
-    kept = codes.values[start] > 0
-    start, latent, true, said = start[kept], latent[kept], true[kept], said[kept]
+    positives, found = truth.sum(dim=0), _thresholds(codes, truth)
+    latent, value, true, said = (part[found[1] > 0] for part in found)
     iou = true / (said[:, None] + positives - true)
     shape = codes.latents, truth.shape[1]
     best = truth.new_zeros(shape)
     to = latent[:, None].expand_as(iou)
     best.scatter_reduce_(0, to, iou, "amax")
-    at = torch.where(
-        (iou == best[latent]) & (iou > 0), codes.values[start, None].double(), torch.inf
-    )
+    at = torch.where((iou == best[latent]) & (iou > 0), value[:, None].double(), torch.inf)
     threshold = truth.new_full(shape, torch.inf).scatter_reduce_(0, to, at, "amin")
     none = positives == 0
     return best.masked_fill(none, torch.nan), threshold.masked_fill(none, torch.inf)
@@ -129,6 +119,7 @@ def localize(codes: SparseCodes, truth: Tensor, choosing: Tensor) -> dict[str, T
             f"truth {truth.dtype} {tuple(truth.shape)} with {codes.tokens} rows of codes: expected "
             f"bool [{codes.tokens}, V]"
         )
+    codes = codes.nonzero()
     here, there = truth[choosing].double(), truth[~choosing].double()
     room = max(1, _BLOCK_ELEMENTS // max(truth.shape[1], 1))
     parts = []

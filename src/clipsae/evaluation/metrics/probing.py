@@ -231,6 +231,10 @@ class _Images(Measurement):
         return tasks
 
 
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def _mean(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).nanmean()
 
@@ -242,7 +246,7 @@ _number = partial(Number, table="probing", format=".1%")
 class SparseProbing(_Images):
     """`sparse_probing` of the pooled codes of a sample of images, for the classes and, where the
     dataset knows objects, for the attributes of images with one object; beside it the same of an
-    untrained SAE of the same config, initialised from the first batch.
+    untrained SAE of the same config, initialised from 32 images of the pass.
 
     The halves have as many images of each class.
     """
@@ -303,7 +307,8 @@ class SparseProbing(_Images):
         labels = self._labels(batch, rows)
         self.trained.update(numbers, labels, SparseCodes.from_dense(batch.pooled[rows]))
         if not self._twin:
-            self._twin = (untrained(self._sae[0], batch.tokens.float()),)
+            tokens = batch.tokens if batch.images is None else batch.images.stream.some_tokens
+            self._twin = (untrained(self._sae[0], tokens.float()),)
         codes = self._twin[0].encode(batch.tokens[rows].float())
         pooled = pool_codes(codes, self.options.pooling)
         self.untrained.update(numbers, labels, SparseCodes.from_dense(pooled))
@@ -314,19 +319,20 @@ class SparseProbing(_Images):
         for suffix, sample in (("", self.trained), ("_untrained", self.untrained)):
             beside, codes = sample.compute()
             of_attributes = {}
-            for at, (name, (rows, labels, training)) in enumerate(self._tasks(beside).items()):
+            tasks = self._tasks(beside)
+            for at, (name, (rows, labels, training)) in enumerate(tasks.items()):
                 probed = sparse_probing(codes[rows], labels, training)
                 if name:
                     of_attributes[name] = probed["auc"]
                 else:
-                    found[f"sparse_probing_auc{suffix}"] = torch.tensor(probed["auc"])
+                    found[f"sparse_probing_auc{suffix}"] = _scalar(probed["auc"])
                     for k, accuracy in probed["k_accuracies"].items():
-                        found[f"sparse_probing_k{k}{suffix}"] = torch.tensor(accuracy)
-                self.progress(at + 1, 1 + len(ATTRIBUTES), "sparse probing")
+                        found[f"sparse_probing_k{k}{suffix}"] = _scalar(accuracy)
+                self.progress(at + 1, len(tasks), "sparse probing")
             if of_attributes:
                 found[f"concept_probing_auc{suffix}"] = _mean(list(of_attributes.values()))
                 for name, value in of_attributes.items():
-                    found[f"concept_probing_{name}{suffix}"] = torch.tensor(value)
+                    found[f"concept_probing_{name}{suffix}"] = _scalar(value)
         return found
 
 
@@ -386,14 +392,14 @@ class LinearProbe(_Images):
             of_x, of_x_hat = ((y[rows] - mean) / deviation for y in (x, x_hat))
             both[name] = linear_probe(of_x, of_x_hat, labels, training)
             if name:
-                found[f"concept_accuracy_original_{name}"] = torch.tensor(both[name][0])
+                found[f"concept_accuracy_original_{name}"] = _scalar(both[name][0])
         original, reconstructed = both.pop("", (torch.nan, torch.nan))
         ratio = reconstructed / original if original else torch.nan
         found |= {
-            "downstream_preservation": torch.tensor(min(ratio, 2.0)),
-            "accuracy_original": torch.tensor(original),
-            "accuracy_reconstructed": torch.tensor(reconstructed),
-            "accuracy_gap": torch.tensor(original - reconstructed),
+            "downstream_preservation": _scalar(min(ratio, 2.0)),
+            "accuracy_original": _scalar(original),
+            "accuracy_reconstructed": _scalar(reconstructed),
+            "accuracy_gap": _scalar(original - reconstructed),
         }
         if both:
             means = zip(*both.values(), strict=True)
