@@ -182,7 +182,7 @@ class Batch:
         labels, indices: LongTensor [B] on the CPU; indices are those in the dataset.
         tokens: [B, T, d] of CLIP's prefix, the patches last.
         embeddings: [B, e] of the separate image encoder.
-        patch_truth: bool [B, P, V] of `concept_names(PATCH_ATTRIBUTES)`.
+        patch_truth: bool [B, P, V] of `patch_concept_names(dataset)`.
         patch_objects: LongTensor [B, P], which of the image's objects each patch shows; -1: none.
         image_truth: bool [B, V] of `concept_names(IMAGE_ATTRIBUTES)`.
         coverage: [B, P] on the CPU, how much of each patch its foremost object covers, 0..1.
@@ -259,6 +259,22 @@ class Batch:
     def pooled(self) -> Tensor:
         """Codes of the images [B, M], by the pass's `pooling`."""
         return pool_codes(self.codes, self.images.stream.pooling)
+
+    def patch_codes(self, rows: Tensor, patches: int) -> SparseCodes:
+        """Codes [n, P, M] of the P patches, which are the last tokens, of images `rows` [n]."""
+        drawn = torch.zeros(self.tokens.shape[:2], dtype=torch.bool)
+        drawn[rows, -patches:] = True
+        codes = self.sparse.view(-1, self.sparse.latents)[drawn.flatten().to(self.tokens.device)]
+        return codes.view(len(rows), patches, codes.latents)
+
+    def object_labels(self, attributes: Sequence[str]) -> Tensor | None:
+        """Values of the attributes of images with one object, LongTensor [B, attributes] on the
+        CPU, -1 for other images; None where the dataset does not know objects."""
+        if self.images is None or not has_truth(self.images.stream.dataset):
+            return None
+        truth = self.images.stream.dataset.attributes(self.indices.cpu())
+        values = torch.stack([truth[name].view(len(self.indices), -1)[:, 0] for name in attributes])
+        return values.T.masked_fill((truth["count"] != 1)[:, None], -1)
 
     @cached_property
     def active(self) -> Tensor:

@@ -33,7 +33,7 @@ from clipsae.evaluation.topn import (
     make_rows,
     per_class_accuracy,
 )
-from clipsae.evaluation.truth import has_truth
+from clipsae.evaluation.truth import has_patch_truth, has_truth, patch_concept_names
 from clipsae.sae import SAE
 
 SHARE_IMAGES = 200  # that `count_share` sets thresholds on
@@ -153,8 +153,8 @@ def evaluate(
 
     Raises:
         ValueError: an unknown protocol, ranking, setting, metric or pooling; a metric that lacks
-            what it needs; n or another size below 1; a missing or superfluous `count_dataset`; thresholds
-            for SAEs that are not there; labels beyond the classifier; no images; nothing asked.
+            what it needs; n or another size below 1; a missing or superfluous `count_dataset`;
+            thresholds for SAEs that are not there; labels beyond the classifier; no images; nothing asked.
     """
     names = check_metrics(
         clip,
@@ -213,8 +213,20 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    sizes = len(indices), clip.tokens, stream.embed_dim
-    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images, pooling)
+    concepts = tuple(patch_concept_names(dataset)) if has_patch_truth(dataset) else ()
+    options = Options(
+        len(indices),
+        clip.tokens,
+        stream.embed_dim,
+        k=k,
+        threshold=threshold,
+        seed=seed,
+        sample_tokens=sample_tokens,
+        sample_images=sample_images,
+        concepts=concepts,
+        grid=clip.grid,
+        pooling=pooling,
+    )
     of_count = dataset if count_dataset is None else count_dataset
     count_stream = replace(stream, dataset=of_count, keep_scores=False)
     if count_share is not None and set(settings) - {"no_sae"}:
@@ -341,6 +353,7 @@ def check_metrics(
     there = {
         "embeddings": image_encoder is not None,
         "truth": has_truth(dataset),
+        "patch_truth": has_patch_truth(dataset),
         "predictions": classifier,
     }
     chosen = []

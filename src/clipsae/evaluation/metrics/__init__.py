@@ -9,8 +9,10 @@ from typing import Any
 
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 
-# As they are shown.
-MODULES = ("sparsity", "cknna", "orthogonality", "monosemanticity", "recovery", "support")
+MODULES = (  # as they are shown
+    *("sparsity", "cknna", "orthogonality", "monosemanticity", "recovery"),
+    *("coherence", "localization", "probing", "support"),
+)
 for _module in MODULES:
     import_module(f"{__name__}.{_module}")
 

@@ -38,6 +38,7 @@ METRICS = Registry("metric")
 NEEDS = {
     "embeddings": "an image_encoder, such as 'open_clip:ViT-B-32/openai'",
     "truth": "a dataset with ground truth, such as the built-in scenes",
+    "patch_truth": "a dataset that knows what patches show, such as the scenes or one with masks",
     "predictions": "a classifier, the embeddings of the class names",
     "scores": "",
 }
@@ -55,6 +56,8 @@ class Options:
         seed: of the samples, which depend on it and on the number of images alone.
         sample_tokens: that CKNNA compares, at most; drawn from all.
         sample_images: whose patches and pooled codes recovery compares, at most; drawn from all.
+        concepts: names of the V columns of a batch's `patch_truth`; (): there is none.
+        grid: rows and columns of patches.
         pooling: of token codes to image codes.
     """
 
@@ -66,6 +69,8 @@ class Options:
     seed: int = 0
     sample_tokens: int = 10_000
     sample_images: int = 2_000
+    concepts: tuple[str, ...] = ()
+    grid: tuple[int, int] = (1, 1)
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
