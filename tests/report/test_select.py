@@ -47,14 +47,60 @@ def test_the_newest_figure_of_a_seed_counts_regardless_of_its_name(store):
 
 @pytest.mark.parametrize(
     "other",
-    [{"clip": "ViT-B-16-quickgelu"}, {"weights": None}, {"protocol": "heldout"}, {"latents": 256}],
+    [{"clip": "ViT-B-16-quickgelu"}, {"weights": None}, {"latents": 256}],
 )
-def test_results_of_another_clip_protocol_or_size_do_not_mix(store, other):
+def test_results_of_another_clip_or_size_do_not_mix(store, other):
     store.evaluation("relu", "scenes", {"on_5": 1.0}, finished=1)
     store.evaluation("relu", "scenes", {"on_5": 2.0}, finished=2, **other)
     selection = store.selection()
     assert value(selection, "relu", "scenes", "on_5") == 1.0
     assert (selection.unfitting, selection.superseded) == (1, 0)
+
+
+@pytest.mark.parametrize("other", [{"protocol": "heldout"}, {"ranking": "contrast"}])
+def test_results_by_another_protocol_or_ranking_stand_beside_those_of_the_same_sae(store, other):
+    store.evaluation("relu", "scenes", {"on_5": 1.0})
+    for seed, accuracy in ((0, 2.0), (0, 3.0), (1, 4.0)):
+        store.evaluation("relu", "scenes", {"on_5": accuracy}, metrics={}, seed=seed, **other)
+    unlike = {"metrics": {}, "max_steps": 3, **other}
+    store.evaluation("relu", "scenes", {"on_5": 9.0}, **unlike)  # of no SAE in the tables
+    selection = store.selection()
+    assert value(selection, "relu", "scenes", "on_5") == 1.0
+    ways = selection.ways
+    assert sorted(ways.value) == [1.0, 3.0, 4.0]
+    assert (selection.unfitting, selection.superseded, selection.differences) == (1, 1, ())
+    (same,) = set(ways.line)
+    assert same == selection.main("relu")
+    mine = store.selection(**other)
+    assert value(mine, "relu", "scenes", "on_5") in (3.5, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "title"),
+    [
+        ({"max_steps": 0}, "ReLU, untrained"),
+        ({"options": {"freeze": "decoder"}}, "ReLU, decoder frozen"),
+        ({"options": {"freeze": "soft_decoder"}}, "ReLU, decoder softly frozen"),
+        ({"options": {"fit": "pca"}, "latents": 256}, "ReLU"),
+    ],
+)
+def test_what_has_not_learned_is_a_line_of_its_own_and_sets_nothing_else_apart(store, more, title):
+    for name in ("relu", "topk"):
+        key = {"training": {"max_steps": 600}, "sae": {"fit": None, "freeze": None}}
+        sae = store.sae(f"{name}-a", key)
+        store.evaluation(name, "scenes", {"on_5": 30.0}, k=4 if name == "topk" else None, sae=sae)
+    other = store.sae("relu-b", {"training": {"max_steps": more.get("max_steps", 600)}})
+    store.evaluation("relu", "scenes", {"on_5": 5.0}, sae=other, **more)
+    selection = store.selection()
+    assert [selection.title(line) for line in selection.baselines] == [title]
+    assert selection.differences == ()
+    assert value(selection, "relu", "scenes", "on_5") == 30.0
+    untrained = selection.untrained(selection.main("relu"))
+    assert (untrained is not None) == (title == "ReLU, untrained")
+    assert selection.untrained(selection.main("topk")) is None
+    asked = {"ReLU, untrained": ["trainer.max_steps=0"], "ReLU": []}
+    freeze = f"model.freeze={more.get('options', {}).get('freeze')}"
+    assert selection.baselines[0].overrides == asked.get(title, [freeze])
 
 
 def test_the_tables_k_is_that_with_most_datasets_ties_to_the_smallest(store):

@@ -154,7 +154,8 @@ def evaluate(
     Raises:
         ValueError: an unknown protocol, ranking, setting, metric or pooling; a metric that lacks
             what it needs; n or another size below 1; a missing or superfluous `count_dataset`;
-            thresholds for SAEs that are not there; labels beyond the classifier; no images; nothing asked.
+            thresholds for SAEs that are not there; labels beyond the classifier; no images; nothing
+            asked.
     """
     names = check_metrics(
         clip,

@@ -23,32 +23,20 @@ _MODELS = {
     "sparsemax": ("Sparsemax", "#d55e00", "*"),
     "attention_relu": ("Attention + ReLU", "#999999", "P"),
     "linear_sparsemax": ("Linear + sparsemax", "#b8a500", "X"),
-}
-_TITLES = {  # of SAEs that are fitted
-    "neurons": "Raw neurons",
-    "pca": "PCA",
-    "ica": "ICA",
-    "kmeans": "k-means",
-    "text": "Text directions",
-    "random": "Random directions",
-}
-_VARIANTS = {  # settings that have a name of their own
-    "model.freeze=decoder": "decoder frozen",
-    "model.freeze=encoder": "encoder frozen",
-    "model.freeze=soft_decoder": "decoder softly frozen",
-    "trainer.max_steps=0": "untrained",
+    # Fitted without steps.
+    "neurons": ("Raw neurons", "#8a9099", "d"),
+    "pca": ("PCA", "#8a9099", "<"),
+    "ica": ("ICA", "#8a9099", ">"),
+    "kmeans": ("k-means", "#8a9099", "h"),
+    "text": ("Text embeddings", "#8a9099", "p"),
+    "random": ("Random directions", "#8a9099", "."),
 }
 _OTHERS = (("#7f5fb0", "h"), ("#8c564b", "<"), ("#5f7f3f", ">"), ("#c0508f", "d"))
 
 
 def model_title(model: str) -> str:
     """As the paper writes it; a model that it does not have by its own name."""
-    return _MODELS[model][0] if model in _MODELS else _TITLES.get(model, model)
-
-
-def variant_title(variant: str) -> str:
-    """Settings such as "trainer.max_steps=0, model.k=3" by their names where they have one."""
-    return ", ".join(_VARIANTS.get(word, word) for word in variant.split(", "))
+    return _MODELS[model][0] if model in _MODELS else model
 
 
 def model_style(model: str, models: Sequence[str]) -> tuple[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from clipsae.overrides import flat
-from clipsae.report.names import dataset_title, listed, model_title, variant_title
+from clipsae.report.names import dataset_title, listed, model_title
 from clipsae.rules import PRECISIONS
 from clipsae.store.survey import short
 
@@ -23,14 +23,13 @@ Settings = tuple[tuple[str, str], ...]  # names and values, sorted
 NOT_SET = "not set"
 _LEFT_OUT = (
     # What a cell of the tables is known by anyway.
-    *("model.k", "model.latents", "trainer.seed", "features.seed", "evaluation.protocol"),
+    *("model.k", "model.latents", "trainer.seed", "features.seed"),
+    *("evaluation.protocol", "evaluation.ranking", "model.fit", "model.freeze"),
     # What chooses which figures there are, and leaves each of them as it is.
     *("evaluation.ns", "evaluation.settings", "measurement.metrics"),
     # The image encoder's figures have tables of their own.
     "measurement.image_encoder",
 )
-# By default null, and then not said: the SAE is trained as a whole.
-_NOT_TRAINED = ("model.freeze", "model.fit")
 # Of key["training"], whose other entries are of conf/model.
 _FEATURES = ("batch_size", "shuffle_buffer_images", "cache", "block_images", "buffer_images")
 _GROUPS = {
@@ -54,13 +53,35 @@ _OF_MODEL = (
     *("model.", "optimizer.", "plugins"),
     *("trainer.gradient_clip", "evaluation.count_threshold"),
 )
-# Never left out where it is set: not, or partly, trained.
-_ALWAYS = ("model.freeze", "trainer.max_steps")
-_OF_OWN = (*_OF_MODEL, "trainer.max_steps")
+# How much of an SAE was learned, as `learned_by` calls it: all of it, nothing, nothing as it was
+# fitted without steps, or a part; and what asks for it.
+TRAINED, UNTRAINED, FITTED = "", "untrained", "fitted"
+_FROZEN = {
+    "decoder": "decoder frozen",
+    "encoder": "encoder frozen",
+    "soft_decoder": "decoder softly frozen",
+}
+_ASKED = {said: f"model.freeze={value}" for value, said in _FROZEN.items()}
+_ASKED[UNTRAINED] = "trainer.max_steps=0"
+NOT_LEARNED = (UNTRAINED, FITTED)
+# What decides nothing in an SAE that is not trained.
+_OF_TRAINING = ("trainer.", "optimizer.", "features.")
+
 _OVERRIDE = re.compile(
     r"(?!\w+\.batches_a_step)(trainer|model|optimizer|features|evaluation)\.[\w.]+=\S+"
     r"|precision=\S+"
 )
+
+
+def learned_by(config: Mapping[str, Any]) -> str:
+    """How much of an SAE was learned, from the config of its run: `TRAINED` in full, "decoder
+    frozen" and the like in part, `UNTRAINED` and `FITTED` (`model.fit`) not at all."""
+    model, trainer = config.get("model") or {}, config.get("trainer") or {}
+    if model.get("fit"):
+        return FITTED
+    if trainer.get("max_steps") == 0:
+        return UNTRAINED
+    return _FROZEN.get(str(model.get("freeze")), TRAINED)
 
 
 def settings_of(
@@ -78,9 +99,7 @@ def settings_of(
         named = {_config_name(name): value for name, value in flat(of_sae)}
     else:
         features = {k: v for k, v in (config.get("features") or {}).items() if k in _FEATURES}
-        groups = ["clip", "model", "train_dataset", "features"]
-        if (config.get("model") or {}).get("fit") is None:
-            groups += ["optimizer", "trainer"]
+        groups = ("clip", "model", "optimizer", "train_dataset", "trainer", "features")
         named = config_settings({**config, "features": features}, groups)
         if "precision" in config:
             named["precision"] = config["precision"]
@@ -98,10 +117,9 @@ def settings_of(
         named |= config_settings(config, ("dataset", "evaluation"))
     if schema is not None:
         named["schema"] = str(schema)
-    named = {n: v for n, v in named.items() if (n, v) not in ((n, "null") for n in _NOT_TRAINED)}
-    kept = {"model.latents"} if "model.fit" in named else set()  # a report has those of any M
-    left_out = set(_LEFT_OUT) - kept
-    return tuple(sorted((n, v) for n, v in named.items() if n not in left_out))
+    if learned_by(config) in NOT_LEARNED:
+        named = {n: v for n, v in named.items() if not n.startswith(_OF_TRAINING)}
+    return tuple(sorted((n, v) for n, v in named.items() if n not in _LEFT_OUT))
 
 
 def config_settings(config: Mapping[str, Any], groups: Iterable[str]) -> dict[str, str]:
@@ -137,46 +155,47 @@ class Line:
     common: str = ""
     own: str = ""  # the model's own settings that differ between its results
     unlike: int = field(default=0, compare=False)  # differing settings that are not as usual
+    learned: str = TRAINED  # see `learned_by`
 
     @property
     def variant(self) -> str:
         """What sets it apart; "" where nothing does."""
-        return ", ".join(label for label in (self.common, self.own) if label)
+        learned = "" if self.learned == FITTED else self.learned  # the model's name says it
+        return ", ".join(label for label in (learned, self.common, self.own) if label)
 
     @property
     def title(self) -> str:
         """The model as the paper writes it, and what sets its line apart."""
-        return ", ".join(filter(None, (model_title(self.model), variant_title(self.variant))))
+        return ", ".join(filter(None, (model_title(self.model), self.variant)))
 
     @property
     def overrides(self) -> list[str]:
         """Those of `variant` that a command line can ask for."""
-        return [word for word in self.variant.split(", ") if _OVERRIDE.fullmatch(word)]
+        words = [_ASKED.get(word, word) for word in self.variant.split(", ")]
+        return [word for word in words if _OVERRIDE.fullmatch(word)]
+
+
+BY_LINE = ("model", "learned", "dataset", "settings")  # what decides a figure's line
 
 
 def set_apart(figures: pd.DataFrame, usual: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
     """Give every row its `Line`, as the column `line`.
 
     Args:
-        figures: with columns model, dataset, folder, settings.
+        figures: with columns model, learned, dataset, folder, settings.
         usual: settings by name; those that are not there are not compared.
 
     Returns:
         The frame, and a sentence for each setting that differs.
     """
-    names = ["model", "dataset", "folder", "settings"]
+    names = ["model", "learned", "dataset", "folder", "settings"]
     results = figures[names].drop_duplicates(ignore_index=True)
     values = pd.DataFrame([dict(s) for s in results.settings], results.index, dtype=object)
-    for name in {"trainer.max_steps", "model.fit"} - {*values}:
-        values[name] = pd.Series(None, values.index, dtype=object)
-    trained = values["model.fit"].isna()
+    not_trained = results.learned.isin(NOT_LEARNED)
     for name in values:  # whoever lacks one of these has another value; of others nothing is known
-        if decides_codes(name):  # (What is fitted has no settings of a training.)
-            values[name] = values[name].fillna(NOT_SET).where(trained, values[name])
-    # An untrained SAE is a line of its model, and says nothing about the others' length.
-    untrained = values["trainer.max_steps"].eq("0")
-    steps = values["trainer.max_steps"].where(untrained, NOT_SET)
-    values["trainer.max_steps"] = values["trainer.max_steps"].mask(untrained)
+        if decides_codes(name):
+            idle = not_trained & name.startswith(_OF_TRAINING)
+            values[name] = values[name].fillna(NOT_SET).mask(idle)
     common = _varying(results, values[[name for name in values if not name.startswith(_OF_MODEL)]])
     sentences = [_sentence(name, results, values) for name in common]
     for name in common:  # every dataset has a hash of its images: of interest if it has several
@@ -186,22 +205,29 @@ def set_apart(figures: pd.DataFrame, usual: Mapping[str, str]) -> tuple[pd.DataF
     labels, unlike = _labels(values[common]), pd.Series(0, values.index)
     for name in usual.keys() & set(common):
         unlike += ~values[name].isin([usual[name], NOT_SET, float("nan")])
-    values["trainer.max_steps"] = steps
-    for name in [name for name in _ALWAYS if name in values]:
-        unlike += values[name].notna() & values[name].ne(NOT_SET)
     lines: dict[tuple[Any, ...], Line] = {}
     for model, mine in results.groupby("model"):
-        own = _varying(mine, values.loc[mine.index, [n for n in values if n.startswith(_OF_OWN)]])
+        own = _varying(mine, values.loc[mine.index, [n for n in values if n.startswith(_OF_MODEL)]])
         sentences += [f"{model_title(model)}: {_sentence(n, mine, values)}" for n in own]
-        said = values.loc[mine.index, [name for name in _ALWAYS if name in values]]
-        said = said.columns[(said.notna() & said.ne(NOT_SET)).any()]
-        own_labels = _labels(values.loc[mine.index, [*dict.fromkeys([*said, *own])]], [*said])
+        own_labels = _labels(values.loc[mine.index, own])
         for at, row in zip(mine.index, mine.itertuples(), strict=True):
-            line = Line(model, labels[at], own_labels[at], unlike[at])
-            lines[model, row.dataset, row.settings] = line
-    keys = zip(figures.model, figures.dataset, figures.settings, strict=True)
-    line = pd.Series([lines[key] for key in keys], figures.index, dtype=object)
-    return figures.assign(line=line), sentences
+            line = Line(model, labels[at], own_labels[at], unlike[at], row.learned)
+            lines[tuple(getattr(row, name) for name in BY_LINE)] = line
+    return figures.assign(line=_looked_up(figures, lines)), sentences
+
+
+def like(figures: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Those of `others` that share a line with some of `figures`, with it: the same models trained
+    and evaluated in the same way but for the protocol and the ranking."""
+    rows = figures.drop_duplicates(list(BY_LINE))
+    lines = dict(zip(zip(*(rows[name] for name in BY_LINE), strict=True), rows.line, strict=True))
+    found = others.assign(line=_looked_up(others, lines))
+    return found[found.line.notna()]
+
+
+def _looked_up(figures: pd.DataFrame, lines: Mapping[tuple[Any, ...], Line]) -> pd.Series:
+    keys = zip(*(figures[name] for name in BY_LINE), strict=True)
+    return pd.Series([lines.get(key) for key in keys], figures.index, dtype=object)
 
 
 def _varying(results: pd.DataFrame, values: pd.DataFrame) -> list[str]:
@@ -229,14 +255,10 @@ def _varying(results: pd.DataFrame, values: pd.DataFrame) -> list[str]:
     return found
 
 
-def _labels(values: pd.DataFrame, always: Iterable[str] = ()) -> dict[int, str]:
-    """By row a label that distinguishes its settings from the others' by as few as are needed.
-
-    Args:
-        always: settings that are in it anyway.
-    """
+def _labels(values: pd.DataFrame) -> dict[int, str]:
+    """By row a label that distinguishes its settings from the others' by as few as are needed."""
     known = values.fillna(NOT_SET)
-    chosen = list(always)
+    chosen: list[str] = []
 
     def parts(names: list[str]) -> int:
         return len(known[names].drop_duplicates()) if names else 1

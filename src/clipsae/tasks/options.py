@@ -45,6 +45,8 @@ TINY = Path(__file__).parents[1] / "clip" / "tiny"
 
 SHARE = Rule("a share of them, up to 1.0", lambda v: isinstance(v, float) and 0 <= v <= 1)
 
+AUTO = Rule("auto", lambda v: v == "auto")
+
 # What `model.fit` may be: SAEs that are computed (clipsae.training.baselines), and whether the data
 # decide how many latents there are.
 FITS = {
@@ -134,7 +136,8 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "compile": FLAG,
         "freeze": or_null(one_of("decoder", "encoder", "soft_decoder")),
         "fit": or_null(one_of(*FITS)),
-        "k": either(whole(1), Rule("auto", lambda v: v == "auto")),
+        "k": either(whole(1), AUTO),
+        "target_l0": or_null(either(number(above=0), AUTO)),
     },
     "dataset": DATASET,
     "train_dataset": DATASET,
@@ -143,6 +146,9 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "betas": list_of(share("a number from 0 to below 1", one=False), least=2, most=2),
         "warmup_steps": whole(0),
         "decay": one_of("constant", "cosine", "linear"),
+        "decay_fraction": share("a number above 0, up to 1", zero=False),
+        "sparsity_warmup_steps": whole(0),
+        "reference_latents": or_null(whole(1)),
     },
     "features": {
         "batch_size": whole(1),

@@ -32,6 +32,7 @@ from clipsae.sae import SparseCodes
 # Of each concept: rows of the half that chooses and of the half that scores.
 SIZES = ("choosing", "scoring", "choosing_positives", "scoring_positives")
 PER_CONCEPT = ("auroc", "f1", "mcc")
+ALIGNED, CONTRIBUTED = 0.1, 0.4  # from which a latent has taken over a concept: `absorption`
 
 # Of float64 arrays [entries, V] and [m, V]: so few that their memory is used again and again.
 _BLOCK_ELEMENTS = 2**20
@@ -154,7 +155,7 @@ def concept_recovery(
         "mean_purity": purity.nanmean(),
         "concepts": defined.sum(),
         "concepts_found": (scores["auroc"] >= threshold)[defined].double().mean(),
-        "splitting": latents[latents > 0].double().mean(),
+        "splitting": latents[scores["auroc"] >= threshold].double().mean(),
         "merging": (good_for[good_for > 0] > 1).double().mean(),
         "live": (mass > 0).sum(),
     }
@@ -178,42 +179,89 @@ def probe_recovery(
 
     Returns:
         `auroc`, `f1`, `mcc` per concept, float64 [V], and the scalars `mean_auroc`, `mean_f1`,
-        `mean_mcc`, `concepts_found`, `concepts`, as there; and `weights`, float64 [d + 1, V], the
-        intercepts last; NaN for concepts that are not defined.
+        `mean_mcc`, `concepts_found`, `concepts`, as there; `weights`, float64 [d + 1, V], the
+        intercepts last, and `threshold`, float64 [V], of F1; NaN for concepts that are not defined.
 
     Raises:
         ValueError: as there.
     """
     _check(len(features), truth, names, choosing, threshold)
-    wide = {"dtype": torch.float64, "device": truth.device}
-    found = {
-        key: torch.full((truth.shape[1],), torch.nan, **wide) for key in ("auroc", "f1", "mcc")
-    }
-    weights = torch.full((features.shape[1] + 1, truth.shape[1]), torch.nan, **wide)
+    nothing = truth.new_full((truth.shape[1],), torch.nan, dtype=torch.float64)
+    found = {key: nothing.clone() for key in PER_CONCEPT}
+    level, weights = nothing.clone(), nothing.repeat(features.shape[1] + 1, 1)
     groups = siblings(truth, names)
     defined = _defined(_sizes(truth, groups, choosing))
     for rows, columns in groups:
         columns = columns[defined[columns]]
         if not len(columns):
             continue
-        before, after = (
-            (features[half].double(), truth[half][:, columns])
-            for half in (rows & choosing, rows & ~choosing)
-        )
-        weights[:, columns] = w = least_squares(*before)
-        fitted, scores = (x @ w[:-1] + w[-1] for x, _ in (before, after))
-        low = torch.cat((fitted, scores)).amin(dim=0) - 1  # thresholds of F1 are positive
-        level = f1_threshold(fitted - low, before[1])
+        halves = rows & choosing, rows & ~choosing
+        x, y = (features[half].double() for half in halves)
+        was, here = (truth[half][:, columns] for half in halves)
+        weights[:, columns] = w = least_squares(x, was)
+        fitted, scores = x @ w[:-1] + w[-1], y @ w[:-1] + w[-1]
+        low = torch.cat((fitted, scores)).amin(dim=0) - 1  # `f1_threshold` reads positive scores
+        level[columns] = f1_threshold(fitted - low, was) + low
         sparse = SparseCodes.from_dense(scores - low).by_latent()
-        found["auroc"][columns] = auroc(sparse, after[1].double()).diagonal()
-        found["f1"][columns] = f1_above(scores - low, after[1], level)
-        found["mcc"][columns] = column_correlation(scores, after[1])
+        found["auroc"][columns] = auroc(sparse, here.double()).diagonal()
+        found["f1"][columns] = f1_above(scores, here, level[columns])
+        found["mcc"][columns] = column_correlation(scores, here)
     return found | {
         **{f"mean_{key}": value.nanmean() for key, value in found.items()},
         "concepts_found": (found["auroc"] >= threshold)[defined].double().mean(),
         "concepts": defined.sum(),
         "weights": weights,
+        "threshold": level,
     }
+
+
+def absorption(
+    codes: SparseCodes,
+    target: Tensor,
+    decoder: Tensor,
+    directions: Tensor,
+    shown: Tensor,
+    main: Tensor,
+) -> Tensor:
+    """How often a concept's main latent is silent because another one has taken it over.
+
+    Chanin et al., "A is for Absorption", 2024 (arXiv 2409.14507): where one latent is active on
+    circles and another on red circles, sparsity silences the first on red circles, and the second
+    takes over its direction. A row that shows the concept is absorbed if its main latent is silent,
+    and another one, active there, has the concept's direction (the cosine of its decoder row with
+    the probe's weights is at least 0.1) and by itself contributes at least 0.4 of the token's
+    projection on it. The two shares are SAEBench's (github.com/adamkarvonen/SAEBench).
+
+    Args:
+        codes: [N, M], positions ascending.
+        target: [N, d], what the latents add up to: tokens less the decoder's bias (of an SAE that
+            normalises its input, tokens divided by their norms).
+        decoder: [M, d], its rows.
+        directions: [d, V], weights of a linear probe of each concept.
+        shown: BoolTensor [N, V], the rows that show a concept and where the probe says so.
+        main: LongTensor [V], the main latent of each concept; -1: it has none.
+
+    Returns:
+        Share of the rows that are absorbed, float64 [V]; NaN without a main latent or such rows.
+    """
+    directions = directions.to(decoder)
+    along = decoder @ directions  # [M, V]
+    norms = decoder.norm(dim=1)[:, None] * directions.norm(dim=0)
+    aligned = along >= ALIGNED * norms
+    wanted = target.to(decoder) @ directions  # [N, V]
+    found = directions.new_full((len(main),), torch.nan, dtype=torch.float64)
+    for v in (main >= 0).nonzero()[:, 0].tolist():
+        rows = shown[:, v]
+        if not rows.any():
+            continue
+        of_rows = codes[rows]
+        silent = of_rows.columns(main[v : v + 1])[:, 0] <= 0
+        part = of_rows.values * along[of_rows.latent, v]
+        part = torch.where(aligned[of_rows.latent, v] & (of_rows.latent != main[v]), part, 0)
+        largest = part.new_zeros(of_rows.tokens).scatter_reduce(0, of_rows.token, part, "amax")
+        taken = (largest > 0) & (largest >= CONTRIBUTED * wanted[rows, v])
+        found[v] = (silent & taken).double().mean()
+    return found
 
 
 def siblings(truth: Tensor, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:

@@ -28,6 +28,7 @@ from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.metrics.concepts import (
     PER_CONCEPT,
     SIZES,
+    absorption,
     concept_recovery,
     probe_recovery,
 )
@@ -87,6 +88,15 @@ _COUNTS = (
 _PURITY = Number(
     "purity", "purity", "largest share of a latent's activation on one concept, mean over latents"
 )
+_ABSORPTION = Number(
+    "absorption",
+    "absorption",
+    "share of a shape's patches on which its main latent is silent and another one that is active "
+    "there contributes the shape's direction, as a latent for red circles would; mean over the "
+    "shapes that have a main latent (AUROC of 0.75 or above)",
+    ".1%",
+    "min",
+)
 
 
 def _numbers(level: str) -> tuple[Number, ...]:
@@ -99,7 +109,8 @@ def _numbers(level: str) -> tuple[Number, ...]:
         )
         for number in _SCORES
     ]
-    own = [*scores, *_COUNTS, *([] if level == "object" else [_PURITY])]
+    own = [*scores, *_COUNTS]
+    own += {"patch": [_ABSORPTION, _PURITY], "object": [], "image": [_PURITY]}[level]
     beside = [
         replace(n, key=f"{n.key}_{of}", label=f"{n.label} ({of})", meaning=said, table="")
         for n in _SCORES
@@ -121,7 +132,9 @@ NUMBERS = tuple(number for level in LEVELS for number in _numbers(level))
 COLUMNS = (
     *SIZES,
     *("auroc", "auroc_latent", "f1", "f1_latent", "f1_threshold", "mcc", "mcc_latent", "latents"),
+    "absorption",  # of patches
 )
+_MAIN = 0.75  # AUROC of a main latent, half-way from chance to perfect: see `absorption`
 
 # Codes that are not zero: 0.2 GB, and several times that while they are sorted.
 _ENTRIES = 2**24
@@ -146,21 +159,23 @@ def pool_rows(codes: SparseCodes, group: Tensor, how: str) -> SparseCodes:
         [G, M].
     """
     sizes = torch.bincount(group[group >= 0])
-    if how == "cls":
-        first = group.new_full((len(sizes),), len(group))
-        rows = torch.arange(len(group), device=group.device)
-        first.scatter_reduce_(0, group[group >= 0], rows[group >= 0], "amin")
-        return codes[torch.zeros_like(group, dtype=torch.bool).index_fill_(0, first, True)]
     of = group[codes.token]
     here = of >= 0
+    if how == "cls":
+        rows = torch.arange(len(group), device=group.device)
+        first = group.new_full((len(sizes),), len(group))
+        first.scatter_reduce_(0, group[group >= 0], rows[group >= 0], "amin")
+        here &= first[of] == codes.token
     cells = of[here] * codes.latents + codes.latent[here]
     dense = codes.values.new_zeros(len(sizes) * codes.latents)
     if how == "max":
         dense.scatter_reduce_(0, cells, codes.values[here], "amax")
     else:
-        dense.index_add_(0, cells, codes.values[here])
+        dense = dense.double().index_add_(0, cells, codes.values[here].double())
     dense = dense.view(len(sizes), codes.latents)
-    return SparseCodes.from_dense(dense / sizes[:, None] if how == "mean" else dense)
+    if how == "mean":
+        dense = dense / sizes[:, None]
+    return SparseCodes.from_dense(dense.to(codes.dtype))
 
 
 @dataclass(frozen=True)
@@ -241,6 +256,7 @@ def _by_level(
         Codes [N, M] by level; of the level's first rows, where it ended early.
     """
     found: dict[str, list[SparseCodes]] = {level: [] for level in levels}
+    done = dict.fromkeys(levels, 0)
     images = pairs = 0
     for codes in parts:
         b, tokens, latents = codes.shape
@@ -249,11 +265,13 @@ def _by_level(
         for name, level in levels.items():
             row = level.row[here]
             if name == "patch":
-                found[name].append(rows[row >= 0])
-            elif (row >= 0).any():
-                row = torch.where(row >= 0, row - row[row >= 0].min(), -1)
-                found[name].append(pool_rows(rows, row, "max" if name == "object" else pooling))
-            pairs += len(found[name][-1].values) if found[name] else 0
+                part = rows[row >= 0]
+            else:
+                row = torch.where(row >= 0, row - done[name], -1)
+                part = pool_rows(rows, row, "max" if name == "object" else pooling)
+            found[name].append(part)
+            done[name] += part.tokens
+            pairs += len(part.values)
         images += b
         if most is not None and pairs > most:
             break
@@ -306,16 +324,11 @@ class ConceptRecovery(Measurement):
             return
         x = batch.tokens[rows].float()
         n, tokens = x.shape[:2]
-        known = (
-            batch.patch_truth[rows].to(x.device),
-            batch.patch_objects[rows, :, None].to(x.device),
-        )
-        truth, objects = (
-            x.new_full((n, tokens, part.shape[2]), nothing)
-            for part, nothing in zip(known, (0, -1), strict=True)
-        )
-        for whole, part in ((truth, known[0]), (objects, known[1])):
-            whole[:, -part.shape[1] :] = part.float()  # patches are the last tokens
+        patches = batch.patch_objects.shape[1]  # the last tokens
+        truth = x.new_zeros(n, tokens, batch.patch_truth.shape[2])
+        truth[:, -patches:] = batch.patch_truth[rows].to(x)
+        objects = x.new_full((n, tokens), -1)
+        objects[:, -patches:] = batch.patch_objects[rows].to(x)
         parts = (x, truth, objects, batch.image_truth[rows].to(x))
         beside = torch.cat([part.flatten(1) for part in parts], dim=1)
         drawn = torch.zeros(len(batch.positions), dtype=torch.bool, device=x.device)
@@ -330,12 +343,18 @@ class ConceptRecovery(Measurement):
         tokens = self.options.tokens
         codes = SparseCodes(kept.values, kept.positions, (len(beside), tokens, self.latents))
         x, levels = _levels(beside, tokens, self.d)
+        flat = x.flatten(0, 1)
         parts = (codes[i : i + _IMAGES] for i in range(0, len(x), _IMAGES))
         found = self._compare(parts, levels)
-        others = {"probe": {level: self._probe(level, x, rows) for level, rows in levels.items()}}
+        probes = {level: self._probe(level, x, rows) for level, rows in levels.items()}
+        tokenwise = codes.view(-1, self.latents)
+        found["patch"] |= self._absorption(
+            tokenwise, flat, levels["patch"], found["patch"], probes["patch"]
+        )
+        others = {"probe": probes}
         _, fewer = _levels(beside, tokens, self.d, _BACKGROUND)
         for of, model in (
-            ("random", RandomDirections(x.flatten(0, 1), self.options.seed)),
+            ("random", RandomDirections(flat, self.options.seed)),
             ("untrained", untrained(self._sae[0], x)),
         ):
             parts = (model.encode_sparse(part) for part in x.split(_IMAGES))
@@ -384,6 +403,37 @@ class ConceptRecovery(Measurement):
             features, rows.truth, rows.names, rows.choosing, self.options.threshold
         )
 
+    def _absorption(
+        self,
+        codes: SparseCodes,
+        x: Tensor,
+        level: _Level,
+        found: dict[str, Tensor],
+        probe: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """`absorption` of each concept on the patches that score it, and its mean over shapes.
+
+        Args:
+            codes, x: [n T, M], tokens [n T, d].
+        """
+        sae, patch = self._sae[0], level.row >= 0
+        x = x[patch]
+        says = x.double() @ probe["weights"][:-1] + probe["weights"][-1] >= probe["threshold"]
+        target = x / sae.input_scale(x)
+        if sae.decoder_bias is not None:
+            target = target - sae.decoder_bias
+        absorbed = absorption(
+            codes[patch],
+            target,
+            sae.decoder_rows(),
+            probe["weights"][:-1],
+            level.truth & says & ~level.choosing[:, None],
+            torch.where(found["auroc"] >= _MAIN, found["auroc_latent"], -1),
+        )
+        shapes = torch.tensor([name.startswith("shape=") for name in level.names])
+        mean = absorbed[shapes.to(absorbed.device)].nanmean()
+        return {"absorption": absorbed, "mean_absorption": mean}
+
     def _tell(self, values: dict[str, Tensor], levels: dict[str, _Level]) -> None:
         """In the log, what is left out."""
         for level, rows in levels.items():
@@ -421,7 +471,7 @@ def _rows(
     others: dict[str, dict[str, Tensor]],
 ) -> list[dict[str, Any]]:
     """A row of `concepts.csv` for each concept of a level."""
-    columns = {name: found[name] for name in COLUMNS}
+    columns = {name: found[name] for name in COLUMNS if name in found}
     for name, other in others.items():
         columns |= {f"{key}_{name}": other[key] for key in PER_CONCEPT}
     lists = {name: column.tolist() for name, column in columns.items()}
