@@ -172,8 +172,8 @@ def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
         scaled = model in ("topk", "batch_topk")
         assert optimizer.reference_latents == (49152 if scaled else None), model
         tiny = composed("clip=tiny", f"model={model}").optimizer
-        assert tiny.sparsity_warmup_steps == (30 if penalised else 0), model
-        assert tiny.reference_latents == (2048 if scaled else None), model
+        assert tiny.sparsity_warmup_steps == (120 if penalised else 0), model
+        assert tiny.reference_latents == (512 if scaled else None), model
 
 
 # --- what is refused ---
