@@ -175,7 +175,10 @@ def probe_recovery(
 
     Args:
         features: [N, d].
-        truth, names, choosing, threshold: as there.
+        truth: BoolTensor [N, V].
+        names: of the V concepts, "attribute=value".
+        choosing: BoolTensor [N], the half that fits.
+        threshold: the AUROC from which a concept counts as found.
 
     Returns:
         `auroc`, `f1`, `mcc` per concept, float64 [V], and the scalars `mean_auroc`, `mean_f1`,
