@@ -161,7 +161,8 @@ class SAEModule(LightningModule):
         self.sae.world_size = self.trainer.world_size
         if self.sparsity_warmup_steps:
             # A tensor that is set in place: compiled code would be compiled again for each number.
-            self.sae.activation.penalty_scale = torch.ones((), device=self.device)
+            self.penalty_scale = torch.ones((), device=self.device)
+            self.sae.activation.penalty_scale = self.penalty_scale
 
     def on_train_start(self) -> None:
         for name, gradient in self._accumulated.items():  # before, Lightning sets them to zero
@@ -169,8 +170,7 @@ class SAEModule(LightningModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         if self.step <= self.sparsity_warmup_steps > 0:
-            scale = penalty_warmup(self.sparsity_warmup_steps, self.step)
-            self.sae.activation.penalty_scale.fill_(scale)
+            self.penalty_scale.fill_(penalty_warmup(self.sparsity_warmup_steps, self.step))
         out: SAEOutput = self.forward_sae(tokens)
         if self.trainer.world_size > 1:
             average_statistics(self.sae)
