@@ -127,6 +127,8 @@ def shrunken(words: list[str], cfg: Any, clip: str | None = None) -> list[str]:
         words = [f"clip={clip}" if one.startswith("clip=") else one for one in words]
         words = [one for one in words if not one.startswith("clip.")]
     small = dict(SMALL)
+    if cfg.model.latents is None:  # the data decide
+        del small["model.latents"]
     for group in ("dataset", "train_dataset"):
         if "Scenes" in cfg[group].get("_target_", ""):
             small[f"++{group}.size"] = str(SCENES)

@@ -328,7 +328,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
 
 def _check_fit(model: Mapping[str, Any]) -> None:
     """Refuse a number of latents where the data decide it, and none where they do not."""
-    fit, latents = model.get("fit"), model["latents"]
+    fit, latents = model.get("fit"), model.get("latents")
     if FITS.get(fit, False) != (latents is None):
         raise ConfigError(
             f"model.latents={_shown(latents)}: "
