@@ -474,7 +474,8 @@ def within_cone(rows: Tensor, start: Tensor, cosine: float = LEAST_COSINE) -> Te
     norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
     along = (w * u).sum(dim=-1, keepdim=True)
     across = w - along * u
-    axis = nn.functional.one_hot(u.abs().argmin(dim=-1), u.shape[-1]).to(u)
+    least = u.abs().argmin(dim=-1, keepdim=True)
+    axis = torch.zeros_like(u).scatter_(-1, least, 1)  # (`one_hot` waits for a GPU)
     axis = axis - (axis * u).sum(dim=-1, keepdim=True) * u
     tiny = torch.linalg.vector_norm(across, dim=-1, keepdim=True) <= 1e-6 * norm
     across = nn.functional.normalize(torch.where(tiny, axis, across), dim=-1)
