@@ -12,6 +12,7 @@ from torch import nn
 from clipsae.clip import FrozenCLIP
 from clipsae.evaluation import evaluate, passes
 from clipsae.evaluation.passes import evenly_spaced
+from clipsae.evaluation.ranking import ClassCounts, contrast, ranked
 from clipsae.sae import SAE, SparseCodes
 
 CLASSES, LATENTS, WIDTH = 7, 40, 32
@@ -126,8 +127,9 @@ def classifier(clip) -> torch.Tensor:
 class PlainProtocol:
     """The oracle, sharing no code with the package but open_clip's and the SAE's own."""
 
-    def __init__(self, clip, sae, classifier, threshold):
+    def __init__(self, clip, sae, classifier, threshold, ranking="frequency"):
         self.model, self.sae, self.classifier = clip.model, sae, classifier
+        self.ranking = ranking
         self.threshold = threshold
         self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
         self.std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
@@ -154,10 +156,24 @@ class PlainProtocol:
                 for m, z in enumerate(token):
                     counts[label][m] += z > self.threshold
                     sums[label][m] += z
+        scores = counts if self.ranking == "frequency" else self.excess(counts, dataset)
         return [
-            sorted(range(self.latents), key=lambda m, c=c: (-counts[c][m], -sums[c][m], m))
+            sorted(range(self.latents), key=lambda m, c=c: (-scores[c][m], -sums[c][m], m))
             for c in range(CLASSES)
         ]
+
+    def excess(self, counts, dataset):
+        """(count - mean) / sqrt(mean + 1) of classes brought to the same size."""
+        images = [dataset.labels.tolist().count(c) for c in range(CLASSES)]
+        there = [c for c in range(CLASSES) if images[c]]
+        size = len(dataset) / len(there)
+        found = [[0.0] * self.latents for _ in range(CLASSES)]
+        for m in range(self.latents):
+            same_size = {c: counts[c][m] * (size / images[c]) for c in there}
+            mean = sum(same_size.values()) / len(there)
+            for c in there:
+                found[c][m] = (same_size[c] - mean) / (mean + 1) ** 0.5
+        return found
 
     @property
     def latents(self):
@@ -228,11 +244,16 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "protocol"),
-    [*((kind, "paper") for kind in VARIANTS), ("ties", "heldout"), ("sparsemax", "heldout")],
+    ("kind", "protocol", "ranking"),
+    [
+        *((kind, "paper", "frequency") for kind in VARIANTS),
+        *(("ties", "heldout", "frequency"), ("sparsemax", "heldout", "frequency")),
+        *((kind, "paper", "contrast") for kind in ("dead", "negative", "ties", "topk")),
+        ("sparsemax", "heldout", "contrast"),
+    ],
 )
 @torch.no_grad()
-def test_every_prediction_is_that_of_the_plain_protocol(kind, protocol, clip, monkeypatch):
+def test_every_prediction_is_that_of_the_plain_protocol(kind, protocol, ranking, clip, monkeypatch):
     monkeypatch.setattr(passes, "_DENSE_BYTES", 2 * clip.tokens * LATENTS * 4)  # groups of two
     make, threshold = VARIANTS[kind]
     sae = make()
@@ -247,11 +268,12 @@ def test_every_prediction_is_that_of_the_plain_protocol(kind, protocol, clip, mo
         classifier,
         ns=NS,
         protocol=protocol,
+        ranking=ranking,
         count_dataset=train,
         count_threshold=threshold,
         batch_size=3,
     )
-    oracle = PlainProtocol(clip, sae, classifier, threshold)
+    oracle = PlainProtocol(clip, sae, classifier, threshold, ranking)
     check(result, kind, oracle, dataset, train or dataset)
     if not silent:  # the cases say something: settings differ, and so do images
         distinct = {tuple(p.tolist()) for p in result.predictions.values()}
@@ -330,6 +352,33 @@ def test_diagnostics(clip, classifier):
     assert result.counted_images.tolist() == [LABELS.count(c) for c in range(CLASSES)]
 
 
+@pytest.mark.parametrize("change", [None, negative, dead])
+def test_a_share_of_the_active_codes_sets_each_sae_s_threshold(change, clip, classifier):
+    """All active codes count with 1.0; otherwise so many exceed it, whatever the codes' size."""
+    dataset = Photos([0, 1, 2, 3] * 3)
+    saes = {"a": topk(change=change), "b": real("attention", "sparsemax", change=change)}
+    pixels, _ = zip(*(dataset[i] for i in range(12)), strict=True)
+    tokens = clip.prefix(clip.normalize(torch.stack(pixels)))
+    for share in (1.0, 0.5, 0.1):
+        options = {"settings": ["on"], "ns": (1,), "count_share": share}
+        result = evaluate_topn(clip, saes, dataset, classifier, **options)
+        for name, sae in saes.items():
+            codes = sae.encode(tokens)
+            active, threshold = codes[codes != 0], result.count_threshold[name]
+            above = int((active > threshold).sum())
+            if change is None and share < 1:
+                assert above == int(share * len(active))
+            assert above <= int(share * len(active))
+            assert threshold == 0 or (share < 1 and threshold in active)
+            if change is negative and share > 0.5:
+                assert threshold == 0
+        given = evaluate_topn(
+            *(clip, saes, dataset, classifier),
+            **{**options, "count_share": None, "count_threshold": result.count_threshold},
+        )
+        assert torch.equal(given.latents["b"], result.latents["b"])
+
+
 def test_some_settings_only(clip, classifier):
     sae, dataset = real("linear", "relu"), Photos(LABELS)
     every = evaluate_topn(clip, {"s": sae}, dataset, classifier, ns=(1, 5))
@@ -367,6 +416,7 @@ def test_a_limit_leaves_no_class_out_where_labels_repeat():
         ({"protocol": "heldout"}, "heldout counts on another split"),
         ({"count_dataset": Photos([0])}, "paper counts on the evaluated one"),
         ({"count_threshold": {"b": 0.1}}, r"count_threshold for \['b'\]: .* \['a'\]"),
+        ({"count_share": 0.0}, "count_share=0.0: expected a share of the active codes above 0"),
         ({"count_threshold": -0.1}, "count_threshold=-0.1 for a: expected at least 0"),
         ({"limit_images": 0}, "limit_images=0: must be at least 1"),
         ({"dataset": Photos([])}, "no images"),
@@ -379,3 +429,44 @@ def test_refused_in_one_sentence(options, message, clip, classifier):
     with pytest.raises(ValueError, match=message) as caught:
         evaluate_topn(clip, {"a": topk()}, **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_contrast_finds_the_class_s_own_latents_whatever_the_sizes_of_classes():
+    """Latent 0 is active everywhere, 1 to 3 on one class each, 4 on one token, 5 never."""
+    images, tokens = [4, 8, 2], 10
+    counts = torch.zeros(3, 6, dtype=torch.long)
+    for c, n in enumerate(images):
+        counts[c, 0] = n * tokens
+        counts[c, 1 + c] = n * tokens // 2
+    counts[2, 4] = 1
+    sums = counts.double()
+    sums[:, 5] = 1e-3  # active below the threshold: among equals it comes first
+    kept = [ClassCounts.of(c, images[c], counts[c], sums[c]) for c in range(3)]
+    frequent = [ranked(counts[c], sums[c], 2).tolist() for c in range(3)]
+    assert frequent == [[0, 1], [0, 2], [0, 3]]
+    scores = {c: (s, of) for c, s, of in contrast(kept, 6, torch.device("cpu"))}
+    for c, (found, of) in scores.items():
+        rate = counts.double() * (sum(images) / 3 / torch.tensor(images))[:, None]
+        mean = rate.mean(dim=0)
+        assert torch.allclose(found, (rate[c] - mean) / (mean + 1).sqrt(), atol=1e-12)
+        assert ranked(found, of, 1).tolist() == [1 + c]
+        assert found[0] == pytest.approx(0.0, abs=1e-9)
+        assert torch.equal(of, sums[c].float().double())
+    assert set(ranked(*scores[0], 3).tolist()[1:]) == {0, 5}  # those that are nobody's own
+
+
+@torch.no_grad()
+def test_contrast_by_the_paper_s_protocol_takes_a_pass_more_and_only_then(clip, classifier):
+    dataset, visits = Photos(LABELS), []
+    for settings, passes_ in ((("on",), 2), (("no_sae",), 1)):
+        evaluate_topn(
+            clip,
+            {"a": topk()},
+            dataset,
+            classifier,
+            settings=settings,
+            ranking="contrast",
+            memory_gb=0,
+            progress=lambda done, total, what: visits.append((done, total)),
+        )
+        assert visits[-1] == (passes_ * len(LABELS),) * 2

@@ -52,7 +52,7 @@ class FakeStore:
         cell = {"model": model, "dataset": dataset, "clip": more.get("clip", "clipsae-tiny")}
         cell |= {"latents": latents, "k": k, "seed": seed, "images": 1000}
         of_topn = {"protocol": more.get("protocol", "paper"), "classes": classes}
-        of_topn |= {name: more[name] for name in ("competing",) if name in more}
+        of_topn |= {name: more[name] for name in ("competing", "ranking") if name in more}
         rows = []
         for column, value in accuracy.items():
             setting, n = ("no_sae", None) if column == "no_sae" else column.split("_")
@@ -67,12 +67,14 @@ class FakeStore:
         clip = {"name": cell["clip"], "pretrained": more.get("weights", "builtin"), "layer": -2}
         config = {
             "clip": clip,
-            "model": {"name": model, "latents": latents, "k": k},
+            "model": {"name": model, "latents": latents, "k": k, **more.get("options", {})},
             "dataset": {"name": dataset},
             "evaluation": {"limit_images": None},
             "trainer": {"max_steps": more.get("max_steps", 600)},
             "train_dataset": {"_target_": "clipsae.data.ScenesDataset", "name": "scenes"},
         }
+        if "concepts" in more:
+            pd.DataFrame(more["concepts"]).to_csv(folder / "concepts.csv", index=False)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         meta = {
             "finished": float(self.made if finished is None else finished),

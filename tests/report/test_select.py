@@ -47,14 +47,60 @@ def test_the_newest_figure_of_a_seed_counts_regardless_of_its_name(store):
 
 @pytest.mark.parametrize(
     "other",
-    [{"clip": "ViT-B-16-quickgelu"}, {"weights": None}, {"protocol": "heldout"}, {"latents": 256}],
+    [{"clip": "ViT-B-16-quickgelu"}, {"weights": None}, {"latents": 256}],
 )
-def test_results_of_another_clip_protocol_or_size_do_not_mix(store, other):
+def test_results_of_another_clip_or_size_do_not_mix(store, other):
     store.evaluation("relu", "scenes", {"on_5": 1.0}, finished=1)
     store.evaluation("relu", "scenes", {"on_5": 2.0}, finished=2, **other)
     selection = store.selection()
     assert value(selection, "relu", "scenes", "on_5") == 1.0
     assert (selection.unfitting, selection.superseded) == (1, 0)
+
+
+@pytest.mark.parametrize("other", [{"protocol": "heldout"}, {"ranking": "contrast"}])
+def test_results_by_another_protocol_or_ranking_stand_beside_those_of_the_same_sae(store, other):
+    store.evaluation("relu", "scenes", {"on_5": 1.0})
+    for seed, accuracy in ((0, 2.0), (0, 3.0), (1, 4.0)):
+        store.evaluation("relu", "scenes", {"on_5": accuracy}, metrics={}, seed=seed, **other)
+    unlike = {"metrics": {}, "max_steps": 3, **other}
+    store.evaluation("relu", "scenes", {"on_5": 9.0}, **unlike)  # of no SAE in the tables
+    selection = store.selection()
+    assert value(selection, "relu", "scenes", "on_5") == 1.0
+    ways = selection.ways
+    assert sorted(ways.value) == [1.0, 3.0, 4.0]
+    assert (selection.unfitting, selection.superseded, selection.differences) == (1, 1, ())
+    (same,) = set(ways.line)
+    assert same == selection.main("relu")
+    mine = store.selection(**other)
+    assert value(mine, "relu", "scenes", "on_5") in (3.5, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "title"),
+    [
+        ({"max_steps": 0}, "ReLU, untrained"),
+        ({"options": {"freeze": "decoder"}}, "ReLU, decoder frozen"),
+        ({"options": {"freeze": "soft_decoder"}}, "ReLU, decoder softly frozen"),
+        ({"options": {"fit": "pca"}, "latents": 256}, "ReLU"),
+    ],
+)
+def test_what_has_not_learned_is_a_line_of_its_own_and_sets_nothing_else_apart(store, more, title):
+    for name in ("relu", "topk"):
+        key = {"training": {"max_steps": 600}, "sae": {"fit": None, "freeze": None}}
+        sae = store.sae(f"{name}-a", key)
+        store.evaluation(name, "scenes", {"on_5": 30.0}, k=4 if name == "topk" else None, sae=sae)
+    other = store.sae("relu-b", {"training": {"max_steps": more.get("max_steps", 600)}})
+    store.evaluation("relu", "scenes", {"on_5": 5.0}, sae=other, **more)
+    selection = store.selection()
+    assert [selection.title(line) for line in selection.baselines] == [title]
+    assert selection.differences == ()
+    assert value(selection, "relu", "scenes", "on_5") == 30.0
+    untrained = selection.untrained(selection.main("relu"))
+    assert (untrained is not None) == (title == "ReLU, untrained")
+    assert selection.untrained(selection.main("topk")) is None
+    asked = {"ReLU, untrained": ["trainer.max_steps=0"], "ReLU": []}
+    freeze = f"model.freeze={more.get('options', {}).get('freeze')}"
+    assert selection.baselines[0].overrides == asked.get(title, [freeze])
 
 
 def test_the_tables_k_is_that_with_most_datasets_ties_to_the_smallest(store):
@@ -302,3 +348,58 @@ def test_a_measurement_is_in_the_row_of_the_evaluation_of_its_sae(store):
     assert len([line for line in selection.lines if line.model == "relu"]) == 2
     rows = selection.rows(selection.metrics, Line("relu", "trainer.max_steps=3"))
     assert rows.set_index("metric").value.to_dict() == {"cosine": 0.5, "cknna": 0.003}
+
+
+# --- what is not trained, or in part ---
+
+
+def test_frozen_and_untrained_saes_are_lines_of_their_own(store):
+    """Named, behind the trained one of however few seeds, and alone, too."""
+
+    def sae(steps: int = 600, **model) -> str:
+        key = {"sae": {"freeze": None, **model}, "training": {"trainer": {"max_steps": steps}}}
+        return store.sae(f"sae-{store.made}", key)
+
+    store.evaluation("topk", "scenes", {"on_5": 1.0}, sae=sae())
+    for seed in range(3):
+        frozen = sae(freeze="decoder")
+        more = {"seed": seed, "options": {"freeze": "decoder"}}
+        store.evaluation("topk", "scenes", {"on_5": 2.0}, sae=frozen, **more)
+    store.evaluation("topk", "scenes", {"on_5": 3.0}, sae=sae(steps=0), max_steps=0)
+    store.evaluation("relu", "scenes", {"on_5": 4.0}, sae=sae(steps=0), max_steps=0)
+    store.evaluation("gated", "scenes", {"on_5": 5.0}, sae=sae())
+    assert figures(store.selection(), "scenes") == {
+        "TopK": 1.0,
+        "TopK, decoder frozen": 2.0,
+        "TopK, untrained": 3.0,
+        "ReLU, untrained": 4.0,
+        "Gated": 5.0,  # nothing sets it apart
+    }
+    selection = store.selection()
+    assert selection.main("topk") == Line("topk")
+    assert selection.main("topk").overrides == []
+    overrides = [line.overrides for line in selection.baselines if line.model == "topk"]
+    assert overrides == [["model.freeze=decoder"], ["trainer.max_steps=0"]]
+
+
+def test_fitted_saes_are_in_reports_of_any_number_of_latents(store):
+    def sae(**key) -> str:
+        return store.sae(f"sae-{store.made}", {"sae": key, "training": {"initial_images": 9}})
+
+    trained = {"sae": {"freeze": None}, "training": {"trainer": {"max_steps": 600}}}
+    accuracy = {"on_5": 1.0, "on_all": 9.0}
+    store.evaluation("relu", "scenes", accuracy, sae=store.sae("trained", trained))
+    pca = {"latents": 24, "options": {"fit": "pca"}}
+    store.evaluation("pca", "scenes", {"on_all": 2.0}, sae=sae(fit="pca"), **pca)
+    for m in (16, 128):
+        more = {"latents": m, "options": {"fit": "random"}}
+        fitted = sae(fit="random", latents=m)
+        store.evaluation("random", "scenes", {"on_all": 3.0 + m}, sae=fitted, **more)
+    found = figures(store.selection(), "scenes", "on_all")
+    assert found == {
+        "ReLU": 9.0,
+        "PCA": 2.0,
+        "Random directions, model.latents=16": 19.0,
+        "Random directions, model.latents=128": 131.0,
+    }
+    assert figures(store.selection(), "scenes") == {"ReLU": 1.0}  # and nothing sets it apart

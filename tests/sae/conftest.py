@@ -13,6 +13,9 @@ from run import ROOT  # (and the resolvers that the configs use)
 
 MODELS = ROOT / "conf" / "model"
 D, M = 12, 40
+TRAINED = sorted(p.stem for p in MODELS.glob("[!_]*.yaml") if "fit:" not in p.read_text())
+# With what is frozen behind a "+".
+RECIPES = [*TRAINED, "topk+decoder", "sparsemax+encoder", "relu+soft_decoder"]
 
 
 @cache
@@ -22,8 +25,10 @@ def _composed(recipe: str) -> dict:
 
 
 def options_of(recipe: str, **changes) -> dict:
-    """The SAE's options of conf/model/<recipe>.yaml, at the tests' size."""
-    options = dict(_composed(recipe))
+    """The SAE's options of conf/model/<recipe>.yaml, at the tests' size; "topk+decoder": with
+    freeze="decoder"."""
+    recipe, _, freeze = recipe.partition("+")
+    options = dict(_composed(recipe)) | {"freeze": freeze or None}
     small = {"latents": M, "k": 4, "dead_after": 30, "threshold_start_step": 2}
     options.update({k: v for k, v in small.items() if k in options})
     return {**options, **changes}
@@ -35,8 +40,9 @@ def build(recipe: str, d: int = D, seed: int = 0, **changes) -> SAE:
     sae = SAE(d=d, **options_of(recipe, **changes))
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            if name.rsplit(".")[-1] in ("b_enc", "b_dec", "b_gate", "b_mag", "r_mag", "log_theta"):
+            if name.rsplit(".")[-1] in ("b_enc", "b_dec", "b_gate", "b_mag", "r_mag", "theta"):
                 parameter += 0.1 * torch.randn_like(parameter)
+    sae.activation.after_step()
     return sae
 
 
@@ -50,7 +56,7 @@ def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recipe" in metafunc.fixturenames:
-        metafunc.parametrize("recipe", sorted(path.stem for path in MODELS.glob("[!_]*.yaml")))
+        metafunc.parametrize("recipe", RECIPES)
 
 
 @pytest.fixture

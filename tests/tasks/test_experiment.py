@@ -56,7 +56,7 @@ def test_the_default_job_ends_with_a_table_and_says_where_things_are(tmp_path):
         metrics.index
     )
     assert "shape_colour" in evaluation.name
-    assert set(pd.read_csv(evaluation / "concepts.csv").level) == {"patch", "image"}
+    assert set(pd.read_csv(evaluation / "concepts.csv").level) == {"patch", "object", "image"}
 
     # The offline W&B runs hold the same numbers, the config, and no path of this machine.
     inspected = {}
@@ -147,17 +147,20 @@ def test_two_sweeps_at_once_share_one_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_heldout_counts_on_the_other_split_and_clip_alone_can_be_evaluated(tmp_path):
+def test_ways_of_ranking_lie_side_by_side_and_clip_alone_can_be_evaluated(tmp_path):
     more = ("logger=none", "dataset=scenes_colour", "measurement=none")
     for overrides, words in (
-        (["evaluation.protocol=heldout"], "heldout protocol"),
+        (["evaluation.protocol=heldout"], "heldout protocol)"),
+        (["evaluation.ranking=contrast"], "paper protocol, ranked by contrast)"),
         (["evaluation.settings=[no_sae]"], "CLIP without an SAE"),
     ):
         done = small(tmp_path, *more, *overrides)
         assert done.returncode == 0, done.stderr
-        assert words in done.stdout
+        assert words in " ".join(done.stdout.split())
     tables = [pd.read_csv(file) for file in tmp_path.glob("evaluation/*/results.csv")]
-    assert {"heldout"} in [set(table.protocol) for table in tables]
+    ways = [tuple(*set(zip(t.protocol, t.ranking, strict=True))) for t in tables]
+    expected = [("heldout", "frequency"), ("paper", "contrast"), ("paper", "frequency")]
+    assert sorted(ways) == expected
     assert ["no_sae"] in [list(table.setting) for table in tables]
 
 

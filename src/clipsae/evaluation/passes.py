@@ -7,6 +7,7 @@ B images, T tokens of an image, P patches, d width, M latents, e embedding size,
 concepts.
 """
 
+import io
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,18 +16,23 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.truth import has_truth, image_concepts, patch_concepts
+from clipsae.evaluation.truth import (
+    has_truth,
+    image_concepts,
+    patch_concepts,
+    patch_coverage,
+    patch_objects,
+)
 from clipsae.sae import SAE, SparseCodes
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what)."""
-
-INITIAL_IMAGES = 32  # that a training initialises an SAE from
 
 POOLINGS = ("mean", "max", "cls")
 
@@ -92,7 +98,7 @@ class Stream:
     def some_tokens(self) -> Tensor:
         """Tokens [n, T, d] of up to 32 images, evenly spaced among all: what an untrained SAE is
         initialised from, the same in each batch and process."""
-        step = -(-len(self.indices) // INITIAL_IMAGES)
+        step = -(-len(self.indices) // 32)
         parts = [
             self.clip.prefix(self.clip.normalize(pixels.to(self.clip.device)))
             for pixels, *_ in image_batches(
@@ -150,8 +156,21 @@ class Images:
         return patch_concepts(self.stream.dataset, self.indices, grid).to(self.pixels.device)
 
     @cached_property
+    def patch_objects(self) -> Tensor:
+        grid = self.stream.clip.grid[0]
+        return patch_objects(self.stream.dataset, self.indices, grid).to(self.pixels.device)
+
+    @cached_property
     def image_truth(self) -> Tensor:
         return image_concepts(self.stream.dataset, self.indices).to(self.pixels.device)
+
+    @cached_property
+    def coverage(self) -> Tensor:
+        return patch_coverage(self.stream.dataset, self.indices, self.stream.clip.grid[0])
+
+    @cached_property
+    def jpeg_bytes(self) -> Tensor:
+        return torch.tensor([_jpeg_bytes(one) for one in self.pixels.cpu()])
 
     @cached_property
     def predictions(self) -> Tensor:
@@ -163,6 +182,12 @@ class Images:
         group = max(1, _DENSE_BYTES // size)
         for start in range(0, len(self), group):
             yield Batch(self, sae, slice(start, start + group))
+
+
+def _jpeg_bytes(pixels: Tensor) -> int:
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=75)
+    return file.tell()
 
 
 def _of_images(name: str) -> Any:
@@ -179,7 +204,10 @@ class Batch:
         tokens: [B, T, d] of CLIP's prefix, the patches last.
         embeddings: [B, e] of the separate image encoder.
         patch_truth: bool [B, P, V] of `patch_concept_names(dataset)`.
+        patch_objects: LongTensor [B, P], which of the image's objects each patch shows; -1: none.
         image_truth: bool [B, V] of `concept_names(IMAGE_ATTRIBUTES)`.
+        coverage: [B, P] on the CPU, how much of each patch its foremost object covers, 0..1.
+        jpeg_bytes: LongTensor [B] on the CPU, the images' sizes as JPEG of quality 75.
     """
 
     labels: Tensor = _of_images("labels")
@@ -187,7 +215,10 @@ class Batch:
     tokens: Tensor = _of_images("tokens")
     embeddings: Tensor = _of_images("embeddings")
     patch_truth: Tensor = _of_images("patch_truth")
+    patch_objects: Tensor = _of_images("patch_objects")
     image_truth: Tensor = _of_images("image_truth")
+    coverage: Tensor = _of_images("coverage")
+    jpeg_bytes: Tensor = _of_images("jpeg_bytes")
 
     def __init__(self, images: Images, sae: SAE, rows: slice) -> None:
         self.images = images
@@ -205,6 +236,11 @@ class Batch:
         them. LongTensor [B] on the CPU."""
         among = self.images.stream.indices
         return torch.tensor([bisect_left(among, index) for index in self.indices.tolist()])
+
+    @cached_property
+    def has_truth(self) -> bool:
+        """Whether the dataset knows what its images show."""
+        return has_truth(self.images.stream.dataset)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -265,6 +301,14 @@ class Batch:
         truth = self.images.stream.dataset.attributes(self.indices.cpu())
         values = torch.stack([truth[name].view(len(self.indices), -1)[:, 0] for name in attributes])
         return values.T.masked_fill((truth["count"] != 1)[:, None], -1)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """How many latents are active on each patch, LongTensor [B, P]."""
+        codes = self.sparse
+        counts = codes.token.new_zeros(codes.tokens, dtype=torch.long)
+        counts.index_add_(0, codes.token.long(), (codes.values != 0).long())
+        return counts.view(codes.shape[:-1])[:, self.images.stream.clip.prefix_tokens :]
 
     @cached_property
     def fired(self) -> Tensor:

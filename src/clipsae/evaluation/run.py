@@ -37,15 +37,18 @@ from clipsae.evaluation.topn import (
 from clipsae.evaluation.truth import has_patch_truth, has_truth, patch_concept_names
 from clipsae.sae import SAE
 
+SHARE_IMAGES = 200  # that `count_share` sets thresholds on
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """Results of `evaluate`. Without top-n classification its attributes are empty.
 
     Attributes:
-        rows: of top-n classification, tidy, one dict a setting: sae, protocol, setting ("no_sae",
-            "on", "off", "self"), n (None for no_sae), accuracy (macro, %), micro_accuracy (%),
-            images, classes (those with images), competing (those that could be predicted).
+        rows: of top-n classification, tidy, one dict a setting: sae, protocol, ranking, setting
+            ("no_sae", "on", "off", "self"), n (None for no_sae), accuracy (macro, %),
+            micro_accuracy (%), images, classes (those with images), competing (those that could be
+            predicted).
             `no_sae` is repeated for each SAE.
         class_accuracy: per key the accuracy of each class in %, [C]; NaN without images.
         predictions: per key the predicted class of each image, LongTensor [N]; -1: not evaluated.
@@ -88,8 +91,10 @@ def evaluate(
     *,
     ns: Sequence[int] = (1, 5, 10, 50),
     protocol: str = "paper",
+    ranking: str = "frequency",
     count_dataset: Any = None,
     count_threshold: float | Mapping[str, float] = 0.2,
+    count_share: float | None = None,
     settings: Sequence[str] = tuple(SETTINGS),
     memory_gb: float = 4.0,
     metrics: Sequence[str] | None = None,
@@ -116,8 +121,14 @@ def evaluate(
         ns: how many latents are kept; M is added for `on` and `off`.
         protocol: "paper" counts on the evaluated split itself, which is the published number;
             "heldout" counts on `count_dataset`.
+        ranking: which latents stand for a class: "frequency", those active most often on its
+            images, which is the published number; "contrast", those active more often there than
+            on the mean class (`ranking.contrast`), which takes a pass more by the paper's protocol.
         count_threshold: a (token, latent) pair counts if its code is larger; one for all SAEs or
             one for each by name. 0.2 was tuned for codes of unnormalised tokens.
+        count_share: in place of `count_threshold` each SAE has the threshold that this share of its
+            active codes exceeds, on `SHARE_IMAGES` of the images that are counted: SAEs whose codes
+            differ in size are then compared alike. 1.0: every active code counts.
         settings: which of no_sae, on, off, self; none: no top-n classification.
         memory_gb: bound on what waits for its class to be complete. The images of a class that
             needs more are encoded a second time instead, with the same results.
@@ -126,7 +137,8 @@ def evaluate(
             "dense": the same, with the suffix _dense, of the code without its selection;
             "cknna"; "orthogonality" (of the decoder);
             "monosemanticity": its mean, max and number of live latents;
-            "recovery": concepts_found, auroc, ... with the prefixes patch_ and image_.
+            "recovery": concepts_found, auroc, ... with the prefixes patch_, object_ and image_, and
+            the same of random directions, an untrained SAE and a probe.
             None: all whose needs (an image encoder, ground truth, ...) are met.
         image_encoder: for MonoSemanticity: a name (`encoders.image_encoder`), or a callable
             (images uint8 [B, 3, S, S], indices [B]) -> [B, e]; or several: the numbers of all but
@@ -143,9 +155,10 @@ def evaluate(
             CKNNA and recovery compare.
 
     Raises:
-        ValueError: an unknown protocol, setting, metric or pooling; a metric that lacks what it
-            needs; n or another size below 1; a missing or superfluous `count_dataset`; thresholds
-            for SAEs that are not there; labels beyond the classifier; no images; nothing asked.
+        ValueError: an unknown protocol, ranking, setting, metric or pooling; a metric that lacks
+            what it needs; n or another size below 1; a missing or superfluous `count_dataset`;
+            thresholds for SAEs that are not there; labels beyond the classifier; no images; nothing
+            asked.
     """
     names = check_metrics(
         clip,
@@ -161,7 +174,7 @@ def evaluate(
     counted: list[int] = []
     thresholds = dict.fromkeys(saes, 0.0)
     if settings:
-        check_topn_options(ns, protocol, settings)
+        check_topn_options(ns, protocol, settings, ranking)
         thresholds = _thresholds(saes, count_threshold)
         if (protocol == "heldout") != (count_dataset is not None):
             raise ValueError(
@@ -169,11 +182,21 @@ def evaluate(
                 "another split, given as count_dataset; paper counts on the evaluated one"
             )
         order = _by_class(dataset, indices, classes)
-        if count_dataset is not None and set(settings) != {"no_sae"}:
+        if set(settings) == {"no_sae"}:
+            pass
+        elif count_dataset is not None:
             counted = evenly_spaced(count_dataset.labels, limit_images)
             counted = _by_class(count_dataset, counted, classes)
+        elif ranking == "contrast":
+            counted, count_dataset = order, dataset
     elif not names:
         raise ValueError("nothing to evaluate: give a classifier and settings, or metrics")
+
+    if settings and count_share is not None and not 0 < count_share <= 1:
+        raise ValueError(
+            f"count_share={count_share}: expected a share of the active codes above 0 and at most "
+            "1, or None for count_threshold"
+        )
 
     needs = {need for name in names for need in METRICS[name].needs}
     device = clip.device if device is None else torch.device(device)
@@ -212,6 +235,10 @@ def evaluate(
         pooling=pooling,
         judges=tuple((_suffix(one), stream.width_of(one)) for one in judges),
     )
+    of_count = dataset if count_dataset is None else count_dataset
+    count_stream = replace(stream, dataset=of_count, keep_scores=False)
+    if count_share is not None and set(settings) - {"no_sae"}:
+        thresholds = _thresholds_of_share(count_stream, saes, counted or order, count_share)
     measured = {
         name: [METRICS[metric](sae, options).to(device) for metric in names]
         for name, sae in saes.items()
@@ -226,7 +253,8 @@ def evaluate(
             ns=ns,
             settings=settings,
             count_threshold=thresholds[name],
-            counting=protocol == "paper",
+            ranking=ranking,
+            counting=not counted,
             memory=memory_gb * 2**30 / len(saes),
         )
         for name, sae in saes.items()
@@ -253,7 +281,6 @@ def evaluate(
         advance(images)
 
     if counted:
-        count_stream = replace(stream, dataset=count_dataset, keep_scores=False)
         count_stream.run(saes, lambda name, batch: topn[name].count(batch), counted, each=advance)
         for one in topn.values():
             one.rank()
@@ -287,7 +314,7 @@ def evaluate(
     by_class = {key: per_class_accuracy(found[key], labels, classes) for key in found}
     counts = [one.images for one in topn.values()]
     return Evaluation(
-        rows=make_rows(found, by_class, labels, list(topn), protocol) if found else [],
+        rows=make_rows(found, by_class, labels, list(topn), protocol, ranking) if found else [],
         class_accuracy=by_class,
         predictions=found,
         labels=labels,
@@ -379,6 +406,27 @@ def _thresholds(saes: Mapping[str, SAE], given: float | Mapping[str, float]) -> 
                 "not active would count"
             )
     return {name: float(given[name]) for name in saes}
+
+
+def _thresholds_of_share(
+    stream: Stream, saes: Mapping[str, SAE], images: Sequence[int], share: float
+) -> dict[str, float]:
+    """The threshold that a share of each SAE's active codes exceeds, on images of all classes."""
+    few = images[:: -(-len(images) // SHARE_IMAGES)]
+    active: dict[str, list[Tensor]] = {name: [] for name in saes}
+
+    def add(name: str, batch: Batch) -> None:
+        values = batch.sparse.values.float()
+        active[name].append(values[values != 0].cpu())
+
+    stream.run(saes, add, few)
+    found = {}
+    for name, parts in active.items():
+        values = torch.cat(parts).sort(descending=True).values
+        exceeding = int(share * len(values))
+        # The largest code that does not exceed it; all active codes exceed 0.
+        found[name] = float(values[exceeding].clamp(min=0)) if exceeding < len(values) else 0.0
+    return found
 
 
 def _by_class(dataset: Any, indices: list[int], classes: int) -> list[int]:

@@ -5,15 +5,18 @@ token of the residual stream is replaced by the SAE's reconstruction from some o
 rest of CLIP runs on it, and the image embedding is compared with the class names' embeddings.
 
     no_sae   the stream as it is
-    on_n     the n latents that are active most often on images of the image's *true* class
+    on_n     the n latents that stand for the image's *true* class, by one of two `RANKINGS`:
+             frequency  those that are active most often on the class's images (the source's)
+             contrast   those that are active more often there than on the mean class's
     off_n    all latents but those;  n = M: everything (on), nothing (off)
     self_n   the n latents with the largest activation summed over the image's own tokens: no label
 
 Images come class by class, so that a class's counts are final when its images have passed: until
 then their reconstructions and sparse codes wait in memory, and prefix, encoder and decoder run once
-per image. The codes of the n latents are looked up, not computed again: one at the threshold could
-change sides. off_n is the whole less on_n, as decoding is linear. Each setting runs the tail alone,
-a sixth of a block at layer -2.
+per image. Contrast needs the counts of all classes before the first image is evaluated: a pass
+more, which counts. The codes of the n latents are looked up, not computed again: one at the
+threshold could change sides. off_n is the whole less on_n, as decoding is linear. Each setting runs
+the tail alone, a sixth of a block at layer -2.
 
 B images, T tokens of an image, d width, M latents, C classes, N images of the split, n latents
 kept.
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from clipsae.evaluation.numbers import SETTINGS
 from clipsae.evaluation.passes import Batch, Stream
-from clipsae.evaluation.ranking import class_ranking, top_latents
+from clipsae.evaluation.ranking import RANKINGS, ClassCounts, contrast, ranked, top_latents
 from clipsae.sae import SAE, SparseCodes
 
 PROTOCOLS = ("paper", "heldout")
@@ -39,16 +42,20 @@ Key = tuple[str | None, str, int | None]
 NO_SAE: Key = (None, "no_sae", None)
 
 
-def check_topn_options(ns: Sequence[int], protocol: str, settings: Sequence[str]) -> None:
+def check_topn_options(
+    ns: Sequence[int], protocol: str, settings: Sequence[str], ranking: str = "frequency"
+) -> None:
     """Refuse invalid options of a top-n evaluation.
 
     Raises:
-        ValueError: no or wrong numbers of latents, an unknown protocol or setting.
+        ValueError: no or wrong numbers of latents, an unknown protocol, ranking or setting.
     """
     if not ns or any(n < 1 for n in ns):
         raise ValueError(f"ns={list(ns)}: expected numbers of latents, each at least 1")
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol={protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+    if ranking not in RANKINGS:
+        raise ValueError(f"ranking={ranking!r}: expected one of {', '.join(RANKINGS)}")
     unknown = [setting for setting in settings if setting not in SETTINGS]
     if unknown or not settings:
         raise ValueError(f"settings={list(settings)}: expected some of {', '.join(SETTINGS)}")
@@ -83,7 +90,9 @@ class TopN:
         ns: numbers of latents; those below M are ranked, M is the whole dictionary.
         settings: some of `on`, `off`, `self`.
         count_threshold: a (token, latent) pair counts if its code is larger.
-        counting: whether the evaluated images are counted. Otherwise call `count` first.
+        ranking: one of `RANKINGS`.
+        counting: whether the images are counted as they are evaluated, which frequency alone can
+            do. Otherwise call `count` with all images first, and then `rank`.
         memory: bound in bytes on images that wait for their class. The images of a class that needs
             more are listed in `postponed`: after `close` pass them to `update` again.
 
@@ -103,6 +112,7 @@ class TopN:
         ns: Sequence[int],
         settings: Sequence[str],
         count_threshold: float,
+        ranking: str,
         counting: bool,
         memory: float,
     ) -> None:
@@ -127,11 +137,12 @@ class TopN:
         self.postponed: set[int] = set()
         self._first_pass = True
         # Counts [M] of the class whose images are coming: those of all classes, [C, M], would be
-        # 0.8 GB for each SAE at the paper's size.
+        # 0.8 GB for each SAE at the paper's size. Contrast keeps them without their zeros.
         self._class: int | None = None
         self._counts = torch.zeros(m, dtype=torch.long, device=device)
         self._sums = torch.zeros(m, dtype=torch.float64, device=device)
         self._above, self._active = torch.zeros(2, dtype=torch.long, device=device).unbind()
+        self._classes: list[ClassCounts] | None = [] if ranking == "contrast" else None
         self._waiting: list[_Waiting] = []
         self._too_large: int | None = None  # a class
 
@@ -150,7 +161,7 @@ class TopN:
             places = [row for row, _ in group]
             rows = slice(places[0], places[-1] + 1)
             if label != self._class:
-                self.rank()
+                self._end_class()
                 if self.images[label]:
                     raise ValueError(f"images of class {label} must be consecutive")
                 self._class = label
@@ -159,13 +170,28 @@ class TopN:
             self.images[label] += len(places)
 
     def rank(self) -> None:
-        """Rank the latents of the last class: its images are complete."""
-        if self._class is not None:
-            n = self.latents.shape[1]
-            self.latents[self._class] = class_ranking(self._counts, self._sums, n)
-            self._counts.zero_()
-            self._sums.zero_()
-            self._class = None
+        """All images are counted: rank the latents of the classes that are not ranked yet."""
+        self._end_class()
+        if self._classes:
+            n, m = self.latents.shape[1], len(self._counts)
+            device = self.latents.device
+            for label, scores, sums in contrast(self._classes, m, device):
+                self.latents[label] = ranked(scores, sums, n)
+            self._classes = []
+
+    def _end_class(self) -> None:
+        """The images of a class are complete: rank its latents, or keep what they are ranked by."""
+        if self._class is None:
+            return
+        if self._classes is None:
+            self.latents[self._class] = ranked(self._counts, self._sums, self.latents.shape[1])
+        else:
+            images = int(self.images[self._class])
+            found = ClassCounts.of(self._class, images, self._counts, self._sums)
+            self._classes.append(found)
+        self._counts.zero_()
+        self._sums.zero_()
+        self._class = None
 
     def update(self, batch: Batch) -> None:
         """Add images, which come class by class; in a second pass those of `postponed` count."""
@@ -203,7 +229,7 @@ class TopN:
 
     def close(self) -> None:
         """End a pass of `update`: run all images that wait. In the next one nothing is counted."""
-        self.rank()
+        self._end_class()
         self._run(at_least=1)
         self.counting, self._first_pass, self._too_large = False, False, None
 
@@ -270,6 +296,7 @@ def make_rows(
     labels: Tensor,
     saes: Sequence[str],
     protocol: str,
+    ranking: str,
 ) -> list[dict[str, Any]]:
     """The tidy rows: for each SAE `no_sae` and then its own settings, in the given order."""
     rows = []
@@ -282,6 +309,7 @@ def make_rows(
                 {
                     "sae": name,
                     "protocol": protocol,
+                    "ranking": ranking,
                     "setting": key[1],
                     "n": key[2],
                     # Over the classes that have images: torchmetrics' macro average would count

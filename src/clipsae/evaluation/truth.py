@@ -26,7 +26,8 @@ _VALUES = {
     "count": tuple(scenes.COUNTS),
 }
 IMAGE_ATTRIBUTES = tuple(_VALUES)
-PATCH_ATTRIBUTES = ("shape", "colour", "pattern", "size", "background")
+OBJECT_ATTRIBUTES = ("shape", "colour", "pattern", "size")
+PATCH_ATTRIBUTES = (*OBJECT_ATTRIBUTES, "background")
 
 
 def has_truth(dataset: Any) -> bool:
@@ -76,6 +77,16 @@ def patch_concepts(dataset: Any, indices: Tensor, grid: int) -> Tensor:
         for name, values in dataset.concepts.items()
     ]
     return torch.cat(columns, dim=2)
+
+
+def patch_coverage(dataset: Any, indices: Tensor, grid: int) -> Tensor:
+    """How much of each patch its foremost object covers: float [n, P] in 0..1, P = grid^2."""
+    return dataset.patch_truth(indices.cpu(), grid=grid)["coverage"]
+
+
+def patch_objects(dataset: Any, indices: Tensor, grid: int) -> Tensor:
+    """Which of its image's objects covers enough of each patch: LongTensor [n, P], -1: none."""
+    return dataset.patch_truth(indices.cpu(), grid=grid)["object"]
 
 
 class AttributeEncoder(nn.Module):

@@ -56,7 +56,13 @@ def _description(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
         text += f", the output of block {clip['layer']} of {clip['name']} ({clip['pretrained']})"
     images = config.get("train_dataset", {}).get("name") or config.get("dataset", {}).get("name")
     steps = config.get("trainer", {}).get("max_steps")
-    if images and steps and "imported" not in config.get("model", {}):
+    model = config.get("model", {})
+    if model.get("fit"):
+        text += f"; not trained: {model['fit']} of the tokens of {model['initial_images']:,} images"
+        text += f" of {images}, seed {config.get('seed')}"
+    elif steps == 0 and "imported" not in model:
+        text += f"; not trained: as initialised, seed {config.get('seed')}"
+    elif images and steps and "imported" not in model:
         text += f"; trained for {steps:,} steps on {images}, seed {config.get('seed')}"
     return f"{text}."
 
@@ -98,7 +104,7 @@ def _results(folder: Path | None) -> list[str]:
         for label, values in measured.items():
             values = current_names(values)
             numbers = (n for n in NUMBERS if n.headline and n.key in values)
-            shown[label] = {n.label: format(values[n.key], n.format) for n in numbers}
+            shown[label] = {n.label: n.shown(values) for n in numbers}
         found.append(f"Measured on the evaluated images:\n\n{_table(shown)}")
     return ["## Results", *found] if found else []
 
@@ -133,8 +139,9 @@ def _rows(
     for place, settings in evaluations:
         deciding = {n: value for n, value in settings.items() if not n.startswith(idle)}
         for row in _read(place / name):
-            heldout = ", heldout protocol" if row.get("protocol") == "heldout" else ""
-            on = f"{row['dataset']} ({row['images']} images{heldout}"
+            way = ", heldout protocol" if row.get("protocol") == "heldout" else ""
+            way += ", ranked by contrast" if row.get("ranking") == "contrast" else ""
+            on = f"{row['dataset']} ({row['images']} images{way}"
             settings_on.setdefault(on, []).append(deciding)
             found.append((on, deciding, row))
     differing = {

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from clipsae.evaluation.numbers import SETTINGS, current_names
 from clipsae.overrides import renamed
-from clipsae.report.settings import decides_codes, settings_of
+from clipsae.report.settings import decides_codes, learned_by, settings_of
 from clipsae.store import MARK, Store
 from clipsae.store.files import read_json
 
@@ -26,9 +26,11 @@ _IN_FILE = {
     "results.csv": [*IDENTITY, "protocol", "setting", "n", "accuracy", "images", "classes"],
     "metrics.csv": [*IDENTITY, "metric", "value", *ENCODER],
 }
-_ABOUT = ["weights", "layer", "folder", "finished", "settings"]
+_ABOUT = ["weights", "layer", "learned", "folder", "finished", "settings"]
 _COUNTS = ["images", "classes", "competing"]
-_COLUMNS = [*IDENTITY, "metric", "value", "measured", "protocol", *_COUNTS, *ENCODER, *_ABOUT]
+_CONCEPTS = ["level", "concept", "attribute", "auroc", "f1", "folder"]
+_WAY = ["protocol", "ranking"]
+_COLUMNS = [*IDENTITY, "metric", "value", "measured", *_WAY, *_COUNTS, *ENCODER, *_ABOUT]
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError),
     *(OmegaConfBaseException, YAMLError),
@@ -43,14 +45,18 @@ class Collected:
         figures: a row a figure of an evaluation: `IDENTITY` (k is `NO_K` for models without),
             metric ("no_sae", "on_5", "on_all" for all M, or a measured number's key), value (an
             accuracy is macro, in %), measured (False: an accuracy). Accuracies have protocol,
-            images, classes (with images) and competing (that an image could be given);
+            ranking, images, classes (with images) and competing (that an image could be given);
             MonoSemanticity has image_encoder and pooling, "" elsewhere. Of the evaluation: weights,
-            layer, folder (its name), finished (seconds since 1970), settings (see `settings_of`).
+            layer, learned (see `learned_by`), folder (its name), finished (seconds since 1970),
+            settings (see `settings_of`).
+        concepts: a row a known concept of an evaluation that measured recovery: level, concept,
+            attribute, auroc, f1 of its latent, further columns of `concepts.csv`, folder.
         origins: folder name -> {"meta": ..., "config": ...}.
         problems: a line for each folder that was left out.
     """
 
     figures: pd.DataFrame
+    concepts: pd.DataFrame
     origins: dict[str, dict[str, Any]]
     problems: list[str]
 
@@ -59,18 +65,21 @@ def collect(root: Path | str) -> Collected:
     """Read all finished evaluations of the store at `root`."""
     store = Store(root)
     frames: list[pd.DataFrame] = []
+    concepts: list[pd.DataFrame] = []
     origins: dict[str, dict[str, Any]] = {}
     problems = []
     for folder in store.finished("evaluation"):
         try:
             origin = _origin(folder)
             found = _figures(store.root, folder, **origin)
+            of_concepts = _concepts(folder)
         except _UNREADABLE as error:
             why = " ".join(str(error).split()) or type(error).__name__
             problems.append(f"evaluation/{folder.name}: {why.replace(f'{folder}/', '')}")
         else:
             origins[folder.name] = origin
             frames += found
+            concepts += of_concepts
     if old := len(list(store.finished("measurement"))):
         problems.append(
             f"measurement: {old} of an earlier version, ignored; the commands that made them make "
@@ -83,7 +92,9 @@ def collect(root: Path | str) -> Collected:
     others = ~figures.metric.astype(str).str.startswith("monosemanticity_")
     figures[ENCODER] = figures[ENCODER].astype(object).fillna("").astype(str).mask(others, "")
     figures["competing"] = figures.competing.fillna(figures.classes)  # older results lack it
-    return Collected(figures, origins, problems)
+    figures["ranking"] = figures.ranking.astype(object).fillna("frequency")
+    known = pd.concat(concepts, ignore_index=True) if concepts else pd.DataFrame(columns=_CONCEPTS)
+    return Collected(figures, known, origins, problems)
 
 
 def _origin(folder: Path) -> dict[str, Any]:
@@ -110,6 +121,7 @@ def _figures(
     about: dict[str, Any] = {
         "weights": str(config["clip"].get("pretrained")),
         "layer": int(config["clip"]["layer"]),
+        "learned": learned_by(config),
         "folder": folder.name,
         "finished": float(meta["finished"]),
     }
@@ -137,6 +149,19 @@ def _figures(
     for rows, deciding in found:
         rows["settings"] = [deciding] * len(rows)
     return [rows for rows, _ in found]
+
+
+def _concepts(folder: Path) -> list[pd.DataFrame]:
+    """The concepts of an evaluation, if it measured their recovery."""
+    path = folder / "concepts.csv"
+    if not path.exists():
+        return []
+    rows = pd.read_csv(path)
+    if absent := [name for name in ("level", "concept", "auroc", "f1") if name not in rows]:
+        raise ValueError(f"{path.name} lacks the columns {', '.join(absent)}")
+    if "attribute" not in rows:
+        rows["attribute"] = rows.concept.str.partition("=")[0]
+    return [rows.assign(folder=folder.name)]
 
 
 def _read(path: Path, value: str) -> pd.DataFrame:

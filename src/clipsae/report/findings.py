@@ -4,14 +4,23 @@ import math
 import statistics
 from collections.abc import Iterator
 
+import pandas as pd
+
 from clipsae.report.collect import NO_K
 from clipsae.report.missing import ALL, Missing
 from clipsae.report.names import WITH_K, column_title, dataset_title, listed
-from clipsae.report.plots import mean_support
+from clipsae.report.noise import RULE
+from clipsae.report.plots import FOUND, concept_means, mean_support
 from clipsae.report.select import Selection
 from clipsae.report.settings import Line
-from clipsae.report.table import number
-from clipsae.report.tables import Compared, accuracy_columns, accuracy_tables, compared
+from clipsae.report.table import Table, number
+from clipsae.report.tables import (
+    Compared,
+    accuracy_columns,
+    accuracy_tables,
+    average_cell,
+    compared,
+)
 
 LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published figure
 GUIDED_BY = "on_10"
@@ -53,7 +62,7 @@ def _filled(selection: Selection, missing: list[Missing]) -> str:
     pairs = {(m, d) for m in selection.expected for d in selection.datasets}
     empty = {(gap.model, gap.dataset) for gap in missing if gap.what == ALL} & pairs
     sentence = f"{len(pairs - empty)} of {len(pairs)} pairs of a model and a dataset have results"
-    seeds = selection.cells.seeds
+    seeds = selection.cells.seeds[selection.cells.line.isin(selection.lines)]
     if len(seeds) and seeds.max() > 1:
         sentence += f", with {_range(seeds.min(), seeds.max())} seeds each"
     return sentence + (f"; {len(missing)} commands would fill the gaps." if missing else ".")
@@ -62,7 +71,7 @@ def _filled(selection: Selection, missing: list[Missing]) -> str:
 def _winners(selection: Selection, group: Compared) -> Iterator[str]:
     """Who leads at each n."""
     leading: dict[str, list[str]] = {}
-    counts, agree = [], []
+    counts, agree, noisy, clear = [], [], [], []
     for key in accuracy_columns(selection, group.datasets):
         ours = group.values(selection, selection.cells, key)
         if key == "no_sae" or len(ours) < FEWEST_DATASETS:
@@ -74,6 +83,14 @@ def _winners(selection: Selection, group: Compared) -> Iterator[str]:
         leading.setdefault(_called(selection, best), []).append(
             f"{title} ({number(mean[best], 2)} %)"
         )
+        second = mean.drop(best).idxmax()
+        first, other = (
+            average_cell(selection, selection.runs, line, tuple(ours.index), key)
+            for line in (best, second)
+        )
+        apart = first.differs(other)
+        if apart is not None:
+            (clear if apart else noisy).append(f"{title} (before {_called(selection, second)})")
         theirs = group.published(ours.index, key)
         if len(theirs):
             agree.append(theirs.mean().idxmax() == best)
@@ -88,6 +105,10 @@ def _winners(selection: Selection, group: Compared) -> Iterator[str]:
         + " One seed each: the spread over seeds is unknown."
         * (seeds < 2)
     )
+    if noisy or clear:
+        parts = [f"within the noise of the seeds at {listed(noisy)}"] if noisy else []
+        parts += [f"beyond it at {listed(clear)}"] if clear else []
+        yield f"The lead over the second is {', '.join(parts)} ({RULE})."
     if agree:
         yield (
             f"The best model is the paper's at {sum(agree)} of {len(agree)} values of n, over the "
@@ -133,8 +154,17 @@ def _sparsity(selection: Selection, group: Compared) -> Iterator[str]:
     l0, fvu = (table.mean() for table in tables)
     sparse, faithful = l0.idxmin(), fvu.idxmin()
     title, fewest = _called(selection, sparse), number(l0[sparse], 1)
+    noise = ""
+    for metric, said, table in (("l0", "numbers of latents", l0), ("fvu", "FVUs", fvu)):
+        pair, over = list(table.nsmallest(2).index), tuple(tables[0].index)
+        first, other = (
+            average_cell(selection, selection.measured, line, over, metric) for line in pair
+        )
+        if first.differs(other) is False:
+            names = listed([_called(selection, line) for line in pair])
+            noise += f" The {said} of {names} differ by no more than the noise of the seeds."
     fvus = [f"FVU {number(fvu[line], 3)}" for line in (sparse, faithful)]
-    yield (
+    sentence = (
         f"{title} uses the fewest latents per token ({fewest}, {fvus[0]}); "
         f"{_called(selection, faithful)} reconstructs best ({fvus[1]}, "
         f"{number(l0[faithful], 1)} latents)."
@@ -142,6 +172,49 @@ def _sparsity(selection: Selection, group: Compared) -> Iterator[str]:
         else f"{title} uses the fewest latents per token ({fewest}) and reconstructs best "
         f"({fvus[0]})."
     )
+    yield sentence + noise
+
+
+def concepts_found(selection: Selection, concepts: pd.DataFrame, dataset: str) -> Iterator[str]:
+    """Of which attributes no concept is found by any variant, though a probe finds one, at patches
+    (AUROC of `plots.FOUND`, mean over seeds)."""
+    table = concept_means(selection, concepts, dataset).get("patch")
+    if table is None:
+        return
+    attributes = table.index.str.partition("=").get_level_values(0)
+    probe = table.pop("probe") if "probe" in table else None
+    best = table.drop(columns="untrained", errors="ignore").max(axis=1)
+    found, top = (best >= FOUND).groupby(attributes, sort=False), best.groupby(attributes)
+    some = [
+        f"{int(n)} of {len(g)} of {name}" for (name, g), n in zip(found, found.sum(), strict=True)
+    ]
+    sentence = (
+        f"Concepts that a latent of some variant tells among patches of {dataset_title(dataset)} "
+        f"(AUROC of at least {FOUND}): {', '.join(some)}"
+    )
+    if probe is not None:
+        possible = (probe >= FOUND).groupby(attributes, sort=False).any()
+        missed = [
+            f"{name} (best {number(top.max()[name], 2)})"
+            for name, some_found in found.any().items()
+            if possible[name] and not some_found
+        ]
+        if missed:
+            sentence += f"; a probe tells some of {listed(missed)}, and no variant does"
+    yield f"{sentence}."
+
+
+def tells_apart(tables: list[Table]) -> Iterator[str]:
+    """Which numbers tell the variants apart, of each noise table."""
+    for table in tables:
+        tell = [row.labels[0] for row in table.rows if row.labels[1] == "yes"]
+        noise = [row.labels[0] for row in table.rows if row.labels[1] == "no"]
+        where = table.title.partition(": ")[2]
+        sentence = (
+            f"{len(tell)} of {len(table.rows)} numbers on {where} tell the variants apart, by more "
+            "than the noise of their seeds (F test, 5 %)"
+        )
+        yield f"{sentence}; these do not: {'; '.join(noise)}." if noise else f"{sentence}."
 
 
 def _guidance(selection: Selection) -> Iterator[str]:

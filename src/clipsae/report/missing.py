@@ -8,7 +8,7 @@ from clipsae.report import published
 from clipsae.report.collect import NO_K
 from clipsae.report.names import column_title
 from clipsae.report.select import Selection
-from clipsae.report.settings import Line
+from clipsae.report.settings import NOT_LEARNED, Line
 from clipsae.report.tables import MEASURED_ON, PAPER_COLUMNS, accuracy_columns
 
 ALL = "all"
@@ -79,6 +79,17 @@ def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
             command = commands.line(selection, lines[0], [dataset])
             found.append(Missing(model, dataset, what, command))
     return found
+
+
+def no_baselines(selection: Selection, commands: Commands) -> list[str]:
+    """A line with the command that makes them, where no SAE is there that has not learned."""
+    if any(line.learned in NOT_LEARNED for line in selection.baselines):
+        return []
+    command = shlex.join(["python", "run.py", "sweeps=baselines", *commands.common])
+    return [
+        "There is no SAE that has not learned to compare with, so no table says how much of the "
+        f"gap training closes: {command} makes some."
+    ]
 
 
 def fewer_seeds(selection: Selection, commands: Commands) -> list[Missing]:

@@ -23,6 +23,13 @@ _MODELS = {
     "sparsemax": ("Sparsemax", "#d55e00", "*"),
     "attention_relu": ("Attention + ReLU", "#999999", "P"),
     "linear_sparsemax": ("Linear + sparsemax", "#b8a500", "X"),
+    # Fitted without steps.
+    "neurons": ("Raw neurons", "#8a9099", "d"),
+    "pca": ("PCA", "#8a9099", "<"),
+    "ica": ("ICA", "#8a9099", ">"),
+    "kmeans": ("k-means", "#8a9099", "h"),
+    "text": ("Text directions", "#8a9099", "p"),
+    "random": ("Random directions", "#8a9099", "."),
 }
 _OTHERS = (("#7f5fb0", "h"), ("#8c564b", "<"), ("#5f7f3f", ">"), ("#c0508f", "d"))
 

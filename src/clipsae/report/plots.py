@@ -1,4 +1,4 @@
-"""The report's plots: accuracy over n, over k, and sparsity against FVU.
+"""The report's plots: accuracy over n, over k, sparsity against FVU, concepts, noise.
 
 Drawn without pyplot, so that nothing global is touched. Every model has its one colour and marker.
 """
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,9 +18,12 @@ from clipsae.report.collect import NO_K
 from clipsae.report.names import column_order, column_title, dataset_title, model_style, slug
 from clipsae.report.select import Selection
 from clipsae.report.settings import Line
+from clipsae.report.table import Table
 
 WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels high
 INK = "#1b1f24"  # of text and axes: the page replaces it by the reader's own
+INK_ON_LIGHT = "#1b1f25"  # of marks on bright colours: the same on every page
+FOUND = 0.9  # AUROC from which a concept is marked as found
 _INKED = ("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color", "xtick.color")
 _EMPTY = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
 STYLE: Any = {
@@ -170,6 +174,90 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     return Plot(f"sparsity_{slug(dataset)}", title, caption, figure)
 
 
+def concept_means(
+    selection: Selection, concepts: pd.DataFrame, dataset: str
+) -> dict[str, pd.DataFrame]:
+    """AUROC of each known concept [concept, variant], mean over seeds, for each level; beside the
+    variants the untrained SAE and the probe, where they were measured.
+
+    Args:
+        concepts: of `Collected`.
+    """
+    of_line = selection.measured[selection.measured.dataset.eq(dataset)]
+    of_line = of_line[of_line.tabled & of_line.line.isin(selection.lines)]
+    of_line = of_line.drop_duplicates("folder").set_index("folder").line
+    mine = concepts[concepts.folder.isin(of_line.index)]
+    mine = mine.assign(line=mine.folder.map(of_line))
+    found = {}
+    for level, rows in mine.groupby("level", sort=False):
+        by_line = rows.groupby(["concept", "line"]).auroc.mean().unstack()
+        shown = [line for line in selection.lines if line in by_line]
+        table = by_line[shown].set_axis([selection.title(line) for line in shown], axis=1)
+        for name in ("untrained", "probe"):
+            if f"auroc_{name}" in rows:
+                table[name] = rows.groupby("concept")[f"auroc_{name}"].mean()
+        table = table.loc[list(dict.fromkeys(rows.concept))].dropna(how="all")
+        if shown and not table.empty:
+            found[level] = table
+    return found
+
+
+def concept_plots(selection: Selection, concepts: pd.DataFrame, dataset: str) -> list[Plot]:
+    """Which variant recovers which concepts: a heat map of `concept_means` for each level."""
+    found = []
+    for level, table in concept_means(selection, concepts, dataset).items():
+        with matplotlib.rc_context(STYLE):
+            figure, (axes,) = _figure(1.3 + 0.17 * len(table))
+            colours = matplotlib.colormaps["cividis"].with_extremes(bad="none")
+            shade = axes.imshow(table, cmap=colours, vmin=0.5, vmax=1, aspect="auto")
+            for (y, x), value in np.ndenumerate(table.to_numpy(dtype=float)):
+                if value >= FOUND:
+                    axes.plot(x, y, "o", color=INK_ON_LIGHT, markersize=3)
+            axes.set_yticks(range(len(table)), list(table.index), fontsize=8)
+            axes.set_xticks(range(table.shape[1]), list(table), rotation=35, ha="right")
+            axes.grid(visible=False)
+            beside = [name for name in table if name in ("untrained", "probe")]
+            if beside:
+                axes.axvline(table.shape[1] - len(beside) - 0.5, color=INK, linewidth=1.5)
+            figure.colorbar(shade, ax=axes, label="AUROC", fraction=0.05)
+            _fixed(figure)
+        title = f"{dataset_title(dataset)}: concepts recovered, {level} level"
+        caption = (
+            "AUROC of each concept's latent, mean over seeds; 0.5 is chance. A dot: at least "
+            f"{FOUND}."
+        )
+        found.append(Plot(f"concepts_{level}_{slug(dataset)}", title, caption, figure))
+    return found
+
+
+def noise_plot(table: Table) -> Plot | None:
+    """The intraclass correlations of a noise table with their intervals; None: it is empty."""
+    rows = table.rows[::-1]
+    if not rows:
+        return None
+    icc, low, high = (
+        [row.cells[key].ours or 0.0 for row in rows] for key in ("icc", "low", "high")
+    )
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _figure(0.9 + 0.19 * len(rows))
+        for y, row in enumerate(rows):
+            tells = row.labels[1] == "yes"
+            colour = model_style("relu", ())[0] if tells else model_style("attention_relu", ())[0]
+            axes.plot([max(low[y], -1), min(high[y], 1)], [y, y], color=colour)
+            fill = colour if tells else "none"
+            axes.plot(icc[y], y, "o", color=colour, markerfacecolor=fill, markersize=5)
+        axes.set_yticks(range(len(rows)), [row.labels[0] for row in rows], fontsize=8)
+        axes.set_ylim(-0.7, len(rows) - 0.3)
+        axes.set_xlim(-1.05, 1.05)
+        axes.set_xlabel("intraclass correlation")
+        _fixed(figure)
+    caption = (
+        "1: only the variants differ; 0: only the seeds. Filled: tells variants apart (F test, "
+        "5 %). Lines: 95 % intervals, cut at -1."
+    )
+    return Plot(table.name, table.title, caption, figure)
+
+
 def mean_support(selection: Selection, dataset: str, line: Line) -> float | None:
     """Mean number of active latents per token of a Sparsemax SAE, over seeds."""
     rows = selection.metrics
@@ -213,10 +301,15 @@ def _curve(axes: Axes, cells: pd.DataFrame, style: dict[str, Any], label: str) -
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """The legend below; then the layout stays, or it would be found again for every file."""
+    """The legend below."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 1 if max(map(len, labels), default=0) > 30 else 3
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    _fixed(figure)
+
+
+def _fixed(figure: Figure) -> None:
+    """The layout stays: or it would be found again for every file."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 

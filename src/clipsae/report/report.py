@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipsae.report import plots, tables
+from clipsae.report import plots, rankings, tables
 from clipsae.report.collect import NO_K, Collected
-from clipsae.report.findings import findings
-from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
+from clipsae.report.findings import concepts_found, findings, tells_apart
+from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells, no_baselines
 from clipsae.report.names import dataset_title, slug
 from clipsae.report.plots import Plot
 from clipsae.report.published import table_numbers
+from clipsae.report.recipes import recipe_table
 from clipsae.report.select import Selection
 from clipsae.report.table import Table
 
@@ -53,21 +54,37 @@ def make_report(
 ) -> Report:
     """Build tables, plots and sentences from a selection of what the store at `root` holds."""
     missing = missing_cells(selection, commands)
+    ways = rankings.side_by_side(selection)
+    side_by_side = [] if ways is None else [rankings.rankings_table(selection, ways)]
+    noise = _noise_section(selection)
     fidelity = tables.fidelity_table(selection)
     stability, unread = tables.stability_table(root, found, selection)
     swept = [plots.k_plot(selection, dataset) for dataset in selection.datasets]
     sections = [
         _overview(selection),
-        *(_dataset_section(selection, dataset) for dataset in selection.datasets),
+        *(_dataset_section(selection, found, dataset) for dataset in selection.datasets),
+        Section("rankings", "Rankings of latents", side_by_side),
         Section("ablation", "Ablation", tables.ablation_tables(selection)),
         Section("k", "Sweep of k", plots=[plot for plot in swept if plot is not None]),
+        noise,
         Section("beyond", "Beyond the paper", [t for t in (fidelity, stability) if not t.empty]),
+        Section("recipes", "Recipes", [t for t in [recipe_table(selection)] if t.rows]),
     ]
     return Report(
         selection=selection,
         sections=[s for s in sections if s.tables or s.plots],
         differences=[*selection.differences, *_several_k(selection)],
-        findings=findings(selection, missing),
+        findings=[
+            *findings(selection, missing),
+            *(
+                sentence
+                for dataset in selection.datasets
+                for sentence in concepts_found(selection, found.concepts, dataset)
+            ),
+            *([] if ways is None else rankings.order_kept(selection, ways)),
+            *tells_apart([*noise.tables, *noise.folded]),
+            *no_baselines(selection, commands),
+        ],
         missing=missing,
         fewer=fewer_seeds(selection, commands),
         notes=[
@@ -100,20 +117,33 @@ def _overview(selection: Selection) -> Section:
     return Section("overview", "Average and ranks", found)
 
 
-def _dataset_section(selection: Selection, dataset: str) -> Section:
+def _dataset_section(selection: Selection, found: Collected, dataset: str) -> Section:
     """Accuracy, sparsity and interpretability of one dataset."""
     number = table_numbers().get(dataset)
     accuracy, *others = tables.accuracy_tables(selection, dataset)
     measured = tables.metric_tables(selection, dataset)
+    recovery = tables.recovery_tables(selection, dataset)
     in_paper = dataset == tables.MEASURED_ON
-    drawn = plots.accuracy_plot(selection, dataset), plots.sparsity_plot(selection, dataset)
+    drawn = (
+        plots.accuracy_plot(selection, dataset),
+        plots.sparsity_plot(selection, dataset),
+        *plots.concept_plots(selection, found.concepts, dataset),
+    )
     return Section(
         f"dataset-{slug(dataset)}",
         dataset_title(dataset) + (f" (Table {number})" if number else ""),
-        [accuracy, *measured] if in_paper else [accuracy],
+        [accuracy, *(measured if in_paper else []), *recovery],
         [plot for plot in drawn if plot is not None],
         others if in_paper else [*others, *measured],
     )
+
+
+def _noise_section(selection: Selection) -> Section:
+    """What tells variants apart, of each dataset with several seeds; the first is open."""
+    found = [tables.noise_table(selection, dataset) for dataset in selection.datasets]
+    found = [table for table in found if table.rows]
+    drawn = [plot for plot in map(plots.noise_plot, found) if plot is not None]
+    return Section("noise", "Noise of the seeds", found[:1], drawn, found[1:])
 
 
 def _several_k(selection: Selection) -> list[str]:
@@ -134,12 +164,12 @@ def _counts(selection: Selection) -> list[str]:
     wanted, limit = selection.wanted, "evaluation.limit_images"
     runs = selection.runs.drop_duplicates("folder")
     settings = "".join(f", {name}={value}" for name, value in wanted.settings.items())
+    ranking = ", ranked by contrast," * (wanted.ranking == "contrast")
     counts = {
         "superseded by a newer one with the same settings.": selection.superseded,
         f"excluded: not of the CLIP {wanted.clip} (weights {wanted.weights_title}, layer "
-        f"{wanted.layer}), the {wanted.protocol} protocol and M = {wanted.latents}{settings}.": (
-            selection.unfitting
-        ),
+        f"{wanted.layer}), the {wanted.protocol} protocol{ranking} and M = "
+        f"{wanted.latents}{settings}.": (selection.unfitting),
         f"of a part of the images only ({limit}).": sum(
             dict(one).get(limit, "null") != "null" for one in runs.settings
         ),

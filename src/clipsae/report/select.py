@@ -9,7 +9,7 @@ import pandas as pd
 from clipsae.report.collect import ENCODER, NO_K, Collected
 from clipsae.report.names import ELEVEN_NAMES, SIX, WITH_K, model_title
 from clipsae.report.published import ablation_parts
-from clipsae.report.settings import Line, set_apart
+from clipsae.report.settings import FITTED, NOT_LEARNED, TRAINED, UNTRAINED, Line, like, set_apart
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Wanted:
     layer: int
     protocol: str  # "paper" or "heldout"
     latents: int
+    ranking: str = "frequency"  # or "contrast"
     # Rows and tables; None: the six variants, the eleven datasets if any has a result, and others.
     models: tuple[str, ...] | None = None
     datasets: tuple[str, ...] | None = None
@@ -48,15 +49,22 @@ class Selection:
             (whether k is that of the tables).
         metrics: the same of measured numbers, also by image_encoder and pooling.
         runs: accuracies before the mean over seeds, with seed and folder.
+        measured: the same of measured numbers.
+        ways: accuracies like `runs` by every protocol and ranking of the same SAEs, on the same
+            images.
         lines: rows of the tables, in order: models, and of each first the line that is most like
-            `wanted.usual`, of several such that with most results.
+            `wanted.usual`, of several such that with most results. Their SAEs are trained in full.
+        baselines: rows below them: SAEs that are frozen in part, untrained or fitted.
     """
 
     wanted: Wanted
     cells: pd.DataFrame
     metrics: pd.DataFrame
     runs: pd.DataFrame
+    measured: pd.DataFrame
+    ways: pd.DataFrame
     lines: tuple[Line, ...]
+    baselines: tuple[Line, ...]
     ablated: tuple[Line, ...]  # rows of the ablation's tables
     expected: tuple[str, ...]  # models that should have results
     eleven: tuple[str, ...]  # datasets of the tables, in order
@@ -65,7 +73,7 @@ class Selection:
     differences: tuple[str, ...]  # a sentence for each setting that differs between results
     folders: tuple[str, ...]  # names of the results that are used
     superseded: int  # fitting results that a newer one replaces
-    unfitting: int  # results of another CLIP, protocol or M
+    unfitting: int  # results of another CLIP, protocol or M that no table shows
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -85,9 +93,10 @@ class Selection:
     def usual(self, model: str) -> Line:
         """A line of a model without results: with the common settings most like `wanted.usual`,
         of several such those of most results."""
-        lines = {line.common: line for line in self.runs.line}
-        common = self.runs.line.map(lambda line: line.common)
-        most = self.runs.groupby(common, sort=False).folder.nunique()
+        runs = self.runs[self.runs.learned.eq(TRAINED)]
+        lines = {line.common: line for line in runs.line}
+        common = runs.line.map(lambda line: line.common)
+        most = runs.groupby(common, sort=False).folder.nunique()
         order = {c: (lines[c].unlike, -n) for c, n in most.items()}
         return Line(model, min(order, key=order.__getitem__)) if order else Line(model)
 
@@ -114,10 +123,21 @@ class Selection:
         """Those of a frame that are a line's, with the tables' k."""
         return frame[frame.tabled & frame.line.eq(line)]
 
+    def untrained(self, line: Line) -> Line | None:
+        """The untrained SAE of a line's variant, of several that which is most like it."""
+        same = [x for x in self.baselines if (x.model, x.learned) == (line.model, UNTRAINED)]
+        order = {x: (x.own != line.own, x.common != line.common) for x in same}
+        return min(same, key=order.__getitem__, default=None)
+
+    def below(self, frame: pd.DataFrame) -> tuple[Line, ...]:
+        """The baselines of a table on rows of `cells` or `metrics`: those with a figure in it."""
+        filled = set(frame.line[frame.tabled])
+        return tuple(line for line in self.baselines if line in filled)
+
     def shown(self, frame: pd.DataFrame) -> tuple[Line, ...]:
         """The lines of a table on rows of `cells` or `metrics`: those with a figure in it; of a
         model without any its first."""
-        filled = set(frame.line[frame.tabled])
+        filled = {line for line in frame.line[frame.tabled] if line.learned == TRAINED}
         empty = set(self.models) - {line.model for line in filled}
         filled |= {self.main(model) for model in empty}
         return tuple(line for line in self.lines if line in filled)
@@ -130,11 +150,15 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     settings (one has more values of n, say) the newest counts, figure by figure.
     """
     figures = found.figures
-    fits = _fits(figures, wanted)
+    fits_otherwise = _fits(figures, wanted)
+    of_way = figures.protocol.eq(wanted.protocol) & figures.ranking.eq(wanted.ranking)
+    fits = fits_otherwise & (of_way | figures.measured.eq(True))
     fitting = figures[fits]
-    for name, chosen in (("model", wanted.models), ("dataset", wanted.datasets)):
-        if chosen is not None:  # others set nothing apart
-            fitting = fitting[fitting[name].isin(chosen)]
+    if wanted.models is not None:  # others set nothing apart
+        chosen = fitting.model.isin(wanted.models) | fitting.learned.eq(FITTED)
+        fitting = fitting[chosen]
+    if wanted.datasets is not None:
+        fitting = fitting[fitting.dataset.isin(wanted.datasets)]
     fitting, differences = set_apart(fitting, wanted.usual)
     cell = ["line", "model", "dataset", "k", "metric", "measured", *ENCODER]
     ordered = fitting.sort_values(["finished", "folder"], kind="stable")
@@ -143,9 +167,16 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     cells = over_seeds.value.agg(value="mean", std="std", seeds="count")
     cells = cells.join(over_seeds[["images", "classes", "competing"]].min()).reset_index()
 
-    models = {*newest.model} - set(SIX) - set(ablation_parts())
-    lines = _lines(wanted.models or (*SIX, *sorted(models)), newest)
-    ablated = _lines(ablation_parts(), newest)
+    of_same = like(fitting, figures[fits_otherwise & figures.measured.eq(False)])
+    ways = of_same.sort_values(["finished", "folder"], kind="stable")
+    way = ["line", "dataset", "k", "metric", "protocol", "ranking", "seed"]
+    ways = ways.drop_duplicates(way, keep="last").sort_index()
+
+    trained = newest[newest.learned.eq(TRAINED)]
+    models = {*trained.model} - set(SIX) - set(ablation_parts())
+    lines = _lines(wanted.models or (*SIX, *sorted(models)), trained)
+    ablated = _lines(ablation_parts(), trained)
+    baselines = _baselines(newest)
     if wanted.datasets is None:
         evaluated = {*newest.dataset}
         eleven = ELEVEN_NAMES if evaluated & set(ELEVEN_NAMES) else ()
@@ -153,31 +184,35 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     else:
         eleven = tuple(name for name in ELEVEN_NAMES if name in wanted.datasets)
         others = tuple(name for name in wanted.datasets if name not in ELEVEN_NAMES)
-    k = {line: _table_k(line, wanted, newest) for line in {*lines, *ablated}}
-    newest, cells = (f.assign(tabled=f.k == f.line.map(k)) for f in (newest, cells))
-    used = {*newest.folder}
+    k = {line: _table_k(line, wanted, newest) for line in {*lines, *ablated, *baselines}}
+    newest, cells, ways = (f.assign(tabled=f.k == f.line.map(k)) for f in (newest, cells, ways))
+    used, of_ways = {*newest.folder}, {*ways.folder}
     return Selection(
         wanted=wanted,
         cells=cells[cells.measured.eq(False)],
         metrics=cells[cells.measured.eq(True)],
         runs=newest[newest.measured.eq(False)],
+        measured=newest[newest.measured.eq(True)],
+        ways=ways,
         lines=lines,
+        baselines=baselines,
         ablated=ablated,
         expected=wanted.models or SIX,
         eleven=eleven,
         others=others,
         k=k,
         differences=tuple(differences),
-        folders=tuple(sorted(used)),
-        superseded=len({*fitting.folder} - used),
-        unfitting=figures.folder[~fits].nunique(),
+        folders=tuple(sorted(used | of_ways)),
+        superseded=len({*fitting.folder, *of_same.folder} - used - of_ways),
+        unfitting=len({*figures.folder[~fits]} - {*of_same.folder}),
     )
 
 
 def _fits(figures: pd.DataFrame, wanted: Wanted) -> pd.Series:
-    """Whether a figure is of the wanted CLIP, protocol, M and settings."""
-    fits = figures.protocol.eq(wanted.protocol) | figures.measured.eq(True)
-    for name in ("clip", "weights", "layer", "latents"):
+    """Whether a figure is of the wanted CLIP, M (that of fitted SAEs the data decide) and settings,
+    by whichever protocol and ranking."""
+    fits = figures.latents.eq(wanted.latents) | figures.learned.eq(FITTED)
+    for name in ("clip", "weights", "layer"):
         fits &= figures[name].eq(getattr(wanted, name))
     if wanted.settings:
         asked = wanted.settings.items()
@@ -200,6 +235,19 @@ def _lines(models: Iterable[str], figures: pd.DataFrame) -> tuple[Line, ...]:
             order[line] = (line.unlike, accuracies.empty, *counts, line)
         found += sorted(order, key=order.__getitem__) or [Line(model)]
     return tuple(found)
+
+
+def _baselines(figures: pd.DataFrame) -> tuple[Line, ...]:
+    """Lines that are not trained in full: frozen in part first, then untrained, then fitted."""
+    lines = {line for line in figures.line if line.learned != TRAINED}
+    order = (*SIX, *ablation_parts())
+
+    def place(line: Line) -> tuple[int, int, Line]:
+        at = order.index(line.model) if line.model in order else len(order)
+        kind = NOT_LEARNED.index(line.learned) + 1 if line.learned in NOT_LEARNED else 0
+        return kind, at, line
+
+    return tuple(sorted(lines, key=place))
 
 
 def _table_k(line: Line, wanted: Wanted, figures: pd.DataFrame) -> int:

@@ -18,12 +18,14 @@ from clipsae.overrides import flat
 from clipsae.report.names import dataset_title, listed, model_title
 from clipsae.rules import PRECISIONS
 from clipsae.store.survey import short
+from clipsae.training.baselines import learned
 
 Settings = tuple[tuple[str, str], ...]  # names and values, sorted
 NOT_SET = "not set"
 _LEFT_OUT = (
     # What a cell of the tables is known by anyway.
-    *("model.k", "model.latents", "trainer.seed", "features.seed", "evaluation.protocol"),
+    *("model.k", "model.latents", "trainer.seed", "features.seed"),
+    *("evaluation.protocol", "evaluation.ranking", "model.fit", "model.freeze"),
     # What chooses which figures there are, and leaves each of them as it is.
     *("evaluation.ns", "evaluation.settings", "measurement.metrics"),
     # The image encoder's figures have tables of their own.
@@ -52,10 +54,33 @@ _OF_MODEL = (
     *("model.", "optimizer.", "plugins"),
     *("trainer.gradient_clip", "evaluation.count_threshold"),
 )
+# How much of an SAE was learned, as `learned_by` calls it: all of it, nothing, nothing as it was
+# fitted without steps, or a part; and what asks for it.
+TRAINED, UNTRAINED, FITTED = "", "untrained", "fitted"
+_FROZEN = {
+    "decoder": "decoder frozen",
+    "encoder": "encoder frozen",
+    "soft_decoder": "decoder softly frozen",
+}
+_ASKED = {said: f"model.freeze={value}" for value, said in _FROZEN.items()}
+_ASKED[UNTRAINED] = "trainer.max_steps=0"
+NOT_LEARNED = (UNTRAINED, FITTED)
+# What decides nothing in an SAE that is not trained.
+_OF_TRAINING = ("trainer.", "optimizer.", "features.")
+
 _OVERRIDE = re.compile(
     r"(?!\w+\.batches_a_step)(trainer|model|optimizer|features|evaluation)\.[\w.]+=\S+"
     r"|precision=\S+"
 )
+
+
+def learned_by(config: Mapping[str, Any]) -> str:
+    """How much of an SAE was learned, from the config of its run: `TRAINED` in full, "decoder
+    frozen" and the like in part, `UNTRAINED` and `FITTED` (`model.fit`) not at all."""
+    model = config.get("model") or {}
+    if learned(config) == "not learned":
+        return UNTRAINED if model.get("fit") is None else FITTED
+    return _FROZEN.get(str(model.get("freeze")), TRAINED)
 
 
 def settings_of(
@@ -91,7 +116,11 @@ def settings_of(
         named |= config_settings(config, ("dataset", "evaluation"))
     if schema is not None:
         named["schema"] = str(schema)
-    return tuple(sorted((n, v) for n, v in named.items() if n not in _LEFT_OUT))
+    kept = set()
+    if (learnt := learned_by(config)) in NOT_LEARNED:
+        named = {n: v for n, v in named.items() if not n.startswith(_OF_TRAINING)}
+        kept = {"model.latents"} if learnt == FITTED else set()  # reports have those of any M
+    return tuple(sorted((n, v) for n, v in named.items() if n in kept or n not in _LEFT_OUT))
 
 
 def config_settings(config: Mapping[str, Any], groups: Iterable[str]) -> dict[str, str]:
@@ -127,11 +156,13 @@ class Line:
     common: str = ""
     own: str = ""  # the model's own settings that differ between its results
     unlike: int = field(default=0, compare=False)  # differing settings that are not as usual
+    learned: str = TRAINED  # see `learned_by`
 
     @property
     def variant(self) -> str:
         """What sets it apart; "" where nothing does."""
-        return ", ".join(label for label in (self.common, self.own) if label)
+        learned = "" if self.learned == FITTED else self.learned  # the model's name says it
+        return ", ".join(label for label in (learned, self.common, self.own) if label)
 
     @property
     def title(self) -> str:
@@ -141,25 +172,30 @@ class Line:
     @property
     def overrides(self) -> list[str]:
         """Those of `variant` that a command line can ask for."""
-        return [word for word in self.variant.split(", ") if _OVERRIDE.fullmatch(word)]
+        words = [_ASKED.get(word, word) for word in self.variant.split(", ")]
+        return [word for word in words if _OVERRIDE.fullmatch(word)]
+
+
+BY_LINE = ("model", "learned", "dataset", "settings")  # what decides a figure's line
 
 
 def set_apart(figures: pd.DataFrame, usual: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
     """Give every row its `Line`, as the column `line`.
 
     Args:
-        figures: with columns model, dataset, folder, settings.
+        figures: with columns model, learned, dataset, folder, settings.
         usual: settings by name; those that are not there are not compared.
 
     Returns:
         The frame, and a sentence for each setting that differs.
     """
-    names = ["model", "dataset", "folder", "settings"]
+    names = ["model", "learned", "dataset", "folder", "settings"]
     results = figures[names].drop_duplicates(ignore_index=True)
     values = pd.DataFrame([dict(s) for s in results.settings], results.index, dtype=object)
+    not_trained = results.learned.isin(NOT_LEARNED)
     for name in values:  # whoever lacks one of these has another value; of others nothing is known
-        if decides_codes(name):
-            values[name] = values[name].fillna(NOT_SET)
+        if decides_codes(name):  # (what has not learned has no settings of a training)
+            values[name] = values[name].fillna(NOT_SET).mask(not_trained & values[name].isna())
     common = _varying(results, values[[name for name in values if not name.startswith(_OF_MODEL)]])
     sentences = [_sentence(name, results, values) for name in common]
     for name in common:  # every dataset has a hash of its images: of interest if it has several
@@ -175,11 +211,23 @@ def set_apart(figures: pd.DataFrame, usual: Mapping[str, str]) -> tuple[pd.DataF
         sentences += [f"{model_title(model)}: {_sentence(n, mine, values)}" for n in own]
         own_labels = _labels(values.loc[mine.index, own])
         for at, row in zip(mine.index, mine.itertuples(), strict=True):
-            line = Line(model, labels[at], own_labels[at], unlike[at])
-            lines[model, row.dataset, row.settings] = line
-    keys = zip(figures.model, figures.dataset, figures.settings, strict=True)
-    line = pd.Series([lines[key] for key in keys], figures.index, dtype=object)
-    return figures.assign(line=line), sentences
+            line = Line(model, labels[at], own_labels[at], unlike[at], row.learned)
+            lines[tuple(getattr(row, name) for name in BY_LINE)] = line
+    return figures.assign(line=_looked_up(figures, lines)), sentences
+
+
+def like(figures: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Those of `others` that share a line with some of `figures`, with it: the same models trained
+    and evaluated in the same way but for the protocol and the ranking."""
+    rows = figures.drop_duplicates(list(BY_LINE))
+    lines = dict(zip(zip(*(rows[name] for name in BY_LINE), strict=True), rows.line, strict=True))
+    found = others.assign(line=_looked_up(others, lines))
+    return found[found.line.notna()]
+
+
+def _looked_up(figures: pd.DataFrame, lines: Mapping[tuple[Any, ...], Line]) -> pd.Series:
+    keys = zip(*(figures[name] for name in BY_LINE), strict=True)
+    return pd.Series([lines.get(key) for key in keys], figures.index, dtype=object)
 
 
 def _varying(results: pd.DataFrame, values: pd.DataFrame) -> list[str]:

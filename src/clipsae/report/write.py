@@ -20,6 +20,7 @@ from clipsae.evaluation.numbers import Number
 from clipsae.report import published
 from clipsae.report.missing import ALL, Missing
 from clipsae.report.names import dataset_title, model_style, model_title
+from clipsae.report.noise import RULE
 from clipsae.report.plots import INK, STYLE
 from clipsae.report.report import Report
 from clipsae.report.table import Row, Table, to_csv, to_latex, to_markdown
@@ -127,7 +128,8 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    models = (*selection.models, *(line.model for line in selection.ablated))
+    lines = (*selection.lines, *selection.ablated, *selection.baselines)
+    models = tuple(dict.fromkeys(line.model for line in lines))
     versions = [
         ", ".join(f"{name} {version}" for name, version in sorted(origin["versions"].items()))
         for origin in report.origins
@@ -136,11 +138,15 @@ def page(report: Report) -> str:
         report=report,
         wanted=selection.wanted,
         source=published.SOURCE,
+        several_seeds=any(
+            frame.seeds.gt(1).any() for frame in (selection.cells, selection.metrics)
+        ),
+        rule=RULE,
         has_published=any(table.has_published for table in report.tables),
         style=Markup((_TEMPLATE / "style.css").read_text()),
         script=Markup((_TEMPLATE / "sort.js").read_text()),
         made=_time(datetime.now(UTC).timestamp()),
-        colours={model: model_style(model, selection.models)[0] for model in models},
+        colours={model: model_style(model, models)[0] for model in models},
         ALL=ALL,
         # The sets of package versions that the results were made with, most frequent first.
         versions=sorted(set(versions) - {""}, key=lambda text: (-versions.count(text), text)),

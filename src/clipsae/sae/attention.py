@@ -28,6 +28,9 @@ QUERIES = ("identity", "learned")
 class Attention(Architecture):
     """A dictionary C [M, d], W_K and W_V [d, d]; no biases.
 
+    C serves both ways: with `SAE(freeze="decoder")` C and W_V stay as they are and the query's side
+    (W_K, W_Q) is trained, with "encoder" all but W_V stays.
+
     Args:
         d: width of the tokens.
         latents: M.
@@ -77,6 +80,11 @@ class Attention(Architecture):
 
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
         return self._rows(latents) @ self.W_V
+
+    def matrices(self, part: str) -> list[nn.Parameter]:
+        if part == "decoder":
+            return [self.C, self.W_V]
+        return [self.C, self.W_K] + ([] if self.W_Q is None else [self.W_Q])
 
     def decoder_norms(self) -> Tensor:
         with torch.autocast(self.C.device.type, enabled=False):  # a difference of large numbers

@@ -90,6 +90,9 @@ class Linear(Architecture):
     def bias(self) -> Tensor:
         return self.b_dec
 
+    def matrices(self, part: str) -> list[nn.Parameter]:
+        return [self.W_enc if part == "encoder" else self.W_dec]
+
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         if self.bias_init == "images":
@@ -109,7 +112,7 @@ class Linear(Architecture):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.unit_rows:
+        if self.unit_rows and self.W_dec.requires_grad:  # a frozen row keeps its bits
             self._normalize_rows()
 
     def _normalize_rows(self) -> None:

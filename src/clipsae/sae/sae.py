@@ -5,6 +5,7 @@ Letters: B images or tokens, T tokens of an image, d width, M latents, n latents
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipsae.sae.base import Activation, Architecture, LossInputs, SAEOutput
-from clipsae.sae.checks import boolean, near, not_negative, whole
+from clipsae.sae.checks import boolean, near, not_negative, one_of, whole
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32
 from clipsae.sae.engine import backend
@@ -32,9 +33,12 @@ from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
 from clipsae.sae.sparse_ops import Chooser, Dictionary, positions_above
 
 FORMAT = "clipsae.sae"
-VERSION = 2
+VERSION = 3
 RENAMED = {"l0": "l0_coefficient", "l1": "l1_coefficient"}
 """Options of version 1 that have been renamed."""
+FREEZE = ("decoder", "encoder", "soft_decoder")
+LEAST_COSINE = 0.8
+"""Of a softly frozen decoder row with where it began."""
 
 
 class SAE(nn.Module):
@@ -55,6 +59,11 @@ class SAE(nn.Module):
             where an activation suppresses scores above 0.
         auxk_k: latents of a token in that loss; None: d / 2. Not without auxk.
         dead_after: a latent is dead when it was silent for this many tokens.
+        freeze: what the training leaves as it was initialised, for baselines ("Sanity Checks for
+            Sparse Autoencoders", arXiv 2602.14111). "decoder", "encoder": its matrices
+            (`Architecture.matrices`), not the biases and thresholds. "soft_decoder": after each
+            step every decoder row is projected onto the cone of rows with a cosine of at least
+            `LEAST_COSINE` with where it began (`start_rows`, saved with the weights).
         options: those of the chosen architecture and activation; see their classes.
 
     Raises:
@@ -76,6 +85,7 @@ class SAE(nn.Module):
         auxk: float = 0.0,
         auxk_k: int | None = None,
         dead_after: int = 10_000_000,
+        freeze: str | None = None,
         **options: Any,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "options", "__class__")}
@@ -110,8 +120,29 @@ class SAE(nn.Module):
         )
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
         self.config = given | architecture_options | activation_options
+        self.start_rows: nn.Parameter | None = None
+        if freeze is not None:
+            self._freeze(freeze)
         self._silence: tuple[Any, int, int] = (None, 0, 0)  # see `_may_be_dead`
         self._many = False  # whether the last step had more codes than memory
+
+    def _freeze(self, freeze: str) -> None:
+        one_of("freeze", freeze, FREEZE)
+        part = freeze.removeprefix("soft_")
+        matrices = self.architecture.matrices(part)
+        if not matrices or (freeze == "soft_decoder" and len(matrices) > 1):
+            name = self.config["architecture"]
+            raise ValueError(
+                f"freeze={freeze!r}: architecture={name} has no matrix whose rows are those of the "
+                f"{part}: choose another freeze or architecture=linear"
+            )
+        if freeze == "soft_decoder":
+            # A parameter, as buffers are copied and averaged in each step.
+            rows = matrices[0].detach().clone()
+            self.start_rows = nn.Parameter(rows, requires_grad=False)
+        else:
+            for matrix in matrices:
+                matrix.requires_grad_(False)
 
     # --- from tokens to codes and back ---
 
@@ -257,7 +288,7 @@ class SAE(nn.Module):
 
         # Before the decoding: autograd goes the other way, and then adds the gradients of these
         # terms in the memory of the large one that is there already.
-        terms = self.activation.losses(
+        terms = self.activation.scaled_losses(
             LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode)
         )
         reconstruction = decode(codes)
@@ -366,9 +397,16 @@ class SAE(nn.Module):
         """After each backward pass, before clipping and the optimizer's step."""
         self.architecture.after_backward()
 
+    @torch.no_grad()
     def after_step(self) -> None:
         """After each optimizer's step."""
         self.architecture.after_step()
+        self.activation.after_step()
+        if self.start_rows is not None:
+            (rows,) = self.architecture.matrices("decoder")
+            size = 1024 if rows.device.type == "cpu" else len(rows)  # that stay in the cache
+            for part, start in zip(rows.split(size), self.start_rows.split(size), strict=True):
+                part.copy_(within_cone(part, start))
 
     # --- on disk ---
 
@@ -414,13 +452,35 @@ class SAE(nn.Module):
                 )
         with torch.device("meta"):
             sae = cls(**config)
-        expected = {name: tensor.shape for name, tensor in sae.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in weights.items()}
-        if expected != found:
-            wrong = sorted(set(expected.items()) ^ set(found.items()), key=str)[0]
-            raise ValueError(f"{folder}/sae.safetensors does not fit its config: {wrong}")
-        sae.load_state_dict(weights, assign=True)
+        try:
+            sae.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            wrong = str(error).splitlines()[1].strip()
+            message = f"{folder}/sae.safetensors does not fit its config: {wrong}"
+            raise ValueError(message) from error
         return sae.eval()
+
+
+@torch.no_grad()
+def within_cone(rows: Tensor, start: Tensor, cosine: float = LEAST_COSINE) -> Tensor:
+    """The rows [n, d], those whose cosine with their row of `start` is below `cosine` replaced by
+    the nearest of the same norm that has it; the others, and rows of norm 0, bit for bit as they
+    are. With u = start / ||start|| and p the unit vector of the part of a row w orthogonal to u:
+    ||w|| (c u + sqrt(1 - c^2) p). Where w = -||w|| u has no such part, the axis that u has least of
+    takes its place.
+    """
+    w = at_least_float32(rows)
+    u = nn.functional.normalize(at_least_float32(start), dim=-1)
+    norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    along = (w * u).sum(dim=-1, keepdim=True)
+    across = w - along * u
+    least = u.abs().argmin(dim=-1, keepdim=True)
+    axis = torch.zeros_like(u).scatter_(-1, least, 1)  # (`one_hot` waits for a GPU)
+    axis = axis - (axis * u).sum(dim=-1, keepdim=True) * u
+    tiny = torch.linalg.vector_norm(across, dim=-1, keepdim=True) <= 1e-6 * norm
+    across = nn.functional.normalize(torch.where(tiny, axis, across), dim=-1)
+    nearest = norm * nn.functional.normalize(cosine * u + math.sqrt(1 - cosine**2) * across, dim=-1)
+    return torch.where((norm > 0) & (along < cosine * norm), nearest.to(rows.dtype), rows)
 
 
 def _part_options(

@@ -31,7 +31,7 @@ PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")  # where and how 
 # what is listed here: where things lie, how fast they are read, what is observed meanwhile.
 UNDECISIVE: dict[str, tuple[str, ...]] = {
     "dataset": (*PLACE_KEYS, "on_bad_image"),
-    "model": ("name", *TRAINING_KEYS),
+    "model": ("name", "fit", *TRAINING_KEYS),  # fit: stages/sae.py's key has it where it is set
     "features": ("num_workers", "pin_memory", "image_cache", "folder", "shard_gb"),
     "evaluation": ("batch_size",),
     "trainer": (

@@ -45,13 +45,22 @@ TINY = Path(__file__).parents[1] / "clip" / "tiny"
 
 SHARE = Rule("a share of them, up to 1.0", lambda v: isinstance(v, float) and 0 <= v <= 1)
 
+AUTO = Rule("auto", lambda v: v == "auto")
+
+# What `model.fit` may be: SAEs that are computed (clipsae.training.baselines), and whether the data
+# decide how many latents there are.
+FITS = {
+    **dict.fromkeys(("neurons", "pca", "ica", "text"), True),
+    **dict.fromkeys(("kmeans", "random"), False),
+}
+
 TRAINER = {
     "_target_": TEXT,
     "accelerator": TEXT,
     "devices": either(whole(1), list_of(whole(0), least=1)),
     "num_nodes": whole(1),
     "strategy": TEXT,
-    "max_steps": whole(1),
+    "max_steps": whole(0),  # 0: as initialised
     "accumulate_grad_batches": whole(1),
     "gradient_clip_val": or_null(number(above=0)),
     "log_every_n_steps": whole(1),
@@ -123,10 +132,13 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "name": NAME,
         "architecture": TEXT,
         "activation": TEXT,
-        "latents": whole(1),
+        "latents": or_null(whole(1)),  # null: see `_check_fit`
         "initial_images": whole(1),
         "compile": FLAG,
-        "k": either(whole(1), Rule("auto", lambda v: v == "auto")),
+        "freeze": or_null(one_of("decoder", "encoder", "soft_decoder")),
+        "fit": or_null(one_of(*FITS)),
+        "k": either(whole(1), AUTO),
+        "target_l0": or_null(either(number(above=0), AUTO)),
     },
     "dataset": DATASET,
     "train_dataset": DATASET,
@@ -135,6 +147,9 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "betas": list_of(share("a number from 0 to below 1", one=False), least=2, most=2),
         "warmup_steps": whole(0),
         "decay": one_of("constant", "cosine", "linear"),
+        "decay_fraction": share("a number above 0, up to 1", zero=False),
+        "sparsity_warmup_steps": whole(0),
+        "reference_latents": or_null(whole(1)),
     },
     "features": {
         "batch_size": whole(1),
@@ -160,9 +175,11 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     },
     "evaluation": {
         "protocol": one_of("paper", "heldout"),
+        "ranking": one_of("frequency", "contrast"),
         "ns": list_of(whole(1), least=1),
         "settings": list_of(one_of("no_sae", "on", "off", "self")),
         "count_threshold": number(least=0),
+        "count_share": or_null(share("a share above 0, up to 1", zero=False)),
         "split": SPLIT,
         "batch_size": whole(1),
         "limit_images": or_null(whole(1)),
@@ -231,12 +248,14 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "push": or_null(TEXT),
         "private": FLAG,
     },
+    "findings": {"folder": TEXT, "sweep_dir": TEXT},
     "gc": {"delete": FLAG, "unused": FLAG},
     "report": {
         "clip": TEXT,
         "weights": or_null(TEXT),
         "layer": whole(),
         "protocol": one_of("paper", "heldout"),
+        "ranking": one_of("frequency", "contrast"),
         "latents": or_null(whole(1)),
         "models": NAMES,
         "datasets": NAMES,
@@ -301,9 +320,30 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             _check_group(group, values, rules, group not in OPEN)
     if blocks := _blocks(node["clip"]["name"]):
         check_layer(node["clip"]["name"], node["clip"]["layer"], blocks)
+    _check_fit(node["model"])
     if is_whole(k := node["model"].get("k")):
         most = whole(1, node["model"]["latents"], "model.latents")
         require("model.k", k, most, shown=_shown)
+
+
+def _check_fit(model: Mapping[str, Any]) -> None:
+    """Refuse a number of latents where the data decide it, and none where they do not."""
+    fit, latents = model.get("fit"), model.get("latents")
+    if FITS.get(fit, False) != (latents is None):
+        raise ConfigError(
+            f"model.latents={_shown(latents)}: "
+            + (
+                f"the tokens and texts decide how many model.fit={fit} has: leave it out"
+                if latents is not None
+                else "expected an integer of at least 1"
+            )
+        )
+    if fit == "random" and latents % 2:
+        raise ConfigError(f"model.latents={latents}: model.fit=random has both signs of each: even")
+    if fit is not None and model.get("freeze") is not None:
+        raise ConfigError(
+            f"model.freeze={model['freeze']}: model.fit={fit} is not trained: leave one of them out"
+        )
 
 
 def set_by_recipe(cfg: DictConfig) -> str | None:

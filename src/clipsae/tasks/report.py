@@ -45,6 +45,7 @@ ABOUT = {
     "weights": "clip.pretrained",
     "layer": "clip.layer",
     "protocol": "evaluation.protocol",
+    "ranking": "evaluation.ranking",
     "latents": "model.latents",
 }
 # Overrides of the report's own command line that say nothing about how to fill a cell.
@@ -162,6 +163,7 @@ def nothing_there(
     return (
         f"{folder} holds no finished evaluation of {wanted.clip} (weights {wanted.weights}, layer "
         f"{wanted.layer}) with {wanted.latents} latents by the {wanted.protocol} protocol"
+        f"{', ranked by contrast' * (wanted.ranking == 'contrast')}"
         f"{settings}: run `{command}` first{hint}"
     )
 

@@ -30,7 +30,7 @@ def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: lis
         from clipsae.evaluation.metrics import NUMBERS  # takes seconds without torch
 
         shown = [
-            f"{number.label} {metrics[number.key]:{number.format}}"
+            f"{number.label} {number.shown(metrics)}"
             for number in NUMBERS
             if number.headline and number.key in metrics
         ]
@@ -48,10 +48,12 @@ def accuracy_table(rows: pd.DataFrame) -> Table:
     classes = f"{int(first.classes):,}"
     if first.get("competing", first.classes) != first.classes:  # older results do not have it
         classes += f" of {int(first.competing):,}"  # chance is by those that compete
+    of_ranking = first.get("ranking", "frequency")  # older results do not have it
+    ranking = f", ranked by {of_ranking}" * (of_ranking != "frequency")
     table = Table(
         title=(
             f"{first.model}{k}{seed} on {first.dataset}: macro accuracy, % "
-            f"({int(first.images):,} images, {classes} classes, {first.protocol} protocol)"
+            f"({int(first.images):,} images, {classes} classes, {first.protocol} protocol{ranking})"
         ),
         title_justify="left",
     )

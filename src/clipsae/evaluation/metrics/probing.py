@@ -219,8 +219,8 @@ class _Images(Measurement):
         return torch.randperm(n, generator=generator)
 
     def _tasks(self, beside: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """What is probed where there are two labels or more, "" for the classes and the attributes by name: the rows as a mask, their
-        labels and the half to fit on."""
+        """What is probed where there are two labels or more, "" for the classes and the
+        attributes by name: the rows as a mask, their labels and the half to fit on."""
         tasks = {}
         for at, name in enumerate(("", *ATTRIBUTES)):
             rows = beside[:, at] >= 0

@@ -115,7 +115,7 @@ class Check:
         self.opened = Opened(findings)
         self.jobs: list[Job] = []  # those that can be measured
         self.asked = 1
-        self.learns_k = False  # whether the sweep trains what `model.k=auto` learns from
+        self.learns_k = False  # whether the sweep trains what `auto` (see `guidance`) learns from
         self.prompts = math.inf  # a second
         target = "" if launcher is None else str(launcher.get("_target_")).rpartition(".")[2]
         self.on_slurm, self.many = target == "Slurm", target == "ManyCores"
@@ -195,8 +195,13 @@ class Check:
             variant = f"{of_clip} {_variant(cfg)}"
             if variant not in stepped:
                 stepped[variant] = (math.nan, math.nan, None)
-                with findings.attempt(f"step {cfg.model.name}"):
-                    stepped[variant] = self._steps(job, tokens)
+                if cfg.model.get("fit") is not None:
+                    # It takes none, and is evaluated as one with any other weights.
+                    sae = build.build_sae(cfg, clip.width).to(tokens.device)
+                    stepped[variant] = (0.0, 0.0, sae)
+                else:
+                    with findings.attempt(f"step {cfg.model.name}"):
+                        stepped[variant] = self._steps(job, tokens)
             first, step, sae = stepped[variant]
             if math.isnan(step):
                 continue
@@ -248,8 +253,10 @@ class Check:
             if seconds > limit:
                 verdict = WARNING
                 todo = f"over the limit of {duration(limit)}: it is queued again and continues"
-            found = f"about {duration(seconds)} for {job.cfg.trainer.max_steps:,} steps"
-            check = f"training {_named(job.cfg)}"
+            fits = job.cfg.model.get("fit") is not None
+            count = job.cfg.model.initial_images if fits else job.cfg.trainer.max_steps
+            found = f"about {duration(seconds)} for {count:,} {'images' if fits else 'steps'}"
+            check = f"{'fitting' if fits else 'training'} {_named(job.cfg)}"
             findings.add(check, verdict, found, todo, job=job.name, seconds=seconds)
         here = forecast.works(self.cfg.together)
         if not here:

@@ -19,7 +19,7 @@ class Evaluating:
     """Seconds of an evaluation of one SAE.
 
     Attributes:
-        image: of each image in the pass.
+        image: of each image in a pass.
         sampled: of each image whose codes are kept (`measurement.sample_images` at most).
         once: what does not depend on the images: CKNNA of its tokens.
         images: how many this was measured on.
@@ -30,9 +30,9 @@ class Evaluating:
     once: float
     images: int
 
-    def seconds(self, images: int, sample: int) -> float:
-        """Of so many images, of whose codes `sample` are kept."""
-        return images * self.image + min(images, sample) * self.sampled + self.once
+    def seconds(self, images: int, sample: int, counted: int = 0) -> float:
+        """Of so many images, of whose codes `sample` are kept, after a pass that counts some."""
+        return (images + counted) * self.image + min(images, sample) * self.sampled + self.once
 
 
 def timed(job: Job, sae: SAE, classes: Tensor | None, seconds: float) -> Evaluating:
@@ -49,7 +49,7 @@ def timed(job: Job, sae: SAE, classes: Tensor | None, seconds: float) -> Evaluat
     compared = -(-cfg.measurement.sample_tokens // job.clip.tokens)  # images that CKNNA needs
     few = min(images, compared, max(FEW, int(affordable)))
     spent = _spent(job, sae, classes, few)
-    passes = 2 if cfg.evaluation.protocol == "heldout" and cfg.evaluation.settings else 1
+    passes = 2 if evaluation.counts_first(cfg) else 1
     # Each token is compared with each.
     once = spent.pop("CKNNA", 0.0) * (min(images, compared) / few) ** 2
     image = spent.pop("images", 0.0) / (passes * few)

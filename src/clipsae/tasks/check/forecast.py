@@ -84,11 +84,20 @@ class Forecast:
         return list(found.values())
 
     def training(self, jobs: Sequence[Job], *, source: str | None = None) -> float:
-        """Seconds of a training of several SAEs on the same tokens, or of one.
+        """Seconds of a training of several SAEs on the same tokens, or of one. Those that are
+        fitted take the time of reading their images, which is most of it.
 
         Args:
             source: the cache that is trained from, see `features.cached`; None: as the config says.
         """
+        fitted = [job for job in jobs if job.cfg.model.get("fit") is not None]
+        fitting = sum(
+            job.cfg.model.initial_images * (self.costs[job].read + self.costs[job].encode)
+            for job in fitted
+        )
+        if len(fitted) == len(jobs):
+            return fitting
+        jobs = [job for job in jobs if job not in fitted]
         cfg, cost = jobs[0].cfg, self.costs[jobs[0]]
         source = source or features.cached(cfg)
         size = cfg.features.batch_size
@@ -108,16 +117,17 @@ class Forecast:
         seconds += looks * (limit * tokens + (limit + 2) * compute / 3)
         saved = batches // cfg.callbacks.checkpoint_every_n_steps
         seconds += saved * sum(3 * sae_bytes(job) for job in jobs) / CHECKPOINT_BYTES
-        return left * seconds
+        return left * seconds + fitting
 
     def evaluation(self, jobs: Sequence[Job]) -> float:
         """Seconds of an evaluation of several SAEs in one pass, or of one."""
-        images = len(jobs[0].test_set)
-        limit = build.limit_images(jobs[0].cfg)
-        images = images if limit is None else min(images, limit)
+        images, counted = len(jobs[0].test_set), jobs[0].counted
+        if (limit := build.limit_images(jobs[0].cfg)) is not None:
+            images, counted = min(images, limit), min(counted, limit)
         sample = jobs[0].cfg.measurement.sample_images
-        shared = images * (self.costs[jobs[0]].read + self.costs[jobs[0]].encode)
-        each = [self.costs[job].evaluating.seconds(images, sample) for job in jobs]
+        read_once = self.costs[jobs[0]].read + self.costs[jobs[0]].encode
+        shared = (images + counted) * read_once
+        each = [self.costs[job].evaluating.seconds(images, sample, counted) for job in jobs]
         return sum(each) - (len(jobs) - 1) * min(shared, min(each))
 
     def works(self, together: bool) -> dict[Path, Work]:
@@ -196,10 +206,10 @@ def _fed(cfg: DictConfig, read: float, compute: float) -> float:
 
 def _mean_step(job: Job, cost: Cost) -> float:
     """Seconds of a step of a training: supports settle while the rate warms up."""
-    share = min(1.0, job.cfg.optimizer.warmup_steps / job.cfg.trainer.max_steps)
+    share = min(1.0, job.cfg.optimizer.warmup_steps / max(1, job.cfg.trainer.max_steps))
     return share * cost.first + (1 - share) * cost.step
 
 
 def _done(job: Job) -> float:
     """The share of a training that its checkpoint holds."""
-    return (checkpoint_step(job.trained.scratch) or 0) / job.cfg.trainer.max_steps
+    return (checkpoint_step(job.trained.scratch) or 0) / max(1, job.cfg.trainer.max_steps)

@@ -10,9 +10,8 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.store import Stage, Store
-from clipsae.tasks import build, experiment, plugins, precision
+from clipsae.tasks import build, experiment, guidance, plugins, precision
 from clipsae.tasks.check.findings import FAILS, WARNING, Findings
-from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import evaluation, sae
 
 ANY_SIZE = 224  # pixels, where the CLIP is not known
@@ -26,6 +25,7 @@ class Job:
         clip: of random weights, where its own were not found.
         train_set, held_out, test_set: what it is trained, validated and evaluated on; None: not
             there.
+        counted: images of a pass that counts latents before they are evaluated.
         trained, evaluated: places in the store; None: not known, or nothing is evaluated.
     """
 
@@ -35,6 +35,7 @@ class Job:
     train_set: ImageDataset | None
     held_out: ImageDataset | None
     test_set: ImageDataset | None
+    counted: int = 0
     trained: Stage | None = None
     evaluated: Stage | None = None
 
@@ -99,7 +100,7 @@ def look(
 
     Args:
         elsewhere: whether the job runs on another machine: its devices are not looked for here.
-        learns_k: whether the sweep trains what `model.k=auto` learns from.
+        learns_k: whether the sweep trains what `auto` (see `guidance`) learns from.
 
     Returns:
         None: it cannot be measured.
@@ -114,22 +115,25 @@ def look(
     size = clip.image_size if clip else ANY_SIZE
     train_set = opened.dataset(cfg, "train_dataset", "train", size)
     held_out = opened.dataset(cfg, "train_dataset", "test", size)
+    counted = test_set = opened.dataset(cfg, "dataset", cfg.evaluation.split, size)
     if cfg.evaluation.protocol == "heldout":
-        opened.dataset(cfg, "dataset", "train", size)
-    test_set = opened.dataset(cfg, "dataset", cfg.evaluation.split, size)
+        counted = opened.dataset(cfg, "dataset", "train", size)
     if not valid or clip is None:
         return None
     try:
-        resolve_k(cfg, store)
+        guidance.resolve(cfg, store)
     except ConfigError as error:
         findings.add("options", WARNING if learns_k else FAILS, str(error), job=name)
         return None
     job = Job(name, cfg, clip, train_set, held_out, test_set)
+    if counted is not None and evaluation.counts_first(cfg):
+        job.counted = len(counted)
     if train_set is None or held_out is None or test_set is None:
         if cfg.precision == "auto":
             cfg.precision = precision.of_device(cfg)
         return job
     with findings.attempt("options", name):
+        sae.resolve_latents(cfg, clip, train_set)
         trained = precision.resolve(cfg, lambda: sae.stage(cfg, store, train_set))
         sae.check(cfg, clip, train_set)
         evaluated = evaluation.stage(cfg, store, trained, test_set)

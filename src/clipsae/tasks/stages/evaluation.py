@@ -91,6 +91,7 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
         of_images = ("split", "limit_images")
         key["evaluation"] = {k: v for k, v in options.items() if k not in of_images}
         name.append(cfg.evaluation.protocol)
+        name += [cfg.evaluation.ranking] * (cfg.evaluation.ranking != "frequency")
     if measures(cfg):
         encoders = encoder_names(cfg, test_set)
         # One is its name, as in results of before.
@@ -112,7 +113,8 @@ def check_options(cfg: DictConfig) -> None:
     """
     options = cfg.evaluation
     if options.settings:
-        build.user_error(check_topn_options, options.ns, options.protocol, options.settings)
+        asked = options.ns, options.protocol, options.settings, options.ranking
+        build.user_error(check_topn_options, *asked)
     for name in cfg.measurement.metrics or ():
         build.user_error(METRICS.__getitem__, name)
 
@@ -159,6 +161,13 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset, *, finished
             f"evaluation.protocol=heldout: {cfg.dataset.name} has one split only, which would be "
             "counted and evaluated alike: use protocol=paper, or lay out train/ and test/"
         )
+
+
+def counts_first(cfg: DictConfig) -> bool:
+    """Whether a pass that counts comes before the one that evaluates."""
+    options = cfg.evaluation
+    held_out = options.protocol == "heldout" or options.ranking == "contrast"
+    return held_out and bool(set(options.settings) - {"no_sae"})
 
 
 def pass_key(cfg: DictConfig) -> str:
@@ -252,8 +261,10 @@ def compute(
         ns=tuple(options.ns),
         settings=tuple(options.settings),
         protocol=options.protocol,
+        ranking=options.ranking,
         count_dataset=count_set,
         count_threshold=thresholds,
+        count_share=options.count_share,
         **build.plain(cfg.measurement) | {"image_encoder": encoder_names(cfg, test_set)},
         batch_size=options.batch_size,
         limit_images=limit,

@@ -1,4 +1,5 @@
-"""Kind "sae": a trained SAE. `sae.safetensors`, `sae.json`, `training.json`, `config.yaml`."""
+"""Kind "sae": a trained SAE, or one that is fitted (`model.fit`). `sae.safetensors`, `sae.json`,
+`training.json`, `config.yaml`."""
 
 import logging
 import os
@@ -6,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -19,14 +21,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data import ImageDataset
+from clipsae.clip.text import text_classifier
+from clipsae.data import FeatureDataModule, ImageDataset
+from clipsae.data.scenes.grammar import KINDS
 from clipsae.errors import ConfigError
+from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, has_truth
 from clipsae.progress import Bar
+from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
 from clipsae.store.files import checkpoint_step
-from clipsae.tasks import build, plugins, precision
-from clipsae.tasks.options import TRAINER
-from clipsae.tasks.stages import features
+from clipsae.tasks import build, guidance, plugins, precision
+from clipsae.tasks.options import FITS, TRAINER
+from clipsae.tasks.stages import classifier, features
+from clipsae.training import baselines
 from clipsae.training.callbacks import BusyCores, Checkpoints, StepProgress, TokenRate
 from clipsae.training.module import SAEGroup, SAEModule
 from clipsae.training.schedule import warmup_then
@@ -49,28 +56,48 @@ ENDING = ("max_time", "limit_train_batches", "overfit_batches")
 
 def stage(cfg: DictConfig, store: Store, train_set: ImageDataset) -> Stage:
     """The place of the trained SAE: everything that decides its weights is in the key."""
-    trainer = build.plain(cfg.trainer)
-    devices = trainer["devices"] if isinstance(trainer["devices"], int) else len(trainer["devices"])
+    fit = cfg.model.get("fit")
+    name = [cfg.model.name, cfg.clip.name, cfg.train_dataset.name, f"m{cfg.model.latents}"]
     key = {
         "clip": build.clip_key(cfg),
         "train_dataset": build.dataset_key(cfg.train_dataset, train_set),
         "sae": build.sae_options(cfg),
-        "training": {
-            **build.training_options(cfg),
-            "trainer": {
-                **build.decisive("trainer", trainer),
-                "precision": precision.of_training(cfg),
-            },
-            "batches_a_step": trainer["accumulate_grad_batches"] * trainer["num_nodes"] * devices,
-            "features": features.training_key(cfg),
-            "seed": cfg.seed,
-        },
+        "training": {"features": features.training_key(cfg), "seed": cfg.seed},
     }
+    if fit is None:
+        key["training"] |= _training_key(cfg)
+    else:
+        key["sae"]["fit"] = fit
+        key["training"]["initial_images"] = cfg.model.initial_images
+        if fit == "text":
+            key["sae"]["renormalize_text"] = cfg.evaluation.renormalize_text
+        if FITS[fit]:  # M follows from the rest, and is not known before the CLIP is
+            del name[-1], key["sae"]["latents"]
     if plugged := plugins.digests(cfg, measuring=False):
         key["plugins"] = plugged
-    name = [cfg.model.name, cfg.clip.name, cfg.train_dataset.name]
     about = {**build.cell(cfg), "dataset": name[2]}
-    return store.stage("sae", [*name, f"m{cfg.model.latents}", f"s{cfg.seed}"], key, about)
+    return store.stage("sae", [*name, f"s{cfg.seed}"], key, about)
+
+
+def _training_key(cfg: DictConfig) -> dict[str, Any]:
+    """What of a training's options decides its SAE."""
+    trainer = build.plain(cfg.trainer)
+    devices = trainer["devices"] if isinstance(trainer["devices"], int) else len(trainer["devices"])
+    return {
+        **build.training_options(cfg),
+        "trainer": {
+            **build.decisive("trainer", trainer),
+            "precision": precision.of_training(cfg),
+        },
+        "batches_a_step": trainer["accumulate_grad_batches"] * trainer["num_nodes"] * devices,
+    }
+
+
+def resolve_latents(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
+    """Replace `model.latents=null` of a fitted SAE by its number, in place; any other is left."""
+    if cfg.model.latents is None:
+        words = [word for names, _ in _texts(cfg, train_set) for word in names]
+        cfg.model.latents = len(words) if cfg.model.fit == "text" else 2 * clip.width
 
 
 def check_options(cfg: DictConfig) -> None:
@@ -80,13 +107,16 @@ def check_options(cfg: DictConfig) -> None:
         ConfigError: an invalid option of the SAE, its training or Lightning's Trainer.
     """
     check_devices(cfg)
+    if cfg.model.get("fit") is not None:
+        return
     options = build.training_options(cfg)
-    if cfg.model.get("k") == "auto":  # a number by then
-        cfg = OmegaConf.merge(cfg, {"model": {"k": 1}})
+    unknown = dict.fromkeys(guidance.unresolved(cfg), 1)  # numbers by then
+    cfg = OmegaConf.merge(cfg, {"model": unknown})
     with torch.device("meta"):
         sae = build.build_sae(cfg, d=64)  # any width
         build.user_error(SAEModule, sae, **options)
-    build.user_error(warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps)
+    schedule = {key: options[key] for key in ("decay", "warmup_steps", "decay_fraction")}
+    build.user_error(warmup_then, **schedule, max_steps=cfg.trainer.max_steps)
     try:
         build.call_target(cfg.trainer, logger=False, **TRAINER_OPTIONS, plugins=_plugins())
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
@@ -109,6 +139,13 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
     """
     with torch.device("meta"):
         build.build_sae(cfg, clip.width)
+    if cfg.model.get("fit") == "text":
+        clip.require_text()
+        if clip.tower.direct(torch.eye(clip.width)) is None:
+            raise ConfigError(
+                f"model.fit=text: the embedding of clip.name={clip.name} is no linear map of a "
+                "normed token, so texts point to no direction of its tokens: choose another fit"
+            )
     features.data_module(cfg, clip, train_set)
     if features.cached(cfg) and not stage(cfg, Store(cfg.paths.output_dir), train_set).finished:
         features.check(cfg, clip, train_set)
@@ -164,7 +201,7 @@ def make(
     watch: Sequence[Callback] = (),
 ) -> dict[Path, Exception]:
     """Train SAEs on the same stream of tokens, each continuing from its checkpoint if there is one,
-    and write them into their folders.
+    or fit those with `model.fit`, and write them into their folders.
 
     Args:
         trainings: with configs that have `together.stream_key` and their precision in common.
@@ -180,6 +217,68 @@ def make(
         log.info("%s", precision.described(cfg))
     cache = features.open_cache(cfg, clip, train_set)
     data = features.data_module(cfg, clip, train_set, held_out, cache=cache)
+    errors: dict[Path, Exception] = {}
+    for one in trainings:
+        if one.cfg.model.get("fit") is not None and rank_zero_only.rank == 0:
+            try:
+                _fit(one, clip, data, train_set)
+            except Exception as error:
+                if len(trainings) == 1:
+                    raise
+                errors[one.stage.path] = error
+    if trainings := [one for one in trainings if one.cfg.model.get("fit") is None]:
+        errors |= _train(trainings, clip, data, watch)
+    return errors
+
+
+def _fit(one: Training, clip: FrozenCLIP, data: FeatureDataModule, train_set: ImageDataset) -> None:
+    """Fit an SAE to the tokens of the first images, and write it into its folder."""
+    cfg, directions = one.cfg, None
+    clip.to(build.best_device())
+    if cfg.model.fit == "text":
+        direct = clip.tower.direct(torch.eye(clip.width, device=clip.device)).cpu()
+        directions = baselines.text_directions(direct, _embeddings(cfg, clip, train_set))
+    tokens = data.first_batch(cfg.model.initial_images)
+    log.info("fitting %s to the tokens of %d images", one.stage.path.name, len(tokens))
+    sae = build.user_error(
+        baselines.fit,
+        cfg.model.fit,
+        tokens.flatten(0, 1),
+        latents=cfg.model.latents,
+        seed=cfg.seed,
+        directions=directions,
+    )
+    _save(one, sae, {"fitted": cfg.model.fit, "images": len(tokens)})
+
+
+def _texts(cfg: DictConfig, train_set: ImageDataset) -> list[tuple[Sequence[str], Any]]:
+    """What `model.fit=text` names, with the prompts: the concepts of images whose concepts are
+    known, by attribute, else their classes."""
+    if has_truth(train_set):
+        return [(KINDS[name].classnames, KINDS[name].templates) for name in IMAGE_ATTRIBUTES]
+    return [(train_set.classnames, classifier.templates(cfg, train_set))]
+
+
+def _embeddings(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> torch.Tensor:
+    """Text embeddings [M, e] of `_texts`, on the CPU; of classes those that are in the store."""
+    if not has_truth(train_set):
+        store = Store(cfg.paths.output_dir)
+        return classifier.embeddings(cfg, store, clip, train_set, cfg.train_dataset.name)
+    parts = [
+        text_classifier(clip, names, templates, renormalize=cfg.evaluation.renormalize_text)
+        for names, templates in _texts(cfg, train_set)
+    ]
+    return torch.cat(parts).cpu()
+
+
+def _train(
+    trainings: Sequence[Training],
+    clip: FrozenCLIP,
+    data: FeatureDataModule,
+    watch: Sequence[Callback],
+) -> dict[Path, Exception]:
+    """Train SAEs in one fit, and write them; why one of several failed, see `make`."""
+    cfg = trainings[0].cfg
     checkpoints = Checkpoints(
         every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
         every_n_seconds=cfg.callbacks.checkpoint_every_n_seconds,
@@ -254,9 +353,13 @@ def _write(training: Training, module: SAEModule, is_global_zero: bool) -> None:
             + ("" if kept is None else f"; the same command without it goes on from step {kept:,}")
         )
     if is_global_zero:
-        module.sae.save(training.folder)
-        build.save_config(training.cfg, training.folder)
-        write_json(training.folder / "training.json", {"steps": module.step, **module.numbers})
+        _save(training, module.sae, {"steps": module.step, **module.numbers})
+
+
+def _save(training: Training, sae: SAE, numbers: dict[str, Any]) -> None:
+    sae.save(training.folder)
+    build.save_config(training.cfg, training.folder)
+    write_json(training.folder / "training.json", numbers)
 
 
 def _diverged(training: Training, error: FloatingPointError) -> ConfigError:
