@@ -134,8 +134,9 @@ def linear_probe(x: Tensor, x_hat: Tensor, labels: Tensor, training: Tensor) -> 
     """Accuracy of a logistic regression on tokens, and of the same one on reconstructions.
 
     Args:
-        x, x_hat: [N, d], means over an image's tokens and over its reconstructions. The penalty
-            on the weights depends on their scale: visaebench standardises tokens first.
+        x: [N, d], means over an image's tokens. The penalty on the weights depends on their scale:
+            visaebench standardises tokens first.
+        x_hat: [N, d], means over its reconstructions.
         labels: LongTensor [N].
         training: BoolTensor [N], the rows of x that it is fitted on; it is scored on the others.
 
