@@ -86,7 +86,7 @@ def test_an_untrained_sae_is_as_initialised_and_has_a_threshold(store, tokens):
     torch.testing.assert_close(sae.decoder_bias, median)
     assert torch.equal(sae.architecture.W_enc, sae.architecture.W_dec)  # tied at the start
     scores = sae.scores(tokens).flatten()
-    kept = scores.topk(16 * tokens.shape[0] * tokens.shape[1]).values
+    kept = scores.topk(20 * tokens.shape[0] * tokens.shape[1]).values
     torch.testing.assert_close(sae.activation.inference_threshold, kept.min())
     assert read_json(sae_of(store, "batch_topk") / "training.json") == {"steps": 0}
 
@@ -97,5 +97,5 @@ def test_status_and_report_show_them(store):
     assert {s["state"] for s in stages} == {"done"}
     done = run_py("task=report", f"paths.output_dir={store}", "logger=none")
     assert done.returncode == 0, done.stderr
-    for row in ("BatchTopK (k = 16), untrained", "Raw neurons  ", "Text directions  "):
+    for row in ("BatchTopK (k = 20), untrained", "Raw neurons  ", "Text directions  "):
         assert row in done.stdout, done.stdout

@@ -71,17 +71,17 @@ def test_a_sweep_that_can_run(tmp_path):
         *("options", "versions", "device", "disk", "W&B", "CLIP", "zero-shot", "forecast"),
         *("dataset scenes", "dataset scenes_shape", "dataset scenes_colour"),
         *(
-            "step topk k=16",
-            "step batch_topk k=16",
-            "training topk k=16",
-            "training batch_topk k=16",
+            "step topk k=20",
+            "step batch_topk k=20",
+            "training topk k=20",
+            "training batch_topk k=20",
         ),
         *(["shorter"] if "shorter" in lines else []),
     }
     (forecast,) = lines["forecast"]
     assert forecast["found"].startswith("2 trainings, 4 evaluations: ")
     trainings = [
-        lines[f"training {name} k=16"][0]["numbers"]["seconds"] for name in ("topk", "batch_topk")
+        lines[f"training {name} k=20"][0]["numbers"]["seconds"] for name in ("topk", "batch_topk")
     ]
     # One after the other it is their sum and more, side by side at least the longer one.
     assert forecast["numbers"]["places_1"] > sum(trainings)

@@ -113,7 +113,7 @@ def test_every_model_with_every_clip(composed, clip):
     for model in MODELS:
         cfg = composed(f"clip={clip}", f"model={model}")
         assert cfg.model.name == model
-        own = {"kmeans": 512, **dict.fromkeys(("neurons", "pca", "ica", "text"))}
+        own = {"kmeans": 512, "random": 2048, **dict.fromkeys(("neurons", "pca", "ica", "text"))}
         assert cfg.model.latents == own.get(model, 512 if clip == "tiny" else 49152)
         # Gradients are clipped where the source clips them.
         rivals = ("relu", "jumprelu", "gated", "topk", "batch_topk")

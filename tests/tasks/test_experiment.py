@@ -56,7 +56,9 @@ def test_the_default_job_ends_with_a_table_and_says_where_things_are(tmp_path):
         metrics.index
     )
     assert "shape_colour" in evaluation.name
-    assert set(pd.read_csv(evaluation / "concepts.csv").level) == {"patch", "object", "image"}
+    assert set(pd.read_csv(evaluation / "concepts.csv").level) == {
+        *("patch", "object", "image", "localization")
+    }
 
     # The offline W&B runs hold the same numbers, the config, and no path of this machine.
     inspected = {}
@@ -150,7 +152,7 @@ def test_two_sweeps_at_once_share_one_store(tmp_path):
 def test_ways_of_ranking_lie_side_by_side_and_clip_alone_can_be_evaluated(tmp_path):
     more = ("logger=none", "dataset=scenes_colour", "measurement=none")
     for overrides, words in (
-        (["evaluation.protocol=heldout"], "heldout protocol)"),
+        (["evaluation.protocol=heldout"], "heldout protocol, ranked by contrast)"),
         (["evaluation.ranking=contrast"], "paper protocol, ranked by contrast)"),
         (["evaluation.settings=[no_sae]"], "CLIP without an SAE"),
     ):

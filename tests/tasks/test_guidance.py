@@ -32,7 +32,7 @@ def test_k_is_the_support_of_the_newest_that_fits(composed, tmp_path):
     finished(store, composed("model=sparsemax"), 20.0, 1)
     finished(store, composed("model=sparsemax"), 33.6, 2)
     finished(store, composed("model=sparsemax", "seed=1"), 90.0, 3)
-    finished(store, composed("model=sparsemax", "model.latents=512"), 91.0, 4)
+    finished(store, composed("model=sparsemax", "model.latents=1024"), 91.0, 4)
     finished(store, composed("model=sparsemax", "clip=vit_b_16", "model.latents=2048"), 92.0, 5)
     finished(store, composed("model=topk"), 93.0, 6)
     finished(store, composed("model=sparsemax"), None, 7)
