@@ -70,13 +70,16 @@ def relu(p: Parameters, x: Tensor, options: dict) -> Tensor:
 
 
 def jumprelu(p: Parameters, x: Tensor, options: dict) -> Tensor:
-    s, theta, eps = scores(p, x, options), p["log_theta"].exp(), options["bandwidth"]
+    s, theta, eps = scores(p, x, options), p["theta"], options["bandwidth"]
     passes = (s > theta).float()
     near = (((s - theta) / eps).abs() < 0.5).float().detach()
     pull = near / eps * (theta - theta.detach())
     z = s * passes - theta.detach() * pull
     loss = options["reconstruction_weight"] * error(decode(p, z, x, options), x)
-    return loss + options["l0_coefficient"] * (passes - pull).sum(1).mean()
+    active = (passes - pull).sum(1).mean()
+    if options["target_l0"] is not None:
+        active = (active / options["target_l0"] - 1).square()
+    return loss + options["l0_coefficient"] * active
 
 
 def gated(p: Parameters, x: Tensor, options: dict) -> Tensor:
@@ -129,7 +132,7 @@ def sparsemax_codes(s: Tensor, p: Parameters, options: dict) -> Tensor:
 _FORMS = {f.__name__: f for f in (relu, jumprelu, gated, topk, batch_topk, sparsemax)}
 _CODES = {
     "relu": lambda s, p, options: torch.relu(s),
-    "jumprelu": lambda s, p, options: s * (s > p["log_theta"].exp()),
+    "jumprelu": lambda s, p, options: s * (s > p["theta"]),
     "gated": lambda s, p, options: (
         torch.relu(p["r_mag"].exp() * s + p["b_mag"]) * (s > -p["b_gate"])
     ),

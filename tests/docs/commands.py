@@ -108,7 +108,9 @@ def sweep_axes(cfg: Any) -> dict[str, list[str]]:
     """What the sweep of a config runs over; nothing where one run is asked for."""
     if not str(cfg.hydra.mode).endswith("MULTIRUN"):
         return {}
-    return {key: str(values).split(",") for key, values in cfg.hydra.sweeper.params.items()}
+    grids = cfg.hydra.sweeper.get("grids") or {}
+    axes = {**next(iter(grids.values()), {}), **cfg.hydra.sweeper.params}
+    return {key: str(values).split(",") for key, values in axes.items()}
 
 
 def shrunken(words: list[str], cfg: Any, clip: str | None = None) -> list[str]:
@@ -125,6 +127,8 @@ def shrunken(words: list[str], cfg: Any, clip: str | None = None) -> list[str]:
         words = [f"clip={clip}" if one.startswith("clip=") else one for one in words]
         words = [one for one in words if not one.startswith("clip.")]
     small = dict(SMALL)
+    if cfg.model.latents is None:  # the data decide
+        del small["model.latents"]
     for group in ("dataset", "train_dataset"):
         if "Scenes" in cfg[group].get("_target_", ""):
             small[f"++{group}.size"] = str(SCENES)

@@ -24,6 +24,7 @@ NEEDS = {
     "the datasets": "real data: composed only; tests/tasks/test_benchmark.py runs it on toy data",
     "a cluster": "SLURM: composed, the launcher resolved; tests/slurm runs it where one answers",
     "several GPUs": "composed only; tests/training/test_ddp.py runs two processes on the CPU",
+    "hours": "a sweep of some hours: composed only; tests/report/test_questions.py makes its page",
     "a network": "Hugging Face or W&B are asked: composed only",
 }
 PAGES = sorted(

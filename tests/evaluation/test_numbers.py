@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from clipsae.evaluation.metrics import NUMBERS
-from clipsae.evaluation.numbers import current_names
+from clipsae.evaluation.metrics import METRICS, NUMBERS
+from clipsae.evaluation.numbers import Number, current_names
 
 
 def test_keys_and_the_papers_columns_are_each_there_once():
@@ -27,6 +27,23 @@ def test_results_of_0_1_are_read_with_the_right_meaning():
         "patch_concepts_found": 0.5,
         "image_merging": 0.25,
     }
+    now = {"patch_merging": 0.5, "patch_absorption": 0.25}
+    assert current_names(now) == now
+
+
+def test_a_number_is_shown_beside_what_others_reach():
+    values = {"found": 0.58, "found_random": 0.0, "found_untrained": 0.004, "found_probe": 0.879}
+    number = Number("found", "found", format=".1%", floor="found_untrained", ceiling="found_probe")
+    assert number.shown(values) == "58.0% (random 0.0%, untrained 0.4%, probe 87.9%)"
+    assert number.shown({"found": 0.58}) == "58.0%"
+    assert Number("found", "found", format=".1%").shown(values) == "58.0%"
+
+
+def test_floors_and_ceilings_are_numbers_of_the_same_metric():
+    for metric in METRICS:
+        keys = {number.key for number in METRICS[metric].numbers}
+        for number in METRICS[metric].numbers:
+            assert {number.floor, number.ceiling} - {""} <= keys
 
 
 def test_the_documentation_defines_each_headline_number():

@@ -8,16 +8,24 @@ import torch
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
 from clipsae.evaluation import evaluate
-from clipsae.evaluation.encoders import image_encoder
+from clipsae.evaluation.encoders import image_encoder, judge
 from clipsae.evaluation.metrics import METRICS, NUMBERS, Measurement
 from clipsae.evaluation.metrics.cknna import cknna
+from clipsae.evaluation.metrics.concepts import concept_recovery
 from clipsae.evaluation.metrics.monosemanticity import monosemanticity
 from clipsae.evaluation.metrics.orthogonality import decoder_orthogonality
-from clipsae.evaluation.metrics.recovery import concept_recovery
 from clipsae.evaluation.metrics.sparsity import sparsity_sums, sparsity_values
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import pool_codes
-from clipsae.evaluation.truth import image_concepts, patch_concepts
+from clipsae.evaluation.truth import (
+    IMAGE_ATTRIBUTES,
+    OBJECT_ATTRIBUTES,
+    PATCH_ATTRIBUTES,
+    concept_names,
+    image_concepts,
+    patch_concepts,
+    patch_objects,
+)
 from clipsae.sae import SAE
 
 IMAGES = 30
@@ -92,11 +100,28 @@ def test_every_number_is_that_of_all_images_at_once(clip, scenes, saes):
         assert found["monosemanticity_mean"] == pytest.approx(scores.nanmean().item(), rel=1e-3)
 
         at = torch.tensor(chosen)
-        for level, z, truth in (
-            ("patch", codes[chosen, 1:].flatten(0, 1), patch_concepts(scenes, at, 8).flatten(0, 1)),
-            ("image", pooled[chosen], image_concepts(scenes, at)),
+        order = torch.randperm(11, generator=torch.Generator().manual_seed(5))
+        choosing = order % 2 == 0
+        truth, slot = patch_concepts(scenes, at, 8), patch_objects(scenes, at, 8)
+        objects = [(i, s) for i in range(11) for s in range(3) if (slot[i] == s).any()]
+        for level, attributes, z, shown, first in (
+            (
+                "patch",
+                PATCH_ATTRIBUTES,
+                codes[chosen, 1:].flatten(0, 1),
+                truth.flatten(0, 1),
+                choosing.repeat_interleave(64),
+            ),
+            (
+                "object",
+                OBJECT_ATTRIBUTES,
+                torch.stack([codes[chosen][i, 1:][slot[i] == s].amax(0) for i, s in objects]),
+                torch.stack([truth[i][slot[i] == s].any(0)[:25] for i, s in objects]),
+                torch.stack([choosing[i] for i, _ in objects]),
+            ),
+            ("image", IMAGE_ATTRIBUTES, pooled[chosen], image_concepts(scenes, at), choosing),
         ):
-            expected = concept_recovery(z, truth, threshold=0.8)
+            expected = concept_recovery(z, shown, concept_names(attributes), first, threshold=0.8)
             assert found[f"{level}_auroc"] == pytest.approx(expected["mean_auroc"].item(), rel=1e-3)
             rows = [row for row in result.concepts[name] if row["level"] == level]
             assert [row["auroc_latent"] for row in rows] == expected["auroc_latent"].tolist()
@@ -113,10 +138,36 @@ def test_batches_and_groups_change_nothing(clip, scenes, saes, size, monkeypatch
     )
     assert [at for at in seen if at[2] == "images"][-1] == (IMAGES, IMAGES, "images")
     ended = {what for done, total, what in seen if done == total}
-    assert ended == {*("images", "CKNNA", "recovery in patches", "recovery in images")}
+    assert ended == {
+        *("images", "CKNNA", "sparse probing"),
+        *(f"recovery in {of}" for of in ("patches", "objects", "images")),
+    }
     for row, other in zip(whole.metrics, again.metrics, strict=True):
         assert row["metric"] == other["metric"]
         assert row["value"] == pytest.approx(other["value"], rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_several_image_encoders_are_each_alone(clip, scenes, saes):
+    options = {"metrics": ["monosemanticity"], "limit_images": 12, "batch_size": 5}
+    one = {
+        name: by_metric(evaluate(clip, saes, scenes, image_encoder=name, **options), "relu")
+        for name in ("attributes", "tiny")
+    }
+    both = evaluate(clip, saes, scenes, image_encoder=["attributes", "tiny"], **options)
+    found = by_metric(both, "relu")
+    assert both.image_encoder == "attributes"
+    for key, value in one["attributes"].items():
+        assert found.pop(key) == pytest.approx(value)
+    assert set(found) == {"monosemanticity_mean_tiny", "monosemanticity_max_tiny"}
+    for key, value in found.items():
+        assert value == pytest.approx(one["tiny"][key.removesuffix("_tiny")])
+    assert set(both.per_latent["relu"]) == {"monosemanticity", "monosemanticity_tiny"}
+
+
+def test_the_suffix_of_an_image_encoder():
+    assert judge("timm:vit_small_patch14_dinov2.lvd142m/random") == "dinov2"
+    assert judge("open_clip:ViT-B-32/openai") == "clip"
+    assert judge("timm:resnet50") == "other"
 
 
 def test_some_images_and_modes_are_restored(clip, scenes, saes):
@@ -147,6 +198,9 @@ def test_what_is_measured_depends_on_what_is_there(clip, scenes, saes):
         ({"sample_tokens": 0}, "at least 1"),
         ({"limit_images": 0}, "at least 1"),
         ({"image_encoder": "what"}, "open_clip:MODEL"),
+        ({"image_encoder": ["attributes", "what"]}, "open_clip:MODEL"),
+        ({"image_encoder": [], "metrics": ["monosemanticity"]}, "needs an image_encoder"),
+        ({"image_encoder": ["attributes", "tiny", "tiny"]}, "several encoders .* named 'tiny'"),
     ],
 )
 def test_invalid_options_are_refused(clip, scenes, saes, options, words):

@@ -352,6 +352,33 @@ def test_diagnostics(clip, classifier):
     assert result.counted_images.tolist() == [LABELS.count(c) for c in range(CLASSES)]
 
 
+@pytest.mark.parametrize("change", [None, negative, dead])
+def test_a_share_of_the_active_codes_sets_each_sae_s_threshold(change, clip, classifier):
+    """All active codes count with 1.0; otherwise so many exceed it, whatever the codes' size."""
+    dataset = Photos([0, 1, 2, 3] * 3)
+    saes = {"a": topk(change=change), "b": real("attention", "sparsemax", change=change)}
+    pixels, _ = zip(*(dataset[i] for i in range(12)), strict=True)
+    tokens = clip.prefix(clip.normalize(torch.stack(pixels)))
+    for share in (1.0, 0.5, 0.1):
+        options = {"settings": ["on"], "ns": (1,), "count_share": share}
+        result = evaluate_topn(clip, saes, dataset, classifier, **options)
+        for name, sae in saes.items():
+            codes = sae.encode(tokens)
+            active, threshold = codes[codes != 0], result.count_threshold[name]
+            above = int((active > threshold).sum())
+            if change is None and share < 1:
+                assert above == int(share * len(active))
+            assert above <= int(share * len(active))
+            assert threshold == 0 or (share < 1 and threshold in active)
+            if change is negative and share > 0.5:
+                assert threshold == 0
+        given = evaluate_topn(
+            *(clip, saes, dataset, classifier),
+            **{**options, "count_share": None, "count_threshold": result.count_threshold},
+        )
+        assert torch.equal(given.latents["b"], result.latents["b"])
+
+
 def test_some_settings_only(clip, classifier):
     sae, dataset = real("linear", "relu"), Photos(LABELS)
     every = evaluate_topn(clip, {"s": sae}, dataset, classifier, ns=(1, 5))
@@ -389,6 +416,7 @@ def test_a_limit_leaves_no_class_out_where_labels_repeat():
         ({"protocol": "heldout"}, "heldout counts on another split"),
         ({"count_dataset": Photos([0])}, "paper counts on the evaluated one"),
         ({"count_threshold": {"b": 0.1}}, r"count_threshold for \['b'\]: .* \['a'\]"),
+        ({"count_share": 0.0}, "count_share=0.0: expected a share of the active codes above 0"),
         ({"count_threshold": -0.1}, "count_threshold=-0.1 for a: expected at least 0"),
         ({"limit_images": 0}, "limit_images=0: must be at least 1"),
         ({"dataset": Photos([])}, "no images"),

@@ -33,6 +33,7 @@ def random_sae(**options) -> SAE:
         for name, tensor in sae.state_dict().items():
             if tensor.is_floating_point() and "frequency" not in name:
                 tensor.normal_(std=0.5)
+        sae.activation.after_step()
         if "activation.inference_threshold" in sae.state_dict():
             sae.activation.inference_threshold.fill_(0.7)
     return sae.eval()

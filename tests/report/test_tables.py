@@ -8,6 +8,7 @@ import torch
 
 from clipsae.report import Commands, collect, published
 from clipsae.report.missing import fewer_seeds, missing_cells
+from clipsae.report.table import to_csv, to_latex, to_markdown
 from clipsae.report.tables import (
     ablation_tables,
     accuracy_tables,
@@ -242,3 +243,37 @@ def test_fewer_seeds_are_one_multirun_a_model_and_image_folders_keep_their_overr
     ]
     expected = f"python run.py model=gated {' '.join(mine)} clip=tiny seed=0"
     assert gaps(store.selection(), commands)["gated", "mine"].command == expected
+
+
+def test_the_recipes_say_rate_decay_and_clipping(store):
+    def training(**optimizer) -> dict:
+        trainer = {"max_steps": 2400, "gradient_clip_val": optimizer.pop("clip", None)}
+        return {"trainer": trainer, "decay": "linear", "decay_fraction": 0.2, **optimizer}
+
+    keys = {
+        "topk": {"training": training(learning_rate=1e-3, reference_latents=512, clip=0.3)},
+        "jumprelu": {
+            "training": training(learning_rate=2e-3, sparsity_warmup_steps=120),
+            "sae": {"l0_coefficient": 3.0, "target_l0": 24},
+        },
+        "sparsemax": {"training": training(learning_rate=4e-4, decay_fraction=1.0)},
+        "relu": {
+            "training": training(learning_rate=4e-4, decay="constant"),
+            "sae": {"l1_coefficient": 8e-5},
+        },
+    }
+    for model, key in keys.items():
+        store.evaluation(model, "scenes", {"on_5": 1.0}, sae=store.sae(model, key))
+    store.evaluation("gated", "scenes", {"on_5": 1.0})  # of whose training nothing is known
+    (table,) = (t for s in store.report().sections for t in s.tables if t.name == "recipes")
+    assert [row.labels[1:] for row in table.rows] == [
+        ("2,400", "0.0004", "none", "no", "l1_coefficient=8e-05"),
+        (
+            *("2,400", "0.002", "linear, over the last 20%", "no"),
+            "l0_coefficient=3.0, target_l0=24, growing over 120 steps",
+        ),
+        ("2,400", "0.002", "linear, over the last 20%", "0.3", ""),  # 512 / 128 latents
+        ("2,400", "0.0004", "linear, after the warm-up", "no", ""),
+    ]
+    for write in (to_markdown, to_csv, to_latex):
+        assert "over the last 20" in write(table)

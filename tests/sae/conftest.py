@@ -40,8 +40,9 @@ def build(recipe: str, d: int = D, seed: int = 0, **changes) -> SAE:
     sae = SAE(d=d, **options_of(recipe, **changes))
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            if name.rsplit(".")[-1] in ("b_enc", "b_dec", "b_gate", "b_mag", "r_mag", "log_theta"):
+            if name.rsplit(".")[-1] in ("b_enc", "b_dec", "b_gate", "b_mag", "r_mag", "theta"):
                 parameter += 0.1 * torch.randn_like(parameter)
+    sae.activation.after_step()
     return sae
 
 

@@ -41,7 +41,7 @@ def relu(p, x):
 
 
 def jumprelu(p, x, target=None):
-    s, theta, eps = preactivation(p, x), p["log_theta"].exp(), 0.7
+    s, theta, eps = preactivation(p, x), p["theta"], 0.7
     held, passes = theta.detach(), s > theta
     rect = (((s - theta) / eps).abs() < 0.5).double().detach()
     z = s * passes - (held / eps) * rect * (theta - held)
@@ -117,7 +117,12 @@ CASES = {
     "jumprelu": (
         jumprelu,
         "jumprelu",
-        {"l0_coefficient": 0.02, "initial_threshold": 0.3, "bandwidth": 0.7},
+        {"l0_coefficient": 0.02, "initial_threshold": 0.3, "bandwidth": 0.7, "target_l0": None},
+    ),
+    "jumprelu, some thresholds at 0 and negative scores in the kernel": (
+        jumprelu,
+        "jumprelu",
+        {"l0_coefficient": 0.02, "initial_threshold": 0.01, "bandwidth": 0.7, "target_l0": None},
     ),
     "jumprelu with a target": (
         lambda p, x: jumprelu(p, x, 3.0),
@@ -135,6 +140,15 @@ CASES = {
     ),
     "attention_relu": (attention_relu, "attention_relu", {"l1_coefficient": 0.03}),
 }
+
+
+def test_thresholds_of_0_are_among_the_cases():
+    sae = build(
+        "jumprelu", **CASES["jumprelu, some thresholds at 0 and negative scores in the kernel"][2]
+    )
+    theta, scores = sae.activation.theta, sae.scores(tokens(8, D))
+    assert 5 < (theta == 0).sum() < M
+    assert ((scores < 0) & (scores > theta - 0.35)).any(dim=0).sum() > 5
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,5 +1,6 @@
 """Wrong options in one sentence, parts registered from outside, files that do not fit."""
 
+import copy
 import json
 import re
 
@@ -222,6 +223,61 @@ def test_an_sae_with_the_old_names_of_options_loads(name, old, tmp_path):
     about["config"][old] = about["config"].pop(f"{old}_coefficient")
     (tmp_path / "sae.json").write_text(json.dumps({**about, "version": 1}))
     assert SAE.load(tmp_path).config == sae.config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_old_jumprelu_that_has_log_theta_loads(dtype, tmp_path):
+    sae = build("jumprelu", initial_threshold=0.4).to(dtype)
+    sae.save(tmp_path)
+    weights = load_file(tmp_path / "sae.safetensors")
+    log_theta = torch.linspace(-3, 1, M)
+    weights["activation.log_theta"] = log_theta
+    del weights["activation.theta"]
+    save_file(weights, tmp_path / "sae.safetensors")
+    about = json.loads((tmp_path / "sae.json").read_text())
+    (tmp_path / "sae.json").write_text(json.dumps({**about, "version": 2}))
+    loaded, x = SAE.load(tmp_path), tokens(8, D, dtype=dtype)
+    scores = loaded.scores(x)
+    assert torch.equal(loaded.encode(x), torch.where(scores > log_theta.exp(), scores, 0))
+    assert loaded.activation.theta.dtype == torch.float32
+    sae.load_state_dict(weights)  # as in a checkpoint
+    assert torch.equal(sae.activation.theta, log_theta.exp())
+    assert "activation.log_theta" in weights
+
+
+def test_thresholds_that_a_step_took_below_0_are_0():
+    sae = build("jumprelu")
+    with torch.no_grad():
+        sae.activation.theta.copy_(torch.linspace(-1, 1, M))
+    sae.after_step()
+    assert torch.equal(sae.activation.theta.detach(), torch.linspace(-1, 1, M).clamp(min=0))
+    assert not (sae.encode(tokens(8, D)) < 0).any()
+
+
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25)])
+@pytest.mark.parametrize(
+    ("name", "options", "penalty"),
+    [
+        ("relu", {"l1_coefficient": 0.03}, "l1"),
+        ("attention_relu", {"l1_coefficient": 0.03}, "l1"),
+        ("gated", {"l1_coefficient": 0.03}, "l1"),
+        ("jumprelu", {"auxk": 0.1, "dead_after": 1}, "l0"),
+    ],
+)
+def test_the_scale_of_the_penalties_is_that_of_no_other_term(name, options, penalty, scale):
+    sae, x = build(name, **options), tokens(8, D)
+    if "auxk" in options:
+        sae.tokens_since_fired[:20] = 10
+        sae.architecture.b_enc.data[:20] = -100  # silent
+        sae.architecture.b_enc.data[0] = 0.0
+        sae.activation.theta.data[0] = 100  # silent, with a score that AuxK can use
+    twin = copy.deepcopy(sae)
+    twin.activation.penalty_scale = scale
+    whole, scaled = sae(x).losses, twin(x).losses
+    assert all(term > 0 for term in whole.values())
+    assert len(whole) == (3 if name in ("gated", "jumprelu") else 2)
+    for term, value in whole.items():
+        assert scaled[term] == value * (0.25 if term == penalty else 1), term
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -113,9 +113,10 @@ def test_every_model_with_every_clip(composed, clip):
         cfg = composed(f"clip={clip}", f"model={model}")
         assert cfg.model.name == model
         own = {"kmeans": 512, **dict.fromkeys(("neurons", "pca", "ica", "text"))}
-        assert cfg.model.latents == own.get(model, 2048 if clip == "tiny" else 49152)
+        assert cfg.model.latents == own.get(model, 512 if clip == "tiny" else 49152)
         # Gradients are clipped where the source clips them.
-        clipped = {"vit_b_16": 0.02, "tiny": 0.3}.get(clip) if "topk" in model else None
+        rivals = ("relu", "jumprelu", "gated", "topk", "batch_topk")
+        clipped = {"vit_b_16": 0.02, "tiny": 0.3}.get(clip) if model in rivals else None
         assert cfg.trainer.gradient_clip_val == clipped or clip == "vit_l_14"
 
 
@@ -141,9 +142,12 @@ def test_sweeps_are_chosen_by_name_and_their_axes_exist(composed):
         cfg = compose("config", [f"sweeps={sweep}"], return_hydra_config=True)
         assert cfg.sweep_name == sweep
         assert str(cfg.hydra.mode) == "RunMode.MULTIRUN"
-        for key, values in cfg.hydra.sweeper.params.items():
-            more = ["model=topk"] if key == "model.k" else []
-            tried |= {(*more, f"{key}={value}") for value in str(values).split(",")}
+        grids = cfg.hydra.sweeper.get("grids") or {}
+        for axes in (cfg.hydra.sweeper.params, *grids.values()):
+            models = str(axes.get("model", "topk")).split(",")
+            for key, values in axes.items():
+                more = [f"model={models[0]}"] if key.startswith("model.") else []
+                tried |= {(*more, f"{key}={value}") for value in str(values).split(",")}
     for overrides in tried:
         composed(*overrides)
 
@@ -154,6 +158,22 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
     params = OmegaConf.load(ROOT / "sweeps" / "benchmark.yaml").hydra.sweeper.params
     assert params.dataset.split(",") == list(DATASETS)
     assert len(params.model.split(",")) == 6
+    assert params.model.startswith("sparsemax,")  # of which JumpReLU's target_l0=auto learns
+
+
+def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
+    for model in MODELS:
+        optimizer = composed("clip=vit_b_16", f"model={model}").optimizer
+        decays = "sparsemax" not in model
+        expected = ("linear", 0.2) if decays else ("constant", 1.0)
+        assert (optimizer.decay, optimizer.decay_fraction) == expected, model
+        penalised = model in ("relu", "jumprelu", "gated", "attention_relu")
+        assert optimizer.sparsity_warmup_steps == (4096 if penalised else 0), model
+        scaled = model in ("topk", "batch_topk")
+        assert optimizer.reference_latents == (49152 if scaled else None), model
+        tiny = composed("clip=tiny", f"model={model}").optimizer
+        assert tiny.sparsity_warmup_steps == (120 if penalised else 0), model
+        assert tiny.reference_latents == (512 if scaled else None), model
 
 
 # --- what is refused ---
@@ -184,7 +204,17 @@ def test_the_benchmark_is_six_models_on_eleven_datasets():
         ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan"),
         ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9,1]"),
+        ("optimizer.decay_fraction=0", "decay_fraction=0: expected a number above 0, up to 1"),
+        ("optimizer.decay_fraction=1.1", "optimizer.decay_fraction=1.1: expected a number above 0"),
+        ("optimizer.reference_latents=0.5", "reference_latents=0.5: expected an integer of at"),
+        (
+            "model.target_l0=most",
+            "model.target_l0=most: expected a number above 0, or auto",
+        ),
+        ("optimizer.sparsity_warmup_steps=3", "sparsity_warmup_steps=3 does nothing"),
+        ("optimizer.sparsity_warmup_steps=-3", "sparsity_warmup_steps=-3: expected an integer"),
         ("optimizer.decay=cosin", "optimizer.decay=cosin: expected constant, cosine or linear"),
+        ("evaluation.count_share=0", "evaluation.count_share=0: expected a share above 0"),
         ("evaluation.count_threshold=-0.1", "evaluation.count_threshold=-0.1"),
         ("evaluation.protocol=papers", "evaluation.protocol=papers: expected paper or heldout"),
         ("evaluation.ranking=tfidf", "evaluation.ranking=tfidf: expected frequency or contrast"),

@@ -56,7 +56,7 @@ def test_the_default_job_ends_with_a_table_and_says_where_things_are(tmp_path):
         metrics.index
     )
     assert "shape_colour" in evaluation.name
-    assert set(pd.read_csv(evaluation / "concepts.csv").level) == {"patch", "image"}
+    assert set(pd.read_csv(evaluation / "concepts.csv").level) == {"patch", "object", "image"}
 
     # The offline W&B runs hold the same numbers, the config, and no path of this machine.
     inspected = {}

@@ -1,4 +1,4 @@
-"""model.k=auto: the mean support of the Sparsemax SAE that fits."""
+"""model.k=auto, model.target_l0=auto: the mean support of the Sparsemax SAE that fits."""
 
 import json
 
@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from clipsae.errors import ConfigError
 from clipsae.store import Store
-from clipsae.tasks.guidance import resolve_k
+from clipsae.tasks import guidance
 from run import ROOT
 
 
@@ -37,21 +37,29 @@ def test_k_is_the_support_of_the_newest_that_fits(composed, tmp_path):
     finished(store, composed("model=topk"), 93.0, 6)
     finished(store, composed("model=sparsemax"), None, 7)
     cfg = composed("model=topk", "model.k=auto")
-    resolve_k(cfg, store)
+    guidance.resolve(cfg, store)
     assert cfg.model.k == 34
     other = composed("model=batch_topk", "model.k=auto", "seed=1")
-    resolve_k(other, store)
+    guidance.resolve(other, store)
     assert other.model.k == 90
+    jumprelu = composed("model=jumprelu", "model.target_l0=auto")
+    guidance.resolve(jumprelu, store)
+    assert (jumprelu.model.target_l0, jumprelu.model.get("k")) == (34, None)
 
 
 def test_other_values_are_left_alone(composed, tmp_path):
-    for overrides in (["model=topk", "model.k=7"], ["model=relu"]):
+    for overrides in (["model=topk", "model.k=7"], ["model=relu"], ["model=jumprelu"]):
         cfg = composed(*overrides)
         before = OmegaConf.to_yaml(cfg.model)
-        resolve_k(cfg, Store(tmp_path))
+        guidance.resolve(cfg, Store(tmp_path))
         assert OmegaConf.to_yaml(cfg.model) == before
 
 
 def test_without_one_it_says_what_to_run(composed, tmp_path):
-    with pytest.raises(ConfigError, match="model=sparsemax first"):
-        resolve_k(composed("model=topk", "model.k=auto"), Store(tmp_path))
+    with pytest.raises(ConfigError, match=r"model.k=auto: .*model=sparsemax first, or give k a"):
+        guidance.resolve(composed("model=topk", "model.k=auto"), Store(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"target_l0=auto: .* 49152 .* or give target_l0 a number"
+    ):
+        # As this recipe has it.
+        guidance.resolve(composed("model=jumprelu", "clip=vit_b_16"), Store(tmp_path))

@@ -40,6 +40,7 @@ def name(tmp_path_factory):
             "features=cached",
         ),
         *("model.latents=64", "optimizer.learning_rate=1e-9", "optimizer.warmup_steps=7"),
+        *("optimizer.reference_latents=64", "optimizer.decay_fraction=0.5"),
     ],
 )
 def test_what_may_change_the_weights_is_in_the_key(name, override):

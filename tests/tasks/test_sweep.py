@@ -225,6 +225,14 @@ def test_cells_whose_sae_is_not_known_are_planned_again(sweep):
     assert jobs[1].after is jobs[2].after is jobs[0]
 
 
+def test_a_group_whose_saes_are_not_known_waits_as_a_cell_does(sweep):
+    planned = sweep("a", "b", "?", "?")
+    jobs, unknown = planned.plan([[0, 1], [2, 3]])
+    assert ([job.cells for job in jobs], unknown) == ([[0, 1]], [[2, 3]])
+    still, none = planned.plan(unknown, again=True)
+    assert ([job.cells for job in still], none) == ([[2, 3]], [])
+
+
 def test_saes_of_one_name_in_two_stores_are_two(sweep):
     jobs, _ = sweep("a", "elsewhere/a").plan([[0], [1]])
     assert [(job.cells, job.after) for job in jobs] == [([0], None), ([1], None)]

@@ -158,6 +158,16 @@ def test_wherever_it_is_interrupted(tmp_path, prepare, signalled_at, step, shuff
     assert weights(shared) == expected
 
 
+def test_cells_that_learn_their_sparsity_train_after_the_others(prepare, tmp_path):
+    cells = [
+        *(["model=jumprelu", "model.target_l0=auto"], ["model=relu"]),
+        *(["model=topk", "model.k=auto"], ["model=sparsemax"], ["model=topk"]),
+    ]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        configs = [compose("config", [*SMALL, *cell]) for cell in cells]
+    assert by_stream(configs) == [[1, 3, 4], [0, 2]]
+
+
 def test_random_numbers_of_a_step_are_those_of_the_sae_alone(
     tmp_path, prepare, signalled_at, monkeypatch
 ):

@@ -19,6 +19,7 @@ STEPS = 12
 OVERRIDES = [
     "model.latents=256",
     "model.dead_after=600",
+    "optimizer.reference_latents=null",  # at a higher rate no latent dies
     f"trainer.max_steps={STEPS}",
     "trainer.accelerator=cpu",
     "trainer.log_every_n_steps=3",

@@ -73,6 +73,7 @@ def train_without_waits(recipe: str, folder: Path, device: str, share: float) ->
         max_steps=7,
         initial_images=2,
         gradient_clip_val=1.0,
+        sparsity_warmup_steps=4 if recipe == "jumprelu" else 0,
         checkpoint=folder / "checkpoint.ckpt",
         progress=lambda step, steps, numbers: None,
     )
@@ -96,7 +97,7 @@ def train_without_waits(recipe: str, folder: Path, device: str, share: float) ->
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs it there")
 @pytest.mark.parametrize(
-    ("recipe", "share"), [("sparsemax", 1.0), ("batch_topk", 1.0), ("sparsemax", 0.0)]
+    ("recipe", "share"), [("sparsemax", 1.0), ("batch_topk", 1.0), ("jumprelu", 0.0)]
 )
 def test_steps_of_a_trainer(recipe, share, tmp_path, monkeypatch):
     monkeypatch.setitem(engine.BACKENDS, "cpu", engine.BACKENDS["cuda"])

@@ -34,6 +34,22 @@ def test_decays_end_at_zero():
     assert linear(200) == pytest.approx(0.0)
 
 
+def test_a_decay_over_a_share_of_the_steps_is_at_their_end():
+    linear = warmup_then("linear", 10, 100, 0.2)
+    cosine = warmup_then("cosine", 10, 100, 0.2)
+    assert [linear(step) for step in (4, 9, 79, 80)] == [0.5, 1.0, 1.0, 1.0]
+    assert [linear(s) for s in (85, 90, 95, 100)] == pytest.approx([0.75, 0.5, 0.25, 0])
+    assert cosine(80) == 1.0
+    assert [cosine(s) for s in (85, 90, 100)] == pytest.approx([0.8535533905932737, 0.5, 0])
+    # Never before the warm-up has ended.
+    late = warmup_then("linear", 90, 100, 0.2)
+    assert [late(step) for step in (84, 89, 90, 95)] == pytest.approx([85 / 90, 1, 1, 0.5])
+    for step in (0, 10, 55, 100):
+        whole = warmup_then("linear", 10, 100)
+        assert warmup_then("linear", 10, 100, 1.0)(step) == whole(step)
+        assert warmup_then("constant", 10, 100, 0.2)(step) == warmup_then("constant", 10, 100)(step)
+
+
 @pytest.mark.parametrize(
     ("decay", "warmup", "steps", "words"),
     [
@@ -61,6 +77,11 @@ def test_what_cannot_be_is_refused(decay, warmup, steps, words):
         ({"betas": ["a", 0.9]}, "betas='a'"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"warmup_steps": 0.5}, r"warmup_steps=0\.5"),
+        ({"decay": "sine"}, "decay='sine': expected one of constant, cosine, linear"),
+        ({"decay_fraction": 0}, "decay_fraction=0: expected a number above 0, up to 1"),
+        ({"decay_fraction": 1.5}, r"decay_fraction=1\.5"),
+        ({"sparsity_warmup_steps": -1}, "sparsity_warmup_steps=-1: expected an integer"),
+        ({"reference_latents": 0}, "reference_latents=0: expected an integer of at least 1"),
         ({"initial_images": 0}, "initial_images=0: expected an integer of at least 1"),
         ({"compile": "no"}, "compile='no': expected true or false"),
     ],

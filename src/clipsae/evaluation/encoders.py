@@ -24,6 +24,8 @@ from clipsae.errors import ConfigError
 from clipsae.evaluation.truth import AttributeEncoder, has_truth
 
 RANDOM = "random"
+# Suffixes of the numbers of further encoders, by what their names contain.
+JUDGES = ("dinov2", "siglip", "tiny", "attributes", "clip")
 _EXPECTED = (
     'expected "open_clip:MODEL/WEIGHTS" (such as open_clip:ViT-B-32/openai), "timm:MODEL" (such as '
     'timm:vit_small_patch14_dinov2.lvd142m), "tiny" or "attributes"'
@@ -72,6 +74,12 @@ class ImageEncoder(nn.Module):
             x = nn.functional.interpolate(x, self.size, mode="bicubic", antialias=True)
             x = x.clamp(0, 255)  # bicubic overshoots at edges
         return self.embed((x / 255 - self.mean) / self.std).float()
+
+
+def judge(name: str) -> str:
+    """The suffix of a further encoder's numbers, one of `JUDGES` or "other": "dinov2" of
+    timm:vit_small_patch14_dinov2.lvd142m."""
+    return next((one for one in JUDGES if one in name.lower()), "other")
 
 
 def image_encoder(name: str, dataset: Any = None) -> nn.Module:

@@ -26,7 +26,7 @@ class Number:
         format: such as ".3f" or ".1%".
         better: "max", "min", or "" where neither end is better by itself.
         table: the report's table that has it: "sparsity" (the paper's Table 5), "interpretability"
-            (Table 6), "recovery"; "": none.
+            (Table 6), "recovery", "probing"; "": none.
         paper: its column in the paper's Table 5 or 6; "": the paper does not have it.
         headline: whether the terminal and the model card show it.
         floor: key of the number that an untrained SAE reaches on the same rows; "": none.
@@ -44,6 +44,23 @@ class Number:
     headline: bool = False
     floor: str = ""
     ceiling: str = ""
+
+    def shown(self, values: Mapping[str, float]) -> str:
+        """The number, and what is reached by others where it has a floor or a ceiling: "58.0%
+        (random 0.0%, untrained 0.0%, probe 87.9%)".
+
+        Args:
+            values: the numbers of a result by key, this one among them; `{key}_{other}` is what
+                another reaches.
+        """
+        text = format(values[self.key], self.format)
+        start = f"{self.key}_"
+        others = [
+            f"{key.removeprefix(start)} {value:{self.format}}"
+            for key, value in values.items()
+            if key.startswith(start) and (self.floor or self.ceiling)
+        ]
+        return f"{text} ({', '.join(others)})" if others else text
 
     @property
     def digits(self) -> int:
@@ -63,12 +80,14 @@ def current_names(values: Mapping[str, float]) -> dict[str, float]:
     """The metrics of a result by the names that they have now.
 
     In clipsae 0.1 `l0` was the share of zeros and `active` the number of active latents. Its
-    results have no `zero_fraction`, which stands beside every `l0` of today.
+    results have no `zero_fraction`, which stands beside every `l0` of today. What was `absorption`
+    then is `merging` now, which stands beside every `absorption` of today.
     """
     new = {
         f"{level}_{old}": f"{level}_{name}"
         for level in ("patch", "image")
         for old, name in (("coverage", "concepts_found"), ("absorption", "merging"))
+        if f"{level}_merging" not in values
     }
     for suffix in ("", "_dense"):
         if f"zero_fraction{suffix}" not in values:

@@ -7,6 +7,7 @@ B images, T tokens of an image, P patches, d width, M latents, e embedding size,
 concepts.
 """
 
+import io
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,16 +16,25 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.truth import image_concepts, patch_concepts
+from clipsae.evaluation.truth import (
+    has_truth,
+    image_concepts,
+    patch_concepts,
+    patch_coverage,
+    patch_objects,
+)
 from clipsae.sae import SAE, SparseCodes
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what)."""
+
+INITIAL_IMAGES = 32  # that a training initialises an SAE from
 
 POOLINGS = ("mean", "max", "cls")
 
@@ -41,6 +51,7 @@ class Stream:
         dataset: items (uint8 [3, S, S], label).
         indices: the images of the dataset that are used, ascending.
         encoder: of `embeddings`: (uint8 [B, 3, S, S], indices [B]) -> [B, e].
+        judges: of `judged`, further encoders.
         classifier: of `predictions`: [C, e].
         pooling: of `pooled`.
         keep_scores: whether `scores` are needed: codes are then made from them.
@@ -50,6 +61,7 @@ class Stream:
     dataset: Any
     indices: Sequence[int]
     encoder: Encoder | None = None
+    judges: Sequence[Encoder] = ()
     classifier: Tensor | None = None
     pooling: str = "mean"
     keep_scores: bool = False
@@ -84,14 +96,29 @@ class Stream:
         embeddings = nn.functional.normalize(self.clip.tail(tokens), dim=-1)
         return (embeddings @ self.classifier.T).argmax(dim=-1)
 
+    @cached_property
+    def some_tokens(self) -> Tensor:
+        """Tokens [n, T, d] of up to 32 images, evenly spaced among all: what an untrained SAE is
+        initialised from, the same in each batch and process."""
+        step = -(-len(self.indices) // INITIAL_IMAGES)
+        parts = [
+            self.clip.prefix(self.clip.normalize(pixels.to(self.clip.device)))
+            for pixels, *_ in image_batches(
+                self.dataset, self.batch_size, 0, list(self.indices[::step])
+            )
+        ]
+        return torch.cat(parts)
+
     @property
     def embed_dim(self) -> int:
         """e of the encoder; 0 without one."""
-        if self.encoder is None:
-            return 0
+        return 0 if self.encoder is None else self.width_of(self.encoder)
+
+    def width_of(self, encoder: Encoder) -> int:
+        """e of an encoder."""
         size = self.clip.image_size
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.clip.device)
-        return self.encoder(blank, torch.tensor(self.indices[:1])).shape[1]
+        return encoder(blank, torch.tensor(self.indices[:1])).shape[1]
 
 
 class Images:
@@ -122,13 +149,30 @@ class Images:
         return self.stream.encoder(self.pixels, self.indices)
 
     @cached_property
+    def judged(self) -> tuple[Tensor, ...]:
+        return tuple(judge(self.pixels, self.indices) for judge in self.stream.judges)
+
+    @cached_property
     def patch_truth(self) -> Tensor:
         grid = self.stream.clip.grid[0]
         return patch_concepts(self.stream.dataset, self.indices, grid).to(self.pixels.device)
 
     @cached_property
+    def patch_objects(self) -> Tensor:
+        grid = self.stream.clip.grid[0]
+        return patch_objects(self.stream.dataset, self.indices, grid).to(self.pixels.device)
+
+    @cached_property
     def image_truth(self) -> Tensor:
         return image_concepts(self.stream.dataset, self.indices).to(self.pixels.device)
+
+    @cached_property
+    def coverage(self) -> Tensor:
+        return patch_coverage(self.stream.dataset, self.indices, self.stream.clip.grid[0])
+
+    @cached_property
+    def jpeg_bytes(self) -> Tensor:
+        return torch.tensor([_jpeg_bytes(one) for one in self.pixels.cpu()])
 
     @cached_property
     def predictions(self) -> Tensor:
@@ -140,6 +184,12 @@ class Images:
         group = max(1, _DENSE_BYTES // size)
         for start in range(0, len(self), group):
             yield Batch(self, sae, slice(start, start + group))
+
+
+def _jpeg_bytes(pixels: Tensor) -> int:
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=75)
+    return file.tell()
 
 
 def _of_images(name: str) -> Any:
@@ -155,8 +205,11 @@ class Batch:
         labels, indices: LongTensor [B] on the CPU; indices are those in the dataset.
         tokens: [B, T, d] of CLIP's prefix, the patches last.
         embeddings: [B, e] of the separate image encoder.
-        patch_truth: bool [B, P, V] of `concept_names(PATCH_ATTRIBUTES)`.
+        patch_truth: bool [B, P, V] of `patch_concept_names(dataset)`.
+        patch_objects: LongTensor [B, P], which of the image's objects each patch shows; -1: none.
         image_truth: bool [B, V] of `concept_names(IMAGE_ATTRIBUTES)`.
+        coverage: [B, P] on the CPU, how much of each patch its foremost object covers, 0..1.
+        jpeg_bytes: LongTensor [B] on the CPU, the images' sizes as JPEG of quality 75.
     """
 
     labels: Tensor = _of_images("labels")
@@ -164,7 +217,10 @@ class Batch:
     tokens: Tensor = _of_images("tokens")
     embeddings: Tensor = _of_images("embeddings")
     patch_truth: Tensor = _of_images("patch_truth")
+    patch_objects: Tensor = _of_images("patch_objects")
     image_truth: Tensor = _of_images("image_truth")
+    coverage: Tensor = _of_images("coverage")
+    jpeg_bytes: Tensor = _of_images("jpeg_bytes")
 
     def __init__(self, images: Images, sae: SAE, rows: slice) -> None:
         self.images = images
@@ -172,11 +228,21 @@ class Batch:
         self.rows = rows
 
     @cached_property
+    def judged(self) -> tuple[Tensor, ...]:
+        """Embeddings by each further encoder, [B, e] each."""
+        return tuple(embeddings[self.rows] for embeddings in self.images.judged)
+
+    @cached_property
     def positions(self) -> Tensor:
         """Places of the images among all of the pass, in the dataset's order: samples are drawn by
         them. LongTensor [B] on the CPU."""
         among = self.images.stream.indices
         return torch.tensor([bisect_left(among, index) for index in self.indices.tolist()])
+
+    @cached_property
+    def has_truth(self) -> bool:
+        """Whether the dataset knows what its images show."""
+        return has_truth(self.images.stream.dataset)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -221,6 +287,30 @@ class Batch:
     def pooled(self) -> Tensor:
         """Codes of the images [B, M], by the pass's `pooling`."""
         return pool_codes(self.codes, self.images.stream.pooling)
+
+    def patch_codes(self, rows: Tensor, patches: int) -> SparseCodes:
+        """Codes [n, P, M] of the P patches, which are the last tokens, of images `rows` [n]."""
+        drawn = torch.zeros(self.tokens.shape[:2], dtype=torch.bool)
+        drawn[rows, -patches:] = True
+        codes = self.sparse.view(-1, self.sparse.latents)[drawn.flatten().to(self.tokens.device)]
+        return codes.view(len(rows), patches, codes.latents)
+
+    def object_labels(self, attributes: Sequence[str]) -> Tensor | None:
+        """Values of the attributes of images with one object, LongTensor [B, attributes] on the
+        CPU, -1 for other images; None where the dataset does not know objects."""
+        if self.images is None or not has_truth(self.images.stream.dataset):
+            return None
+        truth = self.images.stream.dataset.attributes(self.indices.cpu())
+        values = torch.stack([truth[name].view(len(self.indices), -1)[:, 0] for name in attributes])
+        return values.T.masked_fill((truth["count"] != 1)[:, None], -1)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """How many latents are active on each patch, LongTensor [B, P]."""
+        codes = self.sparse
+        counts = codes.token.new_zeros(codes.tokens, dtype=torch.long)
+        counts.index_add_(0, codes.token.long(), (codes.values != 0).long())
+        return counts.view(codes.shape[:-1])[:, self.images.stream.clip.prefix_tokens :]
 
     @cached_property
     def fired(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.evaluation.encoders import image_encoder as encoder_by_name
+from clipsae.evaluation.encoders import judge
 from clipsae.evaluation.metrics import METRICS, Options
 from clipsae.evaluation.metrics.base import NEEDS
 from clipsae.evaluation.numbers import SETTINGS
@@ -33,8 +34,10 @@ from clipsae.evaluation.topn import (
     make_rows,
     per_class_accuracy,
 )
-from clipsae.evaluation.truth import has_truth
+from clipsae.evaluation.truth import has_patch_truth, has_truth, patch_concept_names
 from clipsae.sae import SAE
+
+SHARE_IMAGES = 200  # that `count_share` sets thresholds on
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Evaluation:
         per_latent: per SAE numbers of each latent by name, [M]; NaN where undefined.
         concepts: per SAE a dict a concept: level, concept, its best latents.
         images: how many were evaluated.
-        pooling, image_encoder: what MonoSemanticity was computed with.
+        pooling, image_encoder: what MonoSemanticity was computed with (the first encoder).
     """
 
     rows: list[dict[str, Any]]
@@ -91,10 +94,11 @@ def evaluate(
     ranking: str = "frequency",
     count_dataset: Any = None,
     count_threshold: float | Mapping[str, float] = 0.2,
+    count_share: float | None = None,
     settings: Sequence[str] = tuple(SETTINGS),
     memory_gb: float = 4.0,
     metrics: Sequence[str] | None = None,
-    image_encoder: str | Encoder | None = None,
+    image_encoder: str | Encoder | Sequence[str | Encoder] | None = None,
     pooling: str = "mean",
     k: int = 10,
     threshold: float = 0.9,
@@ -122,6 +126,9 @@ def evaluate(
             on the mean class (`ranking.contrast`), which takes a pass more by the paper's protocol.
         count_threshold: a (token, latent) pair counts if its code is larger; one for all SAEs or
             one for each by name. 0.2 was tuned for codes of unnormalised tokens.
+        count_share: in place of `count_threshold` each SAE has the threshold that this share of its
+            active codes exceeds, on `SHARE_IMAGES` of the images that are counted: SAEs whose codes
+            differ in size are then compared alike. 1.0: every active code counts.
         settings: which of no_sae, on, off, self; none: no top-n classification.
         memory_gb: bound on what waits for its class to be complete. The images of a class that
             needs more are encoded a second time instead, with the same results.
@@ -130,10 +137,12 @@ def evaluate(
             "dense": the same, with the suffix _dense, of the code without its selection;
             "cknna"; "orthogonality" (of the decoder);
             "monosemanticity": its mean, max and number of live latents;
-            "recovery": concepts_found, auroc, ... with the prefixes patch_ and image_.
+            "recovery": concepts_found, auroc, ... with the prefixes patch_, object_ and image_, and
+            the same of random directions, an untrained SAE and a probe.
             None: all whose needs (an image encoder, ground truth, ...) are met.
         image_encoder: for MonoSemanticity: a name (`encoders.image_encoder`), or a callable
-            (images uint8 [B, 3, S, S], indices [B]) -> [B, e].
+            (images uint8 [B, 3, S, S], indices [B]) -> [B, e]; or several: the numbers of all but
+            the first have a suffix (`encoders.judge`).
         pooling: of token codes to image codes (`pool_codes`).
         k: neighbours of CKNNA.
         threshold: the AUROC from which a latent counts as good for a concept.
@@ -183,12 +192,20 @@ def evaluate(
     elif not names:
         raise ValueError("nothing to evaluate: give a classifier and settings, or metrics")
 
+    if settings and count_share is not None and not 0 < count_share <= 1:
+        raise ValueError(
+            f"count_share={count_share}: expected a share of the active codes above 0 and at most "
+            "1, or None for count_threshold"
+        )
+
     needs = {need for name in names for need in METRICS[name].needs}
     device = clip.device if device is None else torch.device(device)
-    encoder = image_encoder if "embeddings" in needs else None
-    if isinstance(encoder, str):
-        encoder = encoder_by_name(encoder, dataset)
-    for module in (clip, *saes.values(), encoder):
+    encoders = [
+        encoder_by_name(one, dataset) if isinstance(one, str) else one
+        for one in (_several(image_encoder) if "embeddings" in needs else ())
+    ]
+    encoder, judges = (encoders[0] if encoders else None), encoders[1:]
+    for module in (clip, *saes.values(), *encoders):
         if isinstance(module, nn.Module):
             module.to(device)
     stream = Stream(
@@ -196,14 +213,32 @@ def evaluate(
         dataset,
         indices,
         encoder=encoder,
+        judges=judges,
         classifier=None if classifier is None else classifier.to(device),
         pooling=pooling,
         keep_scores="scores" in needs,
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    sizes = len(indices), clip.tokens, stream.embed_dim
-    options = Options(*sizes, k, threshold, seed, sample_tokens, sample_images)
+    concepts = tuple(patch_concept_names(dataset)) if has_patch_truth(dataset) else ()
+    options = Options(
+        len(indices),
+        clip.tokens,
+        stream.embed_dim,
+        k=k,
+        threshold=threshold,
+        seed=seed,
+        sample_tokens=sample_tokens,
+        sample_images=sample_images,
+        concepts=concepts,
+        grid=clip.grid,
+        pooling=pooling,
+        judges=tuple((_suffix(one), stream.width_of(one)) for one in judges),
+    )
+    of_count = dataset if count_dataset is None else count_dataset
+    count_stream = replace(stream, dataset=of_count, keep_scores=False)
+    if count_share is not None and set(settings) - {"no_sae"}:
+        thresholds = _thresholds_of_share(count_stream, saes, counted or order, count_share)
     measured = {
         name: [METRICS[metric](sae, options).to(device) for metric in names]
         for name, sae in saes.items()
@@ -246,7 +281,6 @@ def evaluate(
         advance(images)
 
     if counted:
-        count_stream = replace(stream, dataset=count_dataset, keep_scores=False)
         count_stream.run(saes, lambda name, batch: topn[name].count(batch), counted, each=advance)
         for one in topn.values():
             one.rank()
@@ -308,7 +342,7 @@ def check_metrics(
     dataset: Any,
     *,
     metrics: Sequence[str] | None = None,
-    image_encoder: str | Encoder | None = None,
+    image_encoder: str | Encoder | Sequence[str | Encoder] | None = None,
     pooling: str = "mean",
     classifier: bool = False,
 ) -> list[str]:
@@ -324,9 +358,16 @@ def check_metrics(
         raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
     if pooling == "cls" and not clip.prefix_tokens:
         raise ValueError(f"pooling='cls': {clip.name} has no class token; use mean or max")
+    suffixes = [_suffix(one) for one in _several(image_encoder)[1:]]
+    if twice := [one for one in suffixes if suffixes.count(one) > 1]:
+        raise ValueError(
+            f"image_encoder: several encoders after the first are named {twice[0]!r} in the "
+            "results: expected one of each kind"
+        )
     there = {
-        "embeddings": image_encoder is not None,
+        "embeddings": bool(_several(image_encoder)),
         "truth": has_truth(dataset),
+        "patch_truth": has_patch_truth(dataset),
         "predictions": classifier,
     }
     chosen = []
@@ -337,6 +378,18 @@ def check_metrics(
         if not absent:
             chosen.append(metric)
     return chosen
+
+
+def _several(image_encoder: str | Encoder | Sequence[str | Encoder] | None) -> list[str | Encoder]:
+    if image_encoder is None:
+        return []
+    if isinstance(image_encoder, str) or not isinstance(image_encoder, Sequence):
+        return [image_encoder]
+    return list(image_encoder)
+
+
+def _suffix(encoder: str | Encoder) -> str:
+    return judge(encoder if isinstance(encoder, str) else str(getattr(encoder, "name", "")))
 
 
 def _thresholds(saes: Mapping[str, SAE], given: float | Mapping[str, float]) -> dict[str, float]:
@@ -353,6 +406,27 @@ def _thresholds(saes: Mapping[str, SAE], given: float | Mapping[str, float]) -> 
                 "not active would count"
             )
     return {name: float(given[name]) for name in saes}
+
+
+def _thresholds_of_share(
+    stream: Stream, saes: Mapping[str, SAE], images: Sequence[int], share: float
+) -> dict[str, float]:
+    """The threshold that a share of each SAE's active codes exceeds, on images of all classes."""
+    few = images[:: -(-len(images) // SHARE_IMAGES)]
+    active: dict[str, list[Tensor]] = {name: [] for name in saes}
+
+    def add(name: str, batch: Batch) -> None:
+        values = batch.sparse.values.float()
+        active[name].append(values[values != 0].cpu())
+
+    stream.run(saes, add, few)
+    found = {}
+    for name, parts in active.items():
+        values = torch.cat(parts).sort(descending=True).values
+        exceeding = int(share * len(values))
+        # The largest code that does not exceed it; all active codes exceed 0.
+        found[name] = float(values[exceeding].clamp(min=0)) if exceeding < len(values) else 0.0
+    return found
 
 
 def _by_class(dataset: Any, indices: list[int], classes: int) -> list[int]:

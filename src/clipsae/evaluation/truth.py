@@ -1,7 +1,9 @@
 """Ground truth as concepts: named boolean columns, for images and for patches.
 
-For datasets that know what their images show: those with the methods `attributes(indices)` and
-`patch_truth(indices, grid)`, as `clipsae.data.scenes.ScenesDataset` has them.
+For datasets that know what their images show. Those with a mask of classes for each image, as
+`clipsae.data.MaskList`, know it of patches: they have `concepts`, the values of each attribute, and
+the method `patch_truth(indices, grid)`. `clipsae.data.scenes.ScenesDataset` knows it of whole
+images and their objects, too: it also has the method `attributes(indices)`.
 
 n images, P patches of an image, V concepts.
 """
@@ -24,12 +26,23 @@ _VALUES = {
     "count": tuple(scenes.COUNTS),
 }
 IMAGE_ATTRIBUTES = tuple(_VALUES)
-PATCH_ATTRIBUTES = ("shape", "colour", "pattern", "size", "background")
+OBJECT_ATTRIBUTES = ("shape", "colour", "pattern", "size")
+PATCH_ATTRIBUTES = (*OBJECT_ATTRIBUTES, "background")
 
 
 def has_truth(dataset: Any) -> bool:
     """Whether a dataset knows what its images show."""
     return hasattr(dataset, "attributes") and hasattr(dataset, "patch_truth")
+
+
+def has_patch_truth(dataset: Any) -> bool:
+    """Whether a dataset knows what each patch of its images shows."""
+    return hasattr(dataset, "concepts") and hasattr(dataset, "patch_truth")
+
+
+def patch_concept_names(dataset: Any) -> list[str]:
+    """The V columns of `patch_concepts`: "shape=circle", ..."""
+    return [f"{name}={value}" for name, values in dataset.concepts.items() for value in values]
 
 
 def concept_names(attributes: Sequence[str]) -> list[str]:
@@ -49,18 +62,31 @@ def image_concepts(dataset: Any, indices: Tensor) -> Tensor:
 
 
 def patch_concepts(dataset: Any, indices: Tensor, grid: int) -> Tensor:
-    """What is in each patch: bool [n, P, V] of `concept_names(PATCH_ATTRIBUTES)`, P = grid^2.
+    """What is in each patch: bool [n, P, V] of `patch_concept_names(dataset)`, P = grid^2.
 
-    A patch has the attributes of the object that covers enough of it, else its image's background.
+    A patch has the attributes of what covers enough of it. In scenes that is an object, else the
+    image's background.
     """
     indices = indices.cpu()
     truth = dict(dataset.patch_truth(indices, grid=grid))
-    background = dataset.attributes(indices)["background"][:, None].expand_as(truth["object"])
-    truth["background"] = background.masked_fill(truth["object"] >= 0, -1)
+    if has_truth(dataset):
+        background = dataset.attributes(indices)["background"][:, None].expand_as(truth["object"])
+        truth["background"] = background.masked_fill(truth["object"] >= 0, -1)
     columns = [
-        truth[name][:, :, None] == torch.arange(len(_VALUES[name])) for name in PATCH_ATTRIBUTES
+        truth[name][:, :, None] == torch.arange(len(values))
+        for name, values in dataset.concepts.items()
     ]
     return torch.cat(columns, dim=2)
+
+
+def patch_coverage(dataset: Any, indices: Tensor, grid: int) -> Tensor:
+    """How much of each patch its foremost object covers: float [n, P] in 0..1, P = grid^2."""
+    return dataset.patch_truth(indices.cpu(), grid=grid)["coverage"]
+
+
+def patch_objects(dataset: Any, indices: Tensor, grid: int) -> Tensor:
+    """Which of its image's objects covers enough of each patch: LongTensor [n, P], -1: none."""
+    return dataset.patch_truth(indices.cpu(), grid=grid)["object"]
 
 
 class AttributeEncoder(nn.Module):

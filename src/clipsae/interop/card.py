@@ -104,7 +104,7 @@ def _results(folder: Path | None) -> list[str]:
         for label, values in measured.items():
             values = current_names(values)
             numbers = (n for n in NUMBERS if n.headline and n.key in values)
-            shown[label] = {n.label: format(values[n.key], n.format) for n in numbers}
+            shown[label] = {n.label: n.shown(values) for n in numbers}
         found.append(f"Measured on the evaluated images:\n\n{_table(shown)}")
     return ["## Results", *found] if found else []
 

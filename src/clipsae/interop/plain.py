@@ -150,8 +150,7 @@ class Plain:
         if self.rule == "batch_topk":
             tensors["activation.inference_threshold"] = torch.tensor(max(self.tau, 0.0))
         if self.rule == "jumprelu":
-            # Their threshold, ours its logarithm: 1e-37 is as good as 0.
-            tensors["activation.log_theta"] = self.theta.clamp(min=1e-37).log()
+            tensors["activation.theta"] = self.theta.clamp(min=0)
         if self.rule == "gated":
             tensors |= {f"activation.{name}": getattr(self, name) for name in GATE}
         return assemble(options, tensors)
@@ -188,8 +187,7 @@ class Plain:
                 f"architecture={architecture} cannot be written for {target}: expected linear or "
                 "attention"
             )
-        if "log_theta" in state:
-            theta = state["log_theta"].exp()  # in the parameter's precision, as when encoding
+        theta = state.get("theta", theta)
         tau = state.get("inference_threshold")
         return cls(
             rule,

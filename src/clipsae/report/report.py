@@ -11,6 +11,7 @@ from clipsae.report.missing import Commands, Missing, fewer_seeds, missing_cells
 from clipsae.report.names import dataset_title, slug
 from clipsae.report.plots import Plot
 from clipsae.report.published import table_numbers
+from clipsae.report.recipes import recipe_table
 from clipsae.report.select import Selection
 from clipsae.report.table import Table
 
@@ -67,6 +68,7 @@ def make_report(
         Section("k", "Sweep of k", plots=[plot for plot in swept if plot is not None]),
         noise,
         Section("beyond", "Beyond the paper", [t for t in (fidelity, stability) if not t.empty]),
+        Section("recipes", "Recipes", [t for t in [recipe_table(selection)] if t.rows]),
     ]
     return Report(
         selection=selection,

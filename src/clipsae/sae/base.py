@@ -163,6 +163,12 @@ class Activation(nn.Module):
     full_precision: tuple[str, ...] = ()
     """Parameters and buffers that stay float32 (or float64) in a half precision SAE."""
 
+    penalties: tuple[str, ...] = ()
+    """Those of the loss terms that make codes sparse: a training may let them grow from 0."""
+
+    penalty_scale: float | Tensor = 1.0
+    """What the penalties are multiplied by; a training's (no state of the SAE)."""
+
     def __init__(self, latents: int) -> None:
         super().__init__()
         self.latents = latents
@@ -207,8 +213,18 @@ class Activation(nn.Module):
         return self.apply_threshold(scores, self.threshold(scores))
 
     def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """Loss terms beyond the reconstruction, weighted."""
+        """Loss terms beyond the reconstruction, weighted; `penalties` without their scale."""
         return {}
+
+    def scaled_losses(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """`losses`, the penalties among them multiplied by `penalty_scale`."""
+        return {
+            name: term * self.penalty_scale if name in self.penalties else term
+            for name, term in self.losses(inputs).items()
+        }
+
+    def after_step(self) -> None:
+        """After each optimizer's step."""
 
     def auxk_scores(self, scores: Tensor) -> Tensor:
         """How strongly latents would act if none were suppressed, >= 0: AuxK keeps the largest of

@@ -165,12 +165,30 @@ class SparseCodes:
         at = torch.searchsorted(self.positions, wanted).clamp_(max=len(self.positions) - 1)
         return torch.where(self.positions[at] == wanted, self.values[at], 0)
 
+    def take(self, latents: Tensor) -> "SparseCodes":
+        """Codes [N, M] of chosen latents alone, LongTensor [n], ascending: [N, n]."""
+        place = latents.new_full((self.latents,), -1)
+        place[latents] = torch.arange(len(latents), device=latents.device)
+        column = place[self.latent]
+        kept = column >= 0
+        positions = self.token[kept] * len(latents) + column[kept]
+        return SparseCodes(self.values[kept], positions, (self.tokens, len(latents)))
+
+    def columns(self, latents: Tensor) -> Tensor:
+        """Codes [N, M] of chosen latents, LongTensor [n] in any order: dense [N, n]. As `lookup`,
+        faster where there are many tokens."""
+        several, place = latents.unique(return_inverse=True)
+        return self.take(several).dense()[:, place]
+
     def __getitem__(self, index: int | slice | Tensor) -> "SparseCodes":
         """An image, a slice of images, or those of a BoolTensor (of codes [N, M]: tokens)."""
         if isinstance(index, Tensor):
             new = index.cumsum(0) - 1
             size = prod(self.shape[1:])
-            row = torch.div(self.positions, size, rounding_mode="floor")
+            if len(self.shape) == 2:
+                row = self.token
+            else:
+                row = torch.div(self.positions, size, rounding_mode="floor")
             kept = index[row]
             positions = self.positions[kept] + (new[row[kept]] - row[kept]) * size
             return SparseCodes(self.values[kept], positions, (int(index.sum()), *self.shape[1:]))

@@ -32,6 +32,7 @@ class Gated(Activation):
 
     encoder_bias = False
     supports_auxk = False
+    penalties = ("l1",)
     # A bias's steps are smaller than bfloat16 resolves.
     full_precision = ("b_gate", "b_mag", "r_mag")
 

@@ -28,6 +28,7 @@ class ReLU(Activation):
     """
 
     supports_auxk = False
+    penalties = ("l1",)
 
     def __init__(self, latents: int, *, l1_coefficient: float = 8e-5) -> None:
         super().__init__(latents)

@@ -33,7 +33,7 @@ from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
 from clipsae.sae.sparse_ops import Chooser, Dictionary, positions_above
 
 FORMAT = "clipsae.sae"
-VERSION = 2
+VERSION = 3
 RENAMED = {"l0": "l0_coefficient", "l1": "l1_coefficient"}
 """Options of version 1 that have been renamed."""
 FREEZE = ("decoder", "encoder", "soft_decoder")
@@ -288,7 +288,7 @@ class SAE(nn.Module):
 
         # Before the decoding: autograd goes the other way, and then adds the gradients of these
         # terms in the memory of the large one that is there already.
-        terms = self.activation.losses(
+        terms = self.activation.scaled_losses(
             LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode)
         )
         reconstruction = decode(codes)
@@ -401,6 +401,7 @@ class SAE(nn.Module):
     def after_step(self) -> None:
         """After each optimizer's step."""
         self.architecture.after_step()
+        self.activation.after_step()
         if self.start_rows is not None:
             (rows,) = self.architecture.matrices("decoder")
             size = 1024 if rows.device.type == "cpu" else len(rows)  # that stay in the cache
@@ -451,12 +452,12 @@ class SAE(nn.Module):
                 )
         with torch.device("meta"):
             sae = cls(**config)
-        expected = {name: tensor.shape for name, tensor in sae.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in weights.items()}
-        if expected != found:
-            wrong = sorted(set(expected.items()) ^ set(found.items()), key=str)[0]
-            raise ValueError(f"{folder}/sae.safetensors does not fit its config: {wrong}")
-        sae.load_state_dict(weights, assign=True)
+        try:
+            sae.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            wrong = str(error).splitlines()[1].strip()
+            message = f"{folder}/sae.safetensors does not fit its config: {wrong}"
+            raise ValueError(message) from error
         return sae.eval()
 
 
@@ -473,7 +474,8 @@ def within_cone(rows: Tensor, start: Tensor, cosine: float = LEAST_COSINE) -> Te
     norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
     along = (w * u).sum(dim=-1, keepdim=True)
     across = w - along * u
-    axis = nn.functional.one_hot(u.abs().argmin(dim=-1), u.shape[-1]).to(u)
+    least = u.abs().argmin(dim=-1, keepdim=True)
+    axis = torch.zeros_like(u).scatter_(-1, least, 1)  # (`one_hot` waits for a GPU)
     axis = axis - (axis * u).sum(dim=-1, keepdim=True) * u
     tiny = torch.linalg.vector_norm(across, dim=-1, keepdim=True) <= 1e-6 * norm
     across = nn.functional.normalize(torch.where(tiny, axis, across), dim=-1)

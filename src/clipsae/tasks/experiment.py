@@ -15,8 +15,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.data.reader import refuse_damaged
 from clipsae.store import Busy, Stage, Store
-from clipsae.tasks import build, precision, watch
-from clipsae.tasks.guidance import resolve_k
+from clipsae.tasks import build, guidance, precision, watch
 from clipsae.tasks.options import set_by_recipe
 from clipsae.tasks.stages import classifier, evaluation, features, sae
 from clipsae.tasks.table import print_results
@@ -146,7 +145,7 @@ def prepare(cfg: DictConfig) -> Experiment:
     store = Store(cfg.paths.output_dir)
     check(cfg)
     sae.check_options(cfg)
-    resolve_k(cfg, store)
+    guidance.resolve(cfg, store)
     clip = build.build_clip(cfg)
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)

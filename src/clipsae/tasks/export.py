@@ -9,8 +9,7 @@ from clipsae.errors import ConfigError
 from clipsae.interop import hub, read, saelens, visaebench
 from clipsae.sae import SAE
 from clipsae.store import Store
-from clipsae.tasks import build, precision
-from clipsae.tasks.guidance import resolve_k
+from clipsae.tasks import build, guidance, precision
 from clipsae.tasks.stages import sae as training
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def run(cfg: DictConfig) -> None:
 def _trained_here(cfg: DictConfig) -> str:
     """The finished SAE of the composed config."""
     store = Store(cfg.paths.output_dir)
-    resolve_k(cfg, store)
+    guidance.resolve(cfg, store)
     clip = build.build_clip(cfg)
     train_set = build.build_dataset(cfg.train_dataset, "train", clip.image_size)
     stage = precision.resolve(cfg, lambda: training.stage(cfg, store, train_set))

@@ -1,7 +1,8 @@
-"""`model.k=auto`: as many active latents as a Sparsemax SAE found worthwhile.
+"""`model.k=auto`, `model.target_l0=auto`: as many active latents as a Sparsemax SAE found
+worthwhile.
 
 The paper's "data-driven sparsity guidance": the mean support of a trained Sparsemax SAE is the k
-of TopK and BatchTopK.
+of TopK and BatchTopK, and the L0 that JumpReLU's penalty aims at.
 """
 
 import json
@@ -16,24 +17,39 @@ from clipsae.store import MARK, Store
 log = logging.getLogger(__name__)
 
 
-def resolve_k(cfg: DictConfig, store: Store) -> None:
-    """Replace `model.k=auto` by a number, in place; any other k is left alone.
+KEYS = ("k", "target_l0")
+
+
+def unresolved(cfg: DictConfig) -> list[str]:
+    """Those of `KEYS` that are "auto" in `cfg.model`."""
+    return [key for key in KEYS if cfg.model.get(key) == "auto"]
+
+
+def resolve(cfg: DictConfig, store: Store) -> None:
+    """Replace `auto` by a number, a whole one, in place; other values are left alone.
+
+    There is no number to fall back on: the same command would then train one SAE before the
+    Sparsemax SAE is there and another one afterwards.
 
     Raises:
         ConfigError: no finished Sparsemax SAE to learn it from.
     """
-    if cfg.model.get("k") != "auto":
+    keys = unresolved(cfg)
+    if not keys:
         return
     found = [folder for folder in store.finished("sae") if _serves(folder, cfg)]
     if not found:
         raise ConfigError(
-            f"model.k=auto: no finished Sparsemax SAE of {cfg.model.latents} latents on "
+            f"model.{keys[0]}=auto: no finished Sparsemax SAE of {cfg.model.latents} latents on "
             f"{cfg.clip.name} and {cfg.train_dataset.name} (seed {cfg.seed}) in "
-            f"{store.root}: run the same command with model=sparsemax first, or give k a number"
+            f"{store.root}: run the same command with model=sparsemax first, or give {keys[0]} a "
+            "number"
         )
     newest = max(found, key=lambda folder: json.loads((folder / MARK).read_text())["finished"])
-    cfg.model.k = max(1, round(_mean_support(newest)))
-    log.info("model.k=auto is %d, the mean support of %s", cfg.model.k, newest)
+    support = max(1, round(_mean_support(newest)))
+    for key in keys:
+        cfg.model[key] = support
+        log.info("model.%s=auto is %d, the mean support of %s", key, support, newest)
 
 
 def _serves(folder: Path, cfg: DictConfig) -> bool:

@@ -45,6 +45,8 @@ TINY = Path(__file__).parents[1] / "clip" / "tiny"
 
 SHARE = Rule("a share of them, up to 1.0", lambda v: isinstance(v, float) and 0 <= v <= 1)
 
+AUTO = Rule("auto", lambda v: v == "auto")
+
 # What `model.fit` may be: SAEs that are computed (clipsae.training.baselines), and whether the data
 # decide how many latents there are.
 FITS = {
@@ -99,6 +101,7 @@ DATASET = {
     "classes": one_of("all", "present"),
     "templates": one_of("imagenet", "dataset"),
     "on_bad_image": one_of("error", "skip"),
+    "ignored": list_of(whole(0)),
     "download": FLAG,
     "kind": TEXT,
     "seed": whole(0),
@@ -134,7 +137,8 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "compile": FLAG,
         "freeze": or_null(one_of("decoder", "encoder", "soft_decoder")),
         "fit": or_null(one_of(*FITS)),
-        "k": either(whole(1), Rule("auto", lambda v: v == "auto")),
+        "k": either(whole(1), AUTO),
+        "target_l0": or_null(either(number(above=0), AUTO)),
     },
     "dataset": DATASET,
     "train_dataset": DATASET,
@@ -143,6 +147,9 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "betas": list_of(share("a number from 0 to below 1", one=False), least=2, most=2),
         "warmup_steps": whole(0),
         "decay": one_of("constant", "cosine", "linear"),
+        "decay_fraction": share("a number above 0, up to 1", zero=False),
+        "sparsity_warmup_steps": whole(0),
+        "reference_latents": or_null(whole(1)),
     },
     "features": {
         "batch_size": whole(1),
@@ -172,6 +179,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "ns": list_of(whole(1), least=1),
         "settings": list_of(one_of("no_sae", "on", "off", "self")),
         "count_threshold": number(least=0),
+        "count_share": or_null(share("a share above 0, up to 1", zero=False)),
         "split": SPLIT,
         "batch_size": whole(1),
         "limit_images": or_null(whole(1)),
@@ -179,7 +187,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     },
     "measurement": {
         "metrics": or_null(list_of(TEXT)),
-        "image_encoder": or_null(TEXT),
+        "image_encoder": or_null(either(TEXT, list_of(TEXT, least=1))),
         "pooling": one_of("mean", "max", "cls"),
         "sample_tokens": whole(1),
         "sample_images": whole(1),
@@ -240,6 +248,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "push": or_null(TEXT),
         "private": FLAG,
     },
+    "findings": {"folder": TEXT, "sweep_dir": TEXT},
     "gc": {"delete": FLAG, "unused": FLAG},
     "report": {
         "clip": TEXT,
@@ -319,7 +328,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
 
 def _check_fit(model: Mapping[str, Any]) -> None:
     """Refuse a number of latents where the data decide it, and none where they do not."""
-    fit, latents = model.get("fit"), model["latents"]
+    fit, latents = model.get("fit"), model.get("latents")
     if FITS.get(fit, False) != (latents is None):
         raise ConfigError(
             f"model.latents={_shown(latents)}: "

@@ -15,9 +15,8 @@ from clipsae.errors import ConfigError
 from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
-from clipsae.tasks import build, precision
+from clipsae.tasks import build, guidance, precision
 from clipsae.tasks.evaluate import bring_in
-from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import evaluation, sae
 from clipsae.visualization import collect_references
 from clipsae.visualization.collector import TOP
@@ -62,7 +61,7 @@ def prepare(
         configs = [cfg]
     else:
         for one in configs:
-            resolve_k(one, store)
+            guidance.resolve(one, store)
         clip = build.build_clip(cfg)
     dataset = build.build_dataset(cfg.dataset, cfg.task.split, clip.image_size)
     check(cfg, clip, dataset)

@@ -37,6 +37,7 @@ EXPERIMENT = "clipsae.tasks.experiment.run"
 TRAIN_ONLY = ("evaluation.settings=[]", "measurement.metrics=[]")
 UNFINISHED = ("running", "failed", "stalled")  # of a cell's stages the first of these is shown
 SHOWN = 10  # latents kept, of the accuracy that a sweep's summary shows
+_COLUMNS = ("model", "dataset")  # of a summary, beside its rows
 _ANY_SIZE = 224  # pixels; no key of a stage depends on it
 
 
@@ -159,15 +160,14 @@ def stages_of(cfg: DictConfig, datasets: "dict[str, ImageDataset]") -> tuple[Sta
     """The stages of one job of `task=experiment`.
 
     Args:
-        cfg: of the job; `model.k=auto` and `precision=auto` are replaced by what they stand for.
+        cfg: of the job; what is `auto` in it is replaced by what it stands for.
         datasets: by config and split; those opened here are added.
 
     Raises:
-        ConfigError: the dataset is not there, or `model.k=auto` has nothing to learn from yet.
+        ConfigError: the dataset is not there, or `auto` (see `guidance`) has nothing to learn from.
     """
     from clipsae.data.scenes.world import IMAGE_SIZE
-    from clipsae.tasks import build, precision
-    from clipsae.tasks.guidance import resolve_k
+    from clipsae.tasks import build, guidance, precision
     from clipsae.tasks.stages import evaluation, sae
 
     def dataset(node: DictConfig, split: str) -> "ImageDataset":
@@ -178,7 +178,7 @@ def stages_of(cfg: DictConfig, datasets: "dict[str, ImageDataset]") -> tuple[Sta
         return datasets[key]
 
     store = Store(cfg.paths.output_dir)
-    resolve_k(cfg, store)
+    guidance.resolve(cfg, store)
     train_set = dataset(cfg.train_dataset, "train")
     trained = precision.resolve(cfg, lambda: sae.stage(cfg, store, train_set))
     test_set = dataset(cfg.dataset, cfg.evaluation.split)
@@ -301,7 +301,7 @@ class Sweep:
 
         Args:
             groups: the cells by number, those of one job together.
-            again: which SAE these cells need was unknown (model.k=auto) and is asked again; those
+            again: which SAE these cells need was unknown (see `guidance`) and is asked again; those
                 for which it still is get jobs that say why.
 
         Returns:
@@ -312,13 +312,13 @@ class Sweep:
         jobs, unknown = [], []
         by_sae: dict[Path, list[Job]] = {}
         for group in groups:
-            cell = self._cells[group[0]] if self._cells and len(group) == 1 else Cell({})
+            cell = self._cells[group[0]] if self._cells else Cell({})
             if cell.why and not again:
                 unknown.append(group)
                 continue
             name = ", ".join(self.names[i] for i in group)
             jobs.append(Job(name, group, group, [self._overrides[i] for i in group]))
-            if cell.stages and not cell.stages[0].finished:
+            if len(group) == 1 and cell.stages and not cell.stages[0].finished:
                 by_sae.setdefault(cell.stages[0].path, []).append(jobs[-1])
         trainings = []
         for path, waiting in by_sae.items():
@@ -346,7 +346,7 @@ class Sweep:
         took = duration(time.monotonic() - self._begun)
         if self._cells:
             if not all(cell.finished for cell in self._cells):
-                self._look()  # k=auto is known now, and the precision that jobs elsewhere chose
+                self._look()  # auto is known now, and the precision that jobs elsewhere chose
             ends = zip(outcomes, groups or [[i] for i in range(len(outcomes))], strict=True)
             failed = {i for outcome, group in ends if outcome.why is not None for i in group}
             title, table = summary(self._cells, failed)
@@ -385,7 +385,7 @@ def summary(cells: Sequence[Cell], failed: set[int]) -> tuple[str, Table]:
     work: dict[str, dict[Path, float]] = {}
     columns = set()
     for i, cell in enumerate(cells):
-        others = (f"{k}={v}" for k, v in cell.about.items() if k not in ("model", "dataset"))
+        others = (f"{k}={v}" for k, v in cell.about.items() if v and k not in _COLUMNS)
         row = " ".join([cell.about.get("model", ""), *others]).strip()
         ended = "[red]failed[/]" if i in failed else "" if cell.stages else "done"
         column, text = accuracy(cell)

@@ -30,7 +30,7 @@ def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: lis
         from clipsae.evaluation.metrics import NUMBERS  # takes seconds without torch
 
         shown = [
-            f"{number.label} {metrics[number.key]:{number.format}}"
+            f"{number.label} {number.shown(metrics)}"
             for number in NUMBERS
             if number.headline and number.key in metrics
         ]

@@ -17,14 +17,18 @@ from omegaconf import DictConfig
 
 from clipsae.tasks import build, run_task
 from clipsae.tasks.experiment import Experiment, produce
+from clipsae.tasks.guidance import unresolved
 from clipsae.tasks.stages.sae import MEMBER_OPTIONS
 
 
 def stream_key(cfg: DictConfig) -> str:
-    """The same for cells that can be trained in one fit: on the same tokens in the same order."""
+    """The same for cells that can be trained in one fit: on the same tokens in the same order.
+    Those that learn their sparsity from an SAE that may be among the others come later."""
     trainer = {k: v for k, v in build.plain(cfg.trainer).items() if k not in MEMBER_OPTIONS}
     nodes = cfg.clip, cfg.train_dataset, cfg.features, cfg.callbacks
-    return json.dumps([*map(build.plain, nodes), trainer, cfg.precision, cfg.seed])
+    return json.dumps(
+        [*map(build.plain, nodes), trainer, cfg.precision, cfg.seed, bool(unresolved(cfg))]
+    )
 
 
 def by_stream(configs: Sequence[DictConfig]) -> list[list[int]]:
@@ -32,7 +36,8 @@ def by_stream(configs: Sequence[DictConfig]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for i, cfg in enumerate(configs):
         groups.setdefault(stream_key(cfg), []).append(i)
-    return list(groups.values())
+    # (Stable: otherwise as they come.)
+    return sorted(groups.values(), key=lambda group: bool(unresolved(configs[group[0]])))
 
 
 def run_group(

@@ -27,8 +27,8 @@ def set_density(sae: SAE, x: Tensor, share: float) -> None:
     if hasattr(activation, "b_gate"):
         activation.b_gate.sub_(border())
         activation.b_mag.sub_(border())
-    elif hasattr(activation, "log_theta"):
-        activation.log_theta.fill_(border().clamp(min=1e-6).log())
+    elif hasattr(activation, "theta"):
+        activation.theta.fill_(border().clamp(min=0))
     elif hasattr(activation, "weights"):  # smaller scores have a larger support
         matrix = architecture.W_K if hasattr(architecture, "W_K") else architecture.W_enc
         start, low, high = matrix.clone(), -9.0, 9.0

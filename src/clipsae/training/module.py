@@ -1,6 +1,7 @@
 """The LightningModules around SAEs: one SAE in training, and several on the same tokens."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from clipsae.sae.checks import boolean, fraction, positive, whole
 from clipsae.store import whole_checkpoint
 from clipsae.training.logging import log_histogram
 from clipsae.training.ranks import average_statistics
-from clipsae.training.schedule import Decay, warmup_then
+from clipsae.training.schedule import Decay, penalty_warmup, warmup_then
 from clipsae.training.window import TokenSums
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,12 @@ class SAEModule(LightningModule):
         sae: the autoencoder; the module's only parameters.
         learning_rate, betas: Adam's. Fused where the device has it: a step on one M x d matrix
             costs a tenth of the unfused one.
-        warmup_steps, decay: see `warmup_then`.
+        reference_latents: the number of latents that the learning rate is meant for. With M latents
+            it is learning_rate * sqrt(reference_latents / M): Gao et al. (arXiv 2406.04093) find
+            that the best rate of TopK SAEs goes as 1 / sqrt(M). None: whatever M is.
+        warmup_steps, decay, decay_fraction: see `warmup_then`.
+        sparsity_warmup_steps: steps in which the penalties that make codes sparse
+            (`Activation.penalties`) grow from 0; see `penalty_warmup`.
         initial_images: images whose tokens the SAE is initialised from (geometric median of
             b_dec), once, before the first step.
         compile: run the SAE's forward through torch.compile.
@@ -59,6 +65,9 @@ class SAEModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_steps: int = 500,
         decay: Decay = "constant",
+        decay_fraction: float = 1.0,
+        sparsity_warmup_steps: int = 0,
+        reference_latents: int | None = None,
         initial_images: int = 32,
         compile: bool = False,
         name: str = "SAE",
@@ -76,14 +85,26 @@ class SAEModule(LightningModule):
             raise ValueError(f"betas={betas!r}: expected two numbers, such as [0.9, 0.999]")
         for beta in betas:
             fraction("betas", beta, "two numbers with 0 <= beta < 1", zero=True, one=False)
-        whole("warmup_steps", warmup_steps, least=0)
+        warmup_then(decay, warmup_steps, max(max_steps, 0), decay_fraction)
+        whole("sparsity_warmup_steps", sparsity_warmup_steps, least=0)
+        if sparsity_warmup_steps and not sae.activation.penalties:
+            raise ValueError(
+                f"sparsity_warmup_steps={sparsity_warmup_steps} does nothing with "
+                f"activation={sae.config['activation']}, which has no sparsity penalty: set it to 0"
+            )
+        if reference_latents is not None:
+            whole("reference_latents", reference_latents)
         whole("initial_images", initial_images)
         boolean("compile", compile)
         self.sae = sae
         self.learning_rate = float(learning_rate)
+        if reference_latents is not None:
+            self.learning_rate *= math.sqrt(reference_latents / sae.latents)
         self.betas = (float(betas[0]), float(betas[1]))
         self.warmup_steps = warmup_steps
         self.decay = decay
+        self.decay_fraction = decay_fraction
+        self.sparsity_warmup_steps = sparsity_warmup_steps
         self.initial_images = initial_images
         self.forward_sae = torch.compile(sae) if compile else sae
         self.name = name
@@ -122,25 +143,34 @@ class SAEModule(LightningModule):
         optimizer = torch.optim.Adam(
             parameters, lr=self.learning_rate, betas=self.betas, fused=True
         )
-        factor = warmup_then(self.decay, self.warmup_steps, self.max_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor())
         self.optimizer, self.scheduler = optimizer, scheduler
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def rate_factor(self) -> Callable[[int], float]:
+        """step -> what the learning rate is multiplied by."""
+        return warmup_then(self.decay, self.warmup_steps, self.max_steps, self.decay_fraction)
+
     def on_fit_start(self) -> None:
         # The first step whose loss was NaN or infinite, -1: none. It is read now and then only: a
         # GPU that is asked after every step waits. (No buffer: DDP would overwrite it.)
         self.bad_step = torch.tensor(-1, device=self.device)
         self.sae.world_size = self.trainer.world_size
+        if self.sparsity_warmup_steps:
+            # A tensor that is set in place: compiled code would be compiled again for each number.
+            self.penalty_scale = torch.ones((), device=self.device)
+            self.sae.activation.penalty_scale = self.penalty_scale
 
     def on_train_start(self) -> None:
         for name, gradient in self._accumulated.items():  # before, Lightning sets them to zero
             self.sae.get_parameter(name).grad = gradient
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
+        if self.step <= self.sparsity_warmup_steps > 0:
+            self.penalty_scale.fill_(penalty_warmup(self.sparsity_warmup_steps, self.step))
         out: SAEOutput = self.forward_sae(tokens)
         if self.trainer.world_size > 1:
             average_statistics(self.sae)
@@ -211,8 +241,7 @@ class SAEModule(LightningModule):
         if step < 0 and not all(p.isfinite().all() for p in self.sae.parameters()):
             step = self.step
         if step >= 0:
-            factor = warmup_then(self.decay, self.warmup_steps, self.max_steps)
-            rate = self.learning_rate * factor(max(0, step - 1))
+            rate = self.learning_rate * self.rate_factor()(max(0, step - 1))
             raise FloatingPointError(
                 f"the loss became NaN or infinite at step {step:,} of {self.max_steps:,}, "
                 f"at a learning rate of {rate:.3g}"

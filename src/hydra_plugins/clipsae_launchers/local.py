@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 # Their modules have a `prepare`, too.
 TOGETHER = ("clipsae.tasks.experiment.run", "clipsae.tasks.evaluate.run")
 # Theirs have a `show_sweep`.
-LOOKING = ("clipsae.tasks.status.run", "clipsae.tasks.check.run")
+LOOKING = tuple(f"clipsae.tasks.{task}.run" for task in ("status", "check", "findings"))
 
 
 class Local(BasicLauncher):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from clipsae.evaluation.metrics.fidelity import fidelity
 from clipsae.evaluation.metrics.orthogonality import decoder_orthogonality
-from clipsae.evaluation.metrics.stability import max_cosines, mean_max_cosine
+from clipsae.evaluation.metrics.stability import matched_cosine, max_cosines, mean_max_cosine
 
 
 def rows(m, d=8, seed=0):
@@ -50,6 +51,49 @@ def test_max_cosines(monkeypatch):
     assert mean_max_cosine(a, b).item() == pytest.approx(best[keep].mean().item())
     with pytest.raises(ValueError, match=r"\[M, d\]"):
         max_cosines(rows(3), rows(3, d=5))
+
+
+def clusters(m, seed):
+    """Rows that lie close to eight directions."""
+    return rows(8, seed=9)[torch.arange(m) % 8] + 0.2 * rows(m, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (rows(70), rows(70, seed=1)),
+        (rows(70), rows(70)[torch.randperm(70)] + 0.1 * rows(70, seed=2)),
+        (clusters(70, 1), clusters(70, 2)),
+        (rows(5).repeat(14, 1), rows(70, seed=1)),  # equal rows
+        (rows(40), rows(70, seed=1)),
+        (rows(70), rows(40, seed=1)),
+        (rows(2), rows(1, seed=1)),
+    ],
+)
+def test_one_to_one_matching_is_the_best_assignment(a, b):
+    cosines = cosine(a, b)
+    at = linear_sum_assignment(cosines.numpy(), maximize=True)
+    best = cosines[at[0], at[1]].mean().item()
+    assert matched_cosine(a * 3, b).item() == pytest.approx(best, rel=1e-5)
+    few, many = sorted((len(a), len(b)))
+    for epsilon in (1e-1, 1e-3):  # by auction
+        found = matched_cosine(a, b, epsilon=epsilon, exact_rows=0).item()
+        assert best - epsilon * many / few - 1e-6 <= found <= best + 1e-6
+
+
+def test_one_to_one_matching_of_known_dictionaries():
+    a = rows(50)
+    for exact in (0, 100):
+        shuffled = a[torch.randperm(50)]
+        assert matched_cosine(a, 2 * shuffled, exact_rows=exact).item() == pytest.approx(1)
+        twice = torch.cat((a[:1].repeat(2, 1), torch.zeros(3, 8)))  # two rows share one partner
+        found = matched_cosine(twice, torch.eye(8).double(), exact_rows=exact).item()
+        assert found < mean_max_cosine(twice, torch.eye(8).double()).item()
+        assert matched_cosine(a, torch.zeros(3, 8), exact_rows=exact).isnan()
+    with pytest.raises(ValueError, match=r"\[M, d\]"):
+        matched_cosine(a, rows(3, d=5))
+    with pytest.raises(ValueError, match="epsilon=0"):
+        matched_cosine(a, a, epsilon=0)
 
 
 def test_fidelity():

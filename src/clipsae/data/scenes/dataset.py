@@ -16,11 +16,15 @@ from clipsae.data.dataset import check_choice
 from clipsae.data.scenes.grammar import KINDS, Kind, Template
 from clipsae.data.scenes.renderer import patch_coverage, render
 from clipsae.data.scenes.world import (
+    BACKGROUNDS,
     COLOURS,
     EMPTY,
     IMAGE_SIZE,
     MIXED,
+    PATTERNS,
+    SHAPES,
     SINGLE,
+    SIZES,
     Distribution,
     Scenes,
     sample_scenes,
@@ -80,6 +84,12 @@ class ScenesDataset(Dataset):
         if kind == ALL:
             self._distribution = MIXED
             self.labels = self.scenes(torch.arange(length)).count - 1
+
+    @property
+    def concepts(self) -> dict[str, tuple[str, ...]]:
+        """The attributes that a patch can have, with their values in the order of its labels."""
+        values = {"shape": SHAPES, "colour": COLOURS, "pattern": PATTERNS, "size": SIZES}
+        return {name: tuple(of) for name, of in {**values, "background": BACKGROUNDS}.items()}
 
     @property
     def fingerprint(self) -> str:

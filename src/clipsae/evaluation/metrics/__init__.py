@@ -9,7 +9,10 @@ from typing import Any
 
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 
-MODULES = ("sparsity", "cknna", "orthogonality", "monosemanticity", "recovery")  # as they are shown
+MODULES = (  # as they are shown
+    *("sparsity", "cknna", "orthogonality", "monosemanticity", "recovery"),
+    *("coherence", "localization", "probing", "support"),
+)
 for _module in MODULES:
     import_module(f"{__name__}.{_module}")
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from clipsae.sae import SparseCodes
 from clipsae.sae.codes import csr
 
+ROUNDING = 1e-18  # of a sum of squares: less about the mean is that of a constant
+
 
 def latent_blocks(
     codes: SparseCodes, pairs: int, latents: int
@@ -102,6 +104,71 @@ def best_f1(codes: SparseCodes, truth: Tensor) -> Tensor:
         f1 = 2 * true / ((end - start)[:, None] + positives)
         best.scatter_reduce_(0, latent[:, None].expand_as(f1), f1, "amax")
     return torch.where(positives > 0, best, torch.nan)
+
+
+def correlation(codes: SparseCodes, truth: Tensor) -> Tensor:
+    """Pearson's correlation of each latent's code with each concept, over all N rows.
+
+    Args:
+        codes: [N, m], sorted by latent.
+        truth: float64 [N, V] of 0 and 1.
+
+    Returns:
+        float64 [m, V]; 0 for a latent that is always the same and for a concept that all rows have
+        or none.
+    """
+    n = max(codes.tokens, 1)
+    values = codes.values.double()
+    mean, base = codes.sum_tokens(values) / n, truth.sum(dim=0) / n
+    # Sums of squares about the mean: rows that are zero are each mean^2.
+    off = values - codes.at_latent(mean)
+    zeros = n - codes.latent_edges().diff()
+    spread = codes.sum_tokens(off.square()) + zeros * mean.square()
+    spread = torch.where(spread > ROUNDING * codes.sum_tokens(values.square()), spread, 0)
+    covariance = sum_rows(codes, values, truth) - mean[:, None] * base * n
+    norms = (spread[:, None] * (n * base * (1 - base))).sqrt()
+    return torch.where(norms > 0, covariance / norms, 0)
+
+
+def column_correlation(scores: Tensor, truth: Tensor) -> Tensor:
+    """`correlation` of each column with its own: [N, V], BoolTensor [N, V] -> float64 [V]."""
+    scores, truth = scores.double(), truth.double()
+    squares = scores.square().sum(dim=0)
+    scores, truth = scores - scores.mean(dim=0), truth - truth.mean(dim=0)
+    spread = scores.square().sum(dim=0)
+    spread = torch.where(spread > ROUNDING * squares, spread, 0)
+    norms = (spread * truth.square().sum(dim=0)).sqrt()
+    return torch.where(norms > 0, (scores * truth).sum(dim=0) / norms, 0)
+
+
+def f1_threshold(scores: Tensor, truth: Tensor) -> Tensor:
+    """The t > 0 whose "score >= t" has the largest F1, the largest t of equals.
+
+    Args:
+        scores: [N, V], a column for each concept.
+        truth: BoolTensor [N, V].
+
+    Returns:
+        float64 [V]; infinity (nothing is predicted) where no score is positive.
+    """
+    scores, order = scores.double().sort(dim=0, descending=True, stable=True)
+    true = truth.gather(0, order).double().cumsum(dim=0)
+    said = torch.arange(1, len(scores) + 1, device=scores.device)[:, None]
+    f1 = 2 * true / (said + truth.sum(dim=0))
+    last = torch.ones_like(truth)  # of equal scores: all or none are predicted
+    last[:-1] = scores[1:] != scores[:-1]
+    f1 = torch.where(last & (scores > 0), f1, -1)
+    best, at = f1.max(dim=0)  # `max` may return any of equals
+    at = (f1 == best).double().argmax(dim=0)
+    return torch.where(best >= 0, scores.gather(0, at[None])[0], torch.inf)
+
+
+def f1_above(scores: Tensor, truth: Tensor, thresholds: Tensor) -> Tensor:
+    """F1 of "score >= threshold": [N, V], BoolTensor [N, V], [V] -> float64 [V]; NaN for a concept
+    that no row has."""
+    said = scores.double() >= thresholds
+    hits, positives = (said & truth).sum(dim=0).double(), truth.sum(dim=0)
+    return torch.where(positives > 0, 2 * hits / (said.sum(dim=0) + positives), torch.nan)
 
 
 def _starts_of_ties(codes: SparseCodes) -> Tensor:

@@ -38,6 +38,7 @@ METRICS = Registry("metric")
 NEEDS = {
     "embeddings": "an image_encoder, such as 'open_clip:ViT-B-32/openai'",
     "truth": "a dataset with ground truth, such as the built-in scenes",
+    "patch_truth": "a dataset that knows what patches show, such as the scenes or one with masks",
     "predictions": "a classifier, the embeddings of the class names",
     "scores": "",
 }
@@ -54,7 +55,13 @@ class Options:
         threshold: the AUROC from which a latent counts as good for a concept.
         seed: of the samples, which depend on it and on the number of images alone.
         sample_tokens: that CKNNA compares, at most; drawn from all.
-        sample_images: whose patches and pooled codes recovery compares, at most; drawn from all.
+        sample_images: whose patches and pooled codes recovery, localization, spatial coherence and
+            probing compare, at most; drawn from all.
+        concepts: names of the V columns of a batch's `patch_truth`; (): there is none.
+        grid: rows and columns of patches.
+        pooling: of token codes to image codes.
+        judges: of each further image encoder the suffix of its numbers (`encoders.judge`) and its
+            embed_dim.
     """
 
     images: int
@@ -65,6 +72,10 @@ class Options:
     seed: int = 0
     sample_tokens: int = 10_000
     sample_images: int = 2_000
+    concepts: tuple[str, ...] = ()
+    grid: tuple[int, int] = (1, 1)
+    pooling: str = "mean"
+    judges: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("sample_tokens", "sample_images"):

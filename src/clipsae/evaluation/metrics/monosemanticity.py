@@ -15,12 +15,14 @@ and those follow from sum a e, sum a, sum a^2, sum e and min at the end: one pas
 N images, T tokens of an image, M latents, e embedding size.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from clipsae.evaluation.encoders import JUDGES
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
@@ -96,15 +98,22 @@ def monosemanticity(activations: Tensor, embeddings: Tensor) -> Tensor:
 
 @METRICS.register("monosemanticity")
 class MonoSemanticity(Measurement):
-    """`monosemanticity` of the pooled codes.
+    """`monosemanticity` of the pooled codes, by the first image encoder and, with a suffix, by each
+    further one.
 
-    Holds M x e float64 numbers, whatever the number of images: 200 MB at M = 49,152, e = 512.
+    Holds M x e float64 numbers for each, whatever the number of images: 200 MB at M = 49,152,
+    e = 512.
     """
 
     numbers = (
         _number("monosemanticity_mean", "mean MonoSemanticity", paper="mean_ms", headline=True),
         _number("monosemanticity_max", "max MonoSemanticity", paper="max_ms", headline=True),
         _number("monosemanticity_live", "live latents", format=".0f", better=""),
+        *(
+            _number(f"monosemanticity_{which}_{name}", f"{which} MonoSemanticity by {name}")
+            for name in (*JUDGES, "other")
+            for which in ("mean", "max")
+        ),
     )
     needs = ("embeddings",)
 
@@ -115,9 +124,22 @@ class MonoSemanticity(Measurement):
         merge: dict[str, Any] = {"lowest": "min", "highest": two_largest}
         for name, start in monosemanticity_sums(*nothing).items():
             self.add_state(name, start, dist_reduce_fx=merge.get(name, "sum"))
+        others = [replace(options, embed_dim=size, judges=()) for _, size in options.judges]
+        self.others = nn.ModuleList(MonoSemanticity(sae, one) for one in others)
 
     def update(self, batch: Batch) -> None:
-        for name, new in monosemanticity_sums(batch.pooled, batch.embeddings).items():
+        self.add(batch.pooled, batch.embeddings)
+        if self.others:
+            for other, embeddings in zip(self._each()[1:], batch.judged, strict=True):
+                other.add(batch.pooled, embeddings)
+
+    def _each(self) -> list["MonoSemanticity"]:
+        """By each image encoder."""
+        return [self, *(one for one in self.others if isinstance(one, MonoSemanticity))]
+
+    def add(self, pooled: Tensor, embeddings: Tensor) -> None:
+        """Add images: codes [B, M], embeddings [B, e]."""
+        for name, new in monosemanticity_sums(pooled, embeddings).items():
             state = getattr(self, name)
             if name == "lowest":
                 self.lowest = torch.minimum(state, new)
@@ -132,11 +154,14 @@ class MonoSemanticity(Measurement):
 
     def compute(self) -> dict[str, Tensor]:
         """Mean and maximum over the live latents, and how many those are."""
-        scores = self.scores()
-        self.per_latent = {"monosemanticity": scores}
-        live = scores[~scores.isnan()]
-        return {
-            "monosemanticity_mean": live.mean(),  # NaN of none
-            "monosemanticity_max": live.max() if len(live) else live.mean(),
-            "monosemanticity_live": torch.tensor(len(live), device=scores.device),
-        }
+        self.per_latent, found = {}, {}
+        suffixes = ["", *(f"_{name}" for name, _ in self.options.judges)]
+        for suffix, one in zip(suffixes, self._each(), strict=True):
+            scores = one.scores()
+            self.per_latent[f"monosemanticity{suffix}"] = scores
+            live = scores[~scores.isnan()]
+            found[f"monosemanticity_mean{suffix}"] = live.mean()  # NaN of none
+            found[f"monosemanticity_max{suffix}"] = live.max() if len(live) else live.mean()
+            if not suffix:  # the same for all
+                found["monosemanticity_live"] = torch.tensor(len(live), device=scores.device)
+        return found

@@ -1,161 +1,302 @@
 """Concept recovery: which of the concepts that are known to be there did the SAE find?
 
-Where ground truth exists (`clipsae.evaluation.truth`), each concept, such as
-"colour=red", asks: is there one latent that tells where it is? And each latent: does it stand for
-one concept? The questions follow the field: is a concept split over several latents (Bricken et
-al., "Towards Monosemanticity", 2023), are several concepts merged in one latent?
+Where ground truth exists (`clipsae.evaluation.truth`), each concept, such as "colour=red", asks:
+is there one latent that tells where it is? A concept is compared with its siblings, the other
+values of its attribute, on the rows that have the attribute at all: red with the other colours, on
+patches of objects. (Against all patches, of which most show background, whatever tells objects from
+the background would seem to tell red: 512 random directions find three concepts of four so.) And
+what is chosen, the latent and the threshold of its F1, is chosen on one half of the images and
+scored on the other.
 
-N rows (patches or images), M latents, V concepts.
+The questions follow the field: is a concept split over several latents (Bricken et al., "Towards
+Monosemanticity", 2023), are several merged in one, is one absorbed (Chanin et al., "A is for
+Absorption", 2024, arXiv 2409.14507)? Beside each answer stands what random directions and an
+untrained SAE reach on the same images, and what a supervised probe does.
+
+N rows (patches, objects or images), M latents, V concepts, d width.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipsae.evaluation.metrics.auroc import auroc, best_f1, latent_blocks, sum_rows
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.metrics.concepts import (
+    PER_CONCEPT,
+    SIZES,
+    absorption,
+    concept_recovery,
+    probe_recovery,
+)
+from clipsae.evaluation.metrics.floors import RandomDirections, mean_rows, untrained
 from clipsae.evaluation.metrics.sample import CodeSample, Draw
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
-from clipsae.evaluation.ranking import top_latents
-from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names
+from clipsae.evaluation.truth import (
+    IMAGE_ATTRIBUTES,
+    OBJECT_ATTRIBUTES,
+    PATCH_ATTRIBUTES,
+    concept_names,
+)
 from clipsae.sae import SAE, SparseCodes
 
-_CONCEPTS = (
+log = logging.getLogger(__name__)
+
+LEVELS = {"patch": "patches", "object": "objects", "image": "images"}
+_ATTRIBUTES = {"patch": PATCH_ATTRIBUTES, "object": OBJECT_ATTRIBUTES, "image": IMAGE_ATTRIBUTES}
+# What they are compared with: `{level}_{key}_{name}`.
+REFERENCES = {
+    "random": "512 random directions and their negatives",
+    "untrained": "an SAE of the same config before its first step",
+    "probe": "a linear probe of each concept, fitted by least squares",
+}
+_SCORES = (
     Number(
         "concepts_found",
         "concepts found",
-        "share of the known concepts that a single latent detects, by an AUROC of "
-        "measurement.threshold (0.9 unless set) or above",
+        "share of the known concepts that a single latent tells from their siblings (red from the "
+        "other colours, on what has a colour at all), by an AUROC of measurement.threshold (0.9 "
+        "unless set) or above; latents are chosen on one half of the images and scored on the "
+        "other",
         ".1%",
     ),
-    Number("auroc", "AUROC", "of a concept's best latent, mean over concepts"),
-    Number("f1", "F1", "of a concept's best latent, mean over concepts"),
+    Number("auroc", "AUROC", "of a concept's latent among siblings, mean over concepts"),
     Number(
-        "purity",
-        "purity",
-        "largest share of a latent's activation on one concept, mean over latents",
+        "f1",
+        "F1",
+        "of a concept's latent among siblings, its threshold chosen on the other half, mean over "
+        "concepts",
     ),
+    Number(
+        "mcc",
+        "MCC",
+        "correlation of a concept with its latent among siblings, latents assigned one to one, "
+        "mean over concepts",
+    ),
+)
+_COUNTS = (
     Number("splitting", "splitting", "good latents per concept that is found", better=""),
     Number(
         "merging", "merging", "share of good latents that are good for several concepts", better=""
     ),
+    Number("concepts", "concepts", "that both halves show, and not everywhere", ".0f", ""),
 )
-NUMBERS = tuple(
-    replace(
-        number,
-        key=f"{level}_{number.key}",
-        label=f"{number.label}, {level}",
-        table="recovery",
-        headline=(level, number.key) == ("patch", "concepts_found"),
+_PURITY = Number(
+    "purity", "purity", "largest share of a latent's activation on one concept, mean over latents"
+)
+_ABSORPTION = Number(
+    "absorption",
+    "absorption",
+    "share of a shape's patches on which its main latent is silent and another one that is active "
+    "there contributes the shape's direction, as a latent for red circles would; mean over the "
+    "shapes that have a main latent (AUROC of 0.75 or above)",
+    ".1%",
+    "min",
+)
+
+
+def _numbers(level: str) -> tuple[Number, ...]:
+    scores = [
+        replace(
+            number,
+            headline=(level, number.key) == ("patch", "concepts_found"),
+            floor=f"{level}_{number.key}_untrained",
+            ceiling=f"{level}_{number.key}_probe",
+        )
+        for number in _SCORES
+    ]
+    own = [*scores, *_COUNTS]
+    own += {"patch": [_ABSORPTION, _PURITY], "object": [], "image": [_PURITY]}[level]
+    beside = [
+        replace(n, key=f"{n.key}_{of}", label=f"{n.label} ({of})", meaning=said, table="")
+        for n in _SCORES
+        for of, said in REFERENCES.items()
+    ]
+    return tuple(
+        replace(
+            n,
+            key=f"{level}_{n.key}",
+            label=f"{n.label}, {level}",
+            table="recovery" if n in own else "",
+        )
+        for n in (*own, *beside)
     )
-    for level in ("patch", "image")
-    for number in _CONCEPTS
-)
+
+
+NUMBERS = tuple(number for level in LEVELS for number in _numbers(level))
 # Of each concept, in `concepts.csv`.
-COLUMNS = ("positives", "auroc", "auroc_latent", "f1", "f1_latent", "latents")
+COLUMNS = (
+    *SIZES,
+    *("auroc", "auroc_latent", "f1", "f1_latent", "f1_threshold", "mcc", "mcc_latent", "latents"),
+    "absorption",  # of patches
+)
+_MAIN = 0.75  # AUROC of a main latent, half-way from chance to perfect: see `absorption`
 
-# Of float64 arrays [entries, V] and [m, V]: so few that their memory is used again and again.
-_BLOCK_ELEMENTS = 2**20
-# Codes that are not zero: 0.2 GB, and ten times that while they are sorted.
+# Codes that are not zero: 0.2 GB, and several times that while they are sorted.
 _ENTRIES = 2**24
+# Tokens and truth, float32: 0.13 GB.
+_NUMBERS = 2**25
+# What the SAE is compared with has fewer of the many patches of background, and where codes are
+# mostly not zero, of the first images only, until it has so many.
+_BACKGROUND, _REFERENCE = 1 / 8, 2**23
+_IMAGES = 16  # that are pooled at a time
 
 
-def concept_recovery(
-    codes: Tensor | SparseCodes,
-    truth: Tensor,
-    threshold: float = 0.9,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Tensor]:
-    """Compare all latents with all concepts on a sample; exact, ties included.
-
-    Best latents are chosen, and thresholds of F1 set, on the same rows that are scored: with few
-    rows of a concept and many latents this flatters, as chance finds a latent that fits.
+def pool_rows(codes: SparseCodes, group: Tensor, how: str) -> SparseCodes:
+    """The codes of groups of rows, such as an object's patches.
 
     Args:
-        codes: [N, M], dense or sparse.
-        truth: BoolTensor [N, V].
-        threshold: the AUROC from which a latent counts as good for a concept.
-        progress: called with (latents done, M).
+        codes: [N, M].
+        group: LongTensor [N], which of G groups each row belongs to, each to be found among them;
+            -1: to none.
+        how: "max" (0 where all are negative), "mean" over the group's rows, or "cls": its first.
 
     Returns:
-        Per concept [V]:
-        `auroc`, `auroc_latent`: the best single latent's, and which (the first of equals);
-        `f1`, `f1_latent`: the same for the best F1 (`best_f1`);
-        `latents`: how many latents are good for it (above 1: split);
-        `positives`: rows that have it. Concepts that all rows have or none are NaN, latent -1.
-
-        Per latent [M]:
-        `concepts`: how many concepts it is good for (above 1: it merges several);
-        `purity`: the largest share of its activation (positive codes) that lies on rows of one
-        concept, `purest` which; NaN and -1 for latents without positive codes. A latent that is
-        active everywhere has the share of the commonest concept, max(positives) / N.
-
-        Over the concepts that are defined, resp. live latents, scalars:
-        `mean_auroc`, `mean_f1`, `mean_purity`; `concepts_found`: share of concepts with a good
-        latent; `splitting`: mean number of good latents of a concept that is found; `merging`:
-        share of good latents that are good for two concepts or more; `live`: latents with positive
-        codes.
-
-    Raises:
-        ValueError: shapes that do not fit, or a threshold outside 0.5..1.
+        [G, M].
     """
-    if isinstance(codes, Tensor):
-        codes = SparseCodes.from_dense(codes.float())
-    if truth.ndim != 2 or truth.dtype != torch.bool or len(truth) != len(codes):
-        raise ValueError(
-            f"truth {truth.dtype} {tuple(truth.shape)} with {len(codes)} rows of codes: expected "
-            f"bool [{len(codes)}, V]"
-        )
-    if not 0.5 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}: expected an AUROC above 0.5 and at most 1")
-    positives = truth.sum(dim=0)
-    truth = truth.double()
-    room = max(1, _BLOCK_ELEMENTS // max(truth.shape[1], 1))
-    parts = []
-    for first, block in latent_blocks(codes, pairs=room, latents=room):
-        parts.append((auroc(block, truth), best_f1(block, truth), *_purity(block, truth)))
-        progress(first + block.latents, codes.latents)
-    area, f1, purity, purest = (torch.cat(part) for part in zip(*parts, strict=True))
+    sizes = torch.bincount(group[group >= 0])
+    of = group[codes.token]
+    here = of >= 0
+    if how == "cls":
+        rows = torch.arange(len(group), device=group.device)
+        first = group.new_full((len(sizes),), len(group))
+        first.scatter_reduce_(0, group[group >= 0], rows[group >= 0], "amin")
+        here &= first[of] == codes.token
+    cells = of[here] * codes.latents + codes.latent[here]
+    dense = codes.values.new_zeros(len(sizes) * codes.latents)
+    if how == "max":
+        dense.scatter_reduce_(0, cells, codes.values[here], "amax")
+    else:
+        dense = dense.double().index_add_(0, cells, codes.values[here].double())
+    dense = dense.view(len(sizes), codes.latents)
+    if how == "mean":
+        dense = dense / sizes[:, None]
+    return SparseCodes.from_dense(dense.to(codes.dtype))
 
-    good = area >= threshold
-    latents, concepts = good.sum(dim=0), good.sum(dim=1)
-    found = {"positives": positives, "latents": latents, "concepts": concepts}
-    found |= {"purity": purity, "purest": purest}
-    defined = (positives > 0) & (positives < len(truth))
-    for name, scores in (("auroc", area), ("f1", f1)):
-        best = top_latents(scores.nan_to_num(nan=-torch.inf).T.contiguous(), 1)
-        value = scores.T.gather(1, best).squeeze(1)
-        found[name] = torch.where(defined, value, torch.nan)
-        found[f"{name}_latent"] = torch.where(defined, best.squeeze(1), -1)
-    return found | {
-        "mean_auroc": found["auroc"].nanmean(),
-        "mean_f1": found["f1"].nanmean(),
-        "mean_purity": purity.nanmean(),
-        "concepts_found": (latents > 0)[defined].double().mean(),
-        "splitting": latents[latents > 0].double().mean(),
-        "merging": (concepts[concepts > 0] > 1).double().mean(),
-        "live": (~purity.isnan()).sum(),
+
+@dataclass(frozen=True)
+class _Level:
+    """The rows of a level (patches, objects or images) and what is known of them.
+
+    Attributes:
+        names: of the V concepts.
+        truth: BoolTensor [N, V].
+        choosing: BoolTensor [N].
+        row: LongTensor [n T], the row that each token belongs to; -1: to none.
+    """
+
+    names: list[str]
+    truth: Tensor
+    choosing: Tensor
+    row: Tensor
+
+
+def _levels(
+    beside: Tensor, tokens: int, d: int, background: float = 1.0
+) -> tuple[Tensor, dict[str, _Level]]:
+    """The sampled images at all levels.
+
+    Every second image chooses. (The sample is in the order of a draw, not of the dataset, whose
+    labels may alternate.)
+
+    Args:
+        beside: of n images, [n, T (d + V + 1) + W]: their tokens, each token's concepts and object,
+            and the image's concepts.
+        tokens, d: T, d.
+        background: share of the patches without an object that are rows, drawn.
+
+    Returns:
+        Tokens [n, T, d], and the levels by name.
+    """
+    names = {level: concept_names(attributes) for level, attributes in _ATTRIBUTES.items()}
+    n, v = len(beside), len(names["patch"])
+    sizes = (tokens * d, tokens * v, tokens, len(names["image"]))
+    x, of_tokens, objects, of_images = beside.split(sizes, dim=1)
+    truth, slot = of_tokens.reshape(n * tokens, v) > 0, objects.flatten().long()
+    image = torch.arange(n, device=beside.device)
+    of_token = image.repeat_interleave(tokens)
+    shown = slot >= 0
+    draw = torch.rand(n * tokens, generator=torch.Generator().manual_seed(0)).to(slot.device)
+    patch = truth.any(dim=1)  # the class token has no attributes
+    patch &= shown | (draw < background)
+    cells = of_token * (int(slot.max()) + 1) + slot if n else slot
+    found, place = cells[shown].unique(return_inverse=True)
+    first = place.new_zeros(len(found)).scatter_(0, place, shown.nonzero()[:, 0])  # any: all agree
+    columns = [names["patch"].index(name) for name in names["object"]]
+    rows = {
+        "patch": (truth[patch], of_token[patch], torch.where(patch, patch.cumsum(0) - 1, -1)),
+        "object": (
+            truth[first][:, columns],
+            of_token[first],
+            torch.full_like(slot, -1).masked_scatter(shown, place),
+        ),
+        "image": (of_images > 0, image, of_token),
+    }
+    return x.reshape(n, tokens, d), {
+        name: _Level(names[name], truth, image % 2 == 0, row)
+        for name, (truth, image, row) in rows.items()
     }
 
 
-def _purity(block: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor]:
-    activation = block.values.double().clamp(min=0)
-    mass = block.sum_tokens(activation)
-    shares = sum_rows(block, activation, truth) / mass[:, None]
-    purity, purest = shares.max(dim=1)
-    live = mass > 0
-    return torch.where(live, purity, torch.nan), torch.where(live, purest, -1)
+def _by_level(
+    parts: Iterable[SparseCodes], levels: dict[str, _Level], pooling: str, most: int | None = None
+) -> dict[str, SparseCodes]:
+    """Codes of the rows of each level: of patches, of objects the largest of their patches' codes,
+    of images by `pooling`.
+
+    Args:
+        parts: codes [b, T, M] of consecutive images.
+        most: ends when there are so many codes that are not zero; None: at the last image.
+
+    Returns:
+        Codes [N, M] by level; of the level's first rows, where it ended early.
+    """
+    found: dict[str, list[SparseCodes]] = {level: [] for level in levels}
+    done = dict.fromkeys(levels, 0)
+    images = pairs = 0
+    for codes in parts:
+        b, tokens, latents = codes.shape
+        here = slice(images * tokens, (images + b) * tokens)
+        rows = codes.view(-1, latents)
+        for name, level in levels.items():
+            row = level.row[here]
+            if name == "patch":
+                part = rows[row >= 0]
+            else:
+                row = torch.where(row >= 0, row - done[name], -1)
+                part = pool_rows(rows, row, "max" if name == "object" else pooling)
+            found[name].append(part)
+            done[name] += part.tokens
+            pairs += len(part.values)
+        images += b
+        if most is not None and pairs > most:
+            break
+    return {level: _stack(several, latents) for level, several in found.items()}
+
+
+def _stack(parts: list[SparseCodes], latents: int) -> SparseCodes:
+    """Codes [N, M] of all rows of the parts."""
+    starts, total = [], 0
+    for part in parts:
+        starts.append(total)
+        total += part.tokens
+    positions = [p.positions + at * latents for p, at in zip(parts, starts, strict=True)]
+    return SparseCodes(torch.cat([p.values for p in parts]), torch.cat(positions), (total, latents))
 
 
 @METRICS.register("recovery")
 class ConceptRecovery(Measurement):
-    """`concept_recovery` of a sample of images, by their patches and by their pooled codes.
+    """`concept_recovery` of a sample of images: by patches, objects and whole images.
 
-    The sample's codes are kept; of SAEs with very many active latents a part of them
-    (`CodeSample`), and the log says how many. `concepts` has each concept's best latents.
+    An object's code is the largest of its patches' codes, an image's is pooled by
+    `Options.pooling`. The codes, tokens and truth of the sample are kept; where that is too much
+    memory, those of a part of the images (`CodeSample`), and the log says of how many. `concepts`
+    has each concept's latents, and its scores by what the SAE is compared with (`REFERENCES`),
+    which is measured on the same images; of codes that are mostly not zero on the first of them.
     """
 
     numbers = NUMBERS
@@ -163,54 +304,183 @@ class ConceptRecovery(Measurement):
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
+        self._sae = (sae,)  # in a tuple it is no part of this module
         self.draw = Draw(options.images, 1, options.sample_images, options.seed)
-        self.patches, self.images = (
-            CodeSample(
-                "recovery",
-                unit,
-                self.latents,
-                torch.empty(0, len(concept_names(attributes)), dtype=torch.bool),
-                lambda rows, pairs: pairs > _ENTRIES,
-            )
-            for unit, attributes in (("patches", PATCH_ATTRIBUTES), ("images", IMAGE_ATTRIBUTES))
+        order = torch.Generator().manual_seed(options.seed)
+        self.order = torch.randperm(len(self.draw.drawn), generator=order)
+        patch, image = (len(concept_names(_ATTRIBUTES[level])) for level in ("patch", "image"))
+        width = options.tokens * (self.d + patch + 1) + image
+        self.sample = CodeSample(
+            "recovery",
+            "images",
+            options.tokens * self.latents,
+            torch.empty(0, width),
+            lambda rows, pairs: pairs > _ENTRIES or rows * width > _NUMBERS,
         )
 
     def update(self, batch: Batch) -> None:
         rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
-        truth = batch.patch_truth[rows]
-        patches = truth.shape[1]
-        drawn = torch.zeros(batch.tokens.shape[:2], dtype=torch.bool)
-        drawn[rows, -patches:] = True
-        codes = batch.sparse.view(-1, self.latents)[drawn.flatten().to(truth.device)]
-        of_patches = numbers[:, None] * patches + torch.arange(patches)
-        self.patches.update(of_patches.flatten(), truth.flatten(0, 1), codes)
-        pooled = SparseCodes.from_dense(batch.pooled[rows])
-        self.images.update(numbers, batch.image_truth[rows], pooled)
+        x = batch.tokens[rows].float()
+        n, tokens = x.shape[:2]
+        patches = batch.patch_objects.shape[1]  # the last tokens
+        truth = x.new_zeros(n, tokens, batch.patch_truth.shape[2])
+        truth[:, -patches:] = batch.patch_truth[rows].to(x)
+        objects = x.new_full((n, tokens), -1)
+        objects[:, -patches:] = batch.patch_objects[rows].to(x)
+        parts = (x, truth, objects, batch.image_truth[rows].to(x))
+        beside = torch.cat([part.flatten(1) for part in parts], dim=1)
+        drawn = torch.zeros(len(batch.positions), dtype=torch.bool, device=x.device)
+        drawn[rows] = True
+        codes = batch.sparse[drawn]
+        flat = SparseCodes(codes.values, codes.positions, (n, tokens * self.latents))
+        self.sample.update(self.order[numbers], beside, flat)
 
     def compute(self) -> dict[str, Tensor]:
-        """The scalars of both levels, after "patch_" and "image_"."""
+        """The scalars of all levels, after "patch_", "object_" and "image_"."""
+        beside, kept = self.sample.compute()
+        tokens = self.options.tokens
+        codes = SparseCodes(kept.values, kept.positions, (len(beside), tokens, self.latents))
+        x, levels = _levels(beside, tokens, self.d)
+        flat = x.flatten(0, 1)
+        parts = (codes[i : i + _IMAGES] for i in range(0, len(x), _IMAGES))
+        found = self._compare(parts, levels)
+        probes = {level: self._probe(level, x, rows) for level, rows in levels.items()}
+        tokenwise = codes.view(-1, self.latents)
+        found["patch"] |= self._absorption(
+            tokenwise, flat, levels["patch"], found["patch"], probes["patch"]
+        )
+        others = {"probe": probes}
+        _, fewer = _levels(beside, tokens, self.d, _BACKGROUND)
+        for of, model in (
+            ("random", RandomDirections(flat, self.options.seed)),
+            ("untrained", untrained(self._sae[0], x)),
+        ):
+            parts = (model.encode_sparse(part) for part in x.split(_IMAGES))
+            others[of] = self._compare(parts, fewer, _REFERENCE)
+
         values: dict[str, Tensor] = {}
         self.concepts = []
-        for level, sample, attributes in (
-            ("patch", self.patches, PATCH_ATTRIBUTES),
-            ("image", self.images, IMAGE_ATTRIBUTES),
-        ):
-
-            def report(done: int, total: int, unit: str = sample.unit) -> None:
-                self.progress(done, total, f"recovery in {unit}")
-
-            truth, codes = sample.compute()
-            found = concept_recovery(codes, truth, self.options.threshold, report)
-            columns = {name: found[name].tolist() for name in COLUMNS}
-            self.concepts += [
-                {"level": level, "concept": name, **{c: column[v] for c, column in columns.items()}}
-                for v, name in enumerate(concept_names(attributes))
-            ]
-            for number in _CONCEPTS:
-                value = found.get(f"mean_{number.key}", found[number.key])
-                values[f"{level}_{number.key}"] = value
-            if sample.compared is not None:
-                values[f"{level}_compared"] = torch.tensor(float(sample.compared))
+        for level in LEVELS:
+            beside_it = {of: other[level] for of, other in others.items()}
+            values |= _named(level, found[level], beside_it)
+            self.concepts += _rows(level, levels[level].names, found[level], beside_it)
+        self._tell(values, levels)
         return values
+
+    def _compare(
+        self, parts: Iterable[SparseCodes], levels: dict[str, _Level], most: int | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        """`concept_recovery` at each level of codes [b, T, M] of consecutive images."""
+        codes = _by_level(parts, levels, self.options.pooling, most)
+        found = {}
+        for level, rows in levels.items():
+            n = len(codes[level])
+            found[level] = concept_recovery(
+                codes[level],
+                rows.truth[:n],
+                rows.names,
+                rows.choosing[:n],
+                self.options.threshold,
+                lambda done, total, of=LEVELS[level]: self.progress(  # type: ignore[misc]
+                    done, total, f"recovery in {of}"
+                ),
+            )
+        return found
+
+    def _probe(self, level: str, x: Tensor, rows: _Level) -> dict[str, Tensor]:
+        """The same of a probe of tokens [n, T, d]: of a patch's, of the mean of an object's, and of
+        an image's first (the class token, where there is one) beside the mean of all."""
+        features = x.flatten(0, 1)
+        if level == "patch":
+            features = features[rows.row >= 0]
+        elif level == "object":
+            features = mean_rows(features, rows.row)
+        else:
+            features = torch.cat((x[:, 0], x.mean(dim=1)), dim=1)
+        return probe_recovery(
+            features, rows.truth, rows.names, rows.choosing, self.options.threshold
+        )
+
+    def _absorption(
+        self,
+        codes: SparseCodes,
+        x: Tensor,
+        level: _Level,
+        found: dict[str, Tensor],
+        probe: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """`absorption` of each concept on the patches that score it, and its mean over shapes.
+
+        Args:
+            codes, x: [n T, M], tokens [n T, d].
+        """
+        sae, patch = self._sae[0], level.row >= 0
+        x = x[patch]
+        says = x.double() @ probe["weights"][:-1] + probe["weights"][-1] >= probe["threshold"]
+        target = x / sae.input_scale(x)
+        if sae.decoder_bias is not None:
+            target = target - sae.decoder_bias
+        absorbed = absorption(
+            codes[patch],
+            target,
+            sae.decoder_rows(),
+            probe["weights"][:-1],
+            level.truth & says & ~level.choosing[:, None],
+            torch.where(found["auroc"] >= _MAIN, found["auroc_latent"], -1),
+        )
+        shapes = torch.tensor([name.startswith("shape=") for name in level.names])
+        mean = absorbed[shapes.to(absorbed.device)].nanmean()
+        return {"absorption": absorbed, "mean_absorption": mean}
+
+    def _tell(self, values: dict[str, Tensor], levels: dict[str, _Level]) -> None:
+        """In the log, what is left out."""
+        for level, rows in levels.items():
+            if left := len(rows.names) - int(values[f"{level}_concepts"]):
+                log.info(
+                    "recovery leaves out %d of %d concepts in %s: a half of the images has none of "
+                    "them, or nothing else",
+                    left,
+                    len(rows.names),
+                    LEVELS[level],
+                )
+
+
+def _named(
+    level: str, found: dict[str, Tensor], others: dict[str, dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The scalars of a level by the keys of `NUMBERS`."""
+    values = {}
+    for number in NUMBERS:
+        of, _, key = number.key.partition("_")
+        if of != level:
+            continue
+        key, _, name = (
+            key.rpartition("_") if key.rpartition("_")[2] in REFERENCES else (key, "", "")
+        )
+        source = others[name] if name else found
+        values[number.key] = source[f"mean_{key}" if f"mean_{key}" in source else key]
+    return values
+
+
+def _rows(
+    level: str,
+    names: Sequence[str],
+    found: dict[str, Tensor],
+    others: dict[str, dict[str, Tensor]],
+) -> list[dict[str, Any]]:
+    """A row of `concepts.csv` for each concept of a level."""
+    columns = {name: found[name] for name in COLUMNS if name in found}
+    for name, other in others.items():
+        columns |= {f"{key}_{name}": other[key] for key in PER_CONCEPT}
+    lists = {name: column.tolist() for name, column in columns.items()}
+    return [
+        {
+            "level": level,
+            "attribute": name.partition("=")[0],
+            "concept": name,
+            **{column: values[v] for column, values in lists.items()},
+        }
+        for v, name in enumerate(names)
+    ]

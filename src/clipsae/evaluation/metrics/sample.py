@@ -125,7 +125,7 @@ class CodeSample(Metric):
             self.compared = len(numbers)
             log.info(
                 "%s compares %s of %s %s, drawn at random: with %s active latents each, all would "
-                "take too long",
+                "take too long, or too much memory",
                 self.metric,
                 f"{len(numbers):,}",
                 f"{int(self.seen):,}",

@@ -115,7 +115,7 @@ class Check:
         self.opened = Opened(findings)
         self.jobs: list[Job] = []  # those that can be measured
         self.asked = 1
-        self.learns_k = False  # whether the sweep trains what `model.k=auto` learns from
+        self.learns_k = False  # whether the sweep trains what `auto` (see `guidance`) learns from
         self.prompts = math.inf  # a second
         target = "" if launcher is None else str(launcher.get("_target_")).rpartition(".")[2]
         self.on_slurm, self.many = target == "Slurm", target == "ManyCores"

@@ -10,9 +10,8 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.store import Stage, Store
-from clipsae.tasks import build, experiment, plugins, precision
+from clipsae.tasks import build, experiment, guidance, plugins, precision
 from clipsae.tasks.check.findings import FAILS, WARNING, Findings
-from clipsae.tasks.guidance import resolve_k
 from clipsae.tasks.stages import evaluation, sae
 
 ANY_SIZE = 224  # pixels, where the CLIP is not known
@@ -101,7 +100,7 @@ def look(
 
     Args:
         elsewhere: whether the job runs on another machine: its devices are not looked for here.
-        learns_k: whether the sweep trains what `model.k=auto` learns from.
+        learns_k: whether the sweep trains what `auto` (see `guidance`) learns from.
 
     Returns:
         None: it cannot be measured.
@@ -122,7 +121,7 @@ def look(
     if not valid or clip is None:
         return None
     try:
-        resolve_k(cfg, store)
+        guidance.resolve(cfg, store)
     except ConfigError as error:
         findings.add("options", WARNING if learns_k else FAILS, str(error), job=name)
         return None

@@ -34,6 +34,7 @@ from clipsae.tasks import build, plugins, precision
 
 log = logging.getLogger(__name__)
 
+JUDGED_BY = ("open_clip:ViT-B-32/openai", "timm:vit_small_patch14_dinov2.lvd142m")
 LARGEST_DIFFERENCE = 2.0  # points between `no_sae` and the published zero-shot accuracy
 
 
@@ -51,20 +52,28 @@ def metric_names(cfg: DictConfig) -> list[str]:
     return [name for name, metric in METRICS.items() if not plugins.of_others(cfg, metric)]
 
 
-def encoder_name(cfg: DictConfig, dataset: ImageDataset) -> str | None:
-    """The image encoder of MonoSemanticity; None: it is not measured.
+def encoder_names(cfg: DictConfig, dataset: ImageDataset) -> list[str]:
+    """The image encoders of MonoSemanticity, the main one first; none: it is not measured.
 
-    "auto" is the source's choice, OpenAI's ViT-B/32; in the built-in world the ground truth, or
-    its own CLIP where there is none; nothing beside random CLIP weights.
+    "auto" is the source's choice, OpenAI's ViT-B/32, and DINOv2 beside it, which is not of the
+    family of the CLIPs that are measured; in the built-in world the ground truth, or its own CLIP
+    where there is none; nothing beside random CLIP weights.
     """
-    name = cfg.measurement.image_encoder
-    if name != "auto":
-        return name
+    names = cfg.measurement.image_encoder
+    if names is None:
+        return []
+    if names != "auto":
+        return [names] if isinstance(names, str) else list(names)
     if has_truth(dataset):
-        return "attributes"
+        return ["attributes"]
     if cfg.clip.pretrained is None:
-        return None
-    return "tiny" if cfg.clip.pretrained == "builtin" else "open_clip:ViT-B-32/openai"
+        return []
+    return ["tiny"] if cfg.clip.pretrained == "builtin" else list(JUDGED_BY)
+
+
+def encoder_name(cfg: DictConfig, dataset: ImageDataset) -> str | None:
+    """The first of `encoder_names`; None: there is none."""
+    return next(iter(encoder_names(cfg, dataset)), None)
 
 
 def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDataset) -> Stage | None:
@@ -84,7 +93,9 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, test_set: ImageDatase
         name.append(cfg.evaluation.protocol)
         name += [cfg.evaluation.ranking] * (cfg.evaluation.ranking != "frequency")
     if measures(cfg):
-        encoder = {"image_encoder": encoder_name(cfg, test_set)}
+        encoders = encoder_names(cfg, test_set)
+        # One is its name, as in results of before.
+        encoder = {"image_encoder": encoders if len(encoders) > 1 else encoder_name(cfg, test_set)}
         chosen = {"metrics": metric_names(cfg)}
         if plugged := plugins.digests(cfg, measuring=True):
             chosen["plugins"] = plugged
@@ -120,18 +131,19 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset, *, finished
             image encoder that cannot be had.
     """
     if measures(cfg) and not finished:
-        options, encoder = cfg.measurement, encoder_name(cfg, test_set)
+        options, encoders = cfg.measurement, encoder_names(cfg, test_set)
         metrics = build.user_error(
             check_metrics,
             clip,
             test_set,
             metrics=options.metrics,
-            image_encoder=encoder,
+            image_encoder=encoders,
             pooling=options.pooling,
             classifier=bool(cfg.evaluation.settings),
         )
         if any("embeddings" in METRICS[metric].needs for metric in metrics):
-            image_encoder(encoder, test_set)
+            for name in encoders:
+                image_encoder(name, test_set)
     if not cfg.evaluation.settings:
         return
     _ = clip.tokenizer
@@ -252,7 +264,8 @@ def compute(
         ranking=options.ranking,
         count_dataset=count_set,
         count_threshold=thresholds,
-        **build.plain(cfg.measurement) | {"image_encoder": encoder_name(cfg, test_set)},
+        count_share=options.count_share,
+        **build.plain(cfg.measurement) | {"image_encoder": encoder_names(cfg, test_set)},
         batch_size=options.batch_size,
         limit_images=limit,
         num_workers=cfg.features.num_workers,

@@ -30,7 +30,7 @@ from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
 from clipsae.store.files import checkpoint_step
-from clipsae.tasks import build, plugins, precision
+from clipsae.tasks import build, guidance, plugins, precision
 from clipsae.tasks.options import FITS, TRAINER
 from clipsae.tasks.stages import classifier, features
 from clipsae.training import baselines
@@ -110,12 +110,13 @@ def check_options(cfg: DictConfig) -> None:
     if cfg.model.get("fit") is not None:
         return
     options = build.training_options(cfg)
-    if cfg.model.get("k") == "auto":  # a number by then
-        cfg = OmegaConf.merge(cfg, {"model": {"k": 1}})
+    unknown = dict.fromkeys(guidance.unresolved(cfg), 1)  # numbers by then
+    cfg = OmegaConf.merge(cfg, {"model": unknown})
     with torch.device("meta"):
         sae = build.build_sae(cfg, d=64)  # any width
         build.user_error(SAEModule, sae, **options)
-    build.user_error(warmup_then, options["decay"], options["warmup_steps"], cfg.trainer.max_steps)
+    schedule = {key: options[key] for key in ("decay", "warmup_steps", "decay_fraction")}
+    build.user_error(warmup_then, **schedule, max_steps=cfg.trainer.max_steps)
     try:
         build.call_target(cfg.trainer, logger=False, **TRAINER_OPTIONS, plugins=_plugins())
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:

@@ -97,6 +97,10 @@ def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor | None:
     their mean. None where the embedding is no linear map of a normed token (SigLIP's is pooled by
     attention).
 
+    This is a logit lens (nostalgebraist 2020): the blocks behind the SAE's layer are left out, and
+    at inner layers its words are known to mislead (Belrose et al., "Eliciting Latent Predictions
+    from Transformers with the Tuned Lens", 2023, arXiv 2303.08112).
+
     Args:
         rows: decoder rows [M, d].
         words: text embeddings [W, e].

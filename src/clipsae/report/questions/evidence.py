@@ -1,0 +1,292 @@
+"""What the finished cells of a sweep hold, as one tidy frame of figures and one of concepts."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from clipsae.evaluation.numbers import current_names
+from clipsae.report.names import SIX, listed, model_title
+from clipsae.report.questions import statistics
+from clipsae.report.questions.statistics import Interval
+from clipsae.store import MARK
+from clipsae.store.files import read_json
+
+# Groups of overrides that decide an SAE: the others decide how it is evaluated.
+_OF_SAE = ("model", "optimizer", "trainer", "features", "clip", "train_dataset", "precision")
+TRAINED, UNTRAINED, NOT_LEARNED = "trained", "untrained", "not learned"
+FROZEN = {
+    "decoder": "decoder frozen",
+    "soft_decoder": "decoder softly frozen",
+    "encoder": "encoder frozen",
+}
+TWINS = (UNTRAINED, *FROZEN.values())
+_SETTING = ("protocol", "ranking", "share")  # of top-n classification
+_COLUMNS = ["recipe", "model", "role", "latents", "k", "seed", "sae", "evaluation", "dataset"]
+_COLUMNS += [*_SETTING, "key", "value"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished cell of a sweep.
+
+    Attributes:
+        overrides: those of the cell.
+        sae, evaluation: folders of the finished work.
+    """
+
+    overrides: Sequence[str]
+    sae: Path
+    evaluation: Path
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How accuracies were obtained: by the same rule they can be compared."""
+
+    dataset: str
+    protocol: str
+    ranking: str
+    share: float  # of the active codes that count; NaN: by each recipe's evaluation.count_threshold
+
+    @property
+    def title(self) -> str:
+        """Such as "paper, frequency", or "paper, frequency, 10 %" where a share is counted."""
+        share = "" if math.isnan(self.share) else f", {self.share:.0%}".replace("%", " %")
+        return f"{self.protocol}, {self.ranking}{share}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that the page rests on.
+
+    Attributes:
+        figures: a row a figure: recipe (the overrides that decide the SAE but its seed), model,
+            role (`TRAINED`, one of `TWINS`, `NOT_LEARNED`), latents, k, seed, sae and evaluation
+            (names of the folders), dataset, key (a number's, or "on_5", "on_all", "no_sae", ...),
+            value. Accuracies (in %) have protocol, ranking and share, numbers have none.
+        concepts: rows of `concepts.csv` with recipe, model, role, seed and dataset.
+        spans: when each finished stage was made, by its folder's name: host, start, end in
+            seconds.
+        cells: how many the sweep has, those included that are not finished.
+        commits, versions: of the code that made the results.
+    """
+
+    figures: pd.DataFrame
+    concepts: pd.DataFrame
+    spans: dict[str, tuple[str, float, float]]
+    cells: int
+    commits: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
+
+    @property
+    def numbers(self) -> pd.DataFrame:
+        """Measured numbers, on the dataset that most SAEs were measured on."""
+        rows = self.figures[self.figures.protocol.eq("")]
+        if rows.empty:
+            return rows
+        saes = rows.groupby("dataset", sort=False).sae.nunique()
+        return rows[rows.dataset == saes.idxmax()]
+
+    @property
+    def accuracies(self) -> pd.DataFrame:
+        """Accuracies, in all settings."""
+        return self.figures[self.figures.protocol.ne("")]
+
+    def settings(self, share: bool | None = None) -> list[Setting]:
+        """Of the accuracies, the one with most SAEs first.
+
+        Args:
+            share: only those with (True) or without a share of the codes.
+        """
+        rows = self.accuracies
+        if share is not None:
+            rows = rows[rows.share.notna() == share]
+        groups = rows.groupby(["dataset", *_SETTING], sort=False, dropna=False).sae.nunique()
+        ordered = groups.sort_values(ascending=False, kind="stable").index
+        return [Setting(*key) for key in ordered]
+
+    def within(self, setting: Setting) -> pd.DataFrame:
+        """The accuracies of a setting."""
+        rows = self.accuracies
+        same = rows.share.isna() if math.isnan(setting.share) else rows.share.eq(setting.share)
+        for name in ("dataset", "protocol", "ranking"):
+            same &= rows[name].eq(getattr(setting, name))
+        return rows[same]
+
+    def comparable(self) -> pd.DataFrame:
+        """Numbers, and the accuracies of the setting with most SAEs."""
+        found = self.settings(share=False) or self.settings()
+        return pd.concat([self.numbers, *(self.within(setting) for setting in found[:1])])
+
+    def models(self, role: str = TRAINED) -> list[str]:
+        """Those with results in a role, the six in the paper's order first."""
+        found = set(self.figures.model[self.figures.role == role])
+        return [*(m for m in SIX if m in found), *sorted(found - set(SIX))]
+
+    def main(self, model: str, role: str = TRAINED) -> str | None:
+        """The recipe of a model that was evaluated most; of several such the shortest."""
+        rows = self.figures[self.figures.model.eq(model) & self.figures.role.eq(role)]
+        if rows.empty:
+            return None
+        counts = rows.groupby("recipe").evaluation.nunique()
+        return min(counts.index, key=lambda recipe: (-counts[recipe], len(recipe), recipe))
+
+    def mains(self, rows: pd.DataFrame, role: str = TRAINED) -> dict[str, pd.DataFrame]:
+        """Of a frame's rows, those of each model's main recipe in a role; none without rows."""
+        mine = {model: rows[rows.recipe.eq(self.main(model, role))] for model in self.models(role)}
+        return {model: found for model, found in mine.items() if len(found)}
+
+    def hours(self, rows: pd.DataFrame) -> float:
+        """That the work behind some rows took, their SAEs and their evaluations. What was made at
+        the same time on one host, as with `together=true`, counts once."""
+        total, busy = 0.0, {}
+        for host, start, end in sorted(self.spans[n] for n in {*rows.sae, *rows.evaluation}):
+            until = busy.get(host, start)
+            total += max(0.0, end - max(start, until))
+            busy[host] = max(end, until)
+        return total / 3600
+
+
+def of(rows: pd.DataFrame, key: str) -> list[float]:
+    """A figure's values, one a seed."""
+    return rows[rows.key == key].groupby("seed").value.mean().tolist()
+
+
+def mean_of(rows: pd.DataFrame, key: str) -> Interval:
+    """Its mean over seeds."""
+    return statistics.mean(of(rows, key))
+
+
+def correlation_of(rows: pd.DataFrame, key: str) -> Interval:
+    """The mean of a correlation over seeds (`statistics.mean_correlation`)."""
+    return statistics.mean_correlation(of(rows, key))
+
+
+def recipe_title(recipe: str) -> str:
+    """A recipe as a reader calls it: the model, and what else sets it apart."""
+    words = dict(word.partition("=")[::2] for word in recipe.split())
+    model = model_title(words.pop("model", ""))
+    return ", ".join([model, *(f"{name}={value}" for name, value in words.items())])
+
+
+def read(results: Iterable[Result], cells: int) -> Evidence:
+    """Read the finished cells of a sweep.
+
+    Args:
+        cells: how many the sweep has.
+
+    Raises:
+        ValueError: none is finished.
+    """
+    results = list(results)
+    if not results:
+        raise ValueError(f"none of the sweep's {cells} cells is finished: run the sweep first")
+    recipes = _recipes([result.overrides for result in results])
+    rows: list[dict[str, Any]] = []
+    concepts: list[pd.DataFrame] = []
+    spans: dict[str, tuple[str, float, float]] = {}
+    commits, versions = set(), set()
+    seen = set()
+    recipe_of: dict[str, str] = {}  # two cells may ask for one SAE in different words
+    for result, recipe in zip(results, recipes, strict=True):
+        if result.evaluation in seen:
+            continue
+        seen.add(result.evaluation)
+        config = yaml.safe_load((result.evaluation / "config.yaml").read_text(encoding="utf-8"))
+        model = config["model"]
+        about = {
+            "recipe": recipe_of.setdefault(result.sae.name, recipe),
+            "model": model["name"],
+            "role": role(config),
+            "latents": model.get("latents"),
+            "k": model.get("k"),
+            "seed": config["seed"],
+            "sae": result.sae.name,
+            "evaluation": result.evaluation.name,
+            "dataset": config["dataset"]["name"],
+        }
+        for stage in (result.sae, result.evaluation):
+            mark = read_json(stage / MARK)
+            end, took = float(mark["finished"]), float(mark.get("seconds") or 0.0)
+            spans[stage.name] = (str(mark.get("host")), end - took, end)
+            commits |= {str(mark["git_commit"])[:10]} if mark.get("git_commit") else set()
+            named = sorted((mark.get("versions") or {}).items())
+            versions |= {", ".join(f"{name} {version}" for name, version in named)} - {""}
+        file = result.evaluation / "results.csv"
+        if file.is_file():
+            options = config["evaluation"]
+            share = options.get("count_share")
+            setting = {
+                "protocol": options["protocol"],
+                "ranking": options.get("ranking", "frequency"),
+                "share": math.nan if share is None else float(share),
+            }
+            for row in pd.read_csv(file).itertuples():
+                kept = "all" if row.n == row.latents else row.n
+                name = "no_sae" if row.setting == "no_sae" else f"{row.setting}_{_whole(kept)}"
+                rows.append({**about, **setting, "key": name, "value": float(row.accuracy)})
+        file = result.evaluation / "metrics.csv"
+        measured = (about["sae"], about["dataset"])
+        if file.is_file() and measured not in seen:
+            seen.add(measured)
+            table = pd.read_csv(file)
+            values = dict(zip(table.metric, table.value, strict=True))
+            none = {"protocol": "", "ranking": "", "share": math.nan}
+            rows += [
+                {**about, **none, "key": key, "value": float(value)}
+                for key, value in current_names(values).items()
+            ]
+            if (result.evaluation / "concepts.csv").is_file():
+                table = pd.read_csv(result.evaluation / "concepts.csv")
+                concepts.append(table.assign(**about))
+    return Evidence(
+        figures=pd.DataFrame(rows, columns=_COLUMNS),
+        concepts=pd.concat(concepts, ignore_index=True) if concepts else pd.DataFrame(),
+        spans=spans,
+        cells=cells,
+        commits=tuple(sorted(commits)),
+        versions=tuple(sorted(versions)),
+    )
+
+
+def role(config: dict[str, Any]) -> str:
+    """How far an SAE was trained, by its config."""
+    model = config["model"]
+    if model.get("fit"):
+        return NOT_LEARNED
+    if config["trainer"]["max_steps"] == 0:
+        return UNTRAINED
+    return FROZEN[model["freeze"]] if model.get("freeze") else TRAINED
+
+
+def _recipes(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Of each job the overrides that decide its SAE but its seed: the model first, and of the
+    others those that not all jobs have."""
+    kept = [
+        [o for o in job if o.partition("=")[0].lstrip("+").partition(".")[0] in _OF_SAE]
+        for job in jobs
+    ]
+    common = set.intersection(*map(set, kept)) if len(kept) > 1 else set()
+    return [
+        " ".join(sorted({o for o in job if o not in common or o.startswith("model=")}, key=_order))
+        for job in kept
+    ]
+
+
+def _order(override: str) -> tuple[bool, str]:
+    return not override.startswith("model="), override
+
+
+def _whole(n: Any) -> str:
+    return n if isinstance(n, str) else str(int(n))
+
+
+def said(titles: Iterable[str]) -> str:
+    """ "A, B and C", or "none"."""
+    titles = list(dict.fromkeys(titles))
+    return listed(titles) if titles else "none"

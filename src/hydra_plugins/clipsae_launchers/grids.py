@@ -1,0 +1,52 @@
+"""`hydra/sweeper=grids`: a sweep of several grids, where one would have cells that nobody needs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from clipsae.errors import ConfigError
+
+
+class Grids(BasicSweeper):
+    """As Hydra's own sweeper, over the cells of all grids in their order; each cell once.
+
+    Args:
+        params: axes of every grid.
+        grids: by name, axes as in `params`.
+        only: names of grids; None: all.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, str] | None = None,
+        grids: Mapping[str, Mapping[str, Any]] | None = None,
+        only: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(None, dict(params or {}))
+        self.grids = dict(grids or {})
+        self.only = list(self.grids) if only is None else list(only)
+
+    def split_arguments(  # type: ignore[override]
+        self, overrides: Sequence[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        """The jobs of all grids, in one batch; `overrides` are those of every grid."""
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        jobs: dict[tuple[str, ...], list[str]] = {}
+        for axes in self._chosen():
+            own = parser.parse_overrides([f"{name}={values}" for name, values in axes.items()])
+            (cells,) = BasicSweeper.split_arguments([*own, *overrides], None)
+            for cell in cells:
+                jobs.setdefault(tuple(sorted(cell)), cell)
+        return [list(jobs.values())]
+
+    def _chosen(self) -> list[Mapping[str, Any]]:
+        for name in self.only:
+            if name not in self.grids:
+                raise ConfigError(
+                    f"hydra.sweeper.only has {name!r}: expected names among {', '.join(self.grids)}"
+                )
+        return [self.grids[name] for name in self.grids if name in self.only]
