@@ -16,8 +16,10 @@ from clipsae.clip.tiny import weights_path
 from clipsae.sae import SAE
 from clipsae.store import Store
 from clipsae.tasks.check import machine, steps
+from clipsae.tasks.check.evaluations import Evaluating
 from clipsae.tasks.check.findings import FAILS, OK, WARNING, Findings
 from clipsae.tasks.check.forecast import Work, makespan
+from clipsae.tasks.stages.evaluation import counts_first
 from clipsae.training.density import set_density
 from run import ROOT
 from tests.warm import run_py
@@ -243,3 +245,20 @@ def test_what_several_jobs_have_in_common_is_one_line(capsys):
     assert (first.jobs, first.found) == (["x", "y", "z"], "ValueError: one two")
     findings.show(as_json=False)
     assert "x, y and 1 more: ValueError: one two" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("protocol", "ranking", "settings", "first"),
+    [
+        ("paper", "frequency", ["no_sae", "on"], False),
+        ("paper", "contrast", ["no_sae", "on"], True),
+        ("heldout", "frequency", ["self"], True),
+        ("heldout", "contrast", ["no_sae"], False),
+    ],
+)
+def test_a_pass_that_counts_first_costs_its_images(protocol, ranking, settings, first):
+    options = {"protocol": protocol, "ranking": ranking, "settings": settings}
+    assert counts_first(OmegaConf.create({"evaluation": options})) == first
+    cost = Evaluating(image=2.0, sampled=0.5, once=1.0, images=8)
+    assert cost.seconds(10, 4) == 10 * 2 + 4 * 0.5 + 1
+    assert cost.seconds(10, 4, counted=30) == 40 * 2 + 4 * 0.5 + 1

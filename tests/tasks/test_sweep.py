@@ -97,6 +97,10 @@ def test_a_models_own_times_count_before_others(work):
     work.sae("topk", 100, seconds=80.0)
     assert "about 10 s" in forecast([Cell({}, (work.sae("relu", 100, seed=1),))])
     assert "about 45 s" in forecast([Cell({}, (work.sae("gated", 100, seed=1),))])
+    # An untrained SAE says nothing about a training, of the same model either.
+    work.sae("relu", 0, seconds=1.0)
+    assert "about 10 s" in forecast([Cell({}, (work.sae("relu", 100, seed=1),))])
+    assert "about 1 s" in forecast([Cell({}, (work.sae("topk", 0),))])
 
 
 def test_the_summary_is_by_model_and_dataset(work):

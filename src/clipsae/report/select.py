@@ -204,7 +204,7 @@ def select(found: Collected, wanted: Wanted) -> Selection:
         differences=tuple(differences),
         folders=tuple(sorted(used | of_ways)),
         superseded=len({*fitting.folder, *of_same.folder} - used - of_ways),
-        unfitting=len({*figures.folder[~fits]} - {*of_same.folder}),
+        unfitting=len({*figures.folder[~fits]} - {*of_same.folder[~of_way[of_same.index]]}),
     )
 
 

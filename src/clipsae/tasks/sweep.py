@@ -243,10 +243,14 @@ def estimate(stage: Stage) -> float | None:
         ("clip", "latents") if stage.path.parent.name == "sae" else ("clip", "latents", "dataset")
     )
     alike = [m for m in marks if "seconds" in m and _same(m, stage, same)]
+    # What is untrained or fitted says nothing about a training, nor the other way round.
+    trains = _reads(stage.key) > 1
+    alike = [m for m in alike if (_reads(m["key"]) > 1) == trains]
     alike = [m for m in alike if _same(m, stage, ["model"])] or alike
     if not alike:
         return None
-    return statistics.median(m["seconds"] / _reads(m["key"]) for m in alike) * _reads(stage.key)
+    image = statistics.median(m["seconds"] / max(_reads(m["key"]), 1) for m in alike)
+    return image * max(_reads(stage.key), 1)
 
 
 def _same(mark: Mapping[str, Any], stage: Stage, names: Sequence[str]) -> bool:
@@ -255,7 +259,8 @@ def _same(mark: Mapping[str, Any], stage: Stage, names: Sequence[str]) -> bool:
 
 
 def _reads(key: Mapping[str, Any]) -> int:
-    """Images that a training reads, by the key of its SAE; 1 of other stages."""
+    """Images that a training reads, by the key of its SAE: 0 of an untrained one; 1 of fitted ones
+    and of other stages."""
     training = key.get("training", {})
     steps = training.get("trainer", training).get("max_steps", 1)
     batch = training.get("features", training).get("batch_size", 1)
