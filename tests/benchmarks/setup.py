@@ -205,7 +205,10 @@ def options_of(model: str, latents: int) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(run.ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", [f"model={model}", "clip=vit_b_16", f"model.latents={latents}"])
-    return sae_options(cfg)
+    options = sae_options(cfg)
+    if options.get("target_l0") == "auto":  # a Sparsemax SAE's; here none is there
+        options["target_l0"] = 32.0
+    return options
 
 
 def prepared(options: dict[str, Any], density: float | None, setup: Setup) -> tuple[SAE, Tensor]:
