@@ -231,6 +231,7 @@ def test_recovery_has_floor_and_ceiling_of_the_same_result(store, monkeypatch):
         known = {"patch_auroc": value, "patch_auroc_untrained": 0.6, "patch_auroc_probe": 0.9}
         known |= {"patch_auroc_random": 0.55, "patch_purity": 0.5}
         store.measurement(model, "scenes", known, k=4 if model == "topk" else None)
+    store.measurement("pca", "scenes", known, options={"fit": "pca"})
     (table,) = recovery_tables(store.selection(), "scenes")
     assert table.title == "Concepts recovered on scenes: patch level"
     assert [c.key for c in table.columns] == ["patch_auroc", "patch_purity"]
@@ -238,6 +239,8 @@ def test_recovery_has_floor_and_ceiling_of_the_same_result(store, monkeypatch):
     assert rows["ReLU"].cells["patch_auroc"].gap == pytest.approx(2 / 3)
     assert rows["TopK (k = 4)"].cells["patch_auroc"].gap == pytest.approx(1 / 3)
     assert rows["ReLU"].cells["patch_purity"].gap is None
+    assert rows["PCA"].cells["patch_auroc"].ours == 0.7
+    assert rows["PCA"].cells["patch_auroc"].gap is None
     assert rows["Random directions (same rows)"].cells["patch_auroc"].ours == pytest.approx(0.55)
     assert rows["Supervised probe"].cells["patch_auroc"].ours == pytest.approx(0.9)
     assert [name for name, _ in table.blocks] == ["", BELOW, "Ceiling"]

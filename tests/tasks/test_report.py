@@ -19,10 +19,11 @@ def evaluation(root: Path, model: str, dataset: str, accuracy: float, **more) ->
     """A finished evaluation of the built-in CLIP, as the experiment writes it."""
     folder = root / "evaluation" / f"{model}-{dataset}-{more.get('seed', 0)}"
     folder.mkdir(parents=True)
-    cell = {"model": model, "dataset": dataset, "clip": "clipsae-tiny", "latents": 2048}
+    cell = {"model": model, "dataset": dataset, "clip": "clipsae-tiny", "latents": 512}
     cell |= {"k": more.get("k"), "seed": more.get("seed", 0), "images": 100}
-    topn = cell | {"protocol": "paper", "accuracy": accuracy, "classes": 8}
-    settings = (("no_sae", None), ("on", 5), ("on", 2048))
+    way = {"protocol": "paper", "ranking": "contrast"}
+    topn = cell | way | {"accuracy": accuracy, "classes": 8}
+    settings = (("no_sae", None), ("on", 5), ("on", 512))
     rows = [{**topn, "setting": setting, "n": n} for setting, n in settings]
     pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
     cell |= {"image_encoder": "tiny", "pooling": "mean"}
@@ -92,7 +93,7 @@ def test_what_there_is_nothing_to_report_on_is_one_sentence_with_what_to_do(tmp_
     ) in line
     evaluation(out, "relu", "scenes_shape", 40.0)
     for override, *says in (
-        ("model.latents=64", "with 64 latents", "report on what is there with model.latents=2048"),
+        ("model.latents=64", "with 64 latents", "report on what is there with model.latents=512"),
         ("task.models=[spasemax]", "task.models has 'spasemax': expected names among attention_re"),
     ):
         done = report(out, "logger=none", override)

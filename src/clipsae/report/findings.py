@@ -28,6 +28,7 @@ GUIDED_BY = "on_10"
 FEWEST_DATASETS = 3
 FEWEST_K = 3
 FEWEST_PUBLISHED = 6
+NAMED = 8  # numbers that tell no variants apart, at most
 
 
 def findings(selection: Selection, missing: list[Missing]) -> list[str]:
@@ -214,7 +215,11 @@ def tells_apart(tables: list[Table]) -> Iterator[str]:
             f"{len(tell)} of {len(table.rows)} numbers on {where} tell the variants apart, by more "
             "than the noise of their seeds (F test, 5 %)"
         )
-        yield f"{sentence}; these do not: {'; '.join(noise)}." if noise else f"{sentence}."
+        if len(noise) > NAMED:
+            sentence += f"; the noisiest of the others: {'; '.join(noise[: -NAMED - 1 : -1])}"
+        elif noise:
+            sentence += f"; these do not: {'; '.join(noise)}"
+        yield f"{sentence}."
 
 
 def _guidance(selection: Selection) -> Iterator[str]:

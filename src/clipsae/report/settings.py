@@ -35,8 +35,13 @@ _LEFT_OUT = (
 _FEATURES = ("batch_size", "shuffle_buffer_images", "cache", "block_images", "buffer_images")
 _GROUPS = {
     **dict.fromkeys(_FEATURES, "features."),
-    **dict.fromkeys(("learning_rate", "reference_latents", "betas", "warmup_steps"), "optimizer."),
-    **dict.fromkeys(("decay", "decay_fraction", "sparsity_warmup_steps"), "optimizer."),
+    **dict.fromkeys(
+        (
+            *("learning_rate", "betas", "warmup_steps", "decay", "decay_fraction"),
+            *("sparsity_warmup_steps", "reference_latents"),
+        ),
+        "optimizer.",
+    ),
     **dict.fromkeys(
         ("max_steps", "precision", "gradient_clip_val", "batches_a_step", "seed"), "trainer."
     ),

@@ -91,6 +91,8 @@ def _rows(
             if key in ours.index and not pd.isna(ours.value[key]):
                 ends = (ours.value.get(end) for end in (column.floor, column.ceiling))
                 floor, ceiling = (None if x is None or pd.isna(x) else float(x) for x in ends)
+                if line.learned in NOT_LEARNED:
+                    floor = ceiling = None
                 cell = replace(cell, ours=float(ours.value[key]), floor=floor, ceiling=ceiling)
                 if key != "no_sae":  # CLIP alone: seeds change nothing
                     seeds, std = int(ours.seeds[key]), float(ours["std"][key])
