@@ -132,8 +132,6 @@ def numbers(found, seed, l0=16.0, **more):
     return {
         "l0": l0,
         "zero_fraction": 1 - l0 / 128,
-        "l0": l0,
-        "zero_fraction": 1 - l0 / 128,
         "patch_concepts_found": found + jitter,
         "patch_merging": 0.2,
         "fvu": 0.1 + jitter / 10,
@@ -200,12 +198,12 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     assert re.search(r"\d of \d+ measures tell the 3 variants apart", said[3])
     assert "cosine" not in [row[0] for row in questions[3].tables[0].rows]
     correlations = {(row[1], row[2]): row[3] for row in questions[3].tables[1].rows}
-    assert correlations["paper, frequency", "on_5"].startswith("−0.9")
+    assert correlations["paper, frequency", "on_5"].startswith("\N{MINUS SIGN}0.9")
     assert correlations["paper, contrast", "on_5"].startswith("0.9")
     # Order: reversed.
     assert "By paper, frequency, TopK is first at on_5 (40.0" in said[4]
     assert "By paper, contrast, Sparsemax is first at on_5 (40.0" in said[4]
-    assert questions[4].tables[-1].rows[1][4] == "−1.00"
+    assert questions[4].tables[-1].rows[1][4] == "\N{MINUS SIGN}1.00"
     # Shares.
     assert (
         "With 100 % of the codes counted (frequency) TopK is ahead at on_5; neither beyond noise "
@@ -237,7 +235,7 @@ def test_work_at_the_same_time_counts_once(finished):
         hours[int(start) + 1800 : int(end) + 1800] = True
     assert evidence.hours(rows) == pytest.approx(hours.sum() / 3600)
     assert evidence.hours(rows) == pytest.approx(2)
-    evidence.spans.update({name: ("a", 0.0, 1800.0) for name in evidence.spans})
+    evidence.spans.update(dict.fromkeys(evidence.spans, ("a", 0.0, 1800.0)))
     assert evidence.hours(rows) == 0.5
 
 

@@ -13,18 +13,13 @@ from clipsae.evaluation.numbers import current_names
 from clipsae.report.names import SIX, listed, model_title
 from clipsae.report.questions import statistics
 from clipsae.report.questions.statistics import Interval
+from clipsae.report.settings import FITTED, UNTRAINED, learned_by
 from clipsae.store import MARK
 from clipsae.store.files import read_json
 
 # Groups of overrides that decide an SAE: the others decide how it is evaluated.
 _OF_SAE = ("model", "optimizer", "trainer", "features", "clip", "train_dataset", "precision")
-TRAINED, UNTRAINED, NOT_LEARNED = "trained", "untrained", "not learned"
-FROZEN = {
-    "decoder": "decoder frozen",
-    "soft_decoder": "decoder softly frozen",
-    "encoder": "encoder frozen",
-}
-TWINS = (UNTRAINED, *FROZEN.values())
+TRAINED = "trained"
 _SETTING = ("protocol", "ranking", "share")  # of top-n classification
 _COLUMNS = ["recipe", "model", "role", "latents", "k", "seed", "sae", "evaluation", "dataset"]
 _COLUMNS += [*_SETTING, "key", "value"]
@@ -66,9 +61,9 @@ class Evidence:
 
     Attributes:
         figures: a row a figure: recipe (the overrides that decide the SAE but its seed), model,
-            role (`TRAINED`, one of `TWINS`, `NOT_LEARNED`), latents, k, seed, sae and evaluation
-            (names of the folders), dataset, key (a number's, or "on_5", "on_all", "no_sae", ...),
-            value. Accuracies (in %) have protocol, ranking and share, numbers have none.
+            role (`TRAINED`, `FITTED`, or what `learned_by` calls the others), latents, k, seed, sae
+            and evaluation (names of the folders), dataset, key (a number's, or "on_5", "on_all",
+            "no_sae", ...), value. Accuracies (in %) have protocol, ranking and share, numbers have none.
         concepts: rows of `concepts.csv` with recipe, model, role, seed and dataset.
         spans: when each finished stage was made, by its folder's name: host, start, end in
             seconds.
@@ -127,6 +122,12 @@ class Evidence:
         """Those with results in a role, the six in the paper's order first."""
         found = set(self.figures.model[self.figures.role == role])
         return [*(m for m in SIX if m in found), *sorted(found - set(SIX))]
+
+    @property
+    def twins(self) -> list[str]:
+        """Roles of SAEs that could have been trained, untrained first."""
+        found = set(self.figures.role) - {TRAINED, FITTED}
+        return sorted(found, key=lambda role: (role != UNTRAINED, role))
 
     def main(self, model: str, role: str = TRAINED) -> str | None:
         """The recipe of a model that was evaluated most; of several such the shortest."""
@@ -202,7 +203,7 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
         about = {
             "recipe": recipe_of.setdefault(result.sae.name, recipe),
             "model": model["name"],
-            "role": role(config),
+            "role": learned_by(config) or TRAINED,
             "latents": model.get("latents"),
             "k": model.get("k"),
             "seed": config["seed"],
@@ -252,16 +253,6 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
         commits=tuple(sorted(commits)),
         versions=tuple(sorted(versions)),
     )
-
-
-def role(config: dict[str, Any]) -> str:
-    """How far an SAE was trained, by its config."""
-    model = config["model"]
-    if model.get("fit"):
-        return NOT_LEARNED
-    if config["trainer"]["max_steps"] == 0:
-        return UNTRAINED
-    return FROZEN[model["freeze"]] if model.get("freeze") else TRAINED
 
 
 def _recipes(jobs: Sequence[Sequence[str]]) -> list[str]:

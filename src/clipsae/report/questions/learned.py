@@ -10,10 +10,7 @@ from clipsae.evaluation.numbers import Number
 from clipsae.report.names import column_order, model_style, model_title
 from clipsae.report.plots import INK, STYLE, Plot
 from clipsae.report.questions.evidence import (
-    NOT_LEARNED,
     TRAINED,
-    TWINS,
-    UNTRAINED,
     Evidence,
     mean_of,
     of,
@@ -29,17 +26,18 @@ from clipsae.report.questions.question import (
     measures,
 )
 from clipsae.report.questions.statistics import difference
+from clipsae.report.settings import FITTED, UNTRAINED
 
 _DRAWN = ("patch_concepts_found", "patch_f1", "object_concepts_found", "fvu", "on_5", "on_10")
-_MARKERS = {UNTRAINED: "x", **dict(zip(TWINS[1:], ("s", "D", "v"), strict=True))}
+_MARKERS = ("x", "s", "D", "v")  # of twins
 
 
 def ask(evidence: Evidence) -> Question:
     """For each measure and kind of twin, in how many variants training is better beyond noise."""
     rows = evidence.comparable()
     trained = evidence.mains(rows)
-    twins = {role: evidence.mains(rows, role) for role in TWINS}
-    fitted = evidence.mains(rows, NOT_LEARNED)
+    twins = {role: evidence.mains(rows, role) for role in evidence.twins}
+    fitted = evidence.mains(rows, FITTED)
     twins = {role: found for role, found in twins.items() if found.keys() & trained.keys()}
     question = Question(
         "Do trained SAEs beat frozen and untrained ones, and on which measures?",
@@ -141,6 +139,7 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
         return []
     models = list(trained)
     rows = -(-len(drawn) // 2)
+    marker_of = {TRAINED: "o"} | dict(zip(twins, _MARKERS, strict=False))
     with matplotlib.rc_context(STYLE):
         plot = Figure(figsize=(8.0, 0.9 + 2.2 * rows), layout="constrained")
         panels = plot.subplots(rows, 2, squeeze=False).flat
@@ -159,7 +158,7 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
                         mean.value,
                         yerr=0 if math.isnan(mean.half) else mean.half,
                         color=colour,
-                        marker=_MARKERS.get(role, "o"),
+                        marker=marker_of[role],
                         markersize=5,
                         markerfacecolor=colour if role == TRAINED else "none",
                     )
@@ -171,7 +170,7 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
         for axes in list(panels):
             axes.set_visible(False)
         for role in (TRAINED, *twins):
-            marker = _MARKERS.get(role, "o")
+            marker = marker_of[role]
             fill = INK if role == TRAINED else "none"
             plot.axes[0].plot(
                 [], [], linestyle="", marker=marker, color=INK, markerfacecolor=fill, label=role

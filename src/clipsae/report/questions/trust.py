@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from clipsae.report.names import column_order, model_style, model_title
 from clipsae.report.noise import Reliability, reliability
 from clipsae.report.plots import STYLE, Plot
-from clipsae.report.questions.evidence import NOT_LEARNED, Evidence, Setting, of, recipe_title, said
+from clipsae.report.questions.evidence import Evidence, Setting, of, recipe_title, said
 from clipsae.report.questions.question import (
     Question,
     Table,
@@ -20,6 +20,7 @@ from clipsae.report.questions.question import (
     measures,
 )
 from clipsae.report.questions.statistics import Interval, correlation
+from clipsae.report.settings import FITTED
 
 _RECOVERY = ("patch_concepts_found", "patch_auroc", "patch_f1")
 _NS = ("on_1", "on_5")
@@ -97,7 +98,7 @@ def _points(
 ) -> dict[str, list[float]]:
     """Of each recipe that has both: recovery and accuracy, means over seeds."""
     numbers, accuracies = evidence.numbers, evidence.within(setting)
-    numbers = numbers[numbers.key.eq(recovery) & numbers.role.ne(NOT_LEARNED)]
+    numbers = numbers[numbers.key.eq(recovery) & numbers.role.ne(FITTED)]
     accuracies = accuracies[accuracies.key.eq(key)]
     left, right = (f.groupby("recipe", sort=False).value.mean() for f in (numbers, accuracies))
     return {r: [left[r], right[r]] for r in left.index if r in right.index}
