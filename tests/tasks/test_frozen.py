@@ -82,6 +82,8 @@ def test_a_recipe_yields_what_it_did(tmp_path, model):
 
 
 def freeze() -> None:
+    import run  # noqa: F401 (it says where conf/ is, as conftest.py does for tests)
+
     frozen: dict[str, Any] = {"machine": machine()}
     for model in MODELS:
         with tempfile.TemporaryDirectory() as folder:

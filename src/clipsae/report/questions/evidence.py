@@ -63,7 +63,8 @@ class Evidence:
         figures: a row a figure: recipe (the overrides that decide the SAE but its seed), model,
             role (`TRAINED`, `FITTED`, or what `learned_by` calls the others), latents, k, seed, sae
             and evaluation (names of the folders), dataset, key (a number's, or "on_5", "on_all",
-            "no_sae", ...), value. Accuracies (in %) have protocol, ranking and share, numbers have none.
+            "no_sae", ...), value. Accuracies (in %) have protocol, ranking and share, numbers have
+            none.
         concepts: rows of `concepts.csv` with recipe, model, role, seed and dataset.
         spans: when each finished stage was made, by its folder's name: host, start, end in
             seconds.
