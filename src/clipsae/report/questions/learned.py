@@ -43,7 +43,7 @@ def ask(evidence: Evidence) -> Question:
         "Do trained SAEs beat frozen and untrained ones, and on which measures?",
         (
             *("main", "main_topn", "untrained", "untrained_topn", "frozen", "frozen_topn"),
-            *("fitted", "fitted_topn"),
+            *("frozen_sparsemax", "frozen_sparsemax_topn", "fitted", "fitted_topn"),
         ),
         limits=[
             "A frozen or untrained SAE has the recipe of its trained twin: with a recipe of its "
