@@ -49,7 +49,8 @@ def ask(evidence: Evidence) -> Question:
             "A frozen or untrained SAE has the recipe of its trained twin: with a recipe of its "
             "own it might do better.",
             "Many differences are tested at 95 % each: one in forty is called better, and as many "
-            "worse, by chance alone. Few seeds find large differences only.",
+            "worse, by chance alone. Few seeds find large differences only. "
+            "Measures that say nearly the same, such as FVU and FVU per token, count each.",
             "It is one backbone on rendered scenes, whose patches were taught to name what they "
             "show; directions that exist before training may be rarer in other models.",
         ],
@@ -144,6 +145,7 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
         plot = Figure(figsize=(8.0, 0.9 + 2.2 * rows), layout="constrained")
         panels = plot.subplots(rows, 2, squeeze=False).flat
         for axes, number in zip(panels, drawn, strict=False):
+            means = []
             for place, model in enumerate(models):
                 colour = model_style(model, models)[0]
                 points = {TRAINED: trained[model]} | {
@@ -153,6 +155,7 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
                     mean = mean_of(found, number.key)
                     if math.isnan(mean.value):
                         continue
+                    means.append(mean.value)
                     axes.errorbar(
                         place + 0.12 * (at - len(points) / 2),
                         mean.value,
@@ -164,7 +167,11 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
                     )
             best, value = _best(fitted, number)
             if best:
+                means.append(value)
                 axes.axhline(value, color=INK, linewidth=1, linestyle=":")
+            if len(set(means)) > 1:  # intervals of few seeds are long, and would flatten the rest
+                margin = 0.4 * (max(means) - min(means))
+                axes.set_ylim(min(means) - margin, max(means) + margin)
             axes.set_xticks(range(len(models)), map(model_title, models), rotation=30, ha="right")
             axes.set_title(number.label, fontsize=10, loc="left")
         for axes in list(panels):
@@ -177,5 +184,8 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
             )
         handles, labels = plot.axes[0].get_legend_handles_labels()
         plot.legend(handles, labels, loc="outside lower center", ncols=5)
-    caption = "Bars: 95 % intervals over seeds. Dotted: the best SAE that is not learned."
+    caption = (
+        "Bars: 95 % intervals over seeds, cut where they are long. Dotted: the best SAE that is "
+    )
+    caption += "not learned."
     return [Plot("learned", "Trained, frozen and untrained SAEs", caption, plot)]

@@ -124,13 +124,9 @@ def _sentence(found: dict[tuple[str, Setting, str], Interval]) -> str:
         if recovery == first:
             sign = 0 if math.isnan(one.low) else one.sign
             parts[sign].append(f"{key} ({setting.title}: {bounds(one)})")
-    words = (
-        (1, "rises with"),
-        (-1, "falls as it rises with"),
-        (0, "no relation beyond noise with"),
-    )
+    words = ((1, "rises with"), (-1, "falls with"), (0, "shows no relation beyond noise to"))
     told = [f"{word} {said(parts[sign])}" for sign, word in words if parts[sign]]
-    return f"Recovery (concepts found, patch): {'; '.join(told)}."
+    return f"Over recipes, the share of concepts found in patches {', and it '.join(told)}."
 
 
 def _ratios(ordered: list[tuple[str, Reliability]]) -> Plot:
