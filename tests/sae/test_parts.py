@@ -50,6 +50,7 @@ INF, NAN = float("inf"), float("nan")
         ({"activation": "jumprelu", "initial_threshold": INF}, "initial_threshold=inf"),
         ({"activation": "jumprelu", "bandwidth": 0}, "bandwidth=0: expected a number above 0"),
         ({"activation": "jumprelu", "target_l0": "x"}, "target_l0='x': .* above 0, or null"),
+        ({"activation": "jumprelu", "target_l0": 9999}, "target_l0=9999: .* up to latents="),
         ({"activation": "gated", "gate_weight": [1]}, r"gate_weight=\[1\]"),
         ({"activation": "topk", "k": 9}, "k=9: expected an integer from 1 to latents=8"),
         ({"activation": "topk", "k": None}, "k=None: expected an integer from 1"),

@@ -1,10 +1,12 @@
 """A sweep of several grids, and the page that is made of its finished cells."""
 
+import importlib
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from clipsae.errors import ConfigError
-from hydra_plugins.clipsae_launchers.grids import Grids
+from hydra_plugins.clipsae_launchers import grids
 from tests.warm import run_py
 
 
@@ -13,7 +15,8 @@ class Context:
 
 
 def jobs(arguments, **options):
-    sweeper = Grids(**options)
+    importlib.reload(grids)  # Hydra imports its own plugins again in each of its runs
+    sweeper = grids.Grids(**options)
     sweeper.hydra_context = Context()
     given = [*sweeper._parse_config(), *arguments]
     (found,) = sweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)

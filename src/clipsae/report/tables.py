@@ -93,6 +93,10 @@ def _rows(
                 floor, ceiling = (None if x is None or pd.isna(x) else float(x) for x in ends)
                 if line.learned in NOT_LEARNED:
                     floor = ceiling = None
+                elif floor is not None and ceiling is not None:
+                    up = -1 if column.better == "min" else 1
+                    if up * (ceiling - floor) <= 0:  # a gap that nothing could close
+                        ceiling = None
                 cell = replace(cell, ours=float(ours.value[key]), floor=floor, ceiling=ceiling)
                 if key != "no_sae":  # CLIP alone: seeds change nothing
                     seeds, std = int(ours.seeds[key]), float(ours["std"][key])

@@ -1,5 +1,6 @@
 """Results as a person reads them in a terminal."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def print_results(rows: pd.DataFrame, metrics: Mapping[str, float], folders: lis
         shown = [
             f"{number.label} {number.shown(metrics)}"
             for number in NUMBERS
-            if number.headline and number.key in metrics
+            if number.headline and not math.isnan(metrics.get(number.key, math.nan))
         ]
         console.print(", ".join(shown), highlight=False)
     for folder in folders:

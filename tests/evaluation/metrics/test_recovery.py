@@ -429,6 +429,7 @@ def plain_absorption(codes, target, decoder, directions, shown, main):
                 k
                 for k in range(len(decoder))
                 if k != m
+                and target[i] @ p > 0
                 and codes[i, k] > 0
                 and float(torch.cosine_similarity(decoder[k], p, dim=0)) >= 0.1
                 and codes[i, k] * (decoder[k] @ p) >= 0.4 * (target[i] @ p)
@@ -474,6 +475,11 @@ def test_a_concept_that_is_absorbed():
     missed = absorbed * torch.tensor([1.0, 1.0, 0.0])  # silent, but no other latent says it
     found = absorption(
         SparseCodes.from_dense(missed), target, decoder, directions[:1].T, shown, main
+    )
+    assert found.item() == 0
+    against = torch.where(shown, -target, target)  # tokens that do not point to the concept at all
+    found = absorption(
+        SparseCodes.from_dense(absorbed), against, decoder, directions[:1].T, shown, main
     )
     assert found.item() == 0
 
@@ -599,3 +605,11 @@ def test_the_untrained_sae(sae):
     for one, other in zip(twin.state_dict().values(), fresh.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert torch.equal(untrained(sae, x).encode(x), twin.encode(x))
+
+
+def test_an_untrained_batch_topk_sae_has_a_threshold():
+    torch.manual_seed(0)
+    sae, x = SAE(d=16, latents=64, activation="batch_topk", k=4), torch.randn(8, 5, 16)
+    codes = untrained(sae, x).encode(x)
+    # k a token, on the images that it is initialised from; the smallest is the threshold.
+    assert (codes != 0).sum() == 4 * 8 * 5 - 1

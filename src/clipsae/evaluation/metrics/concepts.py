@@ -262,7 +262,8 @@ def absorption(
         part = of_rows.values * along[of_rows.latent, v]
         part = torch.where(aligned[of_rows.latent, v] & (of_rows.latent != main[v]), part, 0)
         largest = part.new_zeros(of_rows.tokens).scatter_reduce(0, of_rows.token, part, "amax")
-        taken = (largest > 0) & (largest >= CONTRIBUTED * wanted[rows, v])
+        projection = wanted[rows, v]  # where it is not above 0 there is nothing to take over
+        taken = (projection > 0) & (largest > 0) & (largest >= CONTRIBUTED * projection)
         found[v] = (silent & taken).double().mean()
     return found
 

@@ -64,6 +64,8 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     if n == 0:
         return Interval(*[math.nan] * 3, 0)
     middle = float(x.mean() - y.mean())
+    if abs(middle) <= 1e-12 * max(abs(x).max(), abs(y).max()):
+        middle = 0.0  # rounding
     if n == 1:
         return Interval(middle, math.nan, math.nan, 1)
     of_x, of_y = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
