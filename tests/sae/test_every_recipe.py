@@ -190,7 +190,7 @@ def test_decoder_rows_stay_of_unit_norm_where_they_are_to(recipe):
 
 
 def test_one_latent_and_one_token_work(recipe):
-    changes = {"k": 1} if "k" in options_of(recipe) else {}
+    changes = {name: 1 for name in ("k", "target_l0") if name in options_of(recipe)}
     sae = build(recipe, latents=1, **with_auxk(recipe), **changes)
     sae(tokens(1, D)).loss.backward()
     sae.eval()

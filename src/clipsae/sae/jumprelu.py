@@ -66,8 +66,8 @@ class JumpReLU(Activation):
             positive("target_l0", target_l0, ", or null")
             if target_l0 > latents:
                 raise ValueError(
-                    f"target_l0={target_l0}: expected a number above 0, up to latents={latents}, or "
-                    "null"
+                    f"target_l0={target_l0}: expected a number above 0, up to latents={latents}, "
+                    "or null"
                 )
         self.l0_coefficient = l0_coefficient
         self.target_l0 = target_l0
