@@ -87,7 +87,8 @@ def rank_correlation(active: Tensor, content: Tensor, given: Tensor | None = Non
 
     Args:
         active: [N], mean or number of active latents.
-        content, given: [N].
+        content: [N].
+        given: [N], what is held fixed; None: nothing.
 
     Returns:
         -1..1; 0 where `active` is constant, as it follows nothing; NaN where `content` is constant
@@ -135,7 +136,8 @@ def support_values(
     Args:
         active: [N, P], active latents of each patch of N images.
         jpeg_bytes: [N].
-        objects, values: [N], how many objects and different values of attributes an image has.
+        objects: [N], how many objects an image has.
+        values: [N], how many different values of attributes it has.
         coverage: [N, P], how much of a patch its foremost object covers, 0..1.
         shown: bool [N, P], whether the patch counts as an object's.
         patterned: bool [N, P], whether that object has a pattern.
