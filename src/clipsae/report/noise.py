@@ -17,6 +17,19 @@ RULE = (
 )
 
 
+def welch_half(of_a: float, n_a: int, of_b: float, n_b: int) -> float:
+    """Half the interval of a difference of two means (Welch, 1947): t(nu) sqrt(of_a + of_b), with
+
+        nu = (of_a + of_b)^2 / (of_a^2 / (n_a - 1) + of_b^2 / (n_b - 1)).
+
+    Args:
+        of_a, of_b: variances of the means, sd^2 / n; not both 0.
+        n_a, n_b: values that they rest on, at least 2.
+    """
+    freedom = (of_a + of_b) ** 2 / (of_a**2 / (n_a - 1) + of_b**2 / (n_b - 1))
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(of_a + of_b))
+
+
 def told_apart(
     first: tuple[float, float | None, int], second: tuple[float, float | None, int]
 ) -> bool | None:
@@ -33,11 +46,9 @@ def told_apart(
     if sd_a is None or sd_b is None or min(n_a, n_b) < 2:
         return None
     of_a, of_b = sd_a**2 / n_a, sd_b**2 / n_b
-    error = math.sqrt(of_a + of_b)
-    if error <= 1e-12 * max(abs(a), abs(b)):
+    if math.sqrt(of_a + of_b) <= 1e-12 * max(abs(a), abs(b)):
         return not math.isclose(a, b, rel_tol=1e-12)
-    freedom = (of_a + of_b) ** 2 / (of_a**2 / (n_a - 1) + of_b**2 / (n_b - 1))
-    return bool(abs(a - b) > stats.t.ppf((1 + LEVEL) / 2, freedom) * error)
+    return abs(a - b) > welch_half(of_a, n_a, of_b, n_b)
 
 
 @dataclass(frozen=True)

@@ -300,11 +300,16 @@ def _curve(axes: Axes, cells: pd.DataFrame, style: dict[str, Any], label: str) -
         axes.fill_between(several.x, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """The legend below."""
+def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+    """What the marks of `axes` are, below the figure."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = 1 if max(map(len, labels), default=0) > 30 else 3
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """The legend below, in fewer columns where a label is long."""
+    labels = axes.get_legend_handles_labels()[1]
+    legend_below(figure, axes, 1 if max(map(len, labels), default=0) > 30 else 3)
     _fixed(figure)
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from clipsae.report.names import model_style, model_title
-from clipsae.report.plots import STYLE, Plot
+from clipsae.report.plots import STYLE, Plot, legend_below
 from clipsae.report.questions.evidence import (
     TRAINED,
     Evidence,
@@ -58,14 +58,12 @@ def ask(evidence: Evidence) -> Question:
     if means:
         best = max(means, key=lambda m: means[m].value)
         worst = min(means, key=lambda m: means[m].value)
+        fewest = ""
+        if best != worst:
+            fewest = f", {model_title(worst)} fewest ({interval(means[worst], '.1%')})"
         answer.append(
             f"Among siblings and on held-out scenes {model_title(best)} finds most of the concepts "
-            f"({interval(means[best], '.1%')})"
-            + (
-                f", {model_title(worst)} fewest ({interval(means[worst], '.1%')})."
-                * (best != worst)
-            )
-            + "." * (best == worst)
+            f"({interval(means[best], '.1%')}){fewest}."
         )
     areas = _areas(evidence, frames)
     if areas is not None:
@@ -196,9 +194,7 @@ def _curves(varied: pd.DataFrame, keys: list[str], by: str) -> Plot:
                 for _, found in varied[varied.model == model].groupby("recipe", sort=False):
                     at = found.latents.iloc[0] if by == "latents" else mean_of(found, "l0").value
                     mean = mean_of(found, key)
-                    points.append(
-                        (float(at), mean.value, 0 if math.isnan(mean.half) else mean.half)
-                    )
+                    points.append((float(at), mean.value, mean.bar))
                 x, y, spread = zip(*sorted(points), strict=True)
                 line = "none" if by == "latents" and len(set(x)) < len(x) else "-"
                 style = {"color": colour, "marker": marker, "markersize": 5, "linestyle": line}
@@ -211,8 +207,7 @@ def _curves(varied: pd.DataFrame, keys: list[str], by: str) -> Plot:
             axes.set_xlabel("latents M" if by == "latents" else "L0: active latents per token")
         for axes in panels[len(keys) :]:
             axes.set_visible(False)
-        handles, labels = panels[0].get_legend_handles_labels()
-        plot.legend(handles, labels, loc="outside lower center", ncols=5)
+        legend_below(plot, panels[0], 5)
     what = "dictionary size" if by == "latents" else "sparsity"
     caption = "Each point a recipe. Bars: 95 % intervals over seeds."
     return Plot(f"concepts_{by}", f"Concepts and {what}", caption, plot)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from clipsae.evaluation.metrics.support import NUMBERS
 from clipsae.report.names import model_style, model_title
-from clipsae.report.plots import INK, STYLE, Plot
+from clipsae.report.plots import INK, STYLE, Plot, legend_below
 from clipsae.report.questions.evidence import (
     TRAINED,
     UNTRAINED,
@@ -16,6 +16,7 @@ from clipsae.report.questions.evidence import (
     correlation_of,
     mean_of,
     of,
+    relations,
     said,
 )
 from clipsae.report.questions.question import NOISE, Question, Table, bounds, figure, interval
@@ -60,13 +61,7 @@ def ask(evidence: Evidence) -> Question:
             found = correlation_of(mine, key)
             if found.n > 1 and not math.isnan(found.value):
                 signs[found.sign].append(f"{words} ({bounds(found)})")
-        told = (
-            (1, "rises with"),
-            (-1, "falls with"),
-            (0, "shows no relation beyond noise to"),
-        )
-        parts = [f"{verb} {said(signs[sign])}" for sign, verb in told if signs[sign]]
-        if parts:
+        if parts := relations(signs):
             answer.append(
                 "The number of active latents of Sparsemax "
                 f"{'; it '.join(parts)} (rank correlation, 95 % interval over seeds)."
@@ -144,7 +139,6 @@ def _plot(keys: list, frames: dict) -> Plot:
             axes.errorbar(values, places, xerr=spread, **style, label=model_title(model))
         axes.set_yticks([-i for i in range(len(shown))], [number.label for number in shown])
         axes.set_xlabel("rank correlation")
-        handles, labels = axes.get_legend_handles_labels()
-        plot.legend(handles, labels, loc="outside lower center", ncols=6)
+        legend_below(plot, axes, 6)
     caption = "Bars: 95 % intervals over seeds."
     return Plot("content", "Active latents and content", caption, plot)

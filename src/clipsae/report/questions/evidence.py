@@ -1,7 +1,7 @@
 """What the finished cells of a sweep hold, as one tidy frame of figures and one of concepts."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,6 +276,12 @@ def _order(override: str) -> tuple[bool, str]:
 
 def _whole(n: Any) -> str:
     return n if isinstance(n, str) else str(int(n))
+
+
+def relations(by_sign: Mapping[int, Sequence[str]]) -> list[str]:
+    """What rises with, falls with or has no relation to what, by the signs of correlations."""
+    words = ((1, "rises with"), (-1, "falls with"), (0, "shows no relation beyond noise to"))
+    return [f"{word} {said(by_sign[sign])}" for sign, word in words if by_sign[sign]]
 
 
 def said(titles: Iterable[str]) -> str:

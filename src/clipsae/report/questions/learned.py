@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from clipsae.evaluation.numbers import Number
 from clipsae.report.names import column_order, model_style, model_title
-from clipsae.report.plots import INK, STYLE, Plot
+from clipsae.report.plots import INK, STYLE, Plot, legend_below
 from clipsae.report.questions.evidence import (
     TRAINED,
     Evidence,
@@ -143,7 +143,7 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
     marker_of = {TRAINED: "o"} | dict(zip(twins, _MARKERS, strict=False))
     with matplotlib.rc_context(STYLE):
         plot = Figure(figsize=(8.0, 0.9 + 2.2 * rows), layout="constrained")
-        panels = plot.subplots(rows, 2, squeeze=False).flat
+        panels = list(plot.subplots(rows, 2, squeeze=False).flat)
         for axes, number in zip(panels, drawn, strict=False):
             means = []
             for place, model in enumerate(models):
@@ -159,7 +159,7 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
                     axes.errorbar(
                         place + 0.12 * (at - len(points) / 2),
                         mean.value,
-                        yerr=0 if math.isnan(mean.half) else mean.half,
+                        yerr=mean.bar,
                         color=colour,
                         marker=marker_of[role],
                         markersize=5,
@@ -174,7 +174,7 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
                 axes.set_ylim(min(means) - margin, max(means) + margin)
             axes.set_xticks(range(len(models)), map(model_title, models), rotation=30, ha="right")
             axes.set_title(number.label, fontsize=10, loc="left")
-        for axes in list(panels):
+        for axes in panels[len(drawn) :]:
             axes.set_visible(False)
         for role in (TRAINED, *twins):
             marker = marker_of[role]
@@ -182,10 +182,9 @@ def _plots(trained: dict, twins: dict, fitted: dict, drawn: list[Number]) -> lis
             plot.axes[0].plot(
                 [], [], linestyle="", marker=marker, color=INK, markerfacecolor=fill, label=role
             )
-        handles, labels = plot.axes[0].get_legend_handles_labels()
-        plot.legend(handles, labels, loc="outside lower center", ncols=5)
+        legend_below(plot, plot.axes[0], 5)
     caption = (
         "Bars: 95 % intervals over seeds, cut where they are long. Dotted: the best SAE that is "
+        "not learned."
     )
-    caption += "not learned."
     return [Plot("learned", "Trained, frozen and untrained SAEs", caption, plot)]

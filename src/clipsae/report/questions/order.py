@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from clipsae.report import published
 from clipsae.report.names import SIX, column_order, model_style, model_title
-from clipsae.report.plots import STYLE, Plot
+from clipsae.report.plots import STYLE, Plot, legend_below
 from clipsae.report.questions.evidence import Evidence, Setting, mean_of, of
 from clipsae.report.questions.question import NOISE, Question, Table, figure, interval
 from clipsae.report.questions.statistics import agreement, difference
@@ -48,10 +48,10 @@ def ask(evidence: Evidence) -> Question:
         s: {key: [mean_of(found[m], key).value for m in models] for key in keys}
         for s, found in frames.items()
     }
-    answer, taus = [], []
+    answer, taus, base = [], [], next(iter(frames))
+    at = SHOWN if SHOWN in keys else keys[0]
     for setting, found in frames.items():
-        first, rest = _first(found, models, SHOWN if SHOWN in keys else keys[0])
-        at = SHOWN if SHOWN in keys else keys[0]
+        first, rest = _first(found, models, at)
         tied = [m for m in rest if difference(of(found[first], at), of(found[m], at)).sign == 0]
         with_noise = f", within the noise of {', '.join(map(model_title, tied))}" if tied else ""
         tau = agreement(means[setting][at], paper[at]) if paper[at] else math.nan
@@ -65,7 +65,6 @@ def ask(evidence: Evidence) -> Question:
             f"({interval(mean_of(found[first], at), '.1f')} %){with_noise}{agrees}."
         )
     for setting in frames:
-        base = next(iter(frames))
         row = [setting.title]
         for key in keys:
             against = paper[key]
@@ -83,9 +82,9 @@ def ask(evidence: Evidence) -> Question:
                 [
                     model_title(model),
                     *(_ranked(found, models, model, key) for found in frames.values()),
-                    *([f"{paper[key][at]:.1f} ({_rank(paper[key], at)})"] if paper[key] else []),
+                    *([f"{paper[key][i]:.1f} ({_rank(paper[key], i)})"] if paper[key] else []),
                 ]
-                for at, model in enumerate(models)
+                for i, model in enumerate(models)
             ],
         )
         for key in keys
@@ -103,7 +102,7 @@ def ask(evidence: Evidence) -> Question:
     used = used[
         used.evaluation.isin({e for f in frames.values() for x in f.values() for e in x.evaluation})
     ]
-    plots = [_plot(frames, models, SHOWN if SHOWN in keys else keys[0])]
+    plots = [_plot(frames, models, at)]
     return Question(question.title, question.grids, answer, tables, plots, question.limits, used)
 
 
@@ -145,13 +144,12 @@ def _plot(frames: dict[Setting, dict], models: list[str], key: str) -> Plot:
             colour, marker = model_style(model, models)
             means = [mean_of(found[model], key) for found in frames.values()]
             places = [i + 0.05 * (at - len(models) / 2) for i in range(len(means))]
-            spread = [0 if math.isnan(one.half) else one.half for one in means]
+            spread = [one.bar for one in means]
             style = {"color": colour, "marker": marker, "label": model_title(model)}
             axes.errorbar(places, [one.value for one in means], yerr=spread, **style)
         axes.set_xticks(range(len(frames)), [setting.title for setting in frames])
         axes.set_ylabel(f"{key}, %")
         axes.set_ylim(bottom=0)
-        handles, labels = axes.get_legend_handles_labels()
-        plot.legend(handles, labels, loc="outside lower center", ncols=6)
+        legend_below(plot, axes, 6)
     caption = "Bars: 95 % intervals over seeds."
     return Plot("order", f"{key} by protocol and ranking", caption, plot)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from clipsae.report.noise import LEVEL
+from clipsae.report.noise import LEVEL, welch_half
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Interval:
     def half(self) -> float:
         """Half its width; NaN where it is not known."""
         return (self.high - self.low) / 2
+
+    @property
+    def bar(self) -> float:
+        """Half its width as an error bar: 0 where it is not known."""
+        return 0.0 if math.isnan(self.half) else self.half
 
     @property
     def sign(self) -> int:
@@ -71,8 +76,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     of_x, of_y = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
     if of_x + of_y == 0:
         return Interval(middle, middle, middle, n)
-    freedom = (of_x + of_y) ** 2 / (of_x**2 / (len(x) - 1) + of_y**2 / (len(y) - 1))
-    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(of_x + of_y)
+    half = welch_half(float(of_x), len(x), float(of_y), len(y))
     return Interval(middle, middle - half, middle + half, n)
 
 

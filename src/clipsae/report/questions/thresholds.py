@@ -1,12 +1,10 @@
 """What of the README's "Sparsemax against TopK" holds under fair counting thresholds?"""
 
-import math
-
 import matplotlib
 from matplotlib.figure import Figure
 
 from clipsae.report.names import column_order, model_style, model_title
-from clipsae.report.plots import STYLE, Plot
+from clipsae.report.plots import STYLE, Plot, legend_below
 from clipsae.report.questions.evidence import Evidence, Setting, mean_of, of, said
 from clipsae.report.questions.question import NOISE, Question, Table, interval
 from clipsae.report.questions.statistics import difference
@@ -81,7 +79,7 @@ def _plot(frames: dict[Setting, dict], keys: list[str]) -> Plot:
             for model in PAIR:
                 colour, marker = model_style(model, PAIR)
                 means = [mean_of(found[model], key) for key in keys]
-                spread = [0 if math.isnan(one.half) else one.half for one in means]
+                spread = [one.bar for one in means]
                 style = {"color": colour, "marker": marker, "label": model_title(model)}
                 axes.errorbar(range(len(keys)), [m.value for m in means], yerr=spread, **style)
             axes.set_xticks(range(len(keys)), [key.removeprefix("on_") for key in keys])
@@ -90,7 +88,6 @@ def _plot(frames: dict[Setting, dict], keys: list[str]) -> Plot:
         panels[0].set_ylabel("on_n, %")
         for axes in panels[len(frames) :]:
             axes.set_visible(False)
-        handles, labels = panels[0].get_legend_handles_labels()
-        plot.legend(handles, labels, loc="outside lower center", ncols=2)
+        legend_below(plot, panels[0], 2)
     caption = "A panel a ranking and share of the active codes that count. Bars: 95 % intervals."
     return Plot("shares", "Sparsemax against TopK at equal shares", caption, plot)

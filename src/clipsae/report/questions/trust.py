@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from clipsae.report.names import column_order, model_style, model_title
 from clipsae.report.noise import Reliability, reliability
-from clipsae.report.plots import STYLE, Plot
-from clipsae.report.questions.evidence import Evidence, Setting, of, recipe_title, said
+from clipsae.report.plots import STYLE, Plot, legend_below
+from clipsae.report.questions.evidence import Evidence, Setting, of, recipe_title, relations
 from clipsae.report.questions.question import (
     Question,
     Table,
@@ -124,9 +124,8 @@ def _sentence(found: dict[tuple[str, Setting, str], Interval]) -> str:
         if recovery == first:
             sign = 0 if math.isnan(one.low) else one.sign
             parts[sign].append(f"{key} ({setting.title}: {bounds(one)})")
-    words = ((1, "rises with"), (-1, "falls with"), (0, "shows no relation beyond noise to"))
-    told = [f"{word} {said(parts[sign])}" for sign, word in words if parts[sign]]
-    return f"Over recipes, the share of concepts found in patches {', and it '.join(told)}."
+    told = ", and it ".join(relations(parts))
+    return f"Over recipes, the share of concepts found in patches {told}."
 
 
 def _ratios(ordered: list[tuple[str, Reliability]]) -> Plot:
@@ -183,7 +182,6 @@ def _scatter(evidence: Evidence) -> list[Plot]:
             axes.set_ylabel("on_5, %")
         for axes in axes_of[len(panels) :]:
             axes.set_visible(False)
-        handles, texts = axes_of[0].get_legend_handles_labels()
-        plot.legend(handles, texts, loc="outside lower center", ncols=6)
+        legend_below(plot, axes_of[0], 6)
     caption = "A point a recipe, mean over seeds; hollow: not the main recipe of the variant."
     return [Plot("recovery_on_5", "Recovery and on_5", caption, plot)]
