@@ -29,10 +29,12 @@ def batch_of(codes: Tensor, first: int = 0, **given: Any) -> Batch:
     codes = codes[:, None] if codes.ndim == 2 else codes
     tokens = given.pop("tokens", torch.zeros(len(codes), 1))
     tokens = tokens[:, None] if tokens.ndim == 2 else tokens
-    batch = Batch(None, sizes(codes.shape[-1]), slice(None))
+    tokens = tokens.expand(-1, codes.shape[1], -1)
+    images = SimpleNamespace(stream=SimpleNamespace(dataset=None, some_tokens=tokens))
+    batch = Batch(images, sizes(codes.shape[-1]), slice(None))
     at = torch.arange(first, first + len(codes))
     known = {"codes": codes, "sparse": SparseCodes.from_dense(codes), "indices": at}
-    known |= {"tokens": tokens.expand(-1, codes.shape[1], -1)}
+    known |= {"tokens": tokens}
     known |= {"positions": at, "pooled": pool_codes(codes)}
     known["labels"] = torch.zeros(len(codes), dtype=torch.long)
     batch.__dict__.update(known | given)

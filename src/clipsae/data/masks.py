@@ -139,11 +139,11 @@ class MaskList(ImageList):
             there = shown >= 0
             counts = torch.bincount(
                 patch[there] * names + shown[there], minlength=grid * grid * names
-            )
-            most, label = counts.view(-1, names).max(dim=1)
+            ).view(-1, names)
+            most = counts.amax(dim=1)
             share = most / pixels
-            # Of equals the first, whichever `max` takes.
-            label = (counts.view(-1, names) == most[:, None]).int().argmax(dim=1)
+            # Of equals the first, which `max` does not promise.
+            label = (counts == most[:, None]).int().argmax(dim=1)
             labels.append(label.masked_fill((share < min_coverage) | (most == 0), -1))
             covered.append(share)
         nothing = torch.zeros(0, grid * grid)

@@ -296,7 +296,7 @@ class Batch:
     def object_labels(self, attributes: Sequence[str]) -> Tensor | None:
         """Values of the attributes of images with one object, LongTensor [B, attributes] on the
         CPU, -1 for other images; None where the dataset does not know objects."""
-        if self.images is None or not has_truth(self.images.stream.dataset):
+        if not has_truth(self.images.stream.dataset):
             return None
         truth = self.images.stream.dataset.attributes(self.indices.cpu())
         values = torch.stack([truth[name].view(len(self.indices), -1)[:, 0] for name in attributes])

@@ -31,6 +31,7 @@ from clipsae.evaluation.topn import (
     Predictions,
     TopN,
     check_topn_options,
+    counts_first,
     make_rows,
     per_class_accuracy,
 )
@@ -182,13 +183,12 @@ def evaluate(
                 "another split, given as count_dataset; paper counts on the evaluated one"
             )
         order = _by_class(dataset, indices, classes)
-        if set(settings) == {"no_sae"}:
-            pass
-        elif count_dataset is not None:
-            counted = evenly_spaced(count_dataset.labels, limit_images)
-            counted = _by_class(count_dataset, counted, classes)
-        elif ranking == "contrast":
-            counted, count_dataset = order, dataset
+        if counts_first(protocol, ranking, settings):
+            if count_dataset is None:
+                counted, count_dataset = order, dataset
+            else:
+                counted = evenly_spaced(count_dataset.labels, limit_images)
+                counted = _by_class(count_dataset, counted, classes)
     elif not names:
         raise ValueError("nothing to evaluate: give a classifier and settings, or metrics")
 

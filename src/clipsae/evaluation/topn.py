@@ -61,6 +61,11 @@ def check_topn_options(
         raise ValueError(f"settings={list(settings)}: expected some of {', '.join(SETTINGS)}")
 
 
+def counts_first(protocol: str, ranking: str, settings: Sequence[str]) -> bool:
+    """Whether a pass that counts latents comes before the one that evaluates."""
+    return bool(set(settings) - {"no_sae"}) and (protocol == "heldout" or ranking == "contrast")
+
+
 class Predictions(defaultdict[Key, Tensor]):
     """The predicted class of each of N images, LongTensor [N] per setting; -1: not evaluated."""
 

@@ -30,6 +30,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def row_parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows [M, d] in parts that stay in a CPU's cache while they are worked on."""
+    return rows.split(1024 if rows.device.type == "cpu" else len(rows))
+
+
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """Matrix products of float32 are float32 on CUDA whatever is allowed: for sums and cosines that

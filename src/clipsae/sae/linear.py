@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clipsae.sae.base import Architecture
 from clipsae.sae.checks import boolean, one_of
 from clipsae.sae.codes import SparseCodes
+from clipsae.sae.dense import row_parts
 from clipsae.sae.registry import ARCHITECTURES
 from clipsae.sae.sparse_ops import Dictionary, mix
 
@@ -106,7 +107,8 @@ class Linear(Architecture):
     @torch.no_grad()
     def after_backward(self) -> None:
         if self.unit_rows and self.W_dec.grad is not None:
-            for gradient, rows in zip(_parts(self.W_dec.grad), _parts(self.W_dec), strict=True):
+            parts = row_parts(self.W_dec.grad), row_parts(self.W_dec)
+            for gradient, rows in zip(*parts, strict=True):
                 along = (gradient * rows).sum(dim=-1, keepdim=True)
                 gradient.addcmul_(along, rows, value=-1)
 
@@ -116,14 +118,9 @@ class Linear(Architecture):
             self._normalize_rows()
 
     def _normalize_rows(self) -> None:
-        for rows in _parts(self.W_dec):
+        for rows in row_parts(self.W_dec):
             norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
             rows.div_(torch.where(norm > 0, norm, 1))
-
-
-def _parts(rows: Tensor) -> tuple[Tensor, ...]:
-    """Rows [M, d] in parts that stay in a CPU's cache while they are worked on."""
-    return rows.split(1024 if rows.device.type == "cpu" else len(rows))
 
 
 def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-20) -> Tensor:

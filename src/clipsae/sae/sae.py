@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipsae.sae.base import Activation, Architecture, LossInputs, SAEOutput
 from clipsae.sae.checks import boolean, near, not_negative, one_of, whole
 from clipsae.sae.codes import SparseCodes
-from clipsae.sae.dense import at_least_float32
+from clipsae.sae.dense import at_least_float32, row_parts
 from clipsae.sae.engine import backend
 from clipsae.sae.engine.cpu import BLOCK
 from clipsae.sae.engine.reference import Chosen
@@ -398,14 +398,19 @@ class SAE(nn.Module):
         self.architecture.after_backward()
 
     @torch.no_grad()
+    def estimate_statistics(self, x: Tensor) -> None:
+        """What a training learns without a step, such as BatchTopK's threshold, from tokens
+        [N, T, d]. In training mode afterwards."""
+        self.train()(x)
+
+    @torch.no_grad()
     def after_step(self) -> None:
         """After each optimizer's step."""
         self.architecture.after_step()
         self.activation.after_step()
         if self.start_rows is not None:
             (rows,) = self.architecture.matrices("decoder")
-            size = 1024 if rows.device.type == "cpu" else len(rows)  # that stay in the cache
-            for part, start in zip(rows.split(size), self.start_rows.split(size), strict=True):
+            for part, start in zip(row_parts(rows), row_parts(self.start_rows), strict=True):
                 part.copy_(within_cone(part, start))
 
     # --- on disk ---

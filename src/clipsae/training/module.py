@@ -324,9 +324,8 @@ class SAEGroup(LightningModule):
             if images not in fresh:
                 fresh[images] = self.trainer.datamodule.first_batch(images).to(self.device)
             member.sae.initialize(fresh[images])
-            if member.done:  # with max_steps=0: what it learns from a batch are statistics alone
-                with torch.no_grad():
-                    member.sae.train()(fresh[images])
+            if member.done:  # with max_steps=0
+                member.sae.estimate_statistics(fresh[images])
                 continue
             starts.append((0, {}))
         self._start = min(starts, key=lambda start: start[0], default=(0, {}))

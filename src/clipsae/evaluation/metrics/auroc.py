@@ -66,7 +66,7 @@ def auroc(codes: SparseCodes, truth: Tensor) -> Tensor:
     negative = codes.count(codes.values < 0)
     of_zero = (negative + (zeros + 1) / 2).double()  # ranks count from 1
 
-    first = _starts_of_ties(codes)
+    first = starts_of_ties(codes)
     tie = first.cumsum(0) - 1
     start = first.nonzero().squeeze(1)
     before = start - edges[latent[start]]  # pairs of the latent below the tie
@@ -94,7 +94,7 @@ def best_f1(codes: SparseCodes, truth: Tensor) -> Tensor:
     positives = truth.sum(dim=0)
     best = truth.new_zeros(codes.latents, truth.shape[1])
     # A threshold lies just below the first pair of a tie, and all from there on are predicted.
-    start = (_starts_of_ties(codes) & (codes.values > 0)).nonzero().squeeze(1)
+    start = (starts_of_ties(codes) & (codes.values > 0)).nonzero().squeeze(1)
     if len(start):
         latent = codes.latent[start]
         end = codes.latent_edges()[latent + 1]
@@ -171,7 +171,7 @@ def f1_above(scores: Tensor, truth: Tensor, thresholds: Tensor) -> Tensor:
     return torch.where(positives > 0, 2 * hits / (said.sum(dim=0) + positives), torch.nan)
 
 
-def _starts_of_ties(codes: SparseCodes) -> Tensor:
+def starts_of_ties(codes: SparseCodes) -> Tensor:
     """Where a latent's run of equal values begins, BoolTensor [p]."""
     first = torch.ones_like(codes.positions, dtype=torch.bool)
     first[1:] = (codes.latent.diff() != 0) | (codes.values.diff() != 0)

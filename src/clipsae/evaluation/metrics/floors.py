@@ -44,8 +44,7 @@ def untrained(sae: SAE, images: Tensor, seed: int = 0) -> SAE:
         torch.manual_seed(seed)
         twin = SAE(**sae.config)
     twin.to(images.device).initialize(images[:INITIAL_IMAGES])
-    with torch.no_grad():  # statistics, such as BatchTopK's threshold, as with trainer.max_steps=0
-        twin.train()(images[:INITIAL_IMAGES])
+    twin.estimate_statistics(images[:INITIAL_IMAGES])  # as with trainer.max_steps=0
     return twin.eval()
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clipsae.evaluation.metrics.auroc import latent_blocks
+from clipsae.evaluation.metrics.auroc import latent_blocks, starts_of_ties
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.metrics.sample import CodeSample, Draw
 from clipsae.evaluation.numbers import Number
@@ -51,9 +51,7 @@ def _thresholds(codes: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor, Tens
     """Each different value of each latent, 0 among them, by latent and ascending: the latent [t],
     the value [t], and with all codes from it up predicted the positives among them [t, V] and how
     many they are [t]."""
-    first = torch.ones_like(codes.positions, dtype=torch.bool)
-    first[1:] = (codes.latent.diff() != 0) | (codes.values.diff() != 0)
-    start, edges = first.nonzero().squeeze(1), codes.latent_edges()
+    start, edges = starts_of_ties(codes).nonzero().squeeze(1), codes.latent_edges()
     hits = truth[codes.token].cumsum(dim=0)
     hits = torch.cat((hits.new_zeros(1, truth.shape[1]), hits))
     latent, value = codes.latent[start].long(), codes.values[start]

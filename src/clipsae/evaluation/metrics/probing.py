@@ -308,8 +308,7 @@ class SparseProbing(_Images):
         labels = self._labels(batch, rows)
         self.trained.update(numbers, labels, SparseCodes.from_dense(batch.pooled[rows]))
         if not self._twin:
-            tokens = batch.tokens if batch.images is None else batch.images.stream.some_tokens
-            self._twin = (untrained(self._sae[0], tokens.float()),)
+            self._twin = (untrained(self._sae[0], batch.images.stream.some_tokens.float()),)
         codes = self._twin[0].encode(batch.tokens[rows].float())
         pooled = pool_codes(codes, self.options.pooling)
         self.untrained.update(numbers, labels, SparseCodes.from_dense(pooled))

@@ -19,16 +19,20 @@ def max_cosines(a: Tensor, b: Tensor) -> Tensor:
 
     NaN for rows of zeros in a; those of b are left out.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"dictionaries {tuple(a.shape)} and {tuple(b.shape)}: expected [M, d] and [M', d]"
-        )
+    _check(a, b)
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = (nn.functional.normalize(x.detach().to(dtype), dim=-1, eps=0) for x in (a, b))
     b = b[~b.isnan().any(dim=-1)]  # 0/0 where there is no direction
     if not len(b):
         return a.new_full((len(a),), torch.nan)
     return torch.cat([(part @ b.T).amax(dim=1) for part in a.split(_BLOCK_ELEMENTS // len(b) + 1)])
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"dictionaries {tuple(a.shape)} and {tuple(b.shape)}: expected [M, d] and [M', d]"
+        )
 
 
 def mean_max_cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -68,10 +72,7 @@ def matched_cosine(
     Raises:
         ValueError: dictionaries that do not fit, or epsilon that is not positive.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"dictionaries {tuple(a.shape)} and {tuple(b.shape)}: expected [M, d] and [M', d]"
-        )
+    _check(a, b)
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon}: must be above 0")
     a, b = (nn.functional.normalize(x.detach().float(), dim=-1, eps=0) for x in (a, b))

@@ -21,7 +21,7 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
-from clipsae.evaluation import Evaluation, check_metrics, check_topn_options, evaluate
+from clipsae.evaluation import Evaluation, check_metrics, check_topn_options, evaluate, topn
 from clipsae.evaluation.encoders import image_encoder
 from clipsae.evaluation.metrics import METRICS
 from clipsae.evaluation.passes import Progress
@@ -164,10 +164,9 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset, *, finished
 
 
 def counts_first(cfg: DictConfig) -> bool:
-    """Whether a pass that counts comes before the one that evaluates."""
+    """Whether the evaluation of a config begins with a pass that counts."""
     options = cfg.evaluation
-    held_out = options.protocol == "heldout" or options.ranking == "contrast"
-    return held_out and bool(set(options.settings) - {"no_sae"})
+    return topn.counts_first(options.protocol, options.ranking, options.settings)
 
 
 def pass_key(cfg: DictConfig) -> str:
