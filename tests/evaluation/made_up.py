@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsae.evaluation.floors import RandomDirections, untrained
 from clipsae.evaluation.metrics import Options
 from clipsae.evaluation.passes import Batch, pool_codes
 from clipsae.sae import SparseCodes
@@ -20,17 +21,21 @@ def options(images: int = 1000, tokens: int = 1, **more: Any) -> Options:
     return Options(images, tokens, **more)
 
 
-def batch_of(codes: Tensor, first: int = 0, **given: Any) -> Batch:
+def batch_of(codes: Tensor, first: int = 0, sae: Any = None, **given: Any) -> Batch:
     """Images with codes [B, T, M] (or [B, M]: of one token each), at positions from `first` on.
 
     Args:
+        sae: whose floors there are; None: none.
         given: tokens [B, T, d] or [B, d], labels, embeddings, ...
     """
     codes = codes[:, None] if codes.ndim == 2 else codes
     tokens = given.pop("tokens", torch.zeros(len(codes), 1))
     tokens = tokens[:, None] if tokens.ndim == 2 else tokens
     tokens = tokens.expand(-1, codes.shape[1], -1)
-    images = SimpleNamespace(stream=SimpleNamespace(dataset=None, some_tokens=tokens))
+    floors = {}
+    if sae is not None:
+        floors = {"random": RandomDirections(tokens), "untrained": untrained(sae, tokens)}
+    images = SimpleNamespace(stream=SimpleNamespace(dataset=None, floors=lambda of: floors))
     batch = Batch(images, sizes(codes.shape[-1]), slice(None))
     at = torch.arange(first, first + len(codes))
     known = {"codes": codes, "sparse": SparseCodes.from_dense(codes), "indices": at}

@@ -11,7 +11,7 @@ import io
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
+from clipsae.evaluation.floors import RandomDirections, untrained
 from clipsae.evaluation.truth import (
     has_truth,
     image_concepts,
@@ -53,6 +54,7 @@ class Stream:
         classifier: of `predictions`: [C, e].
         pooling: of `pooled`.
         keep_scores: whether `scores` are needed: codes are then made from them.
+        seed: of `floors`.
     """
 
     clip: FrozenCLIP
@@ -65,6 +67,10 @@ class Stream:
     keep_scores: bool = False
     batch_size: int = 32
     num_workers: int = 0
+    seed: int = 0
+    _floors: dict[SAE, dict[str, "RandomDirections | SAE"]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def run(
         self,
@@ -96,8 +102,8 @@ class Stream:
 
     @cached_property
     def some_tokens(self) -> Tensor:
-        """Tokens [n, T, d] of up to 32 images, evenly spaced among all: what an untrained SAE is
-        initialised from, the same in each batch and process."""
+        """Tokens [n, T, d], float32, of up to 32 images, evenly spaced among all: what `floors`
+        are initialised from, the same in each batch and process."""
         step = -(-len(self.indices) // 32)
         parts = [
             self.clip.prefix(self.clip.normalize(pixels.to(self.clip.device)))
@@ -105,7 +111,17 @@ class Stream:
                 self.dataset, self.batch_size, 0, list(self.indices[::step])
             )
         ]
-        return torch.cat(parts)
+        return torch.cat(parts).float()
+
+    def floors(self, sae: SAE) -> dict[str, RandomDirections | SAE]:
+        """What an SAE is compared with, made once: "random" directions, and an "untrained" SAE of
+        the same config."""
+        if sae not in self._floors:
+            self._floors[sae] = {
+                "random": RandomDirections(self.some_tokens, self.seed),
+                "untrained": untrained(sae, self.some_tokens, self.seed),
+            }
+        return self._floors[sae]
 
     @property
     def embed_dim(self) -> int:
@@ -236,6 +252,11 @@ class Batch:
         them. LongTensor [B] on the CPU."""
         among = self.images.stream.indices
         return torch.tensor([bisect_left(among, index) for index in self.indices.tolist()])
+
+    @property
+    def floors(self) -> dict[str, RandomDirections | SAE]:
+        """What the SAE is compared with, by name (`Stream.floors`)."""
+        return self.images.stream.floors(self.sae)
 
     @cached_property
     def has_truth(self) -> bool:

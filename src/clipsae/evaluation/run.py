@@ -147,7 +147,7 @@ def evaluate(
         pooling: of token codes to image codes (`pool_codes`).
         k: neighbours of CKNNA.
         threshold: the AUROC from which a latent counts as good for a concept.
-        seed: of the samples of CKNNA and recovery.
+        seed: of the samples, and of the random directions and untrained SAEs beside them.
         sample_tokens: that CKNNA compares, at most.
         sample_images: that recovery compares, at most.
         device: moves the models there; None: where `clip` is.
@@ -219,6 +219,7 @@ def evaluate(
         keep_scores="scores" in needs,
         batch_size=batch_size,
         num_workers=num_workers,
+        seed=seed,
     )
     concepts = tuple(patch_concept_names(dataset)) if has_patch_truth(dataset) else ()
     options = Options(

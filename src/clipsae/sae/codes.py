@@ -5,7 +5,7 @@ products with matrices.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -42,6 +42,16 @@ class SparseCodes:
         flat = codes.detach().reshape(-1)
         positions = flat.nonzero()[:, 0]
         return cls(flat[positions], positions, codes.shape)
+
+    @classmethod
+    def stack(cls, parts: Sequence["SparseCodes"]) -> "SparseCodes":
+        """All tokens of one or more parts [..., M], flattened: [N, M]."""
+        latents, total, positions = parts[0].latents, 0, []
+        for part in parts:
+            positions.append(part.positions + total * latents)
+            total += part.tokens
+        values = torch.cat([part.values for part in parts])
+        return cls(values, torch.cat(positions), (total, latents))
 
     def with_values(self, values: Tensor) -> "SparseCodes":
         """The same pairs with other values [p]; what was derived from the pairs is shared."""

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from clipsae.evaluation.floors import RandomDirections, untrained
 from clipsae.evaluation.metrics.coherence import LEAST_IMAGES, SpatialCoherence, morans_i
-from clipsae.sae import SparseCodes
+from clipsae.sae import SAE, SparseCodes
 from tests.evaluation.made_up import batch_of, options, sizes
 
 
@@ -99,3 +100,25 @@ def test_nothing_to_score_is_nan():
     found = metric.compute()
     assert found.pop("num_evaluable_features") == 0
     assert all(value.isnan() for value in found.values())
+
+
+@torch.no_grad()
+def test_floors_are_of_some_of_the_images(monkeypatch):
+    monkeypatch.setattr("clipsae.evaluation.metrics.coherence.FLOOR_IMAGES", 60)
+    monkeypatch.setattr("clipsae.evaluation.metrics.coherence.LEAST_IMAGES", 10)
+    sae = SAE(6, 30, "linear", "topk", k=6).eval()
+    x = torch.randn(120, 12, 6, generator=torch.Generator().manual_seed(0)).cumsum(dim=1)
+    metric = SpatialCoherence(sae, options(120, 12, grid=(4, 3)))
+    metric.update(batch_of(sae.encode(x), 0, sae, tokens=x))
+    found = metric.compute()
+    for of, model in (("random", RandomDirections(x)), ("untrained", untrained(sae, x))):
+        scores, counts = morans_i(model.encode_sparse(x[::2]), (4, 3))
+        means = [
+            score[count].mean()
+            for score, count in zip(scores.T, counts.T, strict=True)
+            if count.sum() >= 10
+        ]
+        assert means
+        expected = torch.stack(means).mean().item()
+        assert found[f"feature_localization_{of}"].item() == pytest.approx(expected)
+    assert found.keys() == {number.key for number in SpatialCoherence.numbers}

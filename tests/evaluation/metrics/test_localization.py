@@ -6,13 +6,14 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from clipsae.evaluation.floors import RandomDirections, untrained
 from clipsae.evaluation.metrics.localization import (
     Localization,
     average_precision,
     best_iou,
     localize,
 )
-from clipsae.sae import SparseCodes
+from clipsae.sae import SAE, SparseCodes
 from tests.evaluation.made_up import batch_of, options, sizes
 
 
@@ -114,3 +115,50 @@ def test_one_image_and_empty_masks_are_nan():
     found = metric.compute()
     assert found["localization_ap"].isnan()
     assert found["localization_concepts"] == 0
+
+
+@torch.no_grad()
+def test_floors_and_ceiling(merged):
+    """Concepts that are directions of the tokens: probes find them, random directions do not."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(1)
+    sae, n, patches = SAE(24, 40, "linear", "topk", k=3).eval(), 60, 9
+    x = torch.randn(n, 1 + patches, 24, generator=generator)
+    truth = x[:, 1:, :3] > 1
+    given = options(n, 1 + patches, grid=(3, 3), concepts=("class=a", "class=b", "class=c"))
+    metrics = [Localization(sae, given) for _ in range(2)]
+    for metric, part in zip(metrics, (slice(0, 25), slice(25, n)), strict=True):
+        codes = sae.encode(x[part])
+        metric.update(batch_of(codes, part.start, sae, tokens=x[part], patch_truth=truth[part]))
+    floors = {"random": RandomDirections(x[:25]), "untrained": untrained(sae, x[:25])}
+    metrics[0]._floors = floors
+    found = merged(*metrics)
+    choosing = metrics[0].choosing.repeat_interleave(patches)
+    for of, model in floors.items():
+        codes = model.encode_sparse(x[:, 1:].flatten(0, 1))
+        expected = localize(codes, truth.flatten(0, 1), choosing)
+        for key in ("ap", "iou"):
+            mean = expected[key].nanmean().item()
+            assert found[f"localization_{key}_{of}"].item() == pytest.approx(mean)
+            assert mean < found[f"localization_{key}_probe"].item() - 0.1
+    assert found["localization_ap_probe"] > 0.8
+    assert found.keys() == {n.key for n in Localization.numbers}
+    for number in Localization.numbers:
+        assert {number.floor, number.ceiling} <= {"", *found}
+    row = metrics[0].concepts[0]
+    assert row["ap_probe"] > row["ap_random"]
+
+
+@torch.no_grad()
+def test_dense_floors_are_of_a_part_of_the_patches(monkeypatch, caplog):
+    monkeypatch.setattr("clipsae.evaluation.metrics.localization._ENTRIES", 12_000)
+    monkeypatch.setattr("clipsae.evaluation.metrics.localization._ROWS", 8)
+    sae = SAE(24, 40, "linear", "relu").eval()
+    x = torch.randn(20, 9, 24, generator=torch.Generator().manual_seed(0))
+    metric = Localization(sae, options(20, 9, grid=(3, 3), concepts=("class=a",)))
+    metric.update(batch_of(sae.encode(x), 0, sae, tokens=x, patch_truth=x[..., :1] > 0))
+    with caplog.at_level("INFO"):
+        found = metric.compute()
+    # Half of 1,024 directions on each patch: 24 patches are 12,288 codes.
+    assert "random codes are those of 24 of 180 patches" in caplog.text
+    assert not found["localization_ap_random"].isnan()

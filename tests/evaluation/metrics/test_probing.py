@@ -122,6 +122,7 @@ def run(metric, given, parts, merged):
         batch = batch_of(
             codes[part],
             part.start,
+            sae,
             tokens=tokens[part],
             labels=labels[part],
             reconstruction=x_hat[part],

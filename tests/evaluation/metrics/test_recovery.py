@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
+from clipsae.evaluation.floors import RIDGE, RandomDirections, untrained
 from clipsae.evaluation.metrics.auroc import auroc, best_f1
 from clipsae.evaluation.metrics.concepts import (
     SIZES,
@@ -18,7 +19,6 @@ from clipsae.evaluation.metrics.concepts import (
     concept_recovery,
     probe_recovery,
 )
-from clipsae.evaluation.metrics.floors import RIDGE, RandomDirections, untrained
 from clipsae.evaluation.metrics.recovery import (
     NUMBERS,
     REFERENCES,
@@ -533,7 +533,7 @@ def test_levels_samples_and_processes(merged, sae):
     metrics = [ConceptRecovery(sae, given) for _ in range(3)]
     for metric, part in ((metrics[2], slice(0, 13)), (metrics[0], slice(13, 40))):
         of_part = {name: value[part] for name, value in known.items()}
-        metric.update(batch_of(codes[part], part.start, tokens=x[part], **of_part))
+        metric.update(batch_of(codes[part], part.start, sae, tokens=x[part], **of_part))
     found = merged(*metrics)
 
     drawn = torch.tensor(sorted(random.Random(0).sample(range(40), 30)))
@@ -581,7 +581,7 @@ def test_too_much_for_memory(sae, monkeypatch, caplog):
     x, known = made_up()
     monkeypatch.setattr("clipsae.evaluation.metrics.recovery._NUMBERS", 5_000)
     metric = ConceptRecovery(sae, options(40, tokens=5))
-    metric.update(batch_of(sae.encode(x), tokens=x, **known))
+    metric.update(batch_of(sae.encode(x), sae=sae, tokens=x, **known))
     with caplog.at_level("INFO"):
         found = metric.compute()
     assert "of 40 images" in caplog.text

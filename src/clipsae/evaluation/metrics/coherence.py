@@ -17,6 +17,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from clipsae.evaluation.floors import DIRECTIONS, REFERENCES
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.metrics.sample import Draw
 from clipsae.evaluation.numbers import Number
@@ -27,6 +28,7 @@ LEAST_PATCHES = 5  # on which a latent is active in an image that counts
 LARGEST_SHARE = 0.9  # of the patches; a latent that is active on more is the background's
 LEAST_IMAGES = 50  # of a latent that is scored
 NOT_LOCALIZED = 0.1  # a mean I below
+FLOOR_IMAGES = 500  # of the sample, on which the floors are measured
 _SMALLEST = 1e-10  # y^T y of a map that is not constant
 
 # One of each two opposite neighbours: W is symmetric.
@@ -90,10 +92,12 @@ _number = partial(Number, table="probing")
 @METRICS.register("spatial_coherence")
 class SpatialCoherence(Measurement):
     """Mean of `morans_i` over the latents that have `LEAST_IMAGES` images that count, on a sample
-    of images; of a latent the mean over those images.
+    of images; of a latent the mean over those images. Beside it the same of random directions and
+    of an untrained SAE, on some 500 of the images: neighbouring patches look alike, whatever looks
+    at them.
 
     visaebench stops at 200 images of a latent and draws 500 latents; here all count. M float64 and
-    M integers are kept.
+    M integers are kept, and as many for each floor.
     """
 
     numbers = (
@@ -101,6 +105,7 @@ class SpatialCoherence(Measurement):
             "feature_localization",
             "spatial coherence",
             "Moran's I (eight neighbours) of a latent's patches, mean over images and latents",
+            floor="feature_localization_untrained",
         ),
         _number("median_morans_i", "median spatial coherence"),
         _number(
@@ -113,36 +118,62 @@ class SpatialCoherence(Measurement):
         _number(
             "num_evaluable_features", "latents with a spatial coherence", format=".0f", better=""
         ),
+        *(
+            Number(f"feature_localization_{of}", f"spatial coherence ({of})", said, table="")
+            for of, said in REFERENCES.items()
+        ),
     )
 
     total: Tensor
     counted: Tensor
+    total_random: Tensor
+    counted_random: Tensor
+    total_untrained: Tensor
+    counted_untrained: Tensor
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
         self.draw = Draw(options.images, 1, options.sample_images, options.seed)
-        self.add_state("total", torch.zeros(self.latents).double(), dist_reduce_fx="sum")
-        self.add_state("counted", torch.zeros(self.latents).long(), dist_reduce_fx="sum")
+        self.every = -(-len(self.draw.drawn) // FLOOR_IMAGES)
+        for of, m in (
+            ("", self.latents),
+            ("_random", 2 * DIRECTIONS),
+            ("_untrained", self.latents),
+        ):
+            self.add_state(f"total{of}", torch.zeros(m).double(), dist_reduce_fx="sum")
+            self.add_state(f"counted{of}", torch.zeros(m).long(), dist_reduce_fx="sum")
 
     def update(self, batch: Batch) -> None:
-        rows, _ = self.draw.among(batch.positions)
+        rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
-        scores, counts = morans_i(
-            batch.patch_codes(rows, prod(self.options.grid)), self.options.grid
-        )
-        self.total += torch.where(counts, scores, 0).sum(dim=0)
-        self.counted += counts.sum(dim=0)
+        patches = prod(self.options.grid)
+        self._add("", batch.patch_codes(rows, patches))
+        some = rows[numbers % self.every == 0]
+        if len(some):
+            x = batch.tokens[some, -patches:].float()
+            for of, model in batch.floors.items():
+                self._add(f"_{of}", model.encode_sparse(x))
+
+    def _add(self, of: str, codes: SparseCodes) -> None:
+        scores, counts = morans_i(codes, self.options.grid)
+        total, counted = getattr(self, f"total{of}"), getattr(self, f"counted{of}")
+        total += torch.where(counts, scores, 0).sum(dim=0)
+        counted += counts.sum(dim=0)
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers; NaN where no latent has enough images."""
-        scored = self.counted >= LEAST_IMAGES
-        scores = torch.where(scored, self.total / self.counted, torch.nan)
-        self.per_latent = {"spatial_coherence": scores}
-        live = scores[scored]
+        scores = {of: self._scores(of) for of in ("", "_random", "_untrained")}
+        self.per_latent = {"spatial_coherence": scores[""]}
+        live = scores[""][~scores[""].isnan()]
         return {
             "feature_localization": live.mean(),
             "median_morans_i": live.quantile(0.5) if len(live) else live.mean(),
             "frac_non_localized": (live < NOT_LOCALIZED).double().mean(),
-            "num_evaluable_features": scored.sum(),
+            "num_evaluable_features": torch.tensor(len(live)),
+            **{f"feature_localization{of}": one.nanmean() for of, one in scores.items() if of},
         }
+
+    def _scores(self, of: str) -> Tensor:
+        total, counted = getattr(self, f"total{of}"), getattr(self, f"counted{of}")
+        return torch.where(counted >= LEAST_IMAGES, total / counted, torch.nan)

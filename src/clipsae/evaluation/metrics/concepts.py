@@ -15,6 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from clipsae.evaluation.floors import least_squares
 from clipsae.evaluation.metrics.auroc import (
     auroc,
     best_f1,
@@ -25,7 +26,6 @@ from clipsae.evaluation.metrics.auroc import (
     latent_blocks,
     sum_rows,
 )
-from clipsae.evaluation.metrics.floors import least_squares
 from clipsae.evaluation.ranking import top_latents
 from clipsae.sae import SparseCodes
 

@@ -8,11 +8,13 @@ of the images, and the latent is chosen there, too; both are scored on the other
 N patches, M latents, m latents of a block, V concepts.
 """
 
+import logging
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from clipsae.evaluation.floors import REFERENCES, RandomDirections, least_squares
 from clipsae.evaluation.metrics.auroc import latent_blocks, starts_of_ties
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.metrics.sample import CodeSample, Draw
@@ -21,6 +23,9 @@ from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.ranking import top_latents
 from clipsae.sae import SAE, SparseCodes
 
+log = logging.getLogger(__name__)
+
+_ROWS = 1024  # patches that are encoded at a time
 _BLOCK_ELEMENTS = 2**22  # of float64 arrays [entries, V]: 34 MB
 _ENTRIES = 2**24  # codes that are not zero: 0.2 GB, and ten times that while they are sorted
 
@@ -156,10 +161,12 @@ _number = partial(Number, table="probing")
 
 @METRICS.register("localization")
 class Localization(Measurement):
-    """`localize` on the patches of a sample of images, whose halves are drawn at random.
+    """`localize` on the patches of a sample of images, whose halves are drawn at random; beside it
+    the same of random directions, of an untrained SAE, and of linear probes of the concepts (least
+    squares on the half that chooses).
 
-    The sample's codes are kept; of SAEs with very many active latents a part of them
-    (`CodeSample`), and the log says how many.
+    The sample's codes are kept, and for what they are compared with its tokens; where that is too
+    much, those of a part of the patches (`CodeSample`), and the log says how many.
     """
 
     numbers = (
@@ -168,13 +175,16 @@ class Localization(Measurement):
             "localisation, AP",
             "average precision of the map of a concept's latent against the concept's mask, the "
             "latent chosen on the other half of the images; mean over concepts",
-            floor="localization_ap_base",
+            floor="localization_ap_untrained",
+            ceiling="localization_ap_probe",
         ),
         _number(
             "localization_iou",
             "localisation, IoU",
             "intersection over union with the concept's mask, latent and threshold chosen on the "
             "other half; mean over concepts",
+            floor="localization_iou_untrained",
+            ceiling="localization_iou_probe",
         ),
         _number(
             "localization_ap_base",
@@ -183,43 +193,68 @@ class Localization(Measurement):
             better="",
         ),
         _number("localization_concepts", "localised concepts", format=".0f", better="", table=""),
+        *(
+            Number(f"localization_{key}_{of}", f"localisation, {label} ({of})", said, table="")
+            for key, label in (("ap", "AP"), ("iou", "IoU"))
+            for of, said in {**REFERENCES, "probe": "linear probes of the concepts"}.items()
+        ),
     )
     needs = ("patch_truth",)
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
+        self._floors: dict[str, RandomDirections | SAE] = {}
         self.draw = Draw(options.images, 1, options.sample_images, options.seed)
         shuffled = torch.Generator().manual_seed(options.seed)
         self.choosing = torch.randperm(len(self.draw.drawn), generator=shuffled) % 2 == 0
+        known = len(options.concepts) + 1
         self.patches = CodeSample(
             "localization",
             "patches",
             self.latents,
-            torch.empty(0, len(options.concepts) + 1, dtype=torch.bool),
+            torch.empty(0, known, dtype=torch.bool),
             lambda rows, pairs: pairs > _ENTRIES,
+        )
+        width = known + self.d
+        self.tokens = CodeSample(
+            "localization (random, untrained, probe)",
+            "patches",
+            1,
+            torch.empty(0, width),
+            lambda rows, pairs: rows * width > _ENTRIES,
         )
 
     def update(self, batch: Batch) -> None:
         rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
+        self._floors = batch.floors
         truth = batch.patch_truth[rows]
         patches = truth.shape[1]
         codes = batch.patch_codes(rows, patches).view(-1, self.latents)
         half = self.choosing[numbers].to(truth.device)[:, None, None].expand(-1, patches, 1)
-        of_patches = numbers[:, None] * patches + torch.arange(patches)
-        beside = torch.cat((truth, half), dim=2)
-        self.patches.update(of_patches.flatten(), beside.flatten(0, 1), codes)
+        of_patches = (numbers[:, None] * patches + torch.arange(patches)).flatten()
+        beside = torch.cat((truth, half), dim=2).flatten(0, 1)
+        self.patches.update(of_patches, beside, codes)
+        x = batch.tokens[rows, -patches:].float().flatten(0, 1)
+        nothing = SparseCodes.from_dense(x.new_zeros(len(x), 1))
+        self.tokens.update(of_patches, torch.cat((beside, x), dim=1), nothing)
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers; NaN without a concept that both halves show."""
         beside, codes = self.patches.compute()
         found = localize(codes, beside[:, :-1].contiguous(), beside[:, -1])
+        others = self._beside()
         self.concepts = [
             {
                 "level": "localization",
                 "concept": name,
                 **{key: column[v].item() for key, column in found.items()},
+                **{
+                    f"{key}_{of}": other[key][v].item()
+                    for of, other in others.items()
+                    for key in ("ap", "iou")
+                },
             }
             for v, name in enumerate(self.options.concepts)
         ]
@@ -228,4 +263,41 @@ class Localization(Measurement):
             "localization_iou": found["iou"].nanmean(),
             "localization_ap_base": found["base"].nanmean(),
             "localization_concepts": (~found["ap"].isnan()).sum(),
+            **{
+                f"localization_{key}_{of}": other[key].nanmean()
+                for key in ("ap", "iou")
+                for of, other in others.items()
+            },
         }
+
+    def _beside(self) -> dict[str, dict[str, Tensor]]:
+        """`localize` of what the SAE is compared with."""
+        beside, _ = self.tokens.compute()
+        truth, half, x = beside.split([len(self.options.concepts), 1, self.d], dim=1)
+        truth, half = truth > 0, half[:, 0] > 0
+        # A part of them, where codes are mostly not zero, is of patches all over the images.
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.options.seed))
+        others = {}
+        for of, model in self._floors.items():
+            parts, pairs = [], 0
+            for rows in order.to(x.device).split(_ROWS):
+                parts.append(model.encode_sparse(x[rows]))
+                pairs += len(parts[-1].values)
+                if pairs > _ENTRIES:
+                    break
+            codes = SparseCodes.stack(parts)
+            if len(codes) < len(x):
+                log.info(
+                    "localization's %s codes are those of %s of %s patches: most are not zero",
+                    of,
+                    f"{len(codes):,}",
+                    f"{len(x):,}",
+                )
+            read = order[: len(codes)].to(x.device)
+            others[of] = localize(codes, truth[read], half[read])
+        weights = least_squares(x[half], truth[half])
+        scores = x.double() @ weights[:-1] + weights[-1]
+        if len(scores):
+            scores = scores - scores.amin(dim=0) + 1  # `localize` takes thresholds above 0
+        others["probe"] = localize(SparseCodes.from_dense(scores), truth, half)
+        return others

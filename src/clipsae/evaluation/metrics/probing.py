@@ -22,7 +22,6 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
-from clipsae.evaluation.metrics.floors import untrained
 from clipsae.evaluation.metrics.sample import CodeSample, Draw
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch, pool_codes
@@ -257,8 +256,8 @@ class SparseProbing(_Images):
             "sparse_probing_auc",
             "sparse probing",
             "accuracy of logistic regressions on the k pooled latents of largest ANOVA F, fitted "
-            "on one half of the images and scored on the other; mean over k from 1 to 100 (area "
-            "under the curve)",
+            "on one half of the images and scored on the other; mean over k from 1 to 100, or to "
+            "the largest of 1, 5, 10, 20, 50, 100 that is at most M (area under the curve)",
             floor="sparse_probing_auc_untrained",
             ceiling="accuracy_original",
             headline=True,
@@ -296,8 +295,6 @@ class SparseProbing(_Images):
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
-        self._sae = (sae,)  # in a tuple it is no part of this module
-        self._twin: tuple[SAE, ...] = ()
         self.trained = self._sample("sparse_probing", self.latents, 0)
         self.untrained = self._sample("sparse_probing (untrained)", self.latents, 0)
 
@@ -307,10 +304,8 @@ class SparseProbing(_Images):
             return
         labels = self._labels(batch, rows)
         self.trained.update(numbers, labels, SparseCodes.from_dense(batch.pooled[rows]))
-        if not self._twin:
-            self._twin = (untrained(self._sae[0], batch.images.stream.some_tokens.float()),)
-        codes = self._twin[0].encode(batch.tokens[rows].float())
-        pooled = pool_codes(codes, self.options.pooling)
+        codes = batch.floors["untrained"].encode_sparse(batch.tokens[rows].float())
+        pooled = pool_codes(codes.dense(), self.options.pooling)
         self.untrained.update(numbers, labels, SparseCodes.from_dense(pooled))
 
     def compute(self) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsae.evaluation.floors import REFERENCES as FLOORS
+from clipsae.evaluation.floors import RandomDirections, mean_rows
 from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 from clipsae.evaluation.metrics.concepts import (
     PER_CONCEPT,
@@ -32,7 +34,6 @@ from clipsae.evaluation.metrics.concepts import (
     concept_recovery,
     probe_recovery,
 )
-from clipsae.evaluation.metrics.floors import RandomDirections, mean_rows, untrained
 from clipsae.evaluation.metrics.sample import CodeSample, Draw
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
@@ -50,8 +51,7 @@ LEVELS = {"patch": "patches", "object": "objects", "image": "images"}
 _ATTRIBUTES = {"patch": PATCH_ATTRIBUTES, "object": OBJECT_ATTRIBUTES, "image": IMAGE_ATTRIBUTES}
 # What they are compared with: `{level}_{key}_{name}`.
 REFERENCES = {
-    "random": "512 random directions and their negatives",
-    "untrained": "an SAE of the same config before its first step",
+    **FLOORS,
     "probe": "a linear probe of each concept, fitted by least squares",
 }
 _SCORES = (
@@ -275,17 +275,7 @@ def _by_level(
         images += b
         if most is not None and pairs > most:
             break
-    return {level: _stack(several, latents) for level, several in found.items()}
-
-
-def _stack(parts: list[SparseCodes], latents: int) -> SparseCodes:
-    """Codes [N, M] of all rows of the parts."""
-    starts, total = [], 0
-    for part in parts:
-        starts.append(total)
-        total += part.tokens
-    positions = [p.positions + at * latents for p, at in zip(parts, starts, strict=True)]
-    return SparseCodes(torch.cat([p.values for p in parts]), torch.cat(positions), (total, latents))
+    return {level: SparseCodes.stack(several) for level, several in found.items()}
 
 
 @METRICS.register("recovery")
@@ -305,6 +295,7 @@ class ConceptRecovery(Measurement):
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
         self._sae = (sae,)  # in a tuple it is no part of this module
+        self._floors: dict[str, RandomDirections | SAE] = {}
         self.draw = Draw(options.images, 1, options.sample_images, options.seed)
         order = torch.Generator().manual_seed(options.seed)
         self.order = torch.randperm(len(self.draw.drawn), generator=order)
@@ -322,6 +313,7 @@ class ConceptRecovery(Measurement):
         rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
+        self._floors = batch.floors
         x = batch.tokens[rows].float()
         n, tokens = x.shape[:2]
         patches = batch.patch_objects.shape[1]  # the last tokens
@@ -353,12 +345,9 @@ class ConceptRecovery(Measurement):
         )
         others = {"probe": probes}
         _, fewer = _levels(beside, tokens, self.d, _BACKGROUND)
-        for of, model in (
-            ("random", RandomDirections(flat, self.options.seed)),
-            ("untrained", untrained(self._sae[0], x)),
-        ):
+        for of, model in self._floors.items():
             parts = (model.encode_sparse(part) for part in x.split(_IMAGES))
-            others[of] = self._compare(parts, fewer, _REFERENCE)
+            others[of] = self._compare(parts, fewer, of)
 
         values: dict[str, Tensor] = {}
         self.concepts = []
@@ -370,10 +359,19 @@ class ConceptRecovery(Measurement):
         return values
 
     def _compare(
-        self, parts: Iterable[SparseCodes], levels: dict[str, _Level], most: int | None = None
+        self, parts: Iterable[SparseCodes], levels: dict[str, _Level], reference: str = ""
     ) -> dict[str, dict[str, Tensor]]:
-        """`concept_recovery` at each level of codes [b, T, M] of consecutive images."""
-        codes = _by_level(parts, levels, self.options.pooling, most)
+        """`concept_recovery` at each level of codes [b, T, M] of consecutive images: the SAE's, or
+        those of a reference, which may be of the first images only."""
+        codes = _by_level(parts, levels, self.options.pooling, _REFERENCE if reference else None)
+        read, total = len(codes["image"]), len(levels["image"].truth)
+        if read < total:
+            log.info(
+                "recovery's %s codes are those of %d of %d images: most of them are not zero",
+                reference,
+                read,
+                total,
+            )
         found = {}
         for level, rows in levels.items():
             n = len(codes[level])
@@ -459,7 +457,9 @@ def _named(
         key, _, name = (
             key.rpartition("_") if key.rpartition("_")[2] in REFERENCES else (key, "", "")
         )
-        source = others[name] if name else found
+        source = others.get(name) if name else found
+        if source is None:  # a process without images
+            continue
         values[number.key] = source[f"mean_{key}" if f"mean_{key}" in source else key]
     return values
 
@@ -473,7 +473,8 @@ def _rows(
     """A row of `concepts.csv` for each concept of a level."""
     columns = {name: found[name] for name in COLUMNS if name in found}
     for name, other in others.items():
-        columns |= {f"{key}_{name}": other[key] for key in PER_CONCEPT}
+        known = (*PER_CONCEPT, "scoring") if "scoring" in other else PER_CONCEPT
+        columns |= {f"{key}_{name}": other[key] for key in known}
     lists = {name: column.tolist() for name, column in columns.items()}
     return [
         {

@@ -1,4 +1,4 @@
-"""What concept recovery is compared with: random directions, an untrained SAE, a supervised probe.
+"""What measures are compared with: random directions, an untrained SAE, a supervised probe.
 
 N rows (patches, objects or images), V concepts, d width, M latents.
 """
@@ -11,22 +11,26 @@ from clipsae.sae import SAE, SparseCodes
 DIRECTIONS = 512
 INITIAL_IMAGES = 32  # that an untrained SAE is initialised from, as training does
 RIDGE = 0.1
+REFERENCES = {
+    "random": f"{DIRECTIONS} random directions and their negatives",
+    "untrained": "an SAE of the same config before its first step",
+}
 
 
 class RandomDirections:
     """Codes relu(+-(x - mean) w) of 512 random directions w: 1,024 latents that know nothing.
 
     Args:
-        tokens: [N, d], whose mean is taken away.
+        tokens: [..., d], whose mean is taken away.
         seed: of the directions, which are uniform on the sphere.
     """
 
     def __init__(self, tokens: Tensor, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(DIRECTIONS, tokens.shape[1], generator=generator)
+        rows = torch.randn(DIRECTIONS, tokens.shape[-1], generator=generator)
         rows = rows / rows.norm(dim=1, keepdim=True)
         self.rows = torch.cat((rows, -rows)).to(tokens.device)
-        self.mean = tokens.mean(dim=0)
+        self.mean = tokens.flatten(0, -2).mean(dim=0)
 
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """Tokens [..., d] -> codes [..., 1,024]."""
@@ -38,13 +42,13 @@ def untrained(sae: SAE, images: Tensor, seed: int = 0) -> SAE:
 
     Args:
         images: tokens [N, T, d]; it is initialised from the first 32, as training does.
-        seed: of its weights; the global generator of random numbers is left as it is.
+        seed: of its weights; the global generators of random numbers are left as they are.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():  # of all GPUs, too, which `manual_seed` seeds
         torch.manual_seed(seed)
         twin = SAE(**sae.config)
-    twin.to(images.device).initialize(images[:INITIAL_IMAGES])
-    twin.estimate_statistics(images[:INITIAL_IMAGES])  # as with trainer.max_steps=0
+        twin.to(images.device).initialize(images[:INITIAL_IMAGES])
+        twin.estimate_statistics(images[:INITIAL_IMAGES])  # as with trainer.max_steps=0
     return twin.eval()
 
 
