@@ -141,7 +141,7 @@ _ENTRIES = 2**24
 # Tokens and truth, float32: 0.13 GB.
 _NUMBERS = 2**25
 # What the SAE is compared with has fewer of the many patches of background, and where codes are
-# mostly not zero, of the first images only, until it has so many.
+# mostly not zero, only those of the first images, until there are so many.
 _BACKGROUND, _REFERENCE = 1 / 8, 2**23
 _IMAGES = 16  # that are pooled at a time
 
@@ -195,9 +195,7 @@ class _Level:
     row: Tensor
 
 
-def _levels(
-    beside: Tensor, tokens: int, d: int, background: float = 1.0
-) -> tuple[Tensor, dict[str, _Level]]:
+def _levels(beside: Tensor, tokens: int, d: int) -> tuple[Tensor, dict[str, _Level]]:
     """The sampled images at all levels.
 
     Every second image chooses. (The sample is in the order of a draw, not of the dataset, whose
@@ -207,7 +205,6 @@ def _levels(
         beside: of n images, [n, T (d + V + 1) + W]: their tokens, each token's concepts and object,
             and the image's concepts.
         tokens, d: T, d.
-        background: share of the patches without an object that are rows, drawn.
 
     Returns:
         Tokens [n, T, d], and the levels by name.
@@ -220,9 +217,7 @@ def _levels(
     image = torch.arange(n, device=beside.device)
     of_token = image.repeat_interleave(tokens)
     shown = slot >= 0
-    draw = torch.rand(n * tokens, generator=torch.Generator().manual_seed(0)).to(slot.device)
     patch = truth.any(dim=1)  # the class token has no attributes
-    patch &= shown | (draw < background)
     cells = of_token * (int(slot.max()) + 1) + slot if n else slot
     found, place = cells[shown].unique(return_inverse=True)
     first = place.new_zeros(len(found)).scatter_(0, place, shown.nonzero()[:, 0])  # any: all agree
@@ -240,6 +235,17 @@ def _levels(
         name: _Level(names[name], truth, image % 2 == 0, row)
         for name, (truth, image, row) in rows.items()
     }
+
+
+def _less_background(patches: _Level, objects: _Level) -> _Level:
+    """The patches, without most of those that show no object."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(len(patches.row), generator=generator).to(patches.row.device) < _BACKGROUND
+    kept = (drawn | (objects.row >= 0))[patches.row >= 0]
+    place = torch.where(kept, kept.cumsum(0) - 1, -1)
+    row = patches.row.clone()
+    row[row >= 0] = place
+    return _Level(patches.names, patches.truth[kept], patches.choosing[kept], row)
 
 
 def _by_level(
@@ -344,7 +350,7 @@ class ConceptRecovery(Measurement):
             tokenwise, flat, levels["patch"], found["patch"], probes["patch"]
         )
         others = {"probe": probes}
-        _, fewer = _levels(beside, tokens, self.d, _BACKGROUND)
+        fewer = {**levels, "patch": _less_background(levels["patch"], levels["object"])}
         for of, model in self._floors.items():
             parts = (model.encode_sparse(part) for part in x.split(_IMAGES))
             others[of] = self._compare(parts, fewer, of)
