@@ -17,7 +17,7 @@ N rows (patches, objects or images), M latents, V concepts, d width.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -302,6 +302,7 @@ class ConceptRecovery(Measurement):
         super().__init__(sae, options)
         self._sae = (sae,)  # in a tuple it is no part of this module
         self._floors: dict[str, RandomDirections | SAE] = {}
+        self._once: Callable[[Any, Callable[[], Any]], Any] = lambda key, make: make()
         self.draw = Draw(options.images, 1, options.sample_images, options.seed)
         order = torch.Generator().manual_seed(options.seed)
         self.order = torch.randperm(len(self.draw.drawn), generator=order)
@@ -319,7 +320,7 @@ class ConceptRecovery(Measurement):
         rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
-        self._floors = batch.floors
+        self._floors, self._once = batch.floors, batch.images.stream.once
         x = batch.tokens[rows].float()
         n, tokens = x.shape[:2]
         patches = batch.patch_objects.shape[1]  # the last tokens
@@ -344,16 +345,26 @@ class ConceptRecovery(Measurement):
         flat = x.flatten(0, 1)
         parts = (codes[i : i + _IMAGES] for i in range(0, len(x), _IMAGES))
         found = self._compare(parts, levels)
-        probes = {level: self._probe(level, x, rows) for level, rows in levels.items()}
+        # Of the same images it is the same for all SAEs.
+        same = int(self.sample.halvings)
+        probes = self._once(
+            ("recovery", "probe", same),
+            lambda: {level: self._probe(level, x, rows) for level, rows in levels.items()},
+        )
         tokenwise = codes.view(-1, self.latents)
         found["patch"] |= self._absorption(
             tokenwise, flat, levels["patch"], found["patch"], probes["patch"]
         )
         others = {"probe": probes}
         fewer = {**levels, "patch": _less_background(levels["patch"], levels["object"])}
-        for of, model in self._floors.items():
-            parts = (model.encode_sparse(part) for part in x.split(_IMAGES))
-            others[of] = self._compare(parts, fewer, of)
+
+        def compare(of: str) -> dict[str, dict[str, Tensor]]:
+            parts = (self._floors[of].encode_sparse(part) for part in x.split(_IMAGES))
+            return self._compare(parts, fewer, of)
+
+        if self._floors:
+            others["random"] = self._once(("recovery", "random", same), lambda: compare("random"))
+            others["untrained"] = compare("untrained")
 
         values: dict[str, Tensor] = {}
         self.concepts = []
