@@ -162,16 +162,20 @@ class SAEModule(LightningModule):
         if self.sparsity_warmup_steps:
             # A tensor that is set in place: compiled code would be compiled again for each number.
             self.penalty_scale = torch.ones((), device=self.device)
-            self.sae.activation.penalty_scale = self.penalty_scale
 
     def on_train_start(self) -> None:
         for name, gradient in self._accumulated.items():  # before, Lightning sets them to zero
             self.sae.get_parameter(name).grad = gradient
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
-        if self.step <= self.sparsity_warmup_steps > 0:
-            self.penalty_scale.fill_(penalty_warmup(self.sparsity_warmup_steps, self.step))
-        out: SAEOutput = self.forward_sae(tokens)
+        if self.sparsity_warmup_steps:
+            if self.step <= self.sparsity_warmup_steps:
+                self.penalty_scale.fill_(penalty_warmup(self.sparsity_warmup_steps, self.step))
+            self.sae.activation.penalty_scale = self.penalty_scale
+        try:
+            out: SAEOutput = self.forward_sae(tokens)
+        finally:  # outside of a step penalties are whole, however the training ends
+            self.sae.activation.penalty_scale = 1.0
         if self.trainer.world_size > 1:
             average_statistics(self.sae)
         self.train_window.update(tokens, out)
