@@ -257,6 +257,15 @@ def test_what_is_out_of_range_or_unknown(composed, override, expected):
     assert expected in refusal(cfg, override)
 
 
+def test_a_penalty_that_would_never_reach_its_strength(composed):
+    said = refusal(composed("model=relu", "trainer.max_steps=120"))
+    assert said.startswith("sparsity_warmup_steps=120: in a training of max_steps=120 the sparsity")
+    for override in ("optimizer.sparsity_warmup_steps=119", "optimizer.sparsity_warmup_steps=0"):
+        check(composed("model=relu", "trainer.max_steps=120", override))
+    check(composed("model=relu", "trainer.max_steps=0"))
+    check(composed("model=topk", "trainer.max_steps=1"))  # has no penalty
+
+
 def test_what_fitted_saes_refuse(composed):
     for model, override, expected in (
         ("pca", "model.latents=64", "model.latents=64: the tokens and texts decide how many"),

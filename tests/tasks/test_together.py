@@ -34,6 +34,7 @@ SMALL = [
     "model.latents=64",
     "optimizer.warmup_steps=4",
     "optimizer.decay=linear",
+    "optimizer.sparsity_warmup_steps=0",
     "model.dead_after=300",
     "model.initial_images=4",
     "features.batch_size=4",
@@ -50,7 +51,10 @@ SMALL = [
     "measurement=none",
     "logger=none",
 ]
-TWO = [["model=relu"], ["model=topk", "trainer.accumulate_grad_batches=2"]]
+TWO = [
+    ["model=relu", "optimizer.sparsity_warmup_steps=8"],
+    ["model=topk", "trainer.accumulate_grad_batches=2"],
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

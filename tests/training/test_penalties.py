@@ -192,6 +192,19 @@ def test_a_warm_up_of_no_penalty_is_refused():
         SAEModule(build("topk"), learning_rate=1e-3, sparsity_warmup_steps=5)
 
 
+@pytest.mark.parametrize(("warm_up", "steps"), [(5, 4), (5, 5), (1, 1)])
+def test_a_warm_up_that_the_training_ends_in_is_refused(warm_up, steps):
+    assert max(penalty_warmup(warm_up, step) for step in range(steps)) < 1
+    expected = f"^sparsity_warmup_steps={warm_up}: in a training of max_steps={steps} .* never"
+    with pytest.raises(ValueError, match=expected):
+        SAEModule(build("relu"), learning_rate=1e-3, sparsity_warmup_steps=warm_up, max_steps=steps)
+
+
+@pytest.mark.parametrize("steps", [6, 0, -1])  # 0: untrained; -1: not known
+def test_a_warm_up_that_ends_in_the_training_or_has_none_is_not(steps):
+    SAEModule(build("relu"), learning_rate=1e-3, sparsity_warmup_steps=5, max_steps=steps)
+
+
 # --- the learning rate and the number of latents ---
 
 

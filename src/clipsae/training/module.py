@@ -37,12 +37,12 @@ class SAEModule(LightningModule):
             that the best rate of TopK SAEs goes as 1 / sqrt(M). None: whatever M is.
         warmup_steps, decay, decay_fraction: see `warmup_then`.
         sparsity_warmup_steps: steps in which the penalties that make codes sparse
-            (`Activation.penalties`) grow from 0; see `penalty_warmup`.
+            (`Activation.penalties`) grow from 0; see `penalty_warmup`. Fewer than `max_steps`.
         initial_images: images whose tokens the SAE is initialised from (geometric median of
             b_dec), once, before the first step.
         compile: run the SAE's forward through torch.compile.
         name: for log lines.
-        max_steps: optimizer steps of the training.
+        max_steps: optimizer steps of the training; 0: it stays as initialised; -1: unknown.
         accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm: as Lightning's Trainer
             takes them.
         run: where its numbers are logged; None: nowhere.
@@ -91,6 +91,12 @@ class SAEModule(LightningModule):
             raise ValueError(
                 f"sparsity_warmup_steps={sparsity_warmup_steps} does nothing with "
                 f"activation={sae.config['activation']}, which has no sparsity penalty: set it to 0"
+            )
+        if 0 < max_steps <= sparsity_warmup_steps:
+            raise ValueError(
+                f"sparsity_warmup_steps={sparsity_warmup_steps}: in a training of max_steps="
+                f"{max_steps} the sparsity penalty would never reach its strength: set it to fewer "
+                "steps, or to 0 for no warm-up"
             )
         if reference_latents is not None:
             whole("reference_latents", reference_latents)

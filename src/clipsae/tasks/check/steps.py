@@ -107,8 +107,8 @@ def timed(cfg: DictConfig, tokens: Tensor, share: float | None, seconds: float) 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     module = SAEModule(
         build.build_sae(cfg, tokens.shape[-1]),
-        # So small that the SAE stays what it is.
-        **build.training_options(cfg) | {"learning_rate": 1e-12},
+        # The rate is so small that the SAE stays what it is; penalties are whole from the start.
+        **build.training_options(cfg) | {"learning_rate": 1e-12, "sparsity_warmup_steps": 0},
         gradient_clip_val=cfg.trainer.gradient_clip_val,
         max_steps=MOST,
     )
