@@ -269,7 +269,11 @@ def test_a_penalty_that_would_never_reach_its_strength(composed):
 def test_what_fitted_saes_refuse(composed):
     for model, override, expected in (
         ("pca", "model.latents=64", "model.latents=64: the tokens and texts decide how many"),
-        ("random", "model.latents=65", "model.latents=65: model.fit=random has both signs"),
+        ("random", "model.latents=65", "=65: expected an even number with model=random, "),
+        ("random", "model.latents=65", "write model.latents=66"),
+        ("topk", "model.fit=pca", "model.fit=pca: write model=pca, which sets it, in place of"),
+        ("topk", "model.fit=kmeans", "in place of model=topk, which is trained"),
+        ("pca", "+model.auxk=1.0", "model.auxk=1.0: model=pca has no such option: leave it out"),
         ("kmeans", "model.latents=null", "model.latents=null: expected an integer of at least 1"),
         ("pca", "+model.freeze=decoder", "model.freeze=decoder: model.fit=pca is not trained"),
     ):
