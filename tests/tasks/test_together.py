@@ -345,6 +345,7 @@ def test_where_sigusr2_has_a_handler_checkpoints_are_written_and_the_work_goes_o
 SWEEP = [
     "model.latents=128",
     "trainer.max_steps=12",
+    "optimizer.sparsity_warmup_steps=0",
     "trainer.log_every_n_steps=4",
     "trainer.val_check_interval=6",
     "trainer.limit_val_batches=1",
