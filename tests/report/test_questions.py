@@ -123,7 +123,8 @@ class Finished:
             pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
         if concepts:
             rows = [
-                {"level": "patch", "concept": concept, "auroc": area, "auroc_probe": 0.95}
+                {"level": "patch", "concept": concept, "auroc": area}
+                | {"auroc_random": 0.55, "auroc_probe": 0.95}
                 for concept, area in concepts.items()
             ]
             pd.DataFrame(rows).to_csv(folder / "concepts.csv", index=False)
@@ -209,6 +210,14 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     assert "colour is recovered best (0.90 by Sparsemax, a probe 0.95)" in said[2]
     assert "shape is recovered worst (0.60 by " in said[2]
     assert re.search(r"With dictionary size, over 9 SAEs, .*concepts found, patch rises", said[2])
+    assert questions[2].tables[0].head == ["", "colour", "shape"]
+    assert questions[2].tables[0].rows[-2:] == [
+        ["random", "0.55", "0.55"],
+        ["probe", *["0.95"] * 2],
+    ]
+    (image,) = questions[2].plots[0].figure.axes[0].get_images()
+    drawn = [*[[0.7, 0.8, 0.9, 0.55, 0.95]] * 2, [0.6, 0.6, 0.6, 0.55, 0.95]]
+    assert np.allclose(np.asarray(image.get_array()), drawn)
     assert {row[0] for row in questions[2].tables[1].rows} >= {"TopK", "TopK, model.latents=64"}
     # Trust: cosine of the main recipes never varies and is no measure here.
     assert re.search(r"\d of \d+ measures tell the 3 variants apart", said[3])
