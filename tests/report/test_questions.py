@@ -118,19 +118,23 @@ class Finished:
         for stage, end in ((sae, at), (folder, at + 1800)):
             mark = {"finished": end, "seconds": 1800, "host": "a", "git_commit": "0123456789abcdef"}
             (stage / "meta.json").write_text(json.dumps(mark))
+        cell = {name: config["model"][name] for name in ("latents", "k")}
+        cell |= {"model": model, "dataset": config["dataset"]["name"], "clip": "tiny", "seed": seed}
         if numbers:
-            rows = [{"metric": key, "value": value} for key, value in numbers.items()]
+            of_images = cell | {"image_encoder": None, "pooling": "mean"}
+            rows = [{**of_images, "metric": key, "value": v} for key, v in numbers.items()]
             pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
         if concepts:
             rows = [
-                {"level": "patch", "concept": concept, "auroc": area}
+                {"level": "patch", "concept": concept, "auroc": area, "f1": 0.5}
                 | {"auroc_random": 0.55, "auroc_probe": 0.95}
                 for concept, area in concepts.items()
             ]
             pd.DataFrame(rows).to_csv(folder / "concepts.csv", index=False)
         if accuracy:
             rows = [
-                {"setting": "on", "n": n, "latents": latents, "accuracy": value}
+                {**cell, "protocol": "paper", "setting": "on", "n": n, "accuracy": value}
+                | {"images": 100, "classes": 10}
                 for n, value in accuracy.items()
             ]
             pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
