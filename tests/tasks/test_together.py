@@ -34,6 +34,7 @@ SMALL = [
     "model.latents=64",
     "optimizer.warmup_steps=4",
     "optimizer.decay=linear",
+    "optimizer.sparsity_warmup_steps=0",
     "model.dead_after=300",
     "model.initial_images=4",
     "features.batch_size=4",
@@ -50,7 +51,10 @@ SMALL = [
     "measurement=none",
     "logger=none",
 ]
-TWO = [["model=relu"], ["model=topk", "trainer.accumulate_grad_batches=2"]]
+TWO = [
+    ["model=relu", "optimizer.sparsity_warmup_steps=8"],
+    ["model=topk", "trainer.accumulate_grad_batches=2"],
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -341,6 +345,7 @@ def test_where_sigusr2_has_a_handler_checkpoints_are_written_and_the_work_goes_o
 SWEEP = [
     "model.latents=128",
     "trainer.max_steps=12",
+    "optimizer.sparsity_warmup_steps=0",
     "trainer.log_every_n_steps=4",
     "trainer.val_check_interval=6",
     "trainer.limit_val_batches=1",
