@@ -1,8 +1,8 @@
-"""The configs of a sweep's jobs, composed once for each choice of groups.
+"""The configs of a sweep's jobs; Hydra composes one for each choice of groups, not for each job.
 
-Hydra takes 0.1 s to compose a config. Most of it goes into the files that the choices of groups
-name, such as `model=topk dataset=dtd`; values, such as `seed=1`, are set in the config that they
-give. Jobs that make the same choices are copies of one such config with their own values.
+Composing one takes 0.1 s: mainly to read and merge the files that the choices of groups name, such
+as `model=topk dataset=dtd`. Values, such as `seed=1`, are set afterwards. So jobs that choose the
+same files get copies of one config, in which their own values are set as Hydra sets them.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Composer:
 
         Raises:
             ConfigError: an invalid value in it.
-            HydraException: it does not compose.
+            HydraException: it does not compose, such as for an unknown key.
         """
         config = self._quick([self._parse(text) for text in overrides])
         if config is None:
