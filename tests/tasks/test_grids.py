@@ -40,6 +40,16 @@ def test_cells_are_those_of_all_grids_in_order_and_each_once():
     ]
     with pytest.raises(ConfigError, match="only has 'size': expected names among main, sizes"):
         jobs([], grids=GRIDS, only=["size"])
+    with pytest.raises(ConfigError, match="only has '': expected names among main, sizes"):
+        jobs([], grids=GRIDS, only=[])
+
+
+def test_a_sweep_without_grids_is_one_of_its_parameters():
+    assert jobs(["seed=0,1"], params={"model": "topk,relu"}) == [
+        f"model={model} seed={seed}" for model in ("topk", "relu") for seed in (0, 1)
+    ]
+    with pytest.raises(ConfigError, match="only has 'main': expected null: no grids"):
+        jobs([], params={"model": "topk"}, only=["main"])
 
 
 def test_the_page_is_written_from_the_finished_cells_of_the_sweep(tmp_path):

@@ -323,9 +323,10 @@ def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(tmp_path, prepare
 
 
 def test_where_sigusr2_has_a_handler_checkpoints_are_written_and_the_work_goes_on(
-    tmp_path, prepare, signalled_at
+    tmp_path, prepare, signalled_at, monkeypatch
 ):
-    """As under submitit: SIGTERM announces SIGKILL, SIGUSR2 is for submitit."""
+    """As under submitit and SLURM: SIGTERM announces SIGKILL, SIGUSR2 is for submitit."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
     expected = alone(prepare(tmp_path / "alone", *TWO))
     found = []
     before = signal.signal(signal.SIGUSR2, lambda *_: found.append(steps(shared)))
@@ -335,6 +336,12 @@ def test_where_sigusr2_has_a_handler_checkpoints_are_written_and_the_work_goes_o
             signalled_at("relu", 4, number)
             produce(shared)
             assert weights(shared) == expected
+        # On this machine nothing follows a SIGTERM: the training ends.
+        monkeypatch.delenv("SLURM_JOB_ID")
+        shared = prepare(tmp_path / "local", *TWO)
+        signalled_at("relu", 4)
+        interrupted(shared)
+        assert steps(shared) == [4, 2]
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert found == [[4, 2]]

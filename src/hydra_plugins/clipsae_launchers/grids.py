@@ -1,4 +1,5 @@
-"""`hydra/sweeper=grids`: a sweep of several grids, where one would have cells that nobody needs."""
+"""`hydra/sweeper=grids`: a sweep of one grid, or of several where one would have cells that nobody
+needs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ class Grids(BasicSweeper):
 
     Args:
         params: axes of every grid.
-        grids: by name, axes as in `params`.
+        grids: by name, axes as in `params`; none: those of `params` alone.
         only: names of grids; None: all.
     """
 
@@ -43,10 +44,14 @@ class Grids(BasicSweeper):
                 jobs.setdefault(tuple(sorted(cell)), cell)
         return [list(jobs.values())]
 
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Nothing: the launchers themselves compose all jobs before the first of them begins."""
+
     def _chosen(self) -> list[Mapping[str, Any]]:
-        for name in self.only:
+        if not self.grids and not self.only:
+            return [{}]
+        for name in self.only or [""]:
             if name not in self.grids:
-                raise ConfigError(
-                    f"hydra.sweeper.only has {name!r}: expected names among {', '.join(self.grids)}"
-                )
+                names = f"names among {', '.join(self.grids)}" if self.grids else "null: no grids"
+                raise ConfigError(f"hydra.sweeper.only has {name!r}: expected {names}")
         return [self.grids[name] for name in self.grids if name in self.only]
