@@ -38,6 +38,12 @@ def test_cells_are_those_of_all_grids_in_order_and_each_once():
     assert jobs(["seed=3"], grids=GRIDS, only=["sizes"]) == [
         f"model=topk model.latents={m} seed=3" for m in (32, 64)
     ]
+    # A grid's own axis replaces the common one, and a value on the command line both.
+    own = {"main": {"model": "topk", "seed": "0,1"}, "sizes": {"model": "relu"}}
+    found = jobs([], grids=own, params={"seed": "5"})
+    assert found == ["model=topk seed=0", "model=topk seed=1", "model=relu seed=5"]
+    found = jobs(["seed=7"], grids=own, params={"seed": "5"})
+    assert found == ["model=topk seed=7", "model=relu seed=7"]
     with pytest.raises(ConfigError, match="only has 'size': expected names among main, sizes"):
         jobs([], grids=GRIDS, only=["size"])
     with pytest.raises(ConfigError, match="only has '': expected names among main, sizes"):

@@ -15,7 +15,7 @@ class Grids(BasicSweeper):
     """As Hydra's own sweeper, over the cells of all grids in their order; each cell once.
 
     Args:
-        params: axes of every grid.
+        params: axes of every grid that has none of that name itself.
         grids: by name, axes as in `params`; none: those of `params` alone.
         only: names of grids; None: all.
     """
@@ -26,18 +26,20 @@ class Grids(BasicSweeper):
         grids: Mapping[str, Mapping[str, Any]] | None = None,
         only: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(None, dict(params or {}))
+        super().__init__(None, {})
+        self.common = dict(params or {})
         self.grids = dict(grids or {})
         self.only = list(self.grids) if only is None else list(only)
 
     def split_arguments(  # type: ignore[override]
         self, overrides: Sequence[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        """The jobs of all grids, in one batch; `overrides` are those of every grid."""
+        """The jobs of all grids, in one batch; the command's `overrides` replace axes."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs: dict[tuple[str, ...], list[str]] = {}
         for axes in self._chosen():
+            axes = {**axes, **{k: v for k, v in self.common.items() if k not in axes}}
             own = parser.parse_overrides([f"{name}={values}" for name, values in axes.items()])
             (cells,) = BasicSweeper.split_arguments([*own, *overrides], None)
             for cell in cells:
