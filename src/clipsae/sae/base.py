@@ -1,4 +1,4 @@
-"""The contract of an architecture and an activation, and what an SAE returns.
+"""The contract of an architecture, an activation and an objective, and what an SAE returns.
 
 Letters: B images or tokens, T tokens of an image, N tokens in all, d width, M latents, n latents
 kept, p pairs of token and latent.
@@ -127,6 +127,8 @@ class LossInputs:
         architecture: of the SAE.
         decode: (codes like these, frozen=False) -> [N, d], in units of x. Its gradients reach the
             codes and, unless frozen, the decoder.
+        shape: of the N tokens before they were flattened: (B, T) of images, or (B,).
+        embeddings: [B, e] of the images, unit length, without gradient; None: not asked for.
     """
 
     x: Tensor
@@ -135,6 +137,8 @@ class LossInputs:
     tokens: int
     architecture: Architecture
     decode: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    embeddings: Tensor | None = None
 
     def relative_error(self, reconstruction: Tensor) -> Tensor:
         """The reconstruction loss of another reconstruction [N, d] of this batch, a scalar."""
@@ -241,6 +245,27 @@ class Activation(nn.Module):
             if now.dtype in (torch.bfloat16, torch.float16):
                 now.data = value.to(now.device)
         return self
+
+
+class Objective(nn.Module):
+    """A loss term that any SAE can have beside its activation's, in training only.
+
+    A subclass's `__init__(self, latents, *, ...)` declares its options as keyword-only arguments
+    with defaults. It is part of an SAE where its first option is not the default.
+    """
+
+    needs: tuple[str, ...] = ()
+    """What `SAE.forward` must be given beside the tokens: "embeddings"."""
+
+    def check(self, architecture: Architecture, activation: Activation) -> None:
+        """Refuse, by a ValueError in one sentence, an SAE of such parts."""
+
+    def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Named loss terms, scalars, weighted."""
+        return {}
+
+    def after_step(self) -> None:
+        """After each optimizer's step."""
 
 
 def per_latent(numbers: Tensor, m: int, latents: Tensor | None) -> Tensor:

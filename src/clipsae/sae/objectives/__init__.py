@@ -1,0 +1,1 @@
+"""Loss terms that any SAE can have, one file each."""
