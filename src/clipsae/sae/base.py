@@ -4,7 +4,7 @@ Letters: B images or tokens, T tokens of an image, N tokens in all, d width, M l
 kept, p pairs of token and latent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.engine.reference import Chosen, above
 from clipsae.sae.losses import relative_error
-from clipsae.sae.sparse_ops import Dictionary
+from clipsae.sae.sparse_ops import Dictionary, mix
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,13 @@ class Architecture(nn.Module):
         """Codes [..., M] (or [..., n]) -> what they add to the reconstruction [..., d], without
         the bias. Codes are sparse only where there is a `dictionary`; see `sparse_ops.mix`."""
         raise NotImplementedError
+
+    def combine_parts(self, codes: Tensor, sizes: Sequence[int]) -> Tensor:
+        """`combine` of parts of dense codes [N, M], G runs of latents of these sizes: [N, G, d]."""
+        parts = zip(
+            codes.split(list(sizes), -1), self.decoder_rows().split(list(sizes)), strict=True
+        )
+        return torch.stack([mix(part, rows) for part, rows in parts], dim=1)
 
     def forward(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
         """`combine` with the bias."""
@@ -153,6 +160,9 @@ class Activation(nn.Module):
 
     encoder_bias = True
     """False where the activation has biases, so that the encoder needs none."""
+
+    by_size = False
+    """Whether a token's codes are those with the largest scores, k of them."""
 
     across_tokens = False
     """Whether a token's codes in training depend on the batch's other tokens."""

@@ -29,6 +29,7 @@ from clipsae.sae.losses import (
     sparse_dead_codes,
     summed,
 )
+from clipsae.sae.nested import Nested
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES, OBJECTIVES
 from clipsae.sae.sparse_ops import Chooser, Dictionary, positions_above
 
@@ -130,6 +131,11 @@ class SAE(nn.Module):
             if _chosen(name, values):
                 objectives.append(OBJECTIVES[name](latents, **values))
                 objectives[-1].check(self.architecture, self.activation)
+        if sum(isinstance(objective, Nested) for objective in objectives) > 1:
+            raise ValueError(
+                f"nested_k={self.config['nested_k']} and prefixes={self.config['prefixes']!r}: "
+                "one of them at most can be in the place of the reconstruction loss"
+            )
         self.objectives = cast("Sequence[Objective]", nn.ModuleList(objectives))
         self.start_rows: nn.Parameter | None = None
         if freeze is not None:
@@ -237,6 +243,11 @@ class SAE(nn.Module):
         return self.architecture(codes, latents) * scale
 
     @property
+    def nested(self) -> Nested | None:
+        """The objective in the place of the reconstruction loss, if there is one."""
+        return next((one for one in self.objectives if isinstance(one, Nested)), None)
+
+    @property
     def needs(self) -> set[str]:
         """What `forward` must be given in training mode, beside the tokens."""
         return {name for objective in self.objectives for name in objective.needs}
@@ -259,7 +270,8 @@ class SAE(nn.Module):
         scores = self.architecture.scores(x / scale)
         codes = self.apply_threshold(scores, self.threshold(scores))
         reconstruction = self.decode(codes, scale)
-        return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, x))
+        loss = self.reconstruction_weight * relative_error(reconstruction, x)
+        return SAEOutput(reconstruction, codes, {"reconstruction": loss})
 
     def _train_forward(self, batch: Tensor, embeddings: Tensor | None) -> SAEOutput:
         dictionary = self._dictionary(batch)
@@ -318,11 +330,17 @@ class SAE(nn.Module):
         terms = self.activation.scaled_losses(inputs)
         for objective in self.objectives:
             terms |= objective.losses(inputs)
-        reconstruction = decode(codes)
+        if self.nested is None:
+            reconstruction = decode(codes)
+            loss = relative_error(reconstruction, x)
+        else:
+            nested = self.nested.reconstructions(codes, self.architecture, scale)
+            reconstruction = nested[:, -1]
+            loss = self.nested.reconstruction_loss(nested, x)
         out = SAEOutput(
             reconstruction.view(batch.shape),
             codes.view(*shape, self.latents),
-            self._reconstruction_loss(reconstruction, x) | terms,
+            {"reconstruction": self.reconstruction_weight * loss} | terms,
         )
         self._count_silence(out.fired(), len(x))
         if self.auxk:
@@ -345,10 +363,6 @@ class SAE(nn.Module):
     def _dictionary(self, like: Tensor) -> Dictionary | None:
         """The architecture's, where sparse codes can be faster."""
         return None if prefers_dense(like) else self.architecture.dictionary()
-
-    def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
-        loss = relative_error(reconstruction, x)
-        return {"reconstruction": self.reconstruction_weight * loss}
 
     def _check(self, x: Tensor) -> None:
         if x.ndim < 2 or x.shape[-1] != self.d or not x.is_floating_point():
