@@ -9,6 +9,7 @@ import torch
 from clipsae.sae import SAE, SparseCodes
 from clipsae.sae.engine import cpu
 from clipsae.sae.engine.switch import DENSE_FROM
+from clipsae.sae.nested import _RunningErrors
 from clipsae.sae.objectives.prefixes import drawn_sizes
 from tests.sae.conftest import D, M, build, tokens
 from tests.sae.test_every_recipe import train
@@ -118,6 +119,19 @@ def test_a_gpu_s_codes_give_the_same(model, options):
     torch.testing.assert_close(out.reconstruction, expected.reconstruction)
     for name, parameter in twin.named_parameters():
         torch.testing.assert_close(sae.get_parameter(name).grad, parameter.grad, msg=name)
+
+
+def test_errors_of_running_sums_and_their_gradients():
+    """All four, and those of what another loss asks of the last reconstruction."""
+    g = torch.Generator().manual_seed(0)
+    shapes = (4, 3, 5), (5,), (4, 1), (4, 5)
+    inputs = [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+    last, *errors = _RunningErrors.apply(*inputs)
+    parts, bias, scale, x = inputs
+    sums = (parts.cumsum(1) + bias) * scale[:, None]
+    torch.testing.assert_close(last, sums[:, -1])
+    torch.testing.assert_close(torch.stack(errors, 1), (sums - x[:, None]).square().mean(-1))
+    assert torch.autograd.gradcheck(lambda *given: _RunningErrors.apply(*given), inputs)
 
 
 def test_evaluation_is_that_of_the_plain_sae():

@@ -334,9 +334,7 @@ class SAE(nn.Module):
             reconstruction = decode(codes)
             loss = relative_error(reconstruction, x)
         else:
-            nested = self.nested.reconstructions(codes, self.architecture, scale)
-            reconstruction = nested[:, -1]
-            loss = self.nested.reconstruction_loss(nested, x)
+            reconstruction, loss = self.nested.reconstruct(codes, self.architecture, x, scale)
         out = SAEOutput(
             reconstruction.view(batch.shape),
             codes.view(*shape, self.latents),
