@@ -9,6 +9,7 @@ never formed.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,6 +78,10 @@ class Attention(Architecture):
         if codes.ndim > 1 and latents.shape[-1] < codes.shape[-2]:
             return codes @ self.decoder_rows(latents)
         return (codes @ self.C[latents]) @ self.W_V
+
+    def combine_parts(self, codes: Tensor, sizes: Sequence[int]) -> Tensor:
+        parts = zip(codes.split(list(sizes), -1), self.C.split(list(sizes)), strict=True)
+        return torch.stack([mix(part, rows) for part, rows in parts], dim=1) @ self.W_V
 
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
         return self._rows(latents) @ self.W_V

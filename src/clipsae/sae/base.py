@@ -1,10 +1,10 @@
-"""The contract of an architecture and an activation, and what an SAE returns.
+"""The contract of an architecture, an activation and an objective, and what an SAE returns.
 
 Letters: B images or tokens, T tokens of an image, N tokens in all, d width, M latents, n latents
 kept, p pairs of token and latent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.engine.reference import Chosen, above
 from clipsae.sae.losses import relative_error
-from clipsae.sae.sparse_ops import Dictionary
+from clipsae.sae.sparse_ops import Dictionary, mix
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ class Architecture(nn.Module):
         the bias. Codes are sparse only where there is a `dictionary`; see `sparse_ops.mix`."""
         raise NotImplementedError
 
+    def combine_parts(self, codes: Tensor, sizes: Sequence[int]) -> Tensor:
+        """`combine` of parts of dense codes [N, M], G runs of latents of these sizes: [N, G, d]."""
+        parts = zip(
+            codes.split(list(sizes), -1), self.decoder_rows().split(list(sizes)), strict=True
+        )
+        return torch.stack([mix(part, rows) for part, rows in parts], dim=1)
+
     def forward(self, codes: Tensor | SparseCodes, latents: Tensor | None = None) -> Tensor:
         """`combine` with the bias."""
         combined = self.combine(codes, latents)
@@ -127,6 +134,8 @@ class LossInputs:
         architecture: of the SAE.
         decode: (codes like these, frozen=False) -> [N, d], in units of x. Its gradients reach the
             codes and, unless frozen, the decoder.
+        shape: of the N tokens before they were flattened: (B, T) of images, or (B,).
+        embeddings: [B, e] of the images, unit length, without gradient; None: not asked for.
     """
 
     x: Tensor
@@ -135,6 +144,8 @@ class LossInputs:
     tokens: int
     architecture: Architecture
     decode: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    embeddings: Tensor | None = None
 
     def relative_error(self, reconstruction: Tensor) -> Tensor:
         """The reconstruction loss of another reconstruction [N, d] of this batch, a scalar."""
@@ -149,6 +160,9 @@ class Activation(nn.Module):
 
     encoder_bias = True
     """False where the activation has biases, so that the encoder needs none."""
+
+    by_size = False
+    """Whether a token's codes are those with the largest scores, k of them."""
 
     across_tokens = False
     """Whether a token's codes in training depend on the batch's other tokens."""
@@ -241,6 +255,27 @@ class Activation(nn.Module):
             if now.dtype in (torch.bfloat16, torch.float16):
                 now.data = value.to(now.device)
         return self
+
+
+class Objective(nn.Module):
+    """A loss term that any SAE can have beside its activation's, in training only.
+
+    A subclass's `__init__(self, latents, *, ...)` declares its options as keyword-only arguments
+    with defaults. It is part of an SAE where its first option is not the default.
+    """
+
+    needs: tuple[str, ...] = ()
+    """What `SAE.forward` must be given beside the tokens: "embeddings"."""
+
+    def check(self, architecture: Architecture, activation: Activation) -> None:
+        """Refuse, by a ValueError in one sentence, an SAE of such parts."""
+
+    def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """Named loss terms, scalars, weighted."""
+        return {}
+
+    def after_step(self) -> None:
+        """After each optimizer's step."""
 
 
 def per_latent(numbers: Tensor, m: int, latents: Tensor | None) -> Tensor:

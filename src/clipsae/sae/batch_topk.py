@@ -33,6 +33,7 @@ class BatchTopK(Activation):
             is the last batch's, so that an SAE that was trained for less has one, too.
     """
 
+    by_size = True
     across_tokens = True
     full_precision = ("inference_threshold",)
     inference_threshold: Tensor

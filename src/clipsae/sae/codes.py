@@ -92,6 +92,10 @@ class SparseCodes:
         return self.derived("latent", lambda: self.positions % self.latents)
 
     @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
@@ -134,6 +138,32 @@ class SparseCodes:
     def sizes(self) -> Tensor:
         """Pairs of each token, [N]."""
         return torch.bincount(self.token, minlength=self.tokens)
+
+    def ranks(self) -> Tensor:
+        """Each pair's place among its token's by the size of its code, the largest 0: [p]."""
+        by_size = self.values.detach().abs().argsort(descending=True, stable=True)
+        order = by_size[self.token[by_size].argsort(stable=True)]
+        first = self.sizes().cumsum(0) - self.sizes()
+        place = torch.arange(len(order), device=order.device) - first[self.token[order]]
+        return torch.empty_like(place).index_copy_(0, order, place)
+
+    def in_parts(self, by: Tensor, edges: Sequence[int]) -> "SparseCodes":
+        """Codes [N, M] divided by G - 1 edges into parts [N, G, M], 0 where a pair is in another.
+
+        Args:
+            by: whole numbers of the pairs, [p]; below the first edge is the first part.
+            edges: ascending.
+        """
+        part, parts = self._part(by, edges), len(edges) + 1
+        positions = (self.token * parts + part) * self.latents + self.latent
+        return SparseCodes(self.values, positions, (self.tokens, parts, self.latents))
+
+    @staticmethod
+    def _part(by: Tensor, edges: Sequence[int]) -> Tensor:
+        part = torch.zeros_like(by)
+        for edge in edges:  # (a tensor of them would have to be copied to the device)
+            part += by >= edge
+        return part
 
     def overflows(self, world_size: int = 1) -> Callable[[], bool]:
         """Asks the device whether there are more codes than memory, on any rank; the answer is for

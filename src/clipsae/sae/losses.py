@@ -45,10 +45,13 @@ def relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
 
     A token of norm 0 has no relative error: it counts as a token, with loss 0. No tokens: 0.
     """
-    x, reconstruction = at_least_float32(x), at_least_float32(reconstruction)
-    norm = torch.linalg.vector_norm(x, dim=-1)
-    weight = torch.where(norm > 0, norm, 1).reciprocal() * (norm > 0)
-    errors = (reconstruction - x).square().mean(dim=-1) * weight
+    return relative((at_least_float32(reconstruction) - at_least_float32(x)).square().mean(-1), x)
+
+
+def relative(errors: Tensor, x: Tensor) -> Tensor:
+    """Mean over tokens of errors [...] / ||x|| of x [..., d], a scalar; see `relative_error`."""
+    norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1)
+    errors = errors * (torch.where(norm > 0, norm, 1).reciprocal() * (norm > 0))
     return errors.mean() if errors.numel() else errors.sum()
 
 

@@ -71,3 +71,4 @@ class Registry(dict[str, type[Any]]):
 
 ARCHITECTURES = Registry("architecture")
 ACTIVATIONS = Registry("activation")
+OBJECTIVES = Registry("objective")

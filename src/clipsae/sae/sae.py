@@ -6,15 +6,15 @@ Letters: B images or tokens, T tokens of an image, d width, M latents, n latents
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clipsae.sae.base import Activation, Architecture, LossInputs, SAEOutput
+from clipsae.sae.base import Activation, Architecture, LossInputs, Objective, SAEOutput
 from clipsae.sae.checks import boolean, near, not_negative, one_of, whole
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32, row_parts
@@ -29,7 +29,8 @@ from clipsae.sae.losses import (
     sparse_dead_codes,
     summed,
 )
-from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES
+from clipsae.sae.nested import Nested
+from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES, OBJECTIVES
 from clipsae.sae.sparse_ops import Chooser, Dictionary, positions_above
 
 FORMAT = "clipsae.sae"
@@ -65,7 +66,8 @@ class SAE(nn.Module):
             step every decoder row is projected onto the cone of rows with a cosine of at least
             `LEAST_COSINE` with where it began (`start_rows`, part of the state of a training but
             not of the files of `save`).
-        options: those of the chosen architecture and activation; see their classes.
+        options: those of the chosen architecture and activation, and of all `OBJECTIVES`; see their
+            classes.
 
     Raises:
         ValueError: an invalid size, name or option; the message lists what exists.
@@ -73,6 +75,7 @@ class SAE(nn.Module):
 
     tokens_since_fired: Tensor
     config: dict[str, Any]
+    objectives: Sequence[Objective]
 
     def __init__(
         self,
@@ -107,7 +110,9 @@ class SAE(nn.Module):
                 "no score above 0 to learn from: set it to 0. How many stay dead is measured as "
                 "dead_fraction"
             )
-        architecture_options, activation_options = _part_options(architecture, activation, options)
+        architecture_options, activation_options, objective_options = _part_options(
+            architecture, activation, options
+        )
         self.d = d
         self.latents = latents
         self.normalize_input = normalize_input
@@ -121,6 +126,18 @@ class SAE(nn.Module):
         )
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
         self.config = given | architecture_options | activation_options
+        objectives: list[Objective] = []
+        for name, values in objective_options.items():
+            self.config |= values
+            if _chosen(name, values):
+                objectives.append(OBJECTIVES[name](latents, **values))
+                objectives[-1].check(self.architecture, self.activation)
+        if sum(isinstance(objective, Nested) for objective in objectives) > 1:
+            raise ValueError(
+                f"nested_k={self.config['nested_k']} and prefixes={self.config['prefixes']!r}: "
+                "one of them at most can be in the place of the reconstruction loss"
+            )
+        self.objectives = cast("Sequence[Objective]", nn.ModuleList(objectives))
         self.start_rows: nn.Parameter | None = None
         if freeze is not None:
             self._freeze(freeze)
@@ -226,40 +243,60 @@ class SAE(nn.Module):
             codes = codes.dense()
         return self.architecture(codes, latents) * scale
 
-    def forward(self, x: Tensor) -> SAEOutput:
+    @property
+    def nested(self) -> Nested | None:
+        """The objective in the place of the reconstruction loss, if there is one."""
+        return next((one for one in self.objectives if isinstance(one, Nested)), None)
+
+    @property
+    def needs(self) -> set[str]:
+        """What `forward` must be given in training mode, beside the tokens."""
+        return {name for objective in self.objectives for name in objective.needs}
+
+    def forward(self, x: Tensor, *, embeddings: Tensor | None = None) -> SAEOutput:
         """Tokens [B, T, d] or [B, d] -> reconstruction, codes and loss terms.
 
         In training mode codes have the variant's gradients, all loss terms are there, and
         statistics are updated; in eval mode it is `encode` and the reconstruction loss alone.
+
+        Args:
+            embeddings: [B, e] of the images, unit length; where `needs` has them.
         """
         self._check(x)
         if self.training:
-            return self._train_forward(x)
+            if embeddings is None and "embeddings" in self.needs:
+                raise ValueError("embeddings=None: an objective of this SAE needs the images' own")
+            return self._train_forward(x, embeddings)
         scale = self.input_scale(x)
         scores = self.architecture.scores(x / scale)
         codes = self.apply_threshold(scores, self.threshold(scores))
         reconstruction = self.decode(codes, scale)
-        return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, x))
+        loss = self.reconstruction_weight * relative_error(reconstruction, x)
+        return SAEOutput(reconstruction, codes, {"reconstruction": loss})
 
-    def _train_forward(self, batch: Tensor) -> SAEOutput:
+    def _train_forward(self, batch: Tensor, embeddings: Tensor | None) -> SAEOutput:
         dictionary = self._dictionary(batch)
         if dictionary is None or backend(batch).waits:
-            return self._output(batch, dictionary)[0]
+            return self._output(batch, embeddings, dictionary)[0]
         # How many codes there are is looked at when everything is queued that follows them, or at
         # once where there were too many in the step before.
         before = [buffer.clone() for buffer in self.buffers()]
         (device, version, longest), was = self._silence, self.tokens_since_fired._version
-        out, overflows = self._output(batch, dictionary)
+        out, overflows = self._output(batch, embeddings, dictionary)
         if not overflows():
             return out
         for buffer, value in zip(self.buffers(), before, strict=True):
             buffer.copy_(value)
         self._silence = device, version + self.tokens_since_fired._version - was, longest
         self._many = True
-        return self._output(batch, dictionary, lambda scores: None)[0]
+        return self._output(batch, embeddings, dictionary, lambda scores: None)[0]
 
     def _output(
-        self, batch: Tensor, dictionary: Dictionary | None, support: Chooser | None = None
+        self,
+        batch: Tensor,
+        embeddings: Tensor | None,
+        dictionary: Dictionary | None,
+        support: Chooser | None = None,
     ) -> tuple[SAEOutput, Callable[[], bool]]:
         """What training returns, and whether there were more codes than memory."""
         x = batch.flatten(0, -2)  # gradients of views would not be added up in place
@@ -278,7 +315,7 @@ class SAE(nn.Module):
             if self._many:
                 self._many = overflows()
                 if self._many:
-                    return self._output(batch, dictionary, lambda scores: None)
+                    return self._output(batch, embeddings, dictionary, lambda scores: None)
         codes = self.activation(scores)
 
         def decode(codes: Tensor | SparseCodes, frozen: bool = False) -> Tensor:
@@ -289,14 +326,20 @@ class SAE(nn.Module):
 
         # Before the decoding: autograd goes the other way, and then adds the gradients of these
         # terms in the memory of the large one that is there already.
-        terms = self.activation.scaled_losses(
-            LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode)
-        )
-        reconstruction = decode(codes)
+        shape, n = batch.shape[:-1], max(1, len(x))
+        inputs = LossInputs(x, scores, codes, n, self.architecture, decode, shape, embeddings)
+        terms = self.activation.scaled_losses(inputs)
+        for objective in self.objectives:
+            terms |= objective.losses(inputs)
+        if self.nested is None:
+            reconstruction = decode(codes)
+            loss = relative_error(reconstruction, x)
+        else:
+            reconstruction, loss = self.nested.reconstruct(codes, self.architecture, x, scale)
         out = SAEOutput(
             reconstruction.view(batch.shape),
-            codes.view(*batch.shape[:-1], self.latents),
-            self._reconstruction_loss(reconstruction, x) | terms,
+            codes.view(*shape, self.latents),
+            {"reconstruction": self.reconstruction_weight * loss} | terms,
         )
         self._count_silence(out.fired(), len(x))
         if self.auxk:
@@ -319,10 +362,6 @@ class SAE(nn.Module):
     def _dictionary(self, like: Tensor) -> Dictionary | None:
         """The architecture's, where sparse codes can be faster."""
         return None if prefers_dense(like) else self.architecture.dictionary()
-
-    def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
-        loss = relative_error(reconstruction, x)
-        return {"reconstruction": self.reconstruction_weight * loss}
 
     def _check(self, x: Tensor) -> None:
         if x.ndim < 2 or x.shape[-1] != self.d or not x.is_floating_point():
@@ -402,13 +441,18 @@ class SAE(nn.Module):
     def estimate_statistics(self, x: Tensor) -> None:
         """What a training learns without a step, such as BatchTopK's threshold, from tokens
         [N, T, d]. In training mode afterwards."""
-        self.train()(x)
+        self.train()
+        objectives, self.objectives = self.objectives, cast("Sequence[Objective]", nn.ModuleList())
+        self(x)
+        self.objectives = objectives
 
     @torch.no_grad()
     def after_step(self) -> None:
         """After each optimizer's step."""
         self.architecture.after_step()
         self.activation.after_step()
+        for objective in self.objectives:
+            objective.after_step()
         if self.config["freeze"] == "soft_decoder":
             if self.start_rows is None:
                 raise RuntimeError(
@@ -501,16 +545,19 @@ def within_cone(rows: Tensor, start: Tensor, cosine: float = LEAST_COSINE) -> Te
 
 def _part_options(
     architecture: str, activation: str, given: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All options of the architecture and of the activation, as given or by default."""
-    parts = ARCHITECTURES.options(architecture), ACTIVATIONS.options(activation)
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
+    """All options of the architecture, the activation and each objective, as given or by
+    default."""
+    objectives = {name: OBJECTIVES.options(name) for name in OBJECTIVES}
+    chosen = ARCHITECTURES.options(architecture), ACTIVATIONS.options(activation)
+    parts = [*chosen, *objectives.values()]
     common = set(inspect.signature(SAE).parameters) - {"options"}
-    names = [*common, *parts[0], *parts[1]]
+    names = [*common, *(name for part in parts for name in part)]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
         raise ValueError(
             f"architecture={architecture} and activation={activation}: option '{min(doubled)}' is "
-            "declared twice among them and the SAE; rename one"
+            "declared twice among them, the objectives and the SAE; rename one"
         )
     unknown = min(set(given) - set(names), default=None)
     if unknown is not None:
@@ -526,4 +573,22 @@ def _part_options(
         missing = [name for name, value in options.items() if value is inspect.Parameter.empty]
         if missing:
             raise ValueError(f"{missing[0]} has no default: give it a value")
-    return parts
+    return *chosen, objectives
+
+
+def _chosen(objective: str, options: dict[str, Any]) -> bool:
+    """Whether an SAE with these options has the objective.
+
+    Raises:
+        ValueError: it has not, and one of its other options is set.
+    """
+    (first, default), *others = OBJECTIVES.options(objective).items()
+    if options[first] != default:
+        return True
+    for name, value in others:
+        if options[name] != value:
+            raise ValueError(
+                f"{name}={options[name]!r} does nothing while {first} is {default!r}: set both or "
+                "neither"
+            )
+    return False

@@ -30,6 +30,8 @@ class TopK(Activation):
         k: latents of a token, 1 to M.
     """
 
+    by_size = True
+
     def __init__(self, latents: int, *, k: int = 32) -> None:
         super().__init__(latents)
         whole("k", k, most=latents, most_name="latents")

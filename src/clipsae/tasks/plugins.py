@@ -54,10 +54,11 @@ def digests(cfg: DictConfig, *, measuring: bool) -> list[str]:
     if not (files := _files(cfg)):
         return []
     from clipsae.evaluation.metrics import METRICS  # imports torch
-    from clipsae.sae import ACTIVATIONS, ARCHITECTURES
+    from clipsae.sae import ACTIVATIONS, ARCHITECTURES, OBJECTIVES
 
     load(cfg)
-    trained = {c.__module__ for known in (ACTIVATIONS, ARCHITECTURES) for c in known.values()}
+    parts = (ACTIVATIONS, ARCHITECTURES, OBJECTIVES)
+    trained = {c.__module__ for known in parts for c in known.values()}
     alone = {metric.__module__ for metric in METRICS.values()} - trained
     return [sha256(path) for path in files if (_module_name(path) in alone) == measuring]
 

@@ -10,7 +10,7 @@ number when all of its forward pass is queued, and repeats it in dense products 
                   -> pack: what is above that, one list after another: `Rows` -> `PaddedCodes`
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
@@ -120,6 +120,24 @@ class PaddedCodes(SparseCodes):
         if len(self.shape) > 2:
             return super().count(where)
         return self.sum_tokens(where.float()).long()  # (exact up to 2^24 tokens)
+
+    def ranks(self) -> Tensor:
+        # What is beyond the codes is of no token: it comes after all.
+        token = torch.where(self.real, self.token, self.tokens)
+        by_size = self.values.detach().abs().argsort(descending=True, stable=True)
+        order = by_size[token[by_size].argsort(stable=True)]
+        place = torch.arange(len(order), device=order.device) - self.begin[token[order]]
+        return torch.empty_like(place).index_copy_(0, order, place)
+
+    def in_parts(self, by: Tensor, edges: Sequence[int]) -> "PaddedCodes":
+        part, parts = self._part(by, edges), len(edges) + 1
+        cell = torch.where(self.real, self.token * parts + part, self.tokens * parts)
+        ordered, order = torch.sort(cell, stable=True)
+        cells = torch.arange(self.tokens * parts + 1, device=cell.device)
+        positions = torch.where(self.real, ordered * self.latents + self.latent[order], 0)
+        shape = (self.tokens, parts, self.latents)
+        begin = torch.searchsorted(ordered, cells)
+        return PaddedCodes(self.values[order], positions, shape, begin, self.total)
 
     def lookup(self, latents: Tensor) -> Tensor:
         return self.exact().lookup(latents)
