@@ -171,6 +171,7 @@ class SAEModule(LightningModule):
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         if self.step <= self.sparsity_warmup_steps > 0:
             self.penalty_scale.fill_(penalty_warmup(self.sparsity_warmup_steps, self.step))
+        self.sae.before_step(self.step, self.max_steps)
         out: SAEOutput = self.forward_sae(tokens)
         if self.trainer.world_size > 1:
             average_statistics(self.sae)
