@@ -19,26 +19,21 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def plain(codes: Tensor, embeddings: Tensor, weight: float) -> Tensor:
-    """Codes [B, T, M], pair by pair."""
-    scores = []
-    for m in range(codes.shape[-1]):
-        a = [codes[i, :, m].mean() for i in range(len(codes))]
-        least = min(a)
-        a = [value - least for value in a]
-        alike = together = torch.zeros((), dtype=torch.float64)
-        for i in range(len(a)):
-            for j in range(len(a)):
-                if i != j:
-                    together = together + a[i] * a[j]
-                    alike = alike + a[i] * a[j] * (embeddings[i] * embeddings[j]).sum()
-        if together > LEAST_PAIRS * sum(a) ** 2:
-            scores.append(alike / together)
-    return weight * (1 - sum(scores) / len(scores)) if scores else 0 * codes.sum()
+    """Codes [B, T, M], pair by pair of images."""
+    a = codes.mean(dim=1) - codes.mean(dim=1).min(dim=0).values
+    alike = together = torch.zeros(codes.shape[-1], dtype=codes.dtype)
+    for i in range(len(a)):
+        for j in range(len(a)):
+            if i != j:
+                together = together + a[i] * a[j]
+                alike = alike + a[i] * a[j] * (embeddings[i] @ embeddings[j]).to(codes.dtype)
+    compared = together > LEAST_PAIRS * sum(a) ** 2
+    return weight * (1 - (alike[compared] / together[compared]).mean())
 
 
 @pytest.mark.parametrize("share", [2, -1], ids=["sparse", "dense"])
 @pytest.mark.parametrize("size", [3, 8], ids=["B > e", "B < e"])
-@pytest.mark.parametrize("model", ["relu", "gated", "jumprelu", "batch_topk", "sparsemax"])
+@pytest.mark.parametrize("model", ["relu", "jumprelu", "sparsemax"])
 def test_value_and_gradients(model, size, share, monkeypatch):
     monkeypatch.setitem(DENSE_FROM, "cpu", {1: share, 2: share})
     sae, twin = build(model, monosemanticity=0.7).double(), build(model).double()
@@ -55,14 +50,13 @@ def test_value_and_gradients(model, size, share, monkeypatch):
         right = torch.zeros_like(parameter) if right is None else right
         found = torch.zeros_like(parameter) if found is None else found
         torch.testing.assert_close(found, right, msg=name)
-    assert sae.scores(x).grad_fn is not None
     assert any(p.grad is not None and p.grad.any() for p in sae.parameters())
 
 
 @pytest.mark.parametrize("size", [3, 30])
 @pytest.mark.parametrize("low", [0.0, -1.0, 2.0])
 def test_the_scores_are_the_metric_of_the_batch(size, low):
-    codes = torch.relu(tokens(B + 5, M, dtype=torch.float64)) + low
+    codes = tokens(B + 5, M, dtype=torch.float64).abs() + low
     codes[:, 0] = low  # never active, or constant
     codes[:, 1] = low
     codes[2, 1] += 3  # on one image
@@ -107,7 +101,7 @@ def test_a_gpu_s_codes_are_pooled_alike(as_on_cuda, interpreted):
     out.losses["monosemanticity"].backward()
     expected = plain(twin(x).codes, embeddings, 0.7)
     expected.backward()
-    torch.testing.assert_close(out.losses["monosemanticity"], expected.float())
+    torch.testing.assert_close(out.losses["monosemanticity"], expected)
     gradient = sae.architecture.W_enc.grad
     torch.testing.assert_close(gradient, twin.architecture.W_enc.grad, atol=1e-6, rtol=1e-4)
 

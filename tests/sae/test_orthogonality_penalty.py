@@ -21,11 +21,8 @@ def plain(rows, order, size):
     for chunk in chunks:
         assert 2 <= len(chunk) <= size
         for m in chunk:
-            cosines = [
-                (rows[m] * rows[j]).sum() / (rows[m].norm() * rows[j].norm())
-                for j in chunk
-                if j != m
-            ]
+            others = rows[[j for j in chunk if j != m]]
+            cosines = others @ rows[m] / (others.norm(dim=1) * rows[m].norm())
             total = total + max(cosines) ** 2
     return total / len(order)
 
