@@ -237,6 +237,10 @@ class Activation(nn.Module):
             for name, term in self.losses(inputs).items()
         }
 
+    def before_step(self, step: int, max_steps: int) -> None:
+        """Before each batch of a training that has taken `step` of its `max_steps` steps: sets
+        what follows a schedule, in place, as a number would make compiled code compile again."""
+
     def after_step(self) -> None:
         """After each optimizer's step."""
 

@@ -7,42 +7,38 @@ Rajamanoharan et al., "Improving Dictionary Learning with Gated Sparse Autoencod
     loss + l1_coefficient ||relu(pi)||_1 + ||x - x_hat(relu(pi)), the decoder frozen||^2
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from clipsae.sae.base import Activation, LossInputs, aligned, per_latent
+from clipsae.sae.base import LossInputs, aligned, per_latent
 from clipsae.sae.checks import not_negative
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import elementwise, passing
 from clipsae.sae.engine.reference import Chosen
 from clipsae.sae.registry import ACTIVATIONS
-from clipsae.sae.relu import l1_norm
+from clipsae.sae.relu import Penalized
 from clipsae.sae.sparse_ops import positions_above
 
 
 @ACTIVATIONS.register("gated")
-class Gated(Activation):
+class Gated(Penalized):
     """In evaluation a threshold of -b_gate on the scores h, a trained one per latent.
 
     Args:
         latents: M.
-        l1_coefficient: weight of the mean over tokens of sum_m relu(pi_m).
         gate_weight: weight of the auxiliary reconstruction from the gate's path.
+        options: of the penalty on relu(pi), see `Penalized`.
     """
 
     encoder_bias = False
-    supports_auxk = False
-    penalties = ("l1",)
     # A bias's steps are smaller than bfloat16 resolves.
     full_precision = ("b_gate", "b_mag", "r_mag")
 
-    def __init__(
-        self, latents: int, *, l1_coefficient: float = 8e-5, gate_weight: float = 1.0
-    ) -> None:
-        super().__init__(latents)
-        not_negative("l1_coefficient", l1_coefficient)
+    def __init__(self, latents: int, *, gate_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(latents, **options)
         not_negative("gate_weight", gate_weight)
-        self.l1_coefficient = l1_coefficient
         self.gate_weight = gate_weight
         self.b_gate = nn.Parameter(torch.zeros(latents))
         self.b_mag = nn.Parameter(torch.zeros(latents))
@@ -66,9 +62,7 @@ class Gated(Activation):
 
     def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
         gate = elementwise(_gate, inputs.scores, aligned(self.b_gate, inputs.scores))
-        terms = {}
-        if self.l1_coefficient:
-            terms["l1"] = self.l1_coefficient * l1_norm(gate, inputs)
+        terms = self.penalty(gate, inputs)
         if self.gate_weight:
             error = inputs.relative_error(inputs.decode(gate, frozen=True))
             terms["gate_reconstruction"] = self.gate_weight * error

@@ -126,6 +126,9 @@ class SAE(nn.Module):
         )
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
         self.config = given | architecture_options | activation_options
+        self.start_rows: nn.Parameter | None = None
+        if freeze is not None:
+            self._freeze(freeze)
         objectives: list[Objective] = []
         for name, values in objective_options.items():
             self.config |= values
@@ -138,9 +141,6 @@ class SAE(nn.Module):
                 "one of them at most can be in the place of the reconstruction loss"
             )
         self.objectives = cast("Sequence[Objective]", nn.ModuleList(objectives))
-        self.start_rows: nn.Parameter | None = None
-        if freeze is not None:
-            self._freeze(freeze)
         self._silence: tuple[Any, int, int] = (None, 0, 0)  # see `_may_be_dead`
         self._many = False  # whether the last step had more codes than memory
 
@@ -432,6 +432,10 @@ class SAE(nn.Module):
         """Set what starts from data: once, before the first step, with images [N, T, d]."""
         self._check(x)
         self.architecture.initialize(x / self.input_scale(x))
+
+    def before_step(self, step: int, max_steps: int) -> None:
+        """Before each batch of a training that has taken `step` of its `max_steps` steps."""
+        self.activation.before_step(step, max_steps)
 
     def after_backward(self) -> None:
         """After each backward pass, before clipping and the optimizer's step."""

@@ -178,6 +178,7 @@ class SAEModule(LightningModule):
             if self.step <= self.sparsity_warmup_steps:
                 self.penalty_scale.fill_(penalty_warmup(self.sparsity_warmup_steps, self.step))
             self.sae.activation.penalty_scale = self.penalty_scale
+        self.sae.before_step(self.step, self.max_steps)
         try:
             out: SAEOutput = self.forward_sae(tokens)
         finally:  # outside of a step penalties are whole, however the training ends

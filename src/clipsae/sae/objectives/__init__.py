@@ -1,4 +1,9 @@
 """Loss terms that any SAE can have, one file each."""
 
 # Imported for their registration.
-from clipsae.sae.objectives import nested_k, prefixes  # noqa: F401
+from clipsae.sae.objectives import (  # noqa: F401
+    monosemanticity,
+    nested_k,
+    orthogonality,
+    prefixes,
+)
