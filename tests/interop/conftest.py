@@ -14,8 +14,8 @@ KINDS = {
     "batch_topk": {"activation": "batch_topk", "k": 5},
     "jumprelu": {"activation": "jumprelu"},
     "gated": {"activation": "gated"},
-    "normalised": {"activation": "jumprelu", "normalize_input": True},
-    "attention": {"activation": "relu", "architecture": "attention", "normalize_input": True},
+    "normalised": {"activation": "jumprelu", "normalize": "unit"},
+    "attention": {"activation": "relu", "architecture": "attention", "normalize": "unit"},
     "learned_query": {
         "activation": "topk",
         "k": 3,
