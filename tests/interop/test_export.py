@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from clipsae.interop import read, saelens, visaebench
+from clipsae.interop.plain import Plain
 from clipsae.sae import ACTIVATIONS, Activation
 from clipsae.sae.batch_topk import BatchTopK
+from tests.interop.conftest import KINDS, random_sae
 
 
 def close(codes, reconstruction, sae, x):
@@ -63,6 +65,32 @@ def test_the_real_saelens_is_read_without_it(tmp_path, x, name):
         theirs.save_model(tmp_path)
         ours = read(tmp_path).sae
         close(theirs.encode(x), theirs(x), ours, x)
+
+
+@pytest.mark.parametrize("kind", ["standardised", "whitened", "whitened_attention"])
+def test_statistics_of_tokens_are_folded_into_the_weights(kind, x):
+    sae = random_sae(**KINDS[kind])
+    folded = Plain.of(sae, "anything").to_sae()
+    assert folded.config["normalize"] == "none"
+    assert not folded.normalization.learned
+    found, expected = folded(x), sae(x)
+    for a, b in (
+        (found.codes, expected.codes),
+        (found.reconstruction, expected.reconstruction),
+        (folded.decoder_rows(), sae.decoder_rows()),
+        (folded.decoder_bias, sae.decoder_bias),
+    ):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_means_of_positions_are_refused(tmp_path, make):
+    sae = make(activation="topk", k=5, position_mean=True)
+    for call in (lambda: saelens.write(sae, tmp_path), lambda: visaebench.write(sae, tmp_path)):
+        with pytest.raises(ValueError, match="position_mean=true cannot be written for"):
+            call()
+    with pytest.raises(ValueError, match="position_mean=true cannot be measured by visaebench"):
+        visaebench.VisaebenchSAE(sae)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Ours(BatchTopK):

@@ -117,12 +117,12 @@ class Plain:
         """Of an SAE that encodes u = (x - mean) W / s and returns s u_hat W^-1 + mean.
 
         In the form of this class: ((x - mean) W / s - b_dec) W_enc^T is (x - b) (W_enc W / s)^T
-        with b = mean + s b_dec W^-1, and x_hat is z (s W_dec W^-1) + b; W is symmetric.
+        with b = mean + s b_dec W^-1 (W is symmetric), and x_hat is z (s W_dec W^-1) + b.
         """
         if normalization.deviation is not None:
             self.scale_input(1 / normalization.deviation.detach().cpu().double())
         if normalization.whitening is not None and normalization.coloring is not None:
-            self.W_enc = self.W_enc @ normalization.whitening.detach().cpu().double()
+            self.W_enc = self.W_enc @ normalization.whitening.detach().cpu().double().T
             coloring = normalization.coloring.detach().cpu().double()
             self.W_dec, self.b_dec = self.W_dec @ coloring, self.b_dec @ coloring
         if normalization.mean is not None:
