@@ -44,7 +44,7 @@ def error(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def scores(p: Parameters, x: Tensor, options: dict) -> Tensor:
-    if options["normalize_input"]:
+    if options["normalize"] == "unit":
         x = x / x.norm(dim=1, keepdim=True)
     if "C" in p:
         return x @ (p["C"] @ p["W_K"]).T
@@ -54,7 +54,7 @@ def scores(p: Parameters, x: Tensor, options: dict) -> Tensor:
 
 def decode(p: Parameters, z: Tensor, x: Tensor, options: dict) -> Tensor:
     out = z @ (p["C"] @ p["W_V"]) if "C" in p else z @ p["W_dec"] + p["b_dec"]
-    return out * x.norm(dim=1, keepdim=True) if options["normalize_input"] else out
+    return out * x.norm(dim=1, keepdim=True) if options["normalize"] == "unit" else out
 
 
 def encode(p: Parameters, x: Tensor, options: dict) -> Tensor:

@@ -235,9 +235,9 @@ VARIANTS = {
     "jumprelu": (lambda: real("linear", "jumprelu"), 0.2),
     "gated": (lambda: real("linear", "gated"), 0.2),
     "topk": (topk, 0.2),
-    "topk of unit tokens": (lambda: topk(normalize_input=True), 0.02),
+    "topk of unit tokens": (lambda: topk(normalize="unit"), 0.02),
     "batch_topk": (lambda: real("linear", "batch_topk", k=6), 0.2),
-    "sparsemax": (lambda: real("attention", "sparsemax", normalize_input=True), 0.0),
+    "sparsemax": (lambda: real("attention", "sparsemax", normalize="unit"), 0.0),
     "attention relu": (lambda: real("attention", "relu"), 0.05),
     "linear sparsemax": (lambda: real("linear", "sparsemax", weights="probabilities"), 0.05),
 }

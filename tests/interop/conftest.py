@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from clipsae.sae import SAE
+from clipsae.sae.normalization import Moments
 
 D, M = 12, 40
 
@@ -14,8 +15,16 @@ KINDS = {
     "batch_topk": {"activation": "batch_topk", "k": 5},
     "jumprelu": {"activation": "jumprelu"},
     "gated": {"activation": "gated"},
-    "normalised": {"activation": "jumprelu", "normalize_input": True},
-    "attention": {"activation": "relu", "architecture": "attention", "normalize_input": True},
+    "normalised": {"activation": "jumprelu", "normalize": "unit"},
+    "attention": {"activation": "relu", "architecture": "attention", "normalize": "unit"},
+    "standardised": {"activation": "batch_topk", "k": 5, "normalize": "mean_std"},
+    "whitened": {"activation": "gated", "normalize": "whiten"},
+    "whitened_attention": {
+        "activation": "jumprelu",
+        "architecture": "attention",
+        "normalize": "whiten",
+        "whitening": 0.5,
+    },
     "learned_query": {
         "activation": "topk",
         "k": 3,
@@ -31,11 +40,13 @@ def random_sae(**options) -> SAE:
     sae = SAE(d=D, latents=M, **options)
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
-            if tensor.is_floating_point() and "frequency" not in name:
+            if tensor.is_floating_point() and "frequency" not in name and "normal" not in name:
                 tensor.normal_(std=0.5)
         sae.activation.after_step()
         if "activation.inference_threshold" in sae.state_dict():
             sae.activation.inference_threshold.fill_(0.7)
+    mixing = torch.eye(D) + torch.rand(D, D)
+    sae.normalization.fit(Moments.of([torch.randn(50, 4, D) @ mixing + 2]))
     return sae.eval()
 
 

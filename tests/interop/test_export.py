@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from clipsae.interop import read, saelens, visaebench
+from clipsae.interop.plain import Plain
 from clipsae.sae import ACTIVATIONS, Activation
 from clipsae.sae.batch_topk import BatchTopK
+from tests.interop.conftest import KINDS, random_sae
 
 
 def close(codes, reconstruction, sae, x):
@@ -25,7 +27,7 @@ def test_files_and_back(tmp_path, sae, x):
     close(found.sae(x).codes, found.sae(x).reconstruction, sae, x)
     assert found.format == "SAELens"
     assert found.reads["hook_name"] == "resblocks.10"
-    if sae.normalize_input or sae.config["activation"] == "gated":
+    if sae.normalize == "unit" or sae.config["activation"] == "gated":
         with pytest.raises(ValueError, match="VisaebenchSAE"):
             visaebench.write(sae, tmp_path / "b")
         return
@@ -65,6 +67,32 @@ def test_the_real_saelens_is_read_without_it(tmp_path, x, name):
         close(theirs.encode(x), theirs(x), ours, x)
 
 
+@pytest.mark.parametrize("kind", ["standardised", "whitened", "whitened_attention"])
+def test_statistics_of_tokens_are_folded_into_the_weights(kind, x):
+    sae = random_sae(**KINDS[kind])
+    folded = Plain.of(sae, "anything").to_sae()
+    assert folded.config["normalize"] == "none"
+    assert not folded.normalization.learned
+    found, expected = folded(x), sae(x)
+    for a, b in (
+        (found.codes, expected.codes),
+        (found.reconstruction, expected.reconstruction),
+        (folded.decoder_rows(), sae.decoder_rows()),
+        (folded.decoder_bias, sae.decoder_bias),
+    ):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_means_of_positions_are_refused(tmp_path, make):
+    sae = make(activation="topk", k=5, position_mean=True)
+    for call in (lambda: saelens.write(sae, tmp_path), lambda: visaebench.write(sae, tmp_path)):
+        with pytest.raises(ValueError, match="position_mean=true cannot be written for"):
+            call()
+    with pytest.raises(ValueError, match="position_mean=true cannot be measured by visaebench"):
+        visaebench.VisaebenchSAE(sae)
+    assert list(tmp_path.iterdir()) == []
+
+
 class Ours(BatchTopK):
     """Codes above fixed thresholds, in a plugin."""
 
@@ -95,7 +123,7 @@ def test_a_plugin_with_fixed_thresholds_is_jumprelu(tmp_path, make, monkeypatch,
 
 @pytest.mark.parametrize("architecture", ["attention", "linear"])
 def test_sparsemax_is_refused_in_one_sentence(tmp_path, make, architecture):
-    sae = make(architecture=architecture, activation="sparsemax", normalize_input=True)
+    sae = make(architecture=architecture, activation="sparsemax", normalize="unit")
     for write in (saelens.write, visaebench.write):
         with pytest.raises(
             ValueError, match=r"activation=sparsemax .* all of a token's scores"
@@ -107,7 +135,7 @@ def test_sparsemax_is_refused_in_one_sentence(tmp_path, make, architecture):
 
 def test_the_real_visaebench_loads_its_files(tmp_path, sae, x):
     hub = pytest.importorskip("visaebench.hub", reason="visaebench is not installed")
-    if sae.normalize_input or sae.config["activation"] == "gated":
+    if sae.normalize == "unit" or sae.config["activation"] == "gated":
         pytest.skip("not for its files")
     visaebench.write(sae, tmp_path)
     theirs = hub.load_sae(str(tmp_path), device="cpu")
@@ -117,13 +145,13 @@ def test_the_real_visaebench_loads_its_files(tmp_path, sae, x):
 @pytest.mark.parametrize("name", ["fvu", "adapter"])
 def test_the_interface_of_visaebench(make, x, name):
     """The norms of normalised input are in its codes, so that codes alone can be decoded."""
-    sae = make(architecture="attention", activation="sparsemax", normalize_input=True)
+    sae = make(architecture="attention", activation="sparsemax", normalize="unit")
     wrapped = visaebench.VisaebenchSAE(sae)
     reconstruction = wrapped.decode(wrapped.encode(x))
     torch.testing.assert_close(reconstruction, sae(x).reconstruction, atol=1e-4, rtol=1e-4)
     assert torch.equal(wrapped.encode(x) != 0, sae.encode(x) != 0)
     with pytest.raises(ValueError, match="decoder bias"):
-        visaebench.VisaebenchSAE(make(activation="relu", normalize_input=True))
+        visaebench.VisaebenchSAE(make(activation="relu", normalize="unit"))
     if name == "fvu":
         metrics = pytest.importorskip("visaebench.metrics", reason="visaebench is not installed")
         found = metrics.METRIC_REGISTRY["fvu"]().compute(wrapped, x, device="cpu")

@@ -8,14 +8,15 @@ from hydra import compose, initialize_config_dir
 
 from clipsae.sae import SAE, engine
 from clipsae.sae.engine.switch import DENSE_FROM
+from clipsae.sae.normalization import Moments
 from clipsae.tasks.build import sae_options
 from run import ROOT  # (and the resolvers that the configs use)
 
 MODELS = ROOT / "conf" / "model"
 D, M = 12, 40
 TRAINED = sorted(p.stem for p in MODELS.glob("[!_]*.yaml") if "fit:" not in p.read_text())
-# With what is frozen behind a "+".
-RECIPES = [*TRAINED, "topk+decoder", "sparsemax+encoder", "relu+soft_decoder"]
+# With what is frozen, or how tokens are normalised, behind a "+".
+RECIPES = [*TRAINED, "topk+decoder", "sparsemax+encoder", "relu+soft_decoder", "topk+whiten"]
 
 
 @cache
@@ -26,9 +27,10 @@ def _composed(recipe: str) -> dict:
 
 def options_of(recipe: str, **changes) -> dict:
     """The SAE's options of conf/model/<recipe>.yaml, at the tests' size; "topk+decoder": with
-    freeze="decoder"."""
-    recipe, _, freeze = recipe.partition("+")
-    options = dict(_composed(recipe)) | {"freeze": freeze or None}
+    freeze="decoder", "topk+whiten": with normalize="whiten"."""
+    recipe, _, more = recipe.partition("+")
+    way = {"normalize": more} if more == "whiten" else {"freeze": more or None}
+    options = dict(_composed(recipe)) | way
     small = {"latents": M, "k": 4, "dead_after": 30, "threshold_start_step": 2}
     options.update({k: v for k, v in small.items() if k in options})
     return {**options, **changes}
@@ -43,6 +45,10 @@ def build(recipe: str, d: int = D, seed: int = 0, **changes) -> SAE:
             if name.rsplit(".")[-1] in ("b_enc", "b_dec", "b_gate", "b_mag", "r_mag", "theta"):
                 parameter += 0.1 * torch.randn_like(parameter)
     sae.activation.after_step()
+    if sae.normalization.learned and not sae.normalization.position_mean:
+        sae.normalization.fit(
+            Moments.of([tokens(40, 5, d, seed=8) * torch.arange(1, d + 1) / d + 1])
+        )
     return sae
 
 

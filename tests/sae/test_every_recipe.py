@@ -107,12 +107,16 @@ def test_zero_tokens_give_finite_losses_and_gradients(recipe, dtype):
 def frozen(sae: SAE) -> list[str]:
     """The parameters that `freeze` leaves as they are, written out by name."""
     linear = hasattr(sae.architecture, "W_dec")
-    return {
-        None: [],
-        "decoder": ["W_dec"] if linear else ["C", "W_V"],
-        "encoder": ["W_enc"] if linear else ["C", "W_K"],
-        "soft_decoder": ["start_rows"],
-    }[sae.config["freeze"]]
+    statistics = [name for name, _ in sae.named_parameters() if name.startswith("normalization.")]
+    return (
+        statistics
+        + {
+            None: [],
+            "decoder": ["W_dec"] if linear else ["C", "W_V"],
+            "encoder": ["W_enc"] if linear else ["C", "W_K"],
+            "soft_decoder": ["start_rows"],
+        }[sae.config["freeze"]]
+    )
 
 
 def test_every_parameter_receives_a_gradient(recipe):
@@ -177,7 +181,7 @@ def test_decoder_rows_stay_of_unit_norm_where_they_are_to(recipe):
     sae = build(recipe)
     if not sae.architecture.unit_rows:
         pytest.skip("no such option")
-    torch.testing.assert_close(sae.decoder_rows().norm(dim=1), torch.ones(M))
+    torch.testing.assert_close(sae.architecture.decoder_rows().norm(dim=1), torch.ones(M))
     sae(tokens(6, 5, D)).loss.backward()
     sae.after_backward()
     gradient, rows = sae.architecture.W_dec.grad, sae.architecture.W_dec
@@ -188,7 +192,7 @@ def test_decoder_rows_stay_of_unit_norm_where_they_are_to(recipe):
     along = (gradient * rows).sum(1) / gradient.norm(dim=1).clamp(min=1e-12)
     torch.testing.assert_close(along, torch.zeros(M), atol=1e-4, rtol=0)
     train(sae, range(3))
-    torch.testing.assert_close(sae.decoder_rows().norm(dim=1), torch.ones(M))
+    torch.testing.assert_close(sae.architecture.decoder_rows().norm(dim=1), torch.ones(M))
 
 
 def test_one_latent_and_one_token_work(recipe):
@@ -242,7 +246,9 @@ OTHER = {
     "bias_init": "tokens",
     "query": "learned",
     "scale": "sqrt_d",
-    "normalize_input": {True: False, False: True},
+    "normalize": {"unit": "none", "none": "unit", "whiten": "mean_std"},
+    "whitening": 0.25,
+    "position_mean": True,
     "reconstruction_weight": 3.0,
     "auxk": 0.5,
     "auxk_k": 1,
@@ -265,7 +271,7 @@ def outcome(options: dict) -> torch.Tensor:
 def test_every_option_changes_something(recipe):
     given = options_of(recipe)
     if "weights" in given:
-        given["normalize_input"] = False  # or no score of the support would be negative
+        given["normalize"] = "none"  # or no score of the support would be negative
         given["max_activation_frequency"] = 0.3
     if "initial_threshold" in given:
         given["initial_threshold"] = 0.1  # of the size of these tokens' scores
@@ -278,6 +284,10 @@ def test_every_option_changes_something(recipe):
         names -= {"auxk", "auxk_k", "dead_after"}
     if given["freeze"] == "decoder":
         names -= {"unit_decoder"}  # rows begin so, and stay
+    if given["normalize"] != "whiten":
+        names -= {"whitening"}
+    if given["normalize"] == "unit":
+        names -= {"position_mean"}  # refused
     assert names <= set(OTHER), "an option without a value that shows its effect"
     before = outcome(given)
     assert torch.equal(before, outcome(given))

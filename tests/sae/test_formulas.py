@@ -291,7 +291,7 @@ def test_the_bias_starts_as_a_geometric_median():
     before = zero.decoder_bias.detach().clone()
     zero.initialize(images)
     assert torch.equal(zero.decoder_bias, before)
-    normalised = build("relu", bias_init="tokens", normalize_input=True)
+    normalised = build("relu", bias_init="tokens", normalize="unit")
     normalised.initialize(images)
     unit = flat / flat.norm(dim=1, keepdim=True)
     torch.testing.assert_close(normalised.decoder_bias.detach(), geometric_median(unit))

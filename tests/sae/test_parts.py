@@ -24,7 +24,7 @@ INF, NAN = float("inf"), float("nan")
         ({"latents": "many"}, "latents='many': expected an integer of at least 1"),
         ({"latents": 2.5}, r"latents=2\.5"),
         ({"dead_after": 1.5}, r"dead_after=1\.5"),
-        ({"normalize_input": "yes"}, "expected true or false"),
+        ({"normalize": "yes"}, "expected one of none, unit, mean_std, whiten"),
         ({"reconstruction_weight": -1}, "reconstruction_weight=-1"),
         ({"auxk": "x"}, "auxk='x'"),
         ({"auxk_k": 4}, "auxk_k=4 does nothing while auxk is 0"),
@@ -155,7 +155,7 @@ def test_nested_prefixes_are_a_plugins_few_lines(matryoshka, architecture, share
     else:
         monkeypatch.setitem(DENSE_FROM, "cpu", {1: share, 2: share})
     torch.manual_seed(0)
-    options = {"k": 4, "prefixes": (5, 12), "normalize_input": True}
+    options = {"k": 4, "prefixes": (5, 12), "normalize": "unit"}
     sae = SAE(D, 20, architecture, "matryoshka_topk", **options).double()
     x = tokens(6, 3, D, dtype=torch.float64)
     out = sae(x)

@@ -28,7 +28,7 @@ OPTIONS = {
     "attention_relu": [{"l1_coefficient": 0.03}],
     "relu": [
         {"l1_coefficient": 0.03},
-        {"l1_coefficient": 0.03, "unit_decoder": False, "normalize_input": True},
+        {"l1_coefficient": 0.03, "unit_decoder": False, "normalize": "unit"},
     ],
     "gated": [{"l1_coefficient": 0.03}],
     "jumprelu": [

@@ -16,7 +16,7 @@ from clipsae.visualization import collect_references
 def world():
     torch.manual_seed(0)
     clip = FrozenCLIP.load("clipsae-tiny", "builtin")
-    sae = SAE(clip.width, 40, "attention", "sparsemax", normalize_input=True, scale=0.1).eval()
+    sae = SAE(clip.width, 40, "attention", "sparsemax", normalize="unit", scale=0.1).eval()
     dataset = ScenesDataset("colour", "test", 12)
     classifier = torch.nn.functional.normalize(torch.randn(10, clip.embed_dim), dim=-1)
     found = collect_references(clip, {"it": sae}, dataset, name="colour", split="test")

@@ -133,12 +133,19 @@ class FeatureDataModule(LightningDataModule):
         """Tokens [n, T, d] of the first n images of the first epoch (fewer if the dataset has
         fewer), for an initialisation from data; the same on every rank. From a cache of tokens they
         are the first before a buffer permutes them."""
+        return joined(list(self.first_batches(images)))
+
+    def first_batches(self, images: int) -> Iterator[Tensor]:
+        """The same, `batch_size` images after another."""
         count = min(images, len(self.train_dataset))
         if self.cache is not None:
             positions = self._loader().order(0)[:count]
-            return self._tokens(self.cache.read_parts(positions.split(self.batch_size)))
-        loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
-        return self._tokens(list(next(iter(loader)).split(self.batch_size)))
+            parts = self.cache.read_parts(positions.split(self.batch_size))
+        else:
+            loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
+            parts = next(iter(loader)).split(self.batch_size)
+        for part in parts:
+            yield self._tokens([part])
 
 
 class ValidationLoader:

@@ -47,6 +47,7 @@ def untrained(sae: SAE, images: Tensor, seed: int = 0) -> SAE:
     with torch.random.fork_rng():  # of all GPUs, too, which `manual_seed` seeds
         torch.manual_seed(seed)
         twin = SAE(**sae.config)
+        twin.normalization.load_state_dict(sae.normalization.state_dict())  # before the first step
         twin.to(images.device).initialize(images[:INITIAL_IMAGES])
         twin.estimate_statistics(images[:INITIAL_IMAGES])  # as with trainer.max_steps=0
     return twin.eval()

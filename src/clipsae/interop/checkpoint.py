@@ -98,7 +98,7 @@ def _sparsemax(config: Config, tensors: Tensors) -> Imported:
             "latents": latents,
             "architecture": "attention",
             "activation": "sparsemax",
-            "normalize_input": True,
+            "normalize": "unit",
             "reconstruction_weight": 10.0,
             "query": "identity",
             "scale": 1.0,

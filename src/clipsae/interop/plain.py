@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clipsae.interop.files import Config, Tensors
 from clipsae.sae import SAE
+from clipsae.sae.normalization import Normalization
 
 RULES = ("relu", "jumprelu", "gated", "topk", "batch_topk")
 GATE = ("b_gate", "b_mag", "r_mag")
@@ -106,10 +107,26 @@ class Plain:
                 setattr(self, name, getattr(self, name) * norm)
         return self
 
-    def scale_input(self, factor: float) -> "Plain":
+    def scale_input(self, factor: float | Tensor) -> "Plain":
         """Of a source that encodes `factor` times x and divides x_hat by it."""
         self.W_enc, self.W_dec = self.W_enc * factor, self.W_dec / factor
         self.b_dec = self.b_dec / factor
+        return self
+
+    def fold(self, normalization: Normalization) -> "Plain":
+        """Of an SAE that encodes u = (x - mean) W / s and returns s u_hat W^-1 + mean.
+
+        In the form of this class: ((x - mean) W / s - b_dec) W_enc^T is (x - b) (W_enc W / s)^T
+        with b = mean + s b_dec W^-1 (W is symmetric), and x_hat is z (s W_dec W^-1) + b.
+        """
+        if normalization.deviation is not None:
+            self.scale_input(1 / normalization.deviation.detach().cpu().double())
+        if normalization.whitening is not None and normalization.coloring is not None:
+            self.W_enc = self.W_enc @ normalization.whitening.detach().cpu().double().T
+            coloring = normalization.coloring.detach().cpu().double()
+            self.W_dec, self.b_dec = self.W_dec @ coloring, self.b_dec @ coloring
+        if normalization.mean is not None:
+            self.b_dec = self.b_dec + normalization.mean.detach().cpu().double()
         return self
 
     # --- from and to an SAE ---
@@ -142,7 +159,8 @@ class Plain:
             ValueError: an invalid k.
         """
         options: dict[str, Any] = {"d": self.d, "latents": self.latents, "activation": self.rule}
-        options |= {"normalize_input": self.normalize, "unit_decoder": False, "bias_init": "zero"}
+        normalize = "unit" if self.normalize else "none"
+        options |= {"normalize": normalize, "unit_decoder": False, "bias_init": "zero"}
         names = ["W_enc", "W_dec", "b_dec", *(["b_enc"] if self.rule != "gated" else [])]
         tensors = {f"architecture.{name}": getattr(self, name) for name in names}
         if self.rule in ("topk", "batch_topk"):
@@ -159,7 +177,8 @@ class Plain:
     def of(cls, sae: SAE, target: str) -> "Plain":
         """Of an SAE whose scores are linear in x and whose rule other libraries have.
 
-        The attention architecture is linear, too: W_enc = C W_K W_Q^T / scale, W_dec = C W_V. An
+        The attention architecture is linear, too: W_enc = C W_K W_Q^T / scale, W_dec = C W_V. The
+        mean, deviation and whitening of `normalize` are folded into the matrices and b_dec. An
         activation of a plugin is JumpReLU where its codes are the scores above thresholds
         that are the same for all tokens.
 
@@ -168,9 +187,14 @@ class Plain:
 
         Raises:
             ValueError: an activation that is none of these, such as sparsemax; an architecture of a
-                plugin.
+                plugin; means of positions.
         """
         rule, architecture = sae.config["activation"], sae.config["architecture"]
+        if sae.normalization.position_mean:
+            raise ValueError(
+                f"position_mean=true cannot be written for {target}, where a token's codes do not "
+                "depend on its position in the image: train with position_mean=false"
+            )
         theta = None
         if rule not in RULES:
             rule, theta = "jumprelu", _fixed_thresholds(sae, target)
@@ -199,8 +223,8 @@ class Plain:
             tau=None if tau is None else tau.item(),
             theta=theta,
             **{name: state.get(name) for name in GATE},
-            normalize=sae.normalize_input,
-        )
+            normalize=sae.normalize == "unit",
+        ).fold(sae.normalization)
 
 
 @torch.no_grad()

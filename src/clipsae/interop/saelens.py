@@ -235,7 +235,8 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> 
     and decodes as `sae` does, but for rounding.
 
     BatchTopK becomes JumpReLU with its threshold, ReLU "standard", attention the two matrices
-    that it is the product of; `normalize_input` is `constant_norm_rescale` there.
+    that it is the product of; `normalize="unit"` is `constant_norm_rescale` there, means,
+    deviations and whitening are folded into the matrices.
 
     Args:
         metadata: model_name, hook_name, ...: what is known of the tokens.
@@ -244,7 +245,7 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> 
         What could not be carried over, a sentence each.
 
     Raises:
-        ValueError: sparsemax, which has no counterpart there.
+        ValueError: sparsemax or means of positions, which have no counterpart there.
     """
     plain = Plain.of(sae, NAME)
     lost = [TRAINING_LOST]

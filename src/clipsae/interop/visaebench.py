@@ -99,12 +99,12 @@ def write(sae: SAE, folder: Path) -> list[str]:
         What could not be carried over, a sentence each.
 
     Raises:
-        ValueError: sparsemax, gated, or normalised input, which have no counterpart in its files;
-            `VisaebenchSAE` can be measured all the same.
+        ValueError: sparsemax, gated, `normalize="unit"` or means of positions, which have no
+            counterpart in its files; but for the last `VisaebenchSAE` can be measured all the same.
     """
     plain = Plain.of(sae, NAME)
     if plain.rule == "gated" or plain.normalize:
-        what = "activation=gated" if plain.rule == "gated" else "normalize_input=true"
+        what = "activation=gated" if plain.rule == "gated" else "normalize=unit"
         raise ValueError(
             f"{what} cannot be written for visaebench's files, which have no counterpart: measure "
             "clipsae.interop.visaebench.VisaebenchSAE(sae) there instead"
@@ -137,17 +137,23 @@ class VisaebenchSAE:
     """visaebench's interface around any SAE: `encode` [B, d] -> [B, M], `decode` [B, M] -> [B, d].
 
     Its metrics decode codes without the tokens that they came from, so that the norms of
-    `normalize_input` must be in the codes: z ||x||. Pass visaebench `mean=torch.zeros(d), std=1`,
+    `normalize="unit"` must be in the codes: z ||x||. Pass visaebench `mean=torch.zeros(d), std=1`,
     as our SAEs read tokens as they are.
 
     Raises:
-        ValueError: `normalize_input` with a decoder bias, which ||x|| multiplies, too.
+        ValueError: `normalize="unit"` with a decoder bias, which ||x|| multiplies, too; means of
+            positions, as its tokens have none.
     """
 
     def __init__(self, sae: SAE) -> None:
-        if sae.normalize_input and sae.decoder_bias is not None:
+        if sae.normalization.position_mean:
             raise ValueError(
-                "normalize_input=true with a decoder bias cannot be decoded from codes alone, as "
+                "position_mean=true cannot be measured by visaebench, whose tokens have no "
+                "position: train with position_mean=false"
+            )
+        if sae.normalize == "unit" and sae.decoder_bias is not None:
+            raise ValueError(
+                "normalize=unit with a decoder bias cannot be decoded from codes alone, as "
                 "visaebench does: expected an SAE without one of them"
             )
         self.sae = sae.eval()

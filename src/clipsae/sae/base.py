@@ -127,7 +127,7 @@ class LossInputs:
     """What a loss term may need of a training forward pass.
 
     Attributes:
-        x: the input [N, d].
+        x: the input [N, d], as the reconstruction loss compares it (`clipsae.sae.normalization`).
         scores, codes: both [N, M], or both sparse codes of the same pairs. `.sum()`, and `*` with
             a factor for each latent [M], serve either.
         tokens: N, what sums over them are divided by; at least 1.
@@ -136,6 +136,7 @@ class LossInputs:
             codes and, unless frozen, the decoder.
         shape: of the N tokens before they were flattened: (B, T) of images, or (B,).
         embeddings: [B, e] of the images, unit length, without gradient; None: not asked for.
+        norm: [N], of the tokens as they came; None: of x.
     """
 
     x: Tensor
@@ -146,13 +147,32 @@ class LossInputs:
     decode: Callable[..., Tensor]
     shape: tuple[int, ...]
     embeddings: Tensor | None = None
+    norm: Tensor | None = None
 
     def relative_error(self, reconstruction: Tensor) -> Tensor:
         """The reconstruction loss of another reconstruction [N, d] of this batch, a scalar."""
-        return relative_error(reconstruction, self.x)
+        return relative_error(reconstruction, self.x, self.norm)
 
 
-class Activation(nn.Module):
+class FullPrecision(nn.Module):
+    """A module of which some parts keep their precision in a half precision SAE."""
+
+    full_precision: tuple[str, ...] = ()
+    """Parameters and buffers that stay float32 (or float64)."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Adam's steps and moving averages are below bfloat16's resolution (8 bits): a threshold
+        # cast to it would never move again.
+        before = {name: getattr(self, name).data for name in self.full_precision}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = getattr(self, name)
+            if now.dtype in (torch.bfloat16, torch.float16):
+                now.data = value.to(now.device)
+        return self
+
+
+class Activation(FullPrecision):
     """Maps scores to codes: in evaluation a threshold, z_m = f(s_m) if s_m > tau else 0.
 
     A subclass's `__init__(self, latents, *, ...)` declares its options as keyword-only arguments.
@@ -173,9 +193,6 @@ class Activation(nn.Module):
 
     world_size = 1
     """Processes that a training batch is spread over: see `SAE.world_size`."""
-
-    full_precision: tuple[str, ...] = ()
-    """Parameters and buffers that stay float32 (or float64) in a half precision SAE."""
 
     penalties: tuple[str, ...] = ()
     """Those of the loss terms that make codes sparse: a training may let them grow from 0."""
@@ -248,17 +265,6 @@ class Activation(nn.Module):
         """How strongly latents would act if none were suppressed, >= 0: AuxK keeps the largest of
         the dead. Element by element, for scores of any shape and any latents."""
         return torch.relu(scores)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Adam's steps and moving averages are below bfloat16's resolution (8 bits): a threshold
-        # cast to it would never move again.
-        before = {name: getattr(self, name).data for name in self.full_precision}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            now = getattr(self, name)
-            if now.dtype in (torch.bfloat16, torch.float16):
-                now.data = value.to(now.device)
-        return self
 
 
 class Objective(nn.Module):

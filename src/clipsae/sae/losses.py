@@ -16,8 +16,14 @@ A norm that gradients are clipped at converts as auxk does: it is that of the ma
 which are those of the loss.
 
 (r: typical norm of a token. With tokens divided by c the codes are divided by c too, so a sum of
-codes gains a factor c and a number of latents c^2.) With `normalize_input: true` the codes are
-those of unit tokens, while the loss stays that of x: r then appears in the l1 row, too: l1: r / d.
+codes gains a factor c and a number of latents c^2.) With `normalize: unit` the codes are those of
+unit tokens, while the loss stays that of x: r then appears in the l1 row, too: l1: r / d.
+
+With `normalize: mean_std` the loss is that of x, too, and the codes are those of tokens divided by
+their deviation. With `normalize: whiten` it is the mean of ((x_hat - x) W)^2 / ||x||: errors count
+as the whitened token has them, in directions of small variance as much as in others, and W is
+scaled so that the mean token in place of all has the same loss at any strength. So weights of
+penalties, of AuxK and of clipping that fit one of them fit the others (l1: times the deviation).
 
 AuxK: dead latents learn to reconstruct the residual. Gao et al., "Scaling and evaluating sparse
 autoencoders", 2024 (arXiv 2406.04093), in the form of dictionary_learning
@@ -37,20 +43,22 @@ from clipsae.sae.engine.reference import Chosen
 from clipsae.sae.sparse_ops import Dictionary, largest_positions
 
 
-def relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
+def relative_error(reconstruction: Tensor, x: Tensor, norm: Tensor | None = None) -> Tensor:
     """Mean over tokens and features of (x_hat - x)^2 / ||x||, a scalar; PatchSAE's loss.
 
     Args:
         reconstruction, x: [..., d]. Half precision is summed in float32.
+        norm: [...], in place of ||x||.
 
     A token of norm 0 has no relative error: it counts as a token, with loss 0. No tokens: 0.
     """
-    return relative((at_least_float32(reconstruction) - at_least_float32(x)).square().mean(-1), x)
+    x = at_least_float32(x)
+    errors = (at_least_float32(reconstruction) - x).square().mean(dim=-1)
+    return relative(errors, torch.linalg.vector_norm(x, dim=-1) if norm is None else norm)
 
 
-def relative(errors: Tensor, x: Tensor) -> Tensor:
-    """Mean over tokens of errors [...] / ||x|| of x [..., d], a scalar; see `relative_error`."""
-    norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1)
+def relative(errors: Tensor, norm: Tensor) -> Tensor:
+    """Mean over tokens of errors [...] / norm [...], a scalar; see `relative_error`."""
     errors = errors * (torch.where(norm > 0, norm, 1).reciprocal() * (norm > 0))
     return errors.mean() if errors.numel() else errors.sum()
 

@@ -35,7 +35,12 @@ class Nested(Objective):
         raise NotImplementedError
 
     def reconstruct(
-        self, codes: Tensor | SparseCodes, architecture: Architecture, x: Tensor, scale: Tensor
+        self,
+        codes: Tensor | SparseCodes,
+        architecture: Architecture,
+        x: Tensor,
+        scale: Tensor,
+        norm: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The reconstruction [N, d] by all codes [N, M], and the weighted mean of the losses of the
         nested ones (`relative_error`), a scalar.
@@ -43,6 +48,7 @@ class Nested(Objective):
         Args:
             x: [N, d].
             scale: [N, 1], what reconstructions are multiplied by, bias included.
+            norm: [N], what errors are relative to.
         """
         parts = self.parts(codes, architecture)
         bias = architecture.bias
@@ -50,7 +56,7 @@ class Nested(Objective):
         reconstruction, *errors = _RunningErrors.apply(parts, bias, scale, x)
         errors = zip(self.weights, errors, strict=True)
         mean = torch.stack([weight * error for weight, error in errors]).sum(dim=0)
-        return reconstruction, relative(mean, x)
+        return reconstruction, relative(mean, norm)
 
 
 class _RunningErrors(torch.autograd.Function):

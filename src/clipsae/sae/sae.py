@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipsae.sae.base import Activation, Architecture, LossInputs, Objective, SAEOutput
-from clipsae.sae.checks import boolean, near, not_negative, one_of, whole
+from clipsae.sae.checks import near, not_negative, one_of, whole
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32, row_parts
 from clipsae.sae.engine import backend
@@ -30,13 +30,16 @@ from clipsae.sae.losses import (
     summed,
 )
 from clipsae.sae.nested import Nested
+from clipsae.sae.normalization import Moments, Normalization
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES, OBJECTIVES
 from clipsae.sae.sparse_ops import Chooser, Dictionary, positions_above
 
 FORMAT = "clipsae.sae"
-VERSION = 3
-RENAMED = {"l0": "l0_coefficient", "l1": "l1_coefficient"}
-"""Options of version 1 that have been renamed."""
+VERSION = 4
+RENAMED = {"l0": "l0_coefficient", "l1": "l1_coefficient", "normalize_input": "normalize"}
+"""Options that have been renamed: the first two in version 2, the last in version 4."""
+NORMALIZE_INPUT = {True: "unit", False: "none"}
+"""`normalize` of the values of `normalize_input`."""
 FREEZE = ("decoder", "encoder", "soft_decoder")
 LEAST_COSINE = 0.8
 """Of a softly frozen decoder row with where it began."""
@@ -53,7 +56,13 @@ class SAE(nn.Module):
         architecture: a name in `ARCHITECTURES`: "linear", "attention".
         activation: a name in `ACTIVATIONS`: "relu", "jumprelu", "gated", "topk", "batch_topk",
             "sparsemax".
-        normalize_input: encode x / ||x||, and multiply the reconstruction, bias included, by ||x||.
+        normalize: what is done to tokens before they are encoded, and undone to the reconstruction
+            (see `clipsae.sae.normalization`): "none"; "unit": divided by their norm; "mean_std":
+            their mean is taken out, and they are divided by their deviation; "whiten": their
+            principal components are scaled towards equal variance, too.
+        whitening: how far, from 0 (as "mean_std") to 1 (equal).
+        position_mean: the mean that is taken out is that of each position of an image; with
+            "none", too. Tokens are then whole images, [..., T, d].
         reconstruction_weight: of the reconstruction loss (see `clipsae.sae.losses`); the released
             Sparsemax SAE has 10.
         auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none. Only
@@ -84,7 +93,9 @@ class SAE(nn.Module):
         architecture: str = "linear",
         activation: str = "relu",
         *,
-        normalize_input: bool = False,
+        normalize: str = "none",
+        whitening: float = 1.0,
+        position_mean: bool = False,
         reconstruction_weight: float = 1.0,
         auxk: float = 0.0,
         auxk_k: int | None = None,
@@ -99,7 +110,6 @@ class SAE(nn.Module):
         whole("dead_after", dead_after)
         if auxk_k is not None:
             whole("auxk_k", auxk_k)
-        boolean("normalize_input", normalize_input)
         not_negative("reconstruction_weight", reconstruction_weight)
         not_negative("auxk", auxk)
         if auxk_k is not None and not auxk:
@@ -115,7 +125,7 @@ class SAE(nn.Module):
         )
         self.d = d
         self.latents = latents
-        self.normalize_input = normalize_input
+        self.normalize = normalize
         self.reconstruction_weight = reconstruction_weight
         self.auxk = auxk
         self.auxk_k = max(1, d // 2) if auxk_k is None else auxk_k
@@ -124,6 +134,7 @@ class SAE(nn.Module):
         self.architecture: Architecture = ARCHITECTURES[architecture](
             d, latents, self.activation.encoder_bias, **architecture_options
         )
+        self.normalization = Normalization(d, normalize, whitening, position_mean)
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
         self.config = given | architecture_options | activation_options
         self.start_rows: nn.Parameter | None = None
@@ -165,12 +176,22 @@ class SAE(nn.Module):
     # --- from tokens to codes and back ---
 
     def input_scale(self, x: Tensor) -> Tensor:
-        """||x|| of tokens [..., d] as [..., 1] with `normalize_input`, else ones; 1 for a token
+        """||x|| of tokens [..., d] as [..., 1] with `normalize="unit"`, else ones; 1 for a token
         of norm 0."""
-        if not self.normalize_input:
+        if self.normalize != "unit":
             return torch.ones_like(x[..., :1])
         norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
         return torch.where(norm > 0, norm, 1).to(x.dtype)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        """Between y and what the architecture sees (`clipsae.sae.normalization`): the norms of
+        tokens [..., d], or ones, [..., 1]; or the deviation [1]."""
+        deviation = self.normalization.deviation
+        return self.input_scale(x) if deviation is None else deviation.to(x.dtype)
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        """Tokens [..., d] as the architecture sees them."""
+        return self.normalization(x) / self._scale(x)
 
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """Tokens [..., d] -> scores [..., M], before the activation.
@@ -180,7 +201,7 @@ class SAE(nn.Module):
                 [B, T, d]. The result is [..., n].
         """
         self._check(x)
-        return self.architecture.scores(x / self.input_scale(x), latents)
+        return self.architecture.scores(self._encoded(x), latents)
 
     def threshold(self, scores: Tensor) -> Tensor:
         """Scores [..., M] -> tau: [..., 1] per token, [M] per latent, or a scalar."""
@@ -210,7 +231,7 @@ class SAE(nn.Module):
             thresholds.append(self.threshold(scores))
             return positions_above(scores, thresholds[-1])
 
-        query = self.architecture.query((x / self.input_scale(x)).flatten(0, -2))
+        query = self.architecture.query(self._encoded(x).flatten(0, -2))
         scores = dictionary.find(query, choose)
         if isinstance(scores, Tensor):
             for part in scores.split(BLOCK):
@@ -233,7 +254,7 @@ class SAE(nn.Module):
         """Codes [..., M] -> tokens [..., d]: scale * (codes @ decoder_rows + decoder_bias).
 
         Args:
-            scale: `input_scale(x)`, where inputs were normalised.
+            scale: `input_scale(x)`; it may be left out where `normalize` is not "unit".
             latents: the codes are dense [..., n] of these: LongTensor [n] or [B, n].
         """
         if isinstance(codes, SparseCodes) and (
@@ -241,7 +262,10 @@ class SAE(nn.Module):
             or len(codes.values) > most_pairs(codes.values, codes.tokens, codes.latents)
         ):
             codes = codes.dense()
-        return self.architecture(codes, latents) * scale
+        y = self.architecture(codes, latents) * scale
+        if self.normalization.deviation is not None:
+            y = y * self.normalization.deviation.to(y.dtype)
+        return self.normalization.inverse(y)
 
     @property
     def nested(self) -> Nested | None:
@@ -267,12 +291,16 @@ class SAE(nn.Module):
             if embeddings is None and "embeddings" in self.needs:
                 raise ValueError("embeddings=None: an objective of this SAE needs the images' own")
             return self._train_forward(x, embeddings)
-        scale = self.input_scale(x)
-        scores = self.architecture.scores(x / scale)
+        y, scale = self.normalization(x), self._scale(x)
+        scores = self.architecture.scores(y / scale)
         codes = self.apply_threshold(scores, self.threshold(scores))
-        reconstruction = self.decode(codes, scale)
-        loss = self.reconstruction_weight * relative_error(reconstruction, x)
-        return SAEOutput(reconstruction, codes, {"reconstruction": loss})
+        rebuilt = self.architecture(codes) * scale
+        loss = self.reconstruction_weight * relative_error(rebuilt, y, self._norm(x))
+        return SAEOutput(self.normalization.inverse(rebuilt), codes, {"reconstruction": loss})
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """The norms [...] of tokens as they come, which the loss is relative to."""
+        return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
 
     def _train_forward(self, batch: Tensor, embeddings: Tensor | None) -> SAEOutput:
         dictionary = self._dictionary(batch)
@@ -300,12 +328,12 @@ class SAE(nn.Module):
     ) -> tuple[SAEOutput, Callable[[], bool]]:
         """What training returns, and whether there were more codes than memory."""
         x = batch.flatten(0, -2)  # gradients of views would not be added up in place
-        scale = self.input_scale(x)
+        y, scale, norm = self.normalization(batch).flatten(0, -2), self._scale(x), self._norm(x)
         scores: Tensor | SparseCodes
         if dictionary is None:
-            scores = self.architecture.scores(x / scale)
+            scores = self.architecture.scores(y / scale)
         else:
-            query = self.architecture.query(x / scale)
+            query = self.architecture.query(y / scale)
             at_once = self.activation.across_tokens
             support = support or self.activation.support
             scores = dictionary.find(query, support, at_once=at_once, wait=False)
@@ -326,36 +354,36 @@ class SAE(nn.Module):
 
         # Before the decoding: autograd goes the other way, and then adds the gradients of these
         # terms in the memory of the large one that is there already.
-        shape, n = batch.shape[:-1], max(1, len(x))
-        inputs = LossInputs(x, scores, codes, n, self.architecture, decode, shape, embeddings)
+        shape, n = batch.shape[:-1], max(1, len(y))
+        inputs = LossInputs(y, scores, codes, n, self.architecture, decode, shape, embeddings, norm)
         terms = self.activation.scaled_losses(inputs)
         for objective in self.objectives:
             terms |= objective.losses(inputs)
         if self.nested is None:
-            reconstruction = decode(codes)
-            loss = relative_error(reconstruction, x)
+            rebuilt = decode(codes)
+            loss = relative_error(rebuilt, y, norm)
         else:
-            reconstruction, loss = self.nested.reconstruct(codes, self.architecture, x, scale)
+            rebuilt, loss = self.nested.reconstruct(codes, self.architecture, y, scale, norm)
         out = SAEOutput(
-            reconstruction.view(batch.shape),
+            self.normalization.inverse(rebuilt.view(batch.shape)),
             codes.view(*shape, self.latents),
             {"reconstruction": self.reconstruction_weight * loss} | terms,
         )
-        self._count_silence(out.fired(), len(x))
+        self._count_silence(out.fired(), len(y))
         if self.auxk:
             aux: Tensor | SparseCodes | None = None
             strength = self.activation.auxk_scores
             # (Compiled code would be compiled again for each number that it compares.)
-            if torch.compiler.is_compiling() or self._may_be_dead(len(x)):
+            if torch.compiler.is_compiling() or self._may_be_dead(len(y)):
                 if dictionary is None:
                     assert isinstance(scores, Tensor)
                     aux = dead_codes(strength(scores), self.dead, self.auxk_k)
                 else:
                     aux = sparse_dead_codes(dictionary, query, strength, self.dead, self.auxk_k)
-            loss = at_least_float32(x.new_zeros(()))
+            loss = at_least_float32(y.new_zeros(()))
             if aux is not None:
                 left = at_least_float32(self.architecture.combine(aux)) * scale
-                loss = auxk_loss(x, reconstruction, left, self.dead.any(), self.world_size)
+                loss = auxk_loss(y, rebuilt, left, self.dead.any(), self.world_size)
             out.losses["auxk"] = self.auxk * loss
         return out, overflows
 
@@ -379,12 +407,23 @@ class SAE(nn.Module):
 
     @property
     def decoder_bias(self) -> Tensor | None:
-        """What `decode` adds, times its scale: [d], or None."""
-        return self.architecture.bias
+        """What `decode` adds, times its scale: [d], with `position_mean` [T, d], or None. In units
+        of tokens, as all of the dictionary is; inside the architecture it is of normalised ones."""
+        bias, mean = self.architecture.bias, self.normalization.mean
+        if mean is None:
+            return bias
+        offset = mean.to(next(self.architecture.parameters()).dtype)
+        return offset if bias is None else offset + self._contribution(bias)
 
     def decoder_rows(self, latents: Tensor | None = None) -> Tensor:
         """What each latent adds to the reconstruction: [M, d], or those of `latents`."""
-        return self.architecture.decoder_rows(latents)
+        return self._contribution(self.architecture.decoder_rows(latents))
+
+    def _contribution(self, rows: Tensor) -> Tensor:
+        """Rows [..., d] of the architecture in units of tokens."""
+        if self.normalization.deviation is not None:
+            rows = rows * self.normalization.deviation.to(rows.dtype)
+        return self.normalization.inverse(rows, shifted=False)
 
     @property
     def dead(self) -> Tensor:
@@ -429,9 +468,15 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set what starts from data: once, before the first step, with images [N, T, d]."""
+        """Set what starts from data: once, before the first step, with images [N, T, d].
+
+        The statistics of `normalize` are those of these images where `normalization.fit` has not
+        set them from more.
+        """
         self._check(x)
-        self.architecture.initialize(x / self.input_scale(x))
+        if not self.normalization.fitted:
+            self.normalization.fit(Moments.of([x]))
+        self.architecture.initialize(self._encoded(x))
 
     def before_step(self, step: int, max_steps: int) -> None:
         """Before each batch of a training that has taken `step` of its `max_steps` steps."""
@@ -502,9 +547,12 @@ class SAE(nn.Module):
                 f"{about.get('version')!r}: expected {FORMAT!r}, up to {VERSION}"
             )
         weights = load_file(folder / "sae.safetensors")
-        config = about["config"]
-        if about["version"] < 2:
-            config = {RENAMED.get(name, name): value for name, value in config.items()}
+        config = dict(about["config"])
+        for old in ("l0", "l1") if about["version"] < 2 else ():
+            if old in config:
+                config[RENAMED[old]] = config.pop(old)
+        if about["version"] < 4 and "normalize_input" in config:
+            config["normalize"] = NORMALIZE_INPUT[config.pop("normalize_input")]
         for known in (ARCHITECTURES, ACTIVATIONS):
             name = config.get(known.kind)
             if isinstance(name, str) and name not in known:
@@ -567,7 +615,8 @@ def _part_options(
     if unknown is not None:
         new, value = RENAMED.get(unknown), given[unknown]
         if new in names:
-            raise ValueError(f"{unknown}={value!r}: this option is now {new}: {new}={value!r}")
+            now = NORMALIZE_INPUT[value] if isinstance(value, bool) else value
+            raise ValueError(f"{unknown}={value!r}: this option is now {new}: {new}={now!r}")
         raise ValueError(
             f"{unknown}={value!r}: architecture={architecture} with activation={activation} has no "
             f"such option{near(unknown, names)}; it has {', '.join(sorted(names))}"

@@ -24,7 +24,8 @@ from clipsae.tasks.options import unknown_key
 IMAGES_WITH_RANDOM_WEIGHTS = 64
 _clips: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
 _datasets: WeakValueDictionary[str, ImageDataset] = WeakValueDictionary()
-TRAINING_KEYS = ("initial_images", "compile")  # of conf/model, and not the SAE's
+# Of conf/model, and not the SAE's.
+TRAINING_KEYS = ("initial_images", "statistics_images", "compile")
 DATASET = ("labels", "classnames", "templates", "fingerprint")  # attributes of every dataset
 PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")  # where and how fast images are read
 # What identifies a result is everything in its groups of the config, options of tomorrow, too, but

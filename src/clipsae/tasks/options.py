@@ -137,7 +137,11 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "activation": TEXT,
         "latents": or_null(whole(1)),  # null: see `_check_fit`
         "initial_images": whole(1),
+        "statistics_images": whole(1),
         "compile": FLAG,
+        "normalize": one_of("none", "unit", "mean_std", "whiten"),
+        "whitening": share("a number from 0 to 1"),
+        "position_mean": FLAG,
         "freeze": or_null(one_of("decoder", "encoder", "soft_decoder")),
         "fit": or_null(one_of(*FITS)),
         "k": either(whole(1), AUTO),
@@ -357,10 +361,13 @@ def _check_fit(model: Mapping[str, Any]) -> None:
             f"model.latents={latents}: expected an even number with model=random, half of whose "
             f"latents are the others with the opposite sign: write model.latents={latents + 1}"
         )
-    if fit is not None and model.get("freeze") is not None:
-        raise ConfigError(
-            f"model.freeze={model['freeze']}: model.fit={fit} is not trained: leave one of them out"
-        )
+    # (A plugin's config may lack keys that the SAE has defaults for.)
+    for key, without in (("freeze", None), ("normalize", "none"), ("position_mean", False)):
+        if fit is not None and (value := model.get(key, without)) != without:
+            raise ConfigError(
+                f"model.{key}={_shown(value)}: model.fit={fit} is not trained: leave one of them "
+                "out"
+            )
 
 
 def set_by_recipe(cfg: DictConfig) -> str | None:

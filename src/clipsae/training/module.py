@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clipsae.sae import SAE, SAEOutput
 from clipsae.sae.checks import boolean, fraction, positive, whole
+from clipsae.sae.normalization import Moments
 from clipsae.store import whole_checkpoint
 from clipsae.training.logging import log_histogram
 from clipsae.training.ranks import average_statistics
@@ -40,6 +41,8 @@ class SAEModule(LightningModule):
             (`Activation.penalties`) grow from 0; see `penalty_warmup`. Fewer than `max_steps`.
         initial_images: images whose tokens the SAE is initialised from (geometric median of
             b_dec), once, before the first step.
+        statistics_images: images whose tokens the mean, deviation and whitening of its
+            `normalize` are of.
         compile: run the SAE's forward through torch.compile.
         name: for log lines.
         max_steps: optimizer steps of the training; 0: it stays as initialised; -1: unknown.
@@ -69,6 +72,7 @@ class SAEModule(LightningModule):
         sparsity_warmup_steps: int = 0,
         reference_latents: int | None = None,
         initial_images: int = 32,
+        statistics_images: int = 2000,
         compile: bool = False,
         name: str = "SAE",
         max_steps: int = -1,
@@ -101,6 +105,7 @@ class SAEModule(LightningModule):
         if reference_latents is not None:
             whole("reference_latents", reference_latents)
         whole("initial_images", initial_images)
+        whole("statistics_images", statistics_images)
         boolean("compile", compile)
         self.sae = sae
         self.learning_rate = float(learning_rate)
@@ -112,6 +117,7 @@ class SAEModule(LightningModule):
         self.decay_fraction = decay_fraction
         self.sparsity_warmup_steps = sparsity_warmup_steps
         self.initial_images = initial_images
+        self.statistics_images = statistics_images
         self.forward_sae = torch.compile(sae) if compile else sae
         self.name = name
         self.max_steps = max_steps
@@ -319,6 +325,7 @@ class SAEGroup(LightningModule):
 
     def on_fit_start(self) -> None:
         fresh: dict[int, Tensor] = {}
+        moments: dict[int, Moments] = {}
         starts: list[tuple[int, dict[str, Any]]] = []  # batches done, and where the stream was
         self._seed = torch.initial_seed()
         for member in self.members:
@@ -334,6 +341,12 @@ class SAEGroup(LightningModule):
             log.info("training %s, initialised from the tokens of %d images", member.name, images)
             if images not in fresh:
                 fresh[images] = self.trainer.datamodule.first_batch(images).to(self.device)
+            if member.sae.normalization.learned:
+                of = member.statistics_images
+                if of not in moments:
+                    log.info("normalising by the statistics of the tokens of %d images", of)
+                    moments[of] = Moments.of(self.trainer.datamodule.first_batches(of))
+                member.sae.normalization.fit(moments[of])
             member.sae.initialize(fresh[images])
             if member.done:  # with max_steps=0
                 member.sae.estimate_statistics(fresh[images])

@@ -432,11 +432,14 @@ class ConceptRecovery(Measurement):
             codes, x: [n T, M], tokens [n T, d].
         """
         sae, patch = self._sae[0], level.row >= 0
-        x = x[patch]
-        says = x.double() @ probe["weights"][:-1] + probe["weights"][-1] >= probe["threshold"]
-        target = x / sae.input_scale(x)
+        says = (
+            x[patch].double() @ probe["weights"][:-1] + probe["weights"][-1] >= probe["threshold"]
+        )
+        images = x.view(-1, self.options.tokens, self.d)
+        target = images / sae.input_scale(images)
         if sae.decoder_bias is not None:
             target = target - sae.decoder_bias
+        target = target.flatten(0, 1)[patch]
         absorbed = absorption(
             codes[patch],
             target,

@@ -15,7 +15,7 @@ import lightning
 import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from clipsae.sae import SAE
@@ -58,6 +58,9 @@ class _SameBatch(LightningDataModule):
 
     def first_batch(self, images: int) -> Tensor:
         return self.tokens[:images]
+
+    def first_batches(self, images: int) -> Iterator[Tensor]:
+        yield self.tokens
 
     def train_dataloader(self) -> "_SameBatch":
         return self
@@ -105,8 +108,10 @@ def timed(cfg: DictConfig, tokens: Tensor, share: float | None, seconds: float) 
     watch = _Stopwatch(share, seconds)
     trainer = _trainer(cfg, [watch])
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    # Single tokens are looked at, which a mean of positions does not take and which cost the same.
+    anywhere = OmegaConf.merge(cfg, {"model": {"position_mean": False}})
     module = SAEModule(
-        build.build_sae(cfg, tokens.shape[-1]),
+        build.build_sae(anywhere, tokens.shape[-1]),
         # The rate is so small that the SAE stays what it is; penalties are whole from the start.
         **build.training_options(cfg) | {"learning_rate": 1e-12, "sparsity_warmup_steps": 0},
         gradient_clip_val=cfg.trainer.gradient_clip_val,

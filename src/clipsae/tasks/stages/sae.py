@@ -111,6 +111,12 @@ def check_options(cfg: DictConfig) -> None:
     options = build.training_options(cfg)
     unknown = dict.fromkeys(guidance.unresolved(cfg), 1)  # numbers by then
     cfg = OmegaConf.merge(cfg, {"model": unknown})
+    mixed = cfg.features.get("shuffle_buffer_images")
+    if mixed and cfg.model.get("position_mean"):
+        raise ConfigError(
+            f"features.shuffle_buffer_images={mixed}: tokens that are mixed have no position, and "
+            "model.position_mean=true needs it: leave out one of them"
+        )
     with torch.device("meta"):
         sae = build.build_sae(cfg, d=64)  # any width
         build.user_error(SAEModule, sae, **options, max_steps=cfg.trainer.max_steps)
