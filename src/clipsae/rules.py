@@ -106,10 +106,18 @@ PRECISIONS = {
     "tf32": ("bf16-mixed", "tf32"),
     "bf16": ("bf16-mixed", "bf16-mixed"),
 }
+# Where the SAE reads: what each is, and its name in TransformerLens, SAELens and ViT-Prisma.
+HOOKS = {
+    "resid": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "embedding": "",
+}
 CLIP = {  # of `FrozenCLIP.load` and conf/clip
     "name": TEXT,
     "pretrained": or_null(TEXT),
     "layer": whole(),
+    "hook": one_of(*HOOKS),
     "seed": whole(0),
     "image_size": or_null(whole(1)),
 }
