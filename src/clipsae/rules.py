@@ -106,13 +106,16 @@ PRECISIONS = {
     "tf32": ("bf16-mixed", "tf32"),
     "bf16": ("bf16-mixed", "bf16-mixed"),
 }
-# Where the SAE reads: what each is, and its name in TransformerLens, SAELens and ViT-Prisma.
-HOOKS = {
-    "resid": "hook_resid_post",
-    "attn_out": "hook_attn_out",
-    "mlp_out": "hook_mlp_out",
-    "embedding": "",
-}
+HOOKS = ("resid", "attn_out", "mlp_out", "embedding")  # where in a block or behind it the SAE reads
+
+
+def where(layer: int, hook: str = "resid") -> str:
+    """Where in the tower an SAE reads, in words."""
+    if hook == "embedding":
+        return "image embedding"
+    return f"layer {layer}" + f", {hook}" * (hook != "resid")
+
+
 CLIP = {  # of `FrozenCLIP.load` and conf/clip
     "name": TEXT,
     "pretrained": or_null(TEXT),

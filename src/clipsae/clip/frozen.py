@@ -124,9 +124,17 @@ class FrozenCLIP(nn.Module):
                 a hook that its blocks lack. None of this waits for a network that is down.
         """
         require("precision", precision, CLIP_PRECISION)
-        place = {"layer": layer, "hook": hook}
-        model = build_model(name, pretrained, seed=seed, image_size=image_size, **place)
-        return cls(model, name=name, pretrained=pretrained, precision=precision, **place)
+        model = build_model(
+            name, pretrained, layer=layer, hook=hook, seed=seed, image_size=image_size
+        )
+        return cls(
+            model,
+            name=name,
+            pretrained=pretrained,
+            layer=layer,
+            hook=hook,
+            precision=precision,
+        )
 
     weights_file = staticmethod(weights_file)
 

@@ -288,8 +288,8 @@ class RotaryTower(TimmTower):
     def _positions(self) -> Sequence[Tensor | None]:
         """The rotary positions of each block, as the model makes them of any image."""
         size = self.image_size
-        no_image = self.trunk.patch_embed.proj.weight.new_zeros(0, 3, size, size)
-        _, positions = self.trunk._pos_embed(self.trunk.patch_embed(no_image))
+        blank = self.trunk.patch_embed.proj.weight.new_zeros(1, 3, size, size)
+        _, positions = self.trunk._pos_embed(self.trunk.patch_embed(blank))
         # In mixed mode each block has its own.
         return positions if getattr(self.trunk, "rope_mixed", False) else [positions] * self.blocks
 
