@@ -106,10 +106,21 @@ PRECISIONS = {
     "tf32": ("bf16-mixed", "tf32"),
     "bf16": ("bf16-mixed", "bf16-mixed"),
 }
+HOOKS = ("resid", "attn_out", "mlp_out", "embedding")  # where in a block or behind it the SAE reads
+
+
+def where(layer: int, hook: str = "resid") -> str:
+    """Where in the tower an SAE reads, in words."""
+    if hook == "embedding":
+        return "image embedding"
+    return f"layer {layer}" + f", {hook}" * (hook != "resid")
+
+
 CLIP = {  # of `FrozenCLIP.load` and conf/clip
     "name": TEXT,
     "pretrained": or_null(TEXT),
     "layer": whole(),
+    "hook": one_of(*HOOKS),
     "seed": whole(0),
     "image_size": or_null(whole(1)),
 }

@@ -127,6 +127,8 @@ def classifier(clip) -> torch.Tensor:
 class PlainProtocol:
     """The oracle, sharing no code with the package but open_clip's and the SAE's own."""
 
+    module = ""  # of block 1 of 3, whose outputs the SAE reads
+
     def __init__(self, clip, sae, classifier, threshold, ranking="frequency"):
         self.model, self.sae, self.classifier = clip.model, sae, classifier
         self.ranking = ranking
@@ -135,14 +137,15 @@ class PlainProtocol:
         self.std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
 
     def forward(self, image, replacement=None):
-        """Predicted class and the tokens after block 1 of 3, which may be replaced."""
+        """Predicted class and the tokens of block 1 of 3, which may be replaced."""
         seen = {}
 
         def hook(_module, _inputs, output):
             seen["tokens"] = output
             return replacement
 
-        handle = self.model.visual.transformer.resblocks[1].register_forward_hook(hook)
+        block = self.model.visual.transformer.resblocks[1]
+        handle = block.get_submodule(self.module).register_forward_hook(hook)
         embedding = self.model.encode_image(((image / 255 - self.mean) / self.std)[None])
         handle.remove()
         cosines = torch.cosine_similarity(embedding, self.classifier, dim=-1)
@@ -279,6 +282,31 @@ def test_every_prediction_is_that_of_the_plain_protocol(kind, protocol, ranking,
         distinct = {tuple(p.tolist()) for p in result.predictions.values()}
         assert len(distinct) > 4
         assert len(set(result.predictions[kind, "on", LATENTS].tolist())) > 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("hook", "module"), [("attn_out", "ls_1"), ("mlp_out", "ls_2")])
+def test_what_a_block_adds_is_replaced_alone(hook, module, clip, classifier):
+    cut = FrozenCLIP(clip.model, name=clip.name, layer=-2, hook=hook)
+    sae, dataset = topk(), Photos(LABELS)
+    options = {"ns": NS, "count_threshold": 0.01, "batch_size": 3}
+    result = evaluate_topn(cut, {"a": sae}, dataset, classifier, **options)
+    oracle = PlainProtocol(clip, sae, classifier, 0.01)
+    oracle.module = module
+    check(result, "a", oracle, dataset, dataset)
+
+
+@torch.no_grad()
+def test_the_embedding_is_replaced_itself(clip, classifier):
+    cut = FrozenCLIP(clip.model, name=clip.name, hook="embedding")
+    sae = SAE(cut.width, LATENTS, "linear", "topk", k=6).eval()
+    dataset = Photos(LABELS)
+    result = evaluate_topn(cut, {"a": sae}, dataset, classifier, ns=(5,))
+    embeddings = cut.encode_image(cut.normalize(dataset.images))
+    for name, kept in (("no_sae", embeddings), ("on", sae(embeddings).reconstruction)):
+        key = (None, name, None) if name == "no_sae" else ("a", name, LATENTS)
+        expected = (nn.functional.normalize(kept, dim=-1) @ classifier.T).argmax(dim=-1)
+        assert torch.equal(result.predictions[key], expected)
 
 
 @torch.no_grad()

@@ -177,10 +177,14 @@ def test_evaluations_with_other_settings_are_rows_of_their_own(tmp_path, make):
     assert "| x (5 images, evaluation.count_threshold=0.5) | 2.00 |" in card
 
 
-def test_the_cards_example_runs(make):
+@pytest.mark.parametrize("hook", ["resid", "attn_out", "embedding"])
+def test_the_cards_example_runs(hook, tmp_path):
     """Its lines, on an SAE of the built-in CLIP."""
     sae = clipsae.SAE(d=128, latents=64, activation="topk", k=4).eval()
-    card = model_card(sae, "someone/topk")
+    clip = {"name": "ViT-B-16-quickgelu", "pretrained": "openai", "layer": -2, "hook": hook}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"clip": clip}))
+    card = model_card(sae, "someone/topk", tmp_path)
+    assert ("of the attention of block -2" in card) == (hook == "attn_out")
     code = card.split("```python\n")[1].split("```")[0]
     code = code.replace("'ViT-B-16-quickgelu', 'openai'", "'clipsae-tiny', 'builtin'")
     code = code.replace("sae = load('someone/topk')\n", "")

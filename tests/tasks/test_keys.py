@@ -74,6 +74,14 @@ def test_the_models_own_image_size_is_not_in_the_key(name):
     assert name("clip.image_size=32") != name()
 
 
+def test_where_the_tower_is_read_is_in_the_key(name):
+    assert "hook" not in build.clip_key(compose("config", ["precision=float32"]))  # as ever
+    found = {name(f"clip.hook={hook}") for hook in ("resid", "attn_out", "mlp_out", "embedding")}
+    assert len(found) == 4
+    assert name("clip.layer=-1", "clip.hook=embedding") == name("clip.hook=embedding")
+    assert name("clip.layer=-1", "clip.hook=mlp_out") != name("clip.hook=mlp_out")
+
+
 def test_a_step_is_the_same_images_on_one_device_or_two(name):
     assert name("trainer.devices=2") == name("trainer.accumulate_grad_batches=2")
 

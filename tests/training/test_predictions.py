@@ -52,16 +52,18 @@ def log(callback: Predictions, sae, first: bool = True) -> dict[str, float]:
 
 
 @torch.no_grad()
-def test_it_is_the_whole_model_on_the_reconstruction(world):
+@pytest.mark.parametrize("hook", ["resid", "mlp_out"])
+def test_it_is_the_whole_model_on_the_reconstruction(world, hook):
     clip, images, labels, classifier = world
+    clip = FrozenCLIP(clip.model, name=clip.name, hook=hook)
     sae = SAE(clip.width, 64, "linear", "topk", k=4).eval()
     found = log(Predictions(clip, images, labels, classifier), sae)
     right = same = right_before = 0
     for image, label in zip(images, labels.tolist(), strict=True):
         pixels = clip.normalize(image[None])
         before = (clip.encode_image(pixels) @ classifier.T).argmax()
-        stream = clip.prefix(pixels)
-        after = (clip.tail(sae(stream).reconstruction) @ classifier.T).argmax()
+        stream, context = clip.prefix(pixels, with_context=True)
+        after = (clip.tail(sae(stream).reconstruction, context) @ classifier.T).argmax()
         right_before += int(before == label)
         right += int(after == label)
         same += int(before == after)

@@ -25,7 +25,7 @@ from clipsae.clip.sources import (
 from clipsae.clip.towers import Tower, tower_of
 from clipsae.clip.weights import put_weights, read_weights
 from clipsae.errors import ConfigError
-from clipsae.rules import CLIP, check_layer, require, similar
+from clipsae.rules import CLIP, require, similar
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ def build_model(
     pretrained: str | None,
     *,
     layer: int = -1,
+    hook: str = "resid",
     seed: int = 0,
     image_size: int | None = None,
 ) -> nn.Module:
@@ -44,14 +45,14 @@ def build_model(
 
     Everything that can be refused from the names alone is refused before weights are read.
     """
-    given = {"name": name, "pretrained": pretrained, "layer": layer}
+    given = {"name": name, "pretrained": pretrained, "layer": layer, "hook": hook}
     for option, value in {**given, "seed": seed, "image_size": image_size}.items():
         require(f"clip.{option}", value, CLIP[option])
     tiny.register()
     of_timm = name.startswith(TIMM)
     try:
         model = name.removeprefix(TIMM) if of_timm else _local(name)
-        check_layer(name, layer, _outline(name, model).blocks)
+        _outline(name, model).check(name, layer, hook)
         if pretrained is None:
             warnings.warn(
                 f"{name} with RANDOM WEIGHTS (clip.pretrained=null): "

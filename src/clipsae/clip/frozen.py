@@ -3,15 +3,18 @@
     image -> prefix -> tokens [B, T, d] -> tail -> embedding [B, e]
 
 `tail(prefix(x))` equals the whole model's `encode_image(x)` for every layer; changes to the tokens
-in between (an SAE's reconstruction, a masked one) reach the embedding.
+in between (an SAE's reconstruction, a masked one) reach the embedding. Beside the residual stream
+the tokens may be what a block's attention or MLP adds to it; then the stream itself, the context,
+is handed from `prefix` to `tail`, too.
 
 B images, T tokens of an image (class token first, then the patches row by row), d width,
 e embedding size, S image side. DINOv2 through timm is cut in the same way, though it has no texts.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from open_clip import get_model_config, get_tokenizer
@@ -22,7 +25,7 @@ from clipsae.clip.changes import Changes
 from clipsae.clip.sources import HUB, cache_alone_if_offline, weights_file
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
-from clipsae.rules import CLIP_PRECISION, check_layer, require
+from clipsae.rules import CLIP_PRECISION, require
 
 
 class FrozenCLIP(nn.Module):
@@ -35,9 +38,12 @@ class FrozenCLIP(nn.Module):
         name, pretrained: as given to `load`.
         precision: the same; it may be changed.
         layer: index of the last block in the prefix, counted from the end (-1: all blocks).
+        hook: as given to `load`.
         blocks: number of blocks in the image tower.
         width: d.  tokens: T.  grid: (rows, columns) of patches.  embed_dim: e.
         prefix_tokens: tokens before the patches: 1 in CLIP, 0 in SigLIP, 5 with four registers.
+        has_patches: False at the hook "embedding", where the image is one token of width e:
+            T = 1, grid (1, 1), no prefix tokens.
         has_text: whether texts can be embedded beside images.
         image_size: S.  mean, std: the model's own normalisation, per channel, of values in [0, 1].
     """
@@ -52,22 +58,25 @@ class FrozenCLIP(nn.Module):
         name: str,
         pretrained: str | None = None,
         layer: int = -2,
+        hook: str = "resid",
         precision: str = "fp32",
     ) -> None:
         super().__init__()
         self.model: Any = model  # of a library without types
         self.tower = tower = tower_of(name, getattr(model, "visual", model))
-        check_layer(name, layer, tower.blocks)
+        tower.check(name, layer, hook)
         self.name = name
         self.pretrained = pretrained
         self.precision = precision
         self.blocks = tower.blocks
         self.layer = layer - tower.blocks if layer >= 0 else layer
+        self.hook = hook
         self.has_text = hasattr(model, "encode_text")
-        self.width = tower.width
-        self.grid = tower.grid
-        self.prefix_tokens = tower.prefix_tokens
-        self.tokens = tower.prefix_tokens + tower.grid[0] * tower.grid[1]
+        self.has_patches = hook != "embedding"
+        self.width = tower.width if self.has_patches else tower.embed_dim
+        self.grid = tower.grid if self.has_patches else (1, 1)
+        self.prefix_tokens = tower.prefix_tokens if self.has_patches else 0
+        self.tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
         self.embed_dim = tower.embed_dim
         self.image_size = tower.image_size
         self.mean, self.std = tower.mean, tower.std
@@ -85,6 +94,7 @@ class FrozenCLIP(nn.Module):
         precision: str = "fp32",
         seed: int = 0,
         image_size: int | None = None,
+        hook: str = "resid",
     ) -> "FrozenCLIP":
         """Build a model by open_clip's or timm's name for it, and its weights.
 
@@ -103,15 +113,28 @@ class FrozenCLIP(nn.Module):
                 the residual stream are float32 either way; so are the tail and the text tower.
             seed: of the random weights of `pretrained=None`.
             image_size: S, if not the model's own; positions are interpolated.
+            hook: what the tokens are. "resid": the residual stream after block `layer`; "attn_out",
+                "mlp_out": what the block's attention or MLP adds to the stream, with its layer
+                scale (in TransformerLens hook_resid_post, hook_attn_out and hook_mlp_out);
+                "embedding": the image's embedding [1, e], whatever the layer.
 
         Raises:
-            ConfigError: an unknown name, tag or precision; a model that is no plain ViT; weights
-                trained with another activation, or not available; a layer out of range. None of
-                this waits for a network that is down.
+            ConfigError: an unknown name, tag, precision or hook; a model that is no plain ViT;
+                weights trained with another activation, or not available; a layer out of range,
+                a hook that its blocks lack. None of this waits for a network that is down.
         """
         require("precision", precision, CLIP_PRECISION)
-        model = build_model(name, pretrained, layer=layer, seed=seed, image_size=image_size)
-        return cls(model, name=name, pretrained=pretrained, layer=layer, precision=precision)
+        model = build_model(
+            name, pretrained, layer=layer, hook=hook, seed=seed, image_size=image_size
+        )
+        return cls(
+            model,
+            name=name,
+            pretrained=pretrained,
+            layer=layer,
+            hook=hook,
+            precision=precision,
+        )
 
     weights_file = staticmethod(weights_file)
 
@@ -174,40 +197,99 @@ class FrozenCLIP(nn.Module):
         images = images.to(self.device, non_blocking=True).to(self._mean.dtype)
         return images.div_(255).sub_(self._mean).div_(self._std)
 
-    def prefix(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, S, S] -> the residual stream after block `layer`, [B, T, d]."""
+    @overload
+    def prefix(self, images: Tensor) -> Tensor: ...
+
+    @overload
+    def prefix(
+        self, images: Tensor, *, with_context: Literal[True]
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def prefix(
+        self, images: Tensor, *, with_context: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Normalised images [B, 3, S, S] -> the tokens [B, T, d] at `hook` of block `layer`.
+
+        Args:
+            with_context: also returns what `tail` needs beside them: at "attn_out" and "mlp_out"
+                the stream [B, T, d] that they are added to, else None.
+        """
         with self._autocast():
-            tokens = self.tower.prefix(images.to(self.compute_dtype), self.blocks + self.layer)
-        return _at_least_fp32(tokens)
+            images = images.to(self.compute_dtype)
+            tokens, context = self.tower.read(images, self.blocks + self.layer, self.hook)
+        tokens = _at_least_fp32(tokens)
+        if not with_context:
+            return tokens
+        return tokens, None if context is None else _at_least_fp32(context)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":  # whatever the caller has chosen
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def tail(self, tokens: Tensor) -> Tensor:
-        """The residual stream after block `layer` [B, T, d] -> embedding [B, e], not normalised.
+    def tail(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        """The tokens [B, T, d] at `hook` of block `layer` -> embedding [B, e], not normalised.
 
         Differentiable in `tokens`.
+
+        Args:
+            context: what `prefix(images, with_context=True)` returned beside the tokens.
+
+        Raises:
+            ValueError: tokens of another shape, or a context that is missing or of another shape.
         """
         if tokens.ndim != 3 or tokens.shape[1:] != (self.tokens, self.width):
             raise ValueError(
                 f"tokens of shape {tuple(tokens.shape)}: expected [B, {self.tokens}, {self.width}]"
             )
+        if not self.has_patches:
+            return _at_least_fp32(tokens[:, 0])
+        stream = self._stream(tokens, context)
+        return _at_least_fp32(self.tower.tail(stream, self.blocks + self.layer))
+
+    def _stream(self, tokens: Tensor, context: Tensor | None) -> Tensor:
+        """The residual stream after block `layer`, of tokens at `hook` and their context."""
         tokens = tokens.to(self.compute_dtype)
-        return _at_least_fp32(self.tower.tail(tokens, self.blocks + self.layer))
+        if self.hook == "resid":
+            return tokens
+        if context is None or context.shape != tokens.shape:
+            raise ValueError(
+                f"context {None if context is None else tuple(context.shape)} of tokens "
+                f"{tuple(tokens.shape)} at hook {self.hook!r}: expected the stream that they are "
+                "added to, which prefix(images, with_context=True) returns beside them"
+            )
+        stream = context.to(self.compute_dtype) + tokens
+        if self.hook == "attn_out":
+            stream = stream + self.tower.mlp(stream, self.blocks + self.layer)
+        return stream
 
-    def tail_of_changes(self, changes: Changes) -> Tensor:
-        """The tail of versions of one image's stream -> embedding [V, e].
+    def tail_of_changes(self, changes: Changes, context: Tensor | None = None) -> Tensor:
+        """The tail of versions of one image's tokens [T, d] -> embedding [V, e].
 
-        With the default layer the work is by the changes, not by the tokens of all versions.
+        With the default layer the work is by the changes, not by the tokens of all versions, but
+        at "attn_out".
+
+        Args:
+            context: of the image, [T, d], as for `tail`.
         """
+        if self.hook in ("attn_out", "embedding"):
+            several = None if context is None else context.expand(changes.versions, -1, -1)
+            return self.tail(changes.streams(), several)
+        # What is added to the output of the MLP is added to the stream.
+        changes = replace(changes, stream=self._stream(changes.stream, context))
         changes = changes.to(self.compute_dtype)
         return _at_least_fp32(self.tower.tail_of_changes(changes, self.blocks + self.layer))
 
-    def logits(self, tokens: Tensor, classifier: Tensor) -> Tensor:
-        """Streams [B, T, d] and text embeddings [C, e] -> logits [B, C], temperature included."""
-        return self.logits_of(self.tail(tokens), classifier)
+    def direct(self, rows: Tensor) -> Tensor | None:
+        """What rows [M, d], added to a token, add to the embedding [M, e] directly, to first order
+        and up to a scale, the later blocks left out; None where the embedding is no linear map of a
+        normed token. At "embedding" the rows are that themselves."""
+        return self.tower.direct(rows) if self.has_patches else rows.float()
+
+    def logits(self, tokens: Tensor, classifier: Tensor, context: Tensor | None = None) -> Tensor:
+        """Tokens [B, T, d], with their context as for `tail`, and text embeddings [C, e] -> logits
+        [B, C], temperature included."""
+        return self.logits_of(self.tail(tokens, context), classifier)
 
     def logits_of(self, image: Tensor, classifier: Tensor) -> Tensor:
         """Image embeddings [B, e] of any length and text embeddings [C, e] -> logits [B, C]."""

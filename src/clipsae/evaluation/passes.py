@@ -91,11 +91,12 @@ class Stream:
                         update(name, batch)
                 each(images)
 
-    def predict(self, tokens: Tensor) -> Tensor:
-        """The predicted classes of residual streams [B, T, d], LongTensor [B]."""
+    def predict(self, tokens: Tensor, context: Tensor | None) -> Tensor:
+        """The predicted classes of tokens [B, T, d] with their context (`FrozenCLIP.tail`),
+        LongTensor [B]."""
         assert self.classifier is not None
         # Cosines with the classifier's rows, if those are of unit length.
-        embeddings = nn.functional.normalize(self.clip.tail(tokens), dim=-1)
+        embeddings = nn.functional.normalize(self.clip.tail(tokens, context), dim=-1)
         return (embeddings @ self.classifier.T).argmax(dim=-1)
 
     @cached_property
@@ -162,9 +163,17 @@ class Images:
         return self._known[key]
 
     @cached_property
-    def tokens(self) -> Tensor:
+    def _read(self) -> tuple[Tensor, Tensor | None]:
         clip = self.stream.clip
-        return clip.prefix(clip.normalize(self.pixels))
+        return clip.prefix(clip.normalize(self.pixels), with_context=True)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self._read[0]
+
+    @property
+    def context(self) -> Tensor | None:
+        return self._read[1]
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -199,7 +208,7 @@ class Images:
 
     @cached_property
     def predictions(self) -> Tensor:
-        return self.stream.predict(self.tokens)
+        return self.stream.predict(self.tokens, self.context)
 
     def split(self, sae: SAE) -> Iterator["Batch"]:
         """Groups of images whose dense codes fit in memory."""
@@ -227,6 +236,7 @@ class Batch:
         sae: the SAE.
         labels, indices: LongTensor [B] on the CPU; indices are those in the dataset.
         tokens: [B, T, d] of CLIP's prefix, the patches last.
+        context: what CLIP's tail needs beside them, [B, T, d] or None.
         embeddings: [B, e] of the separate image encoder.
         patch_truth: bool [B, P, V] of `patch_concept_names(dataset)`.
         patch_objects: LongTensor [B, P], which of the image's objects each patch shows; -1: none.
@@ -249,6 +259,11 @@ class Batch:
         self.images = images
         self.sae = sae
         self.rows = rows
+
+    @property
+    def context(self) -> Tensor | None:
+        context = self.images.context
+        return None if context is None else context[self.rows]
 
     @cached_property
     def judged(self) -> tuple[Tensor, ...]:
@@ -309,7 +324,7 @@ class Batch:
     @cached_property
     def predictions(self) -> Tensor:
         """Classes predicted from the reconstruction, LongTensor [B]."""
-        return self.images.stream.predict(self.reconstruction)
+        return self.images.stream.predict(self.reconstruction, self.context)
 
     @cached_property
     def pooled(self) -> Tensor:

@@ -369,6 +369,7 @@ def check_metrics(
         "embeddings": bool(_several(image_encoder)),
         "truth": has_truth(dataset),
         "patch_truth": has_patch_truth(dataset),
+        "patches": clip.has_patches,
         "predictions": classifier,
     }
     chosen = []

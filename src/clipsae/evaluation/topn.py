@@ -1,8 +1,9 @@
 """Top-n concept classification: how much of CLIP's zero-shot accuracy few latents carry.
 
 Protocol: PatchSAE (Lim et al., ICLR 2025), as the tables of "no_sae, on_n, off_n" have it. Every
-token of the residual stream is replaced by the SAE's reconstruction from some of its latents, the
-rest of CLIP runs on it, and the image embedding is compared with the class names' embeddings.
+token of the residual stream (or what the SAE reads instead: `FrozenCLIP.load`'s `hook`) is replaced
+by the SAE's reconstruction from some of its latents, the rest of CLIP runs on it, and the image
+embedding is compared with the class names' embeddings.
 
     no_sae   the stream as it is
     on_n     the n latents that stand for the image's *true* class, by one of two `RANKINGS`:
@@ -80,6 +81,7 @@ class _Waiting(NamedTuple):
     place: int  # in the dataset
     reconstruction: Tensor
     scale: Tensor
+    context: Tensor | None  # of CLIP's tail
     strongest: Tensor | None  # its own latents, of `self`
     codes: SparseCodes | None
 
@@ -220,6 +222,7 @@ class TopN:
                 # Copies: views would hold the whole batch.
                 batch.reconstruction[i].clone(),
                 batch.scale[i].clone(),
+                None if batch.context is None else batch.context[i].clone(),
                 None if strongest is None else strongest[i],
                 batch.sparse[i].compact() if looked_up else None,
             )
@@ -255,12 +258,14 @@ class TopN:
         indices = torch.tensor([image.place for image in batch])
         whole = torch.stack([image.reconstruction for image in batch])
         scale = torch.stack([image.scale for image in batch])
+        contexts = [image.context for image in batch if image.context is not None]
+        context = torch.stack(contexts) if contexts else None
         bias = self.sae.decoder_bias
         nothing = torch.zeros_like(scale) if bias is None else bias * scale
 
         def add(setting: str, n: int, tokens: Tensor) -> None:
             if setting in self.settings:
-                predicted = self.stream.predict(tokens)
+                predicted = self.stream.predict(tokens, context)
                 self.predictions[self.name, setting, n][indices] = predicted.cpu()
 
         m = self.sae.config["latents"]

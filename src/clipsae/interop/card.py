@@ -13,6 +13,14 @@ from clipsae.sae import SAE
 # Of an evaluation's key what chooses which numbers there are, and leaves each of them as it is.
 _CHOICES = ("evaluation.ns", "evaluation.settings", "measurement.metrics", "measurement.plugins")
 
+# What the tokens are, by `clip.hook`.
+_READ = {
+    "resid": "the output of block {}",
+    "attn_out": "the output of the attention of block {}",
+    "mlp_out": "the output of the MLP of block {}",
+    "embedding": "the image embedding",
+}
+
 
 def model_card(sae: SAE, repo_id: str, folder: Path | None = None) -> str:
     """A README.md for the Hub.
@@ -53,7 +61,8 @@ def _description(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
     article = "An" if kind[0] in "aeiou" else "A"
     text = f"{article} {kind}: {sae.latents:,} latents on tokens of width {sae.d}"
     if clip:
-        text += f", the output of block {clip['layer']} of {clip['name']} ({clip['pretrained']})"
+        what = _READ[clip.get("hook", "resid")].format(clip["layer"])
+        text += f", {what} of {clip['name']} ({clip['pretrained']})"
     images = config.get("train_dataset", {}).get("name") or config.get("dataset", {}).get("name")
     steps = config.get("trainer", {}).get("max_steps")
     model = config.get("model", {})
@@ -70,14 +79,20 @@ def _description(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
 def _example(repo_id: str, clip: dict[str, Any]) -> str:
     name = clip.get("name", "ViT-B-16-quickgelu")
     weights, layer = clip.get("pretrained", "openai"), clip.get("layer", -2)
+    hook = clip.get("hook", "resid")
+    at = f"layer={layer}" if hook == "resid" else f"layer={layer}, hook={hook!r}"
+    read, kept = "tokens = clip.prefix(clip.normalize(images))", ""
+    if hook in ("attn_out", "mlp_out"):
+        read = "tokens, context = clip.prefix(clip.normalize(images), with_context=True)"
+        kept = ", context"
     return (
         "from clipsae import FrozenCLIP, load\n\n"
-        f"clip = FrozenCLIP.load({name!r}, {weights!r}, layer={layer})\n"
+        f"clip = FrozenCLIP.load({name!r}, {weights!r}, {at})\n"
         f"sae = load({repo_id!r})\n"
-        "tokens = clip.prefix(clip.normalize(images))  # images: uint8 [B, 3, S, S]\n"
+        f"{read}  # images: uint8 [B, 3, S, S]\n"
         "codes = sae.encode(tokens)\n"
         "reconstruction = sae.decode(codes, sae.input_scale(tokens))\n"
-        "embedding = clip.tail(reconstruction)\n"
+        f"embedding = clip.tail(reconstruction{kept})\n"
     )
 
 

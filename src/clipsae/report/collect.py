@@ -26,7 +26,7 @@ _IN_FILE = {
     "results.csv": [*IDENTITY, "protocol", "setting", "n", "accuracy", "images", "classes"],
     "metrics.csv": [*IDENTITY, "metric", "value", *ENCODER],
 }
-_ABOUT = ["weights", "layer", "learned", "folder", "finished", "settings"]
+_ABOUT = ["weights", "layer", "hook", "learned", "folder", "finished", "settings"]
 _COUNTS = ["images", "classes", "competing"]
 _CONCEPTS = ["level", "concept", "attribute", "auroc", "f1", "folder"]
 _WAY = ["protocol", "ranking"]
@@ -47,8 +47,8 @@ class Collected:
             accuracy is macro, in %), measured (False: an accuracy). Accuracies have protocol,
             ranking, images, classes (with images) and competing (that an image could be given);
             MonoSemanticity has image_encoder and pooling, "" elsewhere. Of the evaluation: weights,
-            layer, learned (see `learned_by`), folder (its name), finished (seconds since 1970),
-            settings (see `settings_of`).
+            layer, hook, learned (see `learned_by`), folder (its name), finished (seconds since
+            1970), settings (see `settings_of`).
         concepts: a row a known concept of an evaluation that measured recovery: level, concept,
             attribute, auroc, f1 of its latent, further columns of `concepts.csv`, folder.
         origins: folder name -> {"meta": ..., "config": ...}.
@@ -108,6 +108,7 @@ def _figures(
     about: dict[str, Any] = {
         "weights": str(config["clip"].get("pretrained")),
         "layer": int(config["clip"]["layer"]),
+        "hook": str(config["clip"].get("hook", "resid")),
         "learned": learned_by(config),
         "folder": folder.name,
         "finished": float(meta["finished"]),

@@ -167,8 +167,8 @@ def _counts(selection: Selection) -> list[str]:
     ranking = ", ranked by contrast," * (wanted.ranking == "contrast")
     counts = {
         "superseded by a newer one with the same settings.": selection.superseded,
-        f"excluded: not of the CLIP {wanted.clip} (weights {wanted.weights_title}, layer "
-        f"{wanted.layer}), the {wanted.protocol} protocol{ranking} and M = "
+        f"excluded: not of the CLIP {wanted.clip} (weights {wanted.weights_title}, "
+        f"{wanted.where}), the {wanted.protocol} protocol{ranking} and M = "
         f"{wanted.latents}{settings}.": (selection.unfitting),
         f"of a part of the images only ({limit}).": sum(
             dict(one).get(limit, "null") != "null" for one in runs.settings

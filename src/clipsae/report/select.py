@@ -10,6 +10,7 @@ from clipsae.report.collect import ENCODER, NO_K, Collected
 from clipsae.report.names import ELEVEN_NAMES, SIX, WITH_K, model_title
 from clipsae.report.published import ablation_parts
 from clipsae.report.settings import FITTED, NOT_LEARNED, TRAINED, UNTRAINED, Line, like, set_apart
+from clipsae.rules import where
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Wanted:
     protocol: str  # "paper" or "heldout"
     latents: int
     ranking: str = "frequency"  # or "contrast"
+    hook: str = "resid"  # as `conf/clip` names it
     # Rows and tables; None: the six variants, the eleven datasets if any has a result, and others.
     models: tuple[str, ...] | None = None
     datasets: tuple[str, ...] | None = None
@@ -37,6 +39,11 @@ class Wanted:
     def weights_title(self) -> str:
         """The weights without the folder they lie in."""
         return Path(self.weights).name
+
+    @property
+    def where(self) -> str:
+        """Where in the tower the SAEs read."""
+        return where(self.layer, self.hook)
 
 
 @dataclass(frozen=True)
@@ -212,7 +219,7 @@ def _fits(figures: pd.DataFrame, wanted: Wanted) -> pd.Series:
     """Whether a figure is of the wanted CLIP, M (that of fitted SAEs the data decide) and settings,
     by whichever protocol and ranking."""
     fits = figures.latents.eq(wanted.latents) | figures.learned.eq(FITTED)
-    for name in ("clip", "weights", "layer"):
+    for name in ("clip", "weights", "layer", "hook"):
         fits &= figures[name].eq(getattr(wanted, name))
     if wanted.settings:
         asked = wanted.settings.items()

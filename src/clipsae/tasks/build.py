@@ -157,11 +157,15 @@ def build_sae(cfg: DictConfig, d: int) -> SAE:
 
 
 def clip_key(cfg: DictConfig) -> dict[str, Any]:
-    """What decides the tokens: the model, its weights (a file by its content), the layer, the
-    precision."""
+    """What decides the tokens: the model, its weights (a file by its content), the layer and hook,
+    the precision."""
     key = plain(cfg.clip) | {"precision": precision.of_clip(cfg)}
     if key.get("image_size") is None:  # the model's own, as where it is not given
         key.pop("image_size", None)
+    if key.get("hook") == "resid":  # as where it is not given
+        key.pop("hook")
+    elif key.get("hook") == "embedding":  # of all layers alike
+        key.pop("layer")
     weights = FrozenCLIP.weights_file(key["name"], key["pretrained"])
     if weights is not None:
         key["pretrained"] = _content(weights, weights.stat().st_mtime_ns)

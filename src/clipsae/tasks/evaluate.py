@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from clipsae.clip import FrozenCLIP
 from clipsae.errors import ConfigError
 from clipsae.interop import Imported, read
+from clipsae.rules import where
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
 from clipsae.tasks import build, precision
@@ -71,13 +72,17 @@ def bring_in(
     if found.sae.d != clip.width:
         raise ConfigError(
             f"{cfg.task.sae} is for tokens of width {found.sae.d}, and those of {clip.name} have "
-            f"{clip.width}: choose the clip= and clip.layer= that it was trained on"
+            f"{clip.width}: choose the clip=, clip.layer= and clip.hook= that it was trained on"
         )
     said = ", ".join(f"{name}={value}" for name, value in found.reads.items())
     log.info(
-        "an SAE of %s, trained on tokens of %s; it reads those of %s (%s), block %d",
+        "an SAE of %s, trained on tokens of %s; it reads those of %s (%s), %s",
         *(found.format, said or "a model that its file does not name"),
-        *(clip.name, Path(cfg.clip.pretrained or "random weights").name, clip.layer),
+        *(
+            clip.name,
+            Path(cfg.clip.pretrained or "random weights").name,
+            where(cfg.clip.layer, cfg.clip.get("hook", "resid")),
+        ),
     )
     for sentence in found.lost:
         log.warning("%s", sentence)

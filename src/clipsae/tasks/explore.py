@@ -18,6 +18,7 @@ from clipsae.data import ImageDataset
 from clipsae.data.scenes import KINDS
 from clipsae.errors import ConfigError
 from clipsae.evaluation.truth import has_truth
+from clipsae.rules import where
 from clipsae.sae import SAE
 from clipsae.store import Store, write_json
 from clipsae.store.files import read_json
@@ -112,7 +113,7 @@ def check_text(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None
     if cfg.task.serve:
         clip.require_text()
     if cfg.task.words is not None and (
-        not clip.has_text or clip.tower.direct(torch.zeros(1, clip.width)) is None
+        not clip.has_text or clip.direct(torch.zeros(1, clip.width)) is None
     ):
         raise ConfigError(
             f"task.words={cfg.task.words!r}: no latent of clip.name={clip.name!r} can be compared "
@@ -201,12 +202,13 @@ def about(found: Dictionary, dataset: ImageDataset, references: References) -> d
     if source.images < len(dataset) and build.limit_images(cfg) is not None:
         few = f" of {len(dataset):,} ({pictures.why_few(cfg)})"
     weights = Path(cfg.clip.pretrained or "random weights").name  # maybe a file of this machine
+    place = where(cfg.clip.layer, cfg.clip.get("hook", "resid"))
     imported = cfg.model.get("imported")
     origin = f"imported ({imported['from']})" if imported else f"seed {cfg.seed}"
     split = pictures.split_name(dataset, source.split)
     return {
         "SAE": f"{cfg.model.name}, {references.latents:,} latents, {origin}",
-        "CLIP": f"{cfg.clip.name}, {weights}, layer {cfg.clip.layer}",
+        "CLIP": f"{cfg.clip.name}, {weights}, {place}",
         "Trained on": cfg.train_dataset.name,
         "Shown on": f"{source.dataset}, {split}, {source.images:,}{few} images",
         "Dead latents": f"{int((~references.alive).sum()):,}",

@@ -72,6 +72,11 @@ def _write(sae: SAE, source: str, cfg: DictConfig, folder: Path) -> list[str]:
         return []
     about = {}
     if cfg.task.sae is None:
-        layer = cfg.clip.layer
-        about = {"model_name": cfg.clip.name, "hook_name": f"visual.transformer.resblocks[{layer}]"}
+        block = f"visual.transformer.resblocks[{cfg.clip.layer}]"
+        hook = cfg.clip.get("hook", "resid")
+        places = {"resid": block, "embedding": "visual"}
+        about = {
+            "model_name": cfg.clip.name,
+            "hook_name": places.get(hook, f"{block}.hook_{hook}"),
+        }
     return saelens.write(sae, folder, about)

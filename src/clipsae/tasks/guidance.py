@@ -58,6 +58,7 @@ def _serves(folder: Path, cfg: DictConfig) -> bool:
     same = ("clip.name", "clip.pretrained", "clip.layer", "model.latents", "seed")
     return (
         of.model.name == "sparsemax"
+        and of.clip.get("hook", "resid") == cfg.clip.get("hook", "resid")
         and all(OmegaConf.select(of, key) == OmegaConf.select(cfg, key) for key in same)
         and (of.train_dataset.get("name") or of.dataset.name) == cfg.train_dataset.name
         and _mean_support(folder) is not None

@@ -22,6 +22,7 @@ from clipsae.overrides import near, renamed
 from clipsae.rules import (
     CLIP,
     FLAG,
+    HOOKS,
     NAME,
     PRECISIONS,
     TEXT,
@@ -261,6 +262,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "clip": TEXT,
         "weights": or_null(TEXT),
         "layer": whole(),
+        "hook": one_of(*HOOKS),
         "protocol": one_of("paper", "heldout"),
         "ranking": one_of("frequency", "contrast"),
         "latents": or_null(whole(1)),

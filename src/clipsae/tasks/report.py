@@ -44,6 +44,7 @@ ABOUT = {
     "clip": "clip.name",
     "weights": "clip.pretrained",
     "layer": "clip.layer",
+    "hook": "clip.hook",
     "protocol": "evaluation.protocol",
     "ranking": "evaluation.ranking",
     "latents": "model.latents",
@@ -118,7 +119,7 @@ def carried_overrides(cfg: DictConfig) -> list[str]:
     words: list[str] = [f"clip={hydra.runtime.choices['clip']}"]
     for name, key in ABOUT.items():
         value, (group, option) = cfg.task[name], key.split(".")
-        if value != cfg[group][option]:
+        if value != cfg[group].get(option, value):
             words.append(f"{key}={'null' if value is None else value}")
     for word in hydra.overrides.task:
         key = word.split("=", 1)[0].lstrip("+~")
@@ -161,8 +162,8 @@ def nothing_there(
     others = sorted(filter(None, others), key=lambda words: words.count("="))[:3]
     hint = f", or report on what is there with {' or with '.join(others)}" if others else ""
     return (
-        f"{folder} holds no finished evaluation of {wanted.clip} (weights {wanted.weights}, layer "
-        f"{wanted.layer}) with {wanted.latents} latents by the {wanted.protocol} protocol"
+        f"{folder} holds no finished evaluation of {wanted.clip} (weights {wanted.weights}, "
+        f"{wanted.where}) with {wanted.latents} latents by the {wanted.protocol} protocol"
         f"{', ranked by contrast' * (wanted.ranking == 'contrast')}"
         f"{settings}: run `{command}` first{hint}"
     )

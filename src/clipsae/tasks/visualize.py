@@ -110,6 +110,11 @@ def check(cfg: DictConfig) -> None:
     for file in cfg.task.images:
         if not Path(file).expanduser().is_file():
             raise ConfigError(f"task.images has {file}: no such file")
+    if cfg.clip.get("hook") == "embedding":
+        raise ConfigError(
+            "clip.hook=embedding: task=visualize draws on which patches latents are active, and "
+            "the image embedding has none; task=explore shows the images of each latent"
+        )
     if cfg.logger.get("upload_sae"):
         raise ConfigError(
             "logger.upload_sae=true: task=visualize uploads nothing; task=experiment, evaluate and "

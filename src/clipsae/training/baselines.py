@@ -190,7 +190,7 @@ def text_directions(direct: Tensor, embeddings: Tensor) -> Tensor:
     mean over the texts is subtracted, as what is common to all of them tells none apart.
 
     Args:
-        direct: [d, e], `Tower.direct` of the d unit vectors.
+        direct: [d, e], `FrozenCLIP.direct` of the d unit vectors.
         embeddings: [C, e].
     """
     centred = embeddings.double() - embeddings.double().mean(dim=0)

@@ -38,7 +38,7 @@ class Predictions(Callback):
         self.images = images
         self.labels = labels
         self.classifier = classifier
-        self.tokens: Tensor | None = None
+        self.tokens: list[tuple[Tensor, Tensor | None]] | None = None  # and CLIP's context
         self.own: Tensor | None = None  # CLIP's logits [B, C]
 
     @torch.no_grad()
@@ -52,8 +52,8 @@ class Predictions(Callback):
             return
         through = torch.cat(
             [
-                self.clip.logits(member.sae(part).reconstruction, self.classifier)
-                for part in self.tokens.split(_AT_ONCE)
+                self.clip.logits(member.sae(part).reconstruction, self.classifier, context)
+                for part, context in self.tokens or ()
             ]
         )
         found = compare(self.own, through, self.labels)
@@ -66,11 +66,12 @@ class Predictions(Callback):
             return
         self.clip.to(device)
         self.classifier, self.labels = self.classifier.to(device), self.labels.to(device)
-        parts = [
-            self.clip.prefix(self.clip.normalize(part)) for part in self.images.split(_AT_ONCE)
+        self.tokens = [
+            self.clip.prefix(self.clip.normalize(part), with_context=True)
+            for part in self.images.split(_AT_ONCE)
         ]
-        self.tokens = torch.cat(parts)
-        self.own = torch.cat([self.clip.logits(part, self.classifier) for part in parts])
+        own = [self.clip.logits(part, self.classifier, context) for part, context in self.tokens]
+        self.own = torch.cat(own)
 
 
 def compare(own: Tensor, through: Tensor, labels: Tensor) -> dict[str, Tensor]:

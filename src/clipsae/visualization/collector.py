@@ -91,8 +91,9 @@ def collect_references(
     )
     of_patches, of_images = [], []
     if has_truth(dataset):
-        of_patches = concept_names(PATCH_ATTRIBUTES)
-        of_images = concept_names([a for a in IMAGE_ATTRIBUTES if a not in PATCH_ATTRIBUTES])
+        known = PATCH_ATTRIBUTES if clip.has_patches else ()
+        of_patches = concept_names(known)
+        of_images = concept_names([a for a in IMAGE_ATTRIBUTES if a not in known])
     embed_dim = stream.embed_dim
     collectors = {
         key: Collector(
@@ -169,7 +170,7 @@ class Collector(nn.Module):
         patches, top: P and K.
         embed_dim: of the separate image encoder; 0: MonoSemanticity is not measured.
         patch_concepts: names of the columns of a batch's `patch_truth`, "attribute=value", those of
-            an attribute side by side; none without ground truth.
+            an attribute side by side; none without ground truth or patches.
         image_concepts: of the last columns of its `image_truth`.
     """
 
@@ -223,6 +224,7 @@ class Collector(nn.Module):
         if self.on_patches.attribute:
             patches = codes[:, -self.patches :].flatten(0, 1)
             self.on_patches.update(patches, batch.patch_truth.flatten(0, 1))
+        if self.on_images.attribute:
             self.on_images.update(means, batch.image_truth[:, -len(self.on_images.attribute) :])
         # Against an equal value the earlier image stays, which has the smaller index.
         entering = (means.amax(dim=0) > self.values[:, -1]).nonzero().squeeze(1)
@@ -272,13 +274,14 @@ class Collector(nn.Module):
         }
         if self.monosemanticity is not None:
             found["monosemanticity"] = self.monosemanticity.scores().float()
-        if self.on_patches.attribute:
+        if self.on_images.attribute:
             found |= self._concepts()
         return References(**{name: value.cpu() for name, value in found.items()}, source=source)
 
     def _concepts(self) -> dict[str, Tensor]:
         """The concepts of `References`, from the sums of both levels."""
-        levels = [self.on_patches.scores(), self.on_images.scores()]
+        known = [level for level in (self.on_patches, self.on_images) if level.attribute]
+        levels = [level.scores() for level in known]
         bits, precision, recall, covered, base = (
             torch.cat(parts, dim=-1) for parts in zip(*levels, strict=True)
         )

@@ -100,6 +100,7 @@ class SpatialCoherence(Measurement):
     M integers are kept, and as many for each floor.
     """
 
+    needs = ("patches",)
     numbers = (
         _number(
             "feature_localization",

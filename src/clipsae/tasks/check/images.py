@@ -122,8 +122,9 @@ def zero_shot(job: Job, findings: Findings) -> tuple[Tensor | None, float]:
     indices = evenly_spaced(images.labels, ZERO_SHOT_IMAGES)
     with torch.no_grad():
         for pixels, labels, _ in image_batches(images, cfg.evaluation.batch_size, 0, indices):
-            tokens = clip.prefix(clip.normalize(pixels))
-            right += int((clip.logits(tokens, classes).argmax(-1).cpu() == labels).sum())
+            tokens, context = clip.prefix(clip.normalize(pixels), with_context=True)
+            logits = clip.logits(tokens, classes, context)
+            right += int((logits.argmax(-1).cpu() == labels).sum())
             count += len(labels)
     accuracy, chance = right / count, 1 / len(images.classnames)
     published = getattr(getattr(images, "about", None), "zero_shot", None)

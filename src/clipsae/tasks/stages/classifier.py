@@ -33,7 +33,7 @@ def stage(cfg: DictConfig, store: Store, dataset: ImageDataset, name: str) -> St
         for template in templates(cfg, dataset):
             prompt = template.format(of_class) if isinstance(template, str) else template(of_class)
             prompts.update(f"{prompt}\0".encode())
-    clip = {k: v for k, v in build.clip_key(cfg).items() if k != "layer"}
+    clip = {k: v for k, v in build.clip_key(cfg).items() if k not in ("layer", "hook")}
     key = {
         "clip": clip,
         "prompts": prompts.hexdigest(),

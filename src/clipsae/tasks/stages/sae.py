@@ -144,7 +144,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
         build.build_sae(cfg, clip.width)
     if cfg.model.get("fit") == "text":
         clip.require_text()
-        if clip.tower.direct(torch.eye(clip.width)) is None:
+        if clip.direct(torch.eye(clip.width)) is None:
             raise ConfigError(
                 f"model.fit=text: the embedding of clip.name={clip.name} is no linear map of a "
                 "normed token, so texts point to no direction of its tokens: choose another fit"
@@ -239,7 +239,7 @@ def _fit(one: Training, clip: FrozenCLIP, data: FeatureDataModule, train_set: Im
     cfg, directions = one.cfg, None
     clip.to(build.best_device())
     if cfg.model.fit == "text":
-        direct = clip.tower.direct(torch.eye(clip.width, device=clip.device)).cpu()
+        direct = clip.direct(torch.eye(clip.width, device=clip.device)).cpu()
         directions = baselines.text_directions(direct, _embeddings(cfg, clip, train_set))
     tokens = data.first_batch(cfg.model.initial_images)
     log.info("fitting %s to the tokens of %d images", one.stage.path.name, len(tokens))

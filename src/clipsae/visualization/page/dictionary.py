@@ -95,7 +95,7 @@ def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor | None:
     path: the row, centred and weighted as the last layer norm would, times the projection. All
     texts have a large part in common, which says nothing: words are compared after subtracting
     their mean. None where the embedding is no linear map of a normed token (SigLIP's is pooled by
-    attention).
+    attention). At the hook "embedding" it is no approximation.
 
     This is a logit lens (nostalgebraist 2020): the blocks behind the SAE's layer are left out, and
     at inner layers its words are known to mislead (Belrose et al., "Eliciting Latent Predictions
@@ -105,7 +105,7 @@ def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor | None:
         rows: decoder rows [M, d].
         words: text embeddings [W, e].
     """
-    direct = clip.tower.direct(rows)
+    direct = clip.direct(rows)
     if direct is None:
         return None
     words = nn.functional.normalize(words.float(), dim=-1)

@@ -131,13 +131,14 @@ def collect_activations(
             kept = [i for i, index in enumerate(at.tolist()) if index in encoded]
             if not kept:
                 continue
-            streams = clip.prefix(clip.normalize(pixels[kept]))
+            streams, contexts = clip.prefix(clip.normalize(pixels[kept]), with_context=True)
             all_logits: Any = [None] * len(kept)
             if interventions is not None:
-                all_logits = clip.logits(streams, interventions.classifier)
-            for stream, logits, index, label in zip(
-                streams, all_logits, at[kept].tolist(), labels[kept].tolist(), strict=True
+                all_logits = clip.logits(streams, interventions.classifier, contexts)
+            for i, (stream, logits, index, label) in enumerate(
+                zip(streams, all_logits, at[kept].tolist(), labels[kept].tolist(), strict=True)
             ):
+                context = None if contexts is None else contexts[i]
                 codes = sae.encode(stream[None])[0]
                 has_page, reasons = index in with_page, None
                 if interventions is not None:
@@ -145,9 +146,9 @@ def collect_activations(
                     if has_page and effect_images:  # those of `measured_on` are among them
                         latents = (pool_codes(codes[None])[0] > 0).nonzero().squeeze(1)
                     elif has_page:
-                        latents = interventions.likely_reasons(stream, codes, logits, why)
+                        latents = interventions.likely_reasons(stream, codes, logits, why, context)
                     latents = latents.to(codes.device)
-                    without = interventions.logits_without(stream, codes, latents)
+                    without = interventions.logits_without(stream, codes, latents, context)
                     rival = strongest_other(logits, label)
                     measured.append((latents, label, margins(logits, without, label, rival)))
                     if has_page:
@@ -158,7 +159,9 @@ def collect_activations(
                     if interventions is not None:
                         rebuilt = sae.decode(codes, sae.input_scale(stream))
                         by_clip = likely(logits)
-                        by_sae = likely(clip.logits(rebuilt[None], interventions.classifier)[0])
+                        beside = None if context is None else context[None]
+                        through = clip.logits(rebuilt[None], interventions.classifier, beside)
+                        by_sae = likely(through[0])
                     strongest = _strongest(codes)
                     found.append(
                         ImageActivations(index, label, *strongest, by_clip, by_sae, reasons)

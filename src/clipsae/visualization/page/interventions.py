@@ -48,8 +48,9 @@ class Reasons:
 
 @dataclass(frozen=True)
 class Interventions:
-    """Changes of token streams [T, d] by latents, and CLIP's logits after them. All else in the
-    stream stays as it is, what the SAE does not reconstruct included.
+    """Changes of an image's tokens [T, d] by latents, and CLIP's logits after them. All else in the
+    tokens stays as it is, what the SAE does not reconstruct included. `context` is [T, d] or None,
+    as of `FrozenCLIP.tail`.
 
     Attributes:
         sae: in eval mode, on the device of `clip`.
@@ -60,7 +61,9 @@ class Interventions:
     sae: nn.Module
     classifier: Tensor
 
-    def logits_without(self, stream: Tensor, codes: Tensor, latents: Tensor) -> Tensor:
+    def logits_without(
+        self, stream: Tensor, codes: Tensor, latents: Tensor, context: Tensor | None = None
+    ) -> Tensor:
         """The logits [n, C] without each latent of `latents` [n] alone; codes [T, M]."""
         sae, scale = self.sae, self.sae.input_scale(stream)
         found = [self.classifier.new_zeros(0, len(self.classifier))]
@@ -69,7 +72,8 @@ class Interventions:
             rows = sae.decoder_rows(part)[version]
             share = codes[token, part[version], None] * rows * scale[token]
             changes = Changes(stream, version, token, -share, len(part))
-            found.append(self.clip.logits_of(self.clip.tail_of_changes(changes), self.classifier))
+            embeddings = self.clip.tail_of_changes(changes, context)
+            found.append(self.clip.logits_of(embeddings, self.classifier))
         return torch.cat(found)
 
     @torch.no_grad()
@@ -86,32 +90,38 @@ class Interventions:
         wrong = [m for m in strengths if not 0 <= m < latents]
         if wrong:
             raise ValueError(f"latent {wrong[0]}: expected 0 to {latents - 1}")
-        stream = self.clip.prefix(self.clip.normalize(image[None]))[0]
+        streams, context = self.clip.prefix(self.clip.normalize(image[None]), with_context=True)
+        stream = streams[0]
         if strengths:
             chosen = torch.tensor(list(strengths), device=stream.device)
             new = torch.tensor(list(strengths.values()), dtype=stream.dtype, device=stream.device)
             change = new - self.sae.encode(stream)[:, chosen]
             rows = self.sae.decoder_rows(chosen)
             stream = stream + (change @ rows) * self.sae.input_scale(stream)
-        return self.clip.logits(stream[None], self.classifier)[0]
+        return self.clip.logits(stream[None], self.classifier, context)[0]
 
-    def first_order_effects(self, stream: Tensor, codes: Tensor, classes: Tensor) -> Tensor:
+    def first_order_effects(
+        self, stream: Tensor, codes: Tensor, classes: Tensor, context: Tensor | None = None
+    ) -> Tensor:
         """What each latent adds to the logits of classes to first order: gradient times
         contribution, [classes, M]. One backward pass a class."""
         scale, rows, found = self.sae.input_scale(stream), self.sae.decoder_rows(), []
         with torch.enable_grad():
             tokens = stream.detach().requires_grad_(True)
-            logits = self.clip.logits(tokens[None], self.classifier)[0]
+            beside = None if context is None else context[None]
+            logits = self.clip.logits(tokens[None], self.classifier, beside)[0]
             for k in classes.tolist():
                 (gradient,) = torch.autograd.grad(logits[k], tokens, retain_graph=True)
                 found.append((((gradient * scale).to(codes.dtype) @ rows.T) * codes).sum(dim=0))
         return torch.stack(found)
 
-    def likely_reasons(self, stream: Tensor, codes: Tensor, logits: Tensor, n: int) -> Tensor:
+    def likely_reasons(
+        self, stream: Tensor, codes: Tensor, logits: Tensor, n: int, context: Tensor | None = None
+    ) -> Tensor:
         """The latents with the largest effect to first order on the prediction's logit, and on its
         margin over the runner-up; ascending."""
         order = logits.argsort(descending=True, stable=True)[:2]
-        effects = self.first_order_effects(stream, codes, order)
+        effects = self.first_order_effects(stream, codes, order, context)
         return _largest(torch.cat((effects, effects[:1] - effects[-1:])), n)
 
 
