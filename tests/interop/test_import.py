@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,19 @@ from torch import Tensor
 import clipsae
 from clipsae.interop import read
 from tests.interop import foreign
-from tests.interop.foreign import LINEAR, MATRICES, RELEASE, SIMPLE, SPARSIFY, D, K, M, weights
+from tests.interop.foreign import (
+    CLIPSCOPE,
+    LINEAR,
+    MATRICES,
+    MSAE,
+    RELEASE,
+    SIMPLE,
+    SPARSIFY,
+    D,
+    K,
+    M,
+    weights,
+)
 
 
 def agree(sae, x: Tensor, codes: Tensor, reconstruction: Tensor) -> None:
@@ -76,6 +89,31 @@ def gated(w, x):
     norm = w["decoder.weight"].norm(dim=0)
     codes = (h + w["gate_bias"] > 0) * (w["r_mag"].exp() * h + w["mag_bias"]).clamp(min=0) * norm
     return codes, (codes / norm) @ w["decoder.weight"].T + w["decoder_bias"]
+
+
+def scaled(rule, tied=False):
+    """MSAE's, of tokens x' = 0.5 (x - mean)."""
+
+    def formula(w, x):
+        x = 0.5 * (x - MEAN.double())
+        codes = rule(w, (x - w["pre_bias"]) @ w["encoder"] + w["latent_bias"])
+        decoder = w["encoder"].T if tied else w["decoder"]
+        return codes, (codes @ decoder + w["pre_bias"]) / 0.5 + MEAN.double()
+
+    return formula
+
+
+def no_negative_scores(w, x):
+    """clipscope's, in which the largest scores are positive."""
+    codes = topk(w, (x - w["pre_b"]) @ w["enc"])
+    return codes, codes @ w["dec"] + w["pre_b"]
+
+
+def gated_once(w, x):
+    """ViT-Prisma's, whose b_enc is not used."""
+    h = (x - w["b_dec"]) @ w["W_enc"]
+    codes = (h + w["b_gate"] > 0) * (h * w["r_mag"].exp() + w["b_mag"]).clamp(min=0)
+    return codes, codes @ w["W_dec"] + w["b_dec"]
 
 
 def overcomplete(w, x):
@@ -238,6 +276,119 @@ CASES = {
         lost=("standardises",),
     ),
 }
+MEAN = weights(mean=(D,))["mean"]
+NO_BIAS = {**MATRICES, "b_enc": torch.zeros(M)}
+SCALED = {"mean_center": MEAN, "scaling_factor": np.float64(0.5), "epoch": 30}
+SAEV = ("scale_mean",)
+
+
+def activation(kind: str, /, **options) -> dict:
+    """A header of saev, with the options of its activation."""
+    return {"cfg": {"activation": {"cls": kind, "params": options}, "d_model": D, "d_sae": M}}
+
+
+CASES |= {
+    "BatchTopK's topk": Case(
+        foreign.batchtopk,
+        NO_BIAS,
+        linear(topk),
+        {"model_name": "gpt2-small", "layer": 8, "input_unit_norm": False, "dtype": "float32"},
+        {"model_name": "gpt2-small", "layer": 8},
+    ),
+    "BatchTopK's topk, with b_enc": Case(
+        foreign.batchtopk, MATRICES, linear(topk), {"use_encoder_bias": True}
+    ),
+    "BatchTopK's jumprelu": Case(
+        foreign.batchtopk,
+        {**MATRICES, "jumprelu.log_threshold": (M,)},
+        linear(lambda w, s: s * (s > w["jumprelu.log_threshold"].exp()), centred=False),
+        {"sae_type": "jumprelu", "bandwidth": 0.001},
+    ),
+    "BatchTopK's nested groups": Case(
+        foreign.batchtopk,
+        {**NO_BIAS, "threshold": torch.tensor(1.5)},
+        linear(jumprelu()),
+        {"sae_type": "global-matryoshka-topk", "group_sizes": [8, 32]},
+        lost=("groups",),
+    ),
+    "BatchTopK's vanilla, tied, in one file": Case(
+        foreign.container,
+        MATRICES,
+        lambda w, x: linear(relu)(w | {"W_dec": w["W_enc"].T}, x),
+        {"sae_type": "vanilla", "act_size": D, "dict_size": M, "tied_weights": True, "l1_coeff": 1},
+    ),
+    "ViT-Prisma's folder": Case(
+        foreign.prisma,
+        MATRICES,
+        linear(topk, unit=True),
+        {
+            "activation_fn_str": "topk",
+            "normalize_activations": "constant_norm_rescale",
+            **OF_TOPK,
+            **HOOK,
+        },
+        HOOK,
+    ),
+    "ViT-Prisma's gated": Case(
+        foreign.prisma,
+        {**MATRICES, "b_gate": (M,), "r_mag": (M,), "b_mag": (M,)},
+        gated_once,
+        {"architecture": "gated", "is_training": False, "cls_token_only": True},
+        {"cls_token_only": True},
+    ),
+    "saev before schemas": Case(
+        foreign.saev,
+        MATRICES,
+        linear(relu),
+        {"schema": None, "cfg": {"d_vit": D, "exp_factor": 2, "sparsity_coeff": 1e-4, "seed": 1}},
+        lost=(*SAEV, "b_dec is subtracted"),
+    ),
+    "saev's schema 1": Case(
+        foreign.saev,
+        MATRICES,
+        linear(topk, centred=False),
+        {"schema": 1, "cls": "TopK", "cfg": {"d_vit": D, "exp_factor": 2, "top_k": K}},
+        lost=(*SAEV, "negative codes"),
+    ),
+    "saev's relu": Case(
+        foreign.saev,
+        MATRICES,
+        linear(relu, centred=False),
+        {"schema": 2, **activation("Relu", sparsity={"coeff": 4e-4})},
+        lost=SAEV,
+    ),
+    "saev's topk": Case(
+        foreign.saev,
+        MATRICES,
+        linear(topk, centred=False),
+        activation("TopK", top_k=K, kind="top-k", aux={"cls": "NoAux", "params": {}}),
+        lost=(*SAEV, "negative codes"),
+    ),
+    "saev's batchtopk": Case(
+        foreign.saev,
+        {**MATRICES, "activation.threshold": torch.tensor(1.5)},
+        linear(jumprelu("activation.threshold"), centred=False),
+        activation("BatchTopK", top_k=K, momentum=0.1),
+        lost=SAEV,
+    ),
+    "MSAE's relu": Case(foreign.msae, MSAE, scaled(relu), {**SCALED}, {"tokens": "cc3m"}),
+    "MSAE": Case(
+        foreign.msae,
+        {**MSAE, "latents_activation_frequency": torch.zeros(M, dtype=torch.long)},
+        scaled(topk),
+        {**SCALED, "name": f"{M}_{D}_TopKReLU_{K}_RW_False_False_0.0_cc3m_ViT-L~14.pth"},
+        {"tokens": "cc3m_ViT-L~14"},
+        (f"k={K}",),
+    ),
+    "MSAE's topk, tied": Case(
+        foreign.msae,
+        {name: shape for name, shape in MSAE.items() if name != "decoder"},
+        scaled(topk, tied=True),
+        {**SCALED, "name": f"{M}_{D}_TopK_{K}_True_False_0.0.pt"},
+        lost=(f"k={K}", "negative codes"),
+    ),
+    "clipscope": Case(foreign.clipscope, CLIPSCOPE, no_negative_scores, lost=("negative codes",)),
+}
 # TopK as SAELens has spelt it.
 for i, spelling in enumerate(
     (
@@ -306,8 +457,110 @@ def test_patchsae(tmp_path, monkeypatch, x):
     # Its config may be a dict, and be called config.
     torch.save({"config": CFG, "state_dict": state}, tmp_path / "sae.pt")
     assert read(tmp_path).reads == OF_TOKENS
-    torch.save({"state_dict": state, "optimizer": {"lr": 1}}, tmp_path / "sae.pt")
-    assert "has no config: its weights are read as those of a ReLU SAE" in read(tmp_path).lost[-1]
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {},
+        {"cfg": {}},
+        {"cfg": {"d_in": D, "d_sae": M, "lr": 1e-3, "expansion_factor": 4, "seed": 1}},
+        {"config": {"model_name": "clip", "hook_point": "blocks.9"}, "optimizer": {"lr": 1}},
+    ],
+)
+def test_weights_whose_config_names_no_activation_are_not_guessed_at(tmp_path, held):
+    torch.save({"state_dict": weights(**MATRICES), **held}, tmp_path / "sae.pt")
+    with pytest.raises(ValueError, match="does not say which activation") as said:
+        read(tmp_path / "sae.pt")
+    assert "activation_fn_str, architecture" in str(said.value)
+    assert "\n" not in str(said.value)
+    for word in ({"architecture": "standard"}, {"activation_fn": "relu"}, {"block_layer": -2}):
+        torch.save({"state_dict": weights(**MATRICES), "cfg": word}, tmp_path / "sae.pt")
+        assert read(tmp_path / "sae.pt").sae.config["activation"] == "relu"
+
+
+# --- whole objects of overcomplete ---
+
+
+def of_overcomplete(monkeypatch, name):
+    """An SAE as `torch.save` pickles it, with its W, b and D, float64."""
+    w = weights(W=(M, D), b=(M,), D=(M, D), points=(60, D), mix=(M, 60), relax=(M, D))
+    w64 = {key: t.double() for key, t in w.items()}
+    W, b, D_ = w64["W"], w64["b"], w64["D"]
+
+    def make(kind, *args, **attributes):
+        return foreign.module(monkeypatch, kind, *args, **attributes)
+
+    linear = torch.nn.Linear(D, M)
+    linear.weight.data, linear.bias.data = w["W"], w["b"]
+    norm = torch.nn.Identity()
+    own, fixed = {}, w["D"]
+    dictionary = make("dictionary.DictionaryLayer", own, _fused_dictionary=fixed, nb_concepts=M)
+    kind, more, parameters = "topk_sae.TopKSAE", {"top_k": K}, {}
+    if name == "JumpSAE, batch normalised, in training mode":
+        norm = torch.nn.BatchNorm1d(M).eval()
+        for tensor, by in ((norm.running_mean, 0), (norm.running_var, 2), (norm.bias.data, 0)):
+            tensor.copy_(w["b"].flip(0).abs() + by)
+        scale = (w["b"].double().flip(0).abs() + 2 + 1e-5).sqrt().reciprocal()
+        shift = w["b"].double().flip(0).abs()
+        W, b = W * scale[:, None], (b - shift) * scale + shift
+        kind, more = "jump_sae.JumpSAE", {"bandwidth": torch.tensor(1e-3)}
+        parameters = {"thresholds": w["b"]}
+        l2 = foreign.instance(monkeypatch, "overcomplete.sae.dictionary.normalize_l2")
+        own |= {"_weights": w["D"], "multiplier": torch.tensor(0.3)}
+        vars(dictionary).update(training=True, normalization=type(l2), device="cpu")
+        D_ = D_ / D_.norm(dim=1, keepdim=True) * torch.tensor(0.3).double().exp()
+    elif name == "RATopKSAE in training mode":
+        own |= {"C": w["points"], "W": w["mix"], "Relax": w["relax"]}
+        own |= {"multiplier": torch.tensor(0.0)}
+        dictionary = make("archetypal_dictionary.RelaxedArchetypalDictionary", own, delta=1.0)
+        vars(dictionary).update(training=True, in_dimensions=D)
+        kind = "rasae.RATopKSAE"
+        rows = []
+        for mix, relax in zip(w64["mix"].clamp(min=0), w64["relax"], strict=True):
+            rows.append(mix / mix.sum() @ w64["points"] + relax * min(1, 1 / relax.norm().item()))
+        D_ = torch.stack(rows)
+    encoder = make(
+        "modules.MLPEncoder",
+        {},
+        {
+            "mlp_blocks": torch.nn.ModuleList(),
+            "final_block": torch.nn.Sequential(linear, norm),
+            "final_activation": torch.nn.ReLU(),
+        },
+        hidden_activation=torch.nn.ReLU,
+        norm_layer=torch.nn.Identity,
+        nb_blocks=0,
+    )
+    if name == "BatchTopKSAE, tied":
+        encoder = make("modules.TieableEncoder", {"weight": None, "bias": w["b"]})
+        vars(encoder)["_modules"] = {"tied_to": dictionary}
+        W, kind = D_, "batchtopk_sae.BatchTopKSAE"
+        more = {"top_k": 900, "running_threshold": torch.tensor(1.5), "threshold_momentum": 0.9}
+    parts = {"encoder": encoder, "dictionary": dictionary}
+    sae = make(kind, parameters, parts, device="cpu", fitted=False, **more)
+    return sae, W, b, D_, w64
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("TopKSAE", topk),
+        ("JumpSAE, batch normalised, in training mode", lambda w, s: s * (s >= w["b"].exp())),
+        ("RATopKSAE in training mode", topk),
+        ("BatchTopKSAE, tied", lambda w, s: s * (s >= 1.5)),
+    ],
+)
+def test_a_whole_sae_of_overcomplete(tmp_path, monkeypatch, x, name, rule):
+    with monkeypatch.context() as patched:
+        sae, W, b, D_, w = of_overcomplete(patched, name)
+        torch.save(sae, tmp_path / "sae.pth")
+    found = read(tmp_path / "sae.pth")
+    assert "overcomplete" not in sys.modules or hasattr(sys.modules["overcomplete"], "__file__")
+    codes = rule(w, x.double() @ W.T + b)
+    agree(found.sae, x, codes, codes @ D_)
+    assert found.format == "overcomplete"
+    assert found.lost == () or "whole batch" in found.lost[0]
 
 
 def test_vit_prismas_own_config_object(tmp_path, monkeypatch, x):

@@ -124,9 +124,101 @@ def test_what_does_not_fit_is_refused(tmp_path, name, shapes, cfg, words):
     assert words in refused(write(tmp_path, cfg, weights(**(shapes or usual))))
 
 
+KINDS = {"activation": {"cls": "BatchTopK", "params": {"top_k": K}}}
+OF_OTHERS = [
+    ("saev", {"schema": 6}, "schema=6: expected none or 1 to 5"),
+    ("saev", {"schema": 1, "cls": "Relu", "cfg": {"d_vit": D}}, "schema=1, cls='Relu': some"),
+    ("saev", {"schema": 1, "cls": "JumpRelu", "cfg": {}}, "cls='JumpRelu' has no counterpart here"),
+    ("saev", {"cfg": {**KINDS, "d_model": 7}}, f"d_model=7: the weights have {D}"),
+    ("saev", {"cfg": KINDS}, "holds no activation.threshold"),
+    ("saev", {"cfg": {"activation": {"cls": "TopK", "params": {}}}}, "top_k=None"),
+    ("MSAE", {"name": "sae.pth"}, "MSAE keeps an SAE's options in its file's name"),
+    ("MSAE", {"name": f"{M}_{D}_TopKabs_5_False_False_0.0.pth"}, "activation='TopKabs' has no"),
+    ("MSAE", {"name": f"{M}_{D}_BatchTopK_5_False_False_0.0.pth"}, "activation='BatchTopK' has no"),
+    ("MSAE", {"name": f"{M}_{D}_TopK_{M + 1}_False_False_0.0.pth"}, f"k={M + 1}: expected 1 to"),
+    ("MSAE", {"name": f"{M}_{D}_TopK_False_False_0.0.pth"}, "k=None: expected 1 to"),
+    ("MSAE", {"name": f"{M}_{D}_ReLU_003_False_True_0.0.pth"}, "normalised='True' has no"),
+    ("MSAE", {"name": f"{M}_{D}_ReLU_003_False_False_30.0.pth"}, "cap='30.0' has no counterpart"),
+    ("MSAE", {"name": f"{M}_7_ReLU_003_False_False_0.0.pth"}, f"d=7: the weights have {D}"),
+    ("MSAE", {"scaling_factor": -1.0}, "scaling_factor=-1.0: expected a number above 0"),
+    ("MSAE", {"scaling_factor": float("nan")}, "scaling_factor=nan: expected a number"),
+    ("MSAE", {"mean_center": torch.zeros(7)}, f"mean_center has shape [7]: expected [{D}]"),
+    ("MSAE", {"mean_center": 2.0}, f"mean_center=2.0: expected 0 or {D} numbers"),
+    ("clipscope", {"k": None}, "k=None"),
+    ("clipscope", {"n_features": 7}, f"n_features=7: the weights have {M}"),
+    ("BatchTopK", {"sae_type": "quantile"}, "sae_type='quantile' has no counterpart"),
+    ("BatchTopK", {"sae_type": "batchtopk"}, "holds no threshold"),
+    ("BatchTopK", {"input_unit_norm": True}, "input_unit_norm=True has no counterpart here"),
+    ("BatchTopK", {"activation": "gelu"}, "activation='gelu' has no counterpart here"),
+    ("BatchTopK", {"dict_size": 7}, f"dict_size=7: the weights have {M}"),
+    ("ViT-Prisma", {"normalize_activations": "layer_norm"}, "'layer_norm' has no counterpart"),
+    ("ViT-Prisma", {"is_transcoder": True}, "is_transcoder=True has no counterpart here"),
+    ("sparsify", {"embed_skip": True}, "embed_skip=True has no counterpart here"),
+    ("sparsify", {"n_targets": 3}, "n_targets=3 is an option that is not known here"),
+]
+
+
+@pytest.mark.parametrize(("name", "cfg", "words"), OF_OTHERS)
+def test_what_has_no_counterpart_is_refused_by_name(tmp_path, name, cfg, words):
+    write, shapes = FORMATS[name]
+    assert words in refused(write(tmp_path, cfg, weights(**shapes)))
+
+
+def test_b_enc_that_batchtopk_does_not_add_must_be_zero(tmp_path):
+    assert "adds b_enc with use_encoder_bias=true alone" in refused(
+        foreign.batchtopk(tmp_path, {}, weights(**MATRICES))
+    )
+
+
+def test_a_training_of_several_layers_says_which_folders_it_holds(tmp_path):
+    (tmp_path / "layers.5").mkdir()
+    foreign.sparsify(tmp_path / "layers.5", {}, weights(**foreign.SPARSIFY))
+    with pytest.raises(FileNotFoundError, match=r"name one of the 1 SAEs in it, .*layers\.5"):
+        clipsae.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"sae": {}, "hookpoints": ["layers.5"]}))
+    said = refused(tmp_path)
+    assert "is that of a training of sparsify: name one of the 1 SAEs in it" in said
+    assert clipsae.load(tmp_path / "layers.5").latents == M
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "mp_sae.MpSAE"}, "holds overcomplete's MpSAE, which has no counterpart here"),
+        ({"encoder": "modules.IdentityEncoder"}, "encoder='IdentityEncoder' has no counterpart"),
+        ({"norm": torch.nn.LayerNorm(M)}, "1='LayerNorm' has no counterpart here"),
+        ({"blocks": torch.nn.ModuleList([torch.nn.Linear(D, D)])}, "hidden layers have no"),
+        ({"sae": {"surprise": 1}}, "surprise=1 is an option that is not known here"),
+        ({"sae": {"_parameters": {"bias": torch.zeros(3)}}}, "bias is not known here"),
+        ({"sae": {"_modules": {}}}, "dictionary: expected a module"),
+        ({"sae": {"top_k": None}}, "top_k=None"),
+    ],
+)
+def test_what_overcomplete_has_and_is_not_known_here_is_refused(
+    tmp_path, monkeypatch, change, words
+):
+    def make(*args, **attributes):
+        return foreign.module(monkeypatch, *args, **attributes)
+
+    block = torch.nn.Sequential(torch.nn.Linear(D, M), change.get("norm", torch.nn.Identity()))
+    parts = {"mlp_blocks": change.get("blocks", torch.nn.ModuleList()), "final_block": block}
+    parts["final_activation"] = torch.nn.ReLU()
+    dictionary = make("dictionary.DictionaryLayer", _fused_dictionary=torch.ones(M, D))
+    encoder = make(change.get("encoder", "modules.MLPEncoder"), {}, parts)
+    sae = make(
+        change.get("kind", "topk_sae.TopKSAE"),
+        {},
+        {"encoder": encoder, "dictionary": dictionary},
+        **{"top_k": K, **change.get("sae", {})},
+    )
+    torch.save(sae, tmp_path / "sae.pt")
+    assert words in refused(tmp_path / "sae.pt")
+
+
 @pytest.mark.parametrize("more", [{"hparams": {"k": 8}}, {"scaling": 2.0}, {"norm_mean": 3}])
 def test_what_lies_beside_a_config_is_refused_by_name(tmp_path, more):
-    torch.save({"cfg": {}, "state_dict": weights(**MATRICES), **more}, tmp_path / "sae.pt")
+    cfg = {"architecture": "standard"}
+    torch.save({"cfg": cfg, "state_dict": weights(**MATRICES), **more}, tmp_path / "sae.pt")
     assert f"sae.pt: {next(iter(more))}=" in refused(tmp_path)
 
 
@@ -155,6 +247,7 @@ class Harm:
 
 
 PICKLES = {
+    "saev": ("sae.pt", {}),
     "checkpoint": ("sae.pt", {}),
     "dictionary_learning": ("ae.pt", {"trainer": {"dict_class": "AutoEncoder"}}),
     "visaebench": ("sae.pt", {"activation": "topk", "k": 5}),
@@ -168,10 +261,13 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, kind, pro
     name, config = PICKLES[kind]
     ran = tmp_path / "ran"
     held = {"cfg": Harm(ran), "state_dict": weights(W_enc=(D, M)), "x": Harm(ran)}
-    if protocol is None:
-        torch.save(held, tmp_path / name)
-    else:
-        (tmp_path / name).write_bytes(pickle.dumps(held, protocol))
+    header = b'{"d_vit": 12}\n' if kind == "saev" else b""
+    with (tmp_path / name).open("wb") as file:
+        file.write(header)
+        if protocol is None:
+            torch.save(held, file)
+        else:
+            file.write(pickle.dumps(held, protocol))
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
     said = refused(tmp_path)

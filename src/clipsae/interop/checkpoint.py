@@ -1,24 +1,38 @@
-"""One pickled file `{"cfg", "state_dict"}`: PatchSAE's, the Sparsemax SAE's, and those of early
-SAELens and ViT-Prisma, from which these two grew.
+"""One pickled file. Its content tells whose it is; `{"cfg", "state_dict"}` is PatchSAE's, the
+Sparsemax SAE's, BatchTopK's, and those of early SAELens and ViT-Prisma, from which the first two
+grew.
 
 `cfg` is a dictionary or an object of the training code's config class, of which only the
 attributes are read. Sources: https://github.com/dynamical-inference/patchsae,
 https://github.com/qyj-bkjx/Sparsemax-SAE, https://github.com/decoderesearch/SAELens,
-https://github.com/Prisma-Multimodal/ViT-Prisma. But for the Sparsemax SAE they are one form,
-z = rule((x - b_dec) W_enc + b_enc), x_hat = z W_dec + b_dec, and PatchSAE has no option of it.
-(PatchSAE's evaluation adds a constant of 0.105 to every element of x_hat, which is no part of the
-SAE.)
+https://github.com/Prisma-Multimodal/ViT-Prisma. A config must say which activation it is of, or be
+of a training that has ReLU alone. But for the Sparsemax SAE they are one form, z = rule((x - b_dec)
+W_enc + b_enc), x_hat = z W_dec + b_dec, and PatchSAE has no option of it. (PatchSAE's evaluation
+adds a constant of 0.105 to every element of x_hat, which is no part of the SAE.)
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clipsae.interop import saelens
-from clipsae.interop.files import Config, Inert, Tensors, names, read_weights
+from clipsae.interop import batchtopk, clipscope, msae, overcomplete, saelens, saev
+from clipsae.interop.files import Config, Inert, Tensors, names, read_config, read_weights
 from clipsae.interop.plain import Imported, assemble
 
 SUFFIXES = (".pt", ".pth", ".ckpt")
+PRISMA = "ViT-Prisma"
+WEIGHTS = "weights.pt"
+
+_EXPECTED = (
+    "expected a file of PatchSAE, the Sparsemax SAE, BatchTopK, early SAELens or ViT-Prisma "
+    "({'cfg', 'state_dict'}), of saev, MSAE or clipscope, or a whole SAE of overcomplete"
+)
+
+# A config with one of the first says which activation it has; one with one of the others is of a
+# training that has ReLU alone.
+_OF_ACTIVATIONS = names("architecture activation_fn activation_fn_str")
+_OF_RELU = names("block_layer class_token l1_coefficient use_ghost_grads")
 
 # What trainings save beside the SAE, to go on from.
 _OF_TRAINING = names(
@@ -28,7 +42,8 @@ _OF_TRAINING = names(
     """
 )
 
-_CLASSES = (
+CLASSES = (
+    *overcomplete.CLASSES,
     *(
         f"{module}.{name}"
         for module in ("src.sae_training.config", "sae_training.config")
@@ -56,15 +71,26 @@ _PATCHSAE = names(
 
 
 def read(path: Path) -> Imported:
-    """Read one file: the paper's Sparsemax SAE if it holds `concept`.
+    """Read one file, of the library that its content tells; the Sparsemax SAE if it holds
+    `concept`.
 
     Raises:
         FileNotFoundError, ValueError: none there, or none of these, or a hostile one; an option
             that is not understood.
     """
-    content = read_weights(path, _CLASSES)
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{path} holds no 'state_dict': expected a PatchSAE or Sparsemax release")
+    header = saev.header_of(path)
+    if header:
+        return saev.read(path, header)
+    content = read_weights(path, CLASSES)
+    if isinstance(content, Inert):
+        return overcomplete.convert(content, path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: {_EXPECTED}")
+    for library in (msae, clipscope):
+        if library.holds(content):
+            return library.convert(content, path)
+    if "state_dict" not in content:
+        raise ValueError(f"{path} holds no 'state_dict': {_EXPECTED}")
     file = Config(content, path)
     cfg = file.get("config", {})
     cfg = _attributes(file.get("cfg", cfg))
@@ -75,12 +101,39 @@ def read(path: Path) -> Imported:
     cfg = {str(name): _attributes(value) for name, value in cfg.items()}
     if "concept" in tensors:
         return _sparsemax(Config(cfg, path), tensors)
+    if batchtopk.holds(cfg):
+        return batchtopk.convert(cfg, tensors, path)
+    if not _OF_ACTIVATIONS & set(cfg) and not _OF_RELU & set(cfg):
+        raise ValueError(
+            f"{path}: its cfg does not say which activation makes the codes: expected one of "
+            f"{', '.join(sorted(_OF_ACTIVATIONS))}, or an option of a training that has ReLU alone "
+            f"({', '.join(sorted(_OF_RELU))}): add what it is to its cfg"
+        )
     found = saelens.convert(cfg, tensors, path, _PATCHSAE)
-    if not cfg:
-        unsaid = f"{path} has no config: its weights are read as those of a ReLU SAE."
-        found = replace(found, lost=(*found.lost, unsaid))
-    patchsae = set(cfg) <= _PATCHSAE | {"d_in", "d_sae", "gated_sae"}
-    return replace(found, format="PatchSAE") if patchsae else found
+    if set(cfg) <= _PATCHSAE | {"d_in", "d_sae", "gated_sae"}:
+        return replace(found, format="PatchSAE")
+    return replace(found, format=PRISMA) if is_prisma(cfg) else found
+
+
+def is_prisma(cfg: Mapping[str, Any]) -> bool:
+    """Whether a config is ViT-Prisma's."""
+    return "vit_model_cfg" in cfg or cfg.get("model_class_name") == "HookedViT"
+
+
+def read_prisma(folder: Path) -> Imported:
+    """Read a folder of ViT-Prisma: `config.json`, and `weights.pt` or the only other pickle.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read`.
+    """
+    about, path = folder / "config.json", folder / WEIGHTS
+    others = sorted(folder.glob("*.pt"))
+    if not path.is_file() and len(others) == 1:
+        path = others[0]
+    content = read_weights(path, CLASSES)
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    found = saelens.convert(read_config(about), Tensors(state, path), about)
+    return replace(found, format=PRISMA)
 
 
 def _attributes(value: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
-from clipsae.interop.plain import Imported, Plain
+from clipsae.interop.plain import NESTED_LOST, Imported, Plain
 
 # Names of W_enc, b_enc, W_dec, b_dec by class.
 _MATRICES = ("W_enc.T", "b_enc", "W_dec", "b_dec")
@@ -81,7 +81,7 @@ def read(folder: Path) -> Imported:
         if name == "MatryoshkaBatchTopKSAE":
             trainer.known("group_fractions", "group_weights", "group_sizes")
             tensors.ignore("group_sizes")
-            lost.append("The nested groups matter in its training alone: here there is one group.")
+            lost.append(NESTED_LOST)
     trainer.check_size("activation_dim", d)
     trainer.check_size("dict_size", m)
     reads = trainer.known("lm_name", "layer", "submodule_name")

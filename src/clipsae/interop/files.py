@@ -1,25 +1,37 @@
 """Reading untrusted files: none of their code runs, and nothing in them is silently dropped.
 
-A pickle is a program. `torch.load(weights_only=True)` runs it with tensors and plain containers
-as its only words; a class that a format is known to pickle becomes an `Inert` object, which holds
-attributes and does nothing. An option or a tensor that an importer ignores may be the one that
-makes the codes: `Config` and `Tensors` record what was read, and refuse the rest by name.
+A pickle is a program. `torch.load(weights_only=True)` runs it with tensors, plain containers and
+numpy's numbers as its only words; a class that a format is known to pickle becomes an `Inert`
+class of its name, whose objects hold attributes and do nothing. An option or a tensor that an
+importer ignores may be the one that makes the codes: `Config` and `Tensors` record what was read,
+and refuse the rest by name.
 """
 
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+# What the pickle of a number of numpy's names.
+_NUMBERS: list[Any] = [
+    (np.float64().__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64().__reduce__()[0], "numpy._core.multiarray.scalar"),
+    (np.dtype, "numpy.dtype"),
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
+]
+
 
 class Inert:
-    """Stands for a pickled object of a class whose code is never imported: its attributes."""
+    """Stands for a pickled object of a class whose code is never imported: its attributes. The
+    name of its type is that of the class."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -40,11 +52,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weights(path: Path, classes: Iterable[str] = ()) -> Any:
+def read_weights(path: Path, classes: Iterable[str] = (), skip: int = 0) -> Any:
     """The content of a safetensors file, or of a pickle of tensors and plain containers.
 
     Args:
-        classes: full names of pickled classes that become `Inert`.
+        classes: full names of pickled classes and functions that become `Inert` classes.
+        skip: bytes that stand before the pickle.
 
     Raises:
         FileNotFoundError, ValueError: there is none, it is damaged, or it needs other code.
@@ -57,9 +70,11 @@ def read_weights(path: Path, classes: Iterable[str] = ()) -> Any:
             raise ValueError(
                 f"{path} is not a complete safetensors file: {first_line(error)}"
             ) from error
+    inert: list[Any] = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in classes]
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in classes]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        file = io.BytesIO(path.read_bytes()[skip:]) if skip else path
+        with torch.serialization.safe_globals([*_NUMBERS, *inert]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file can make the unpickler raise anything
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is not None:
@@ -120,6 +135,16 @@ class Config:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{self.where}: {name}={value!r}: expected an integer of at least 1")
         return value
+
+    def number(self, name: str) -> float:
+        """A finite number, or a tensor of one."""
+        value = self.get(name)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not number or not np.isfinite(value):
+            raise ValueError(f"{self.where}: {name}={value!r}: expected a number")
+        return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""

@@ -24,6 +24,12 @@ RULES = ("relu", "jumprelu", "gated", "topk", "batch_topk")
 GATE = ("b_gate", "b_mag", "r_mag")
 TRAINING_LOST = "Options of the training and counters of dead latents are left out."
 
+NESTED_LOST = "The nested groups matter in its training alone: here there is one group."
+# Of a TopK without a ReLU.
+NEGATIVE_LOST = (
+    "A token with fewer than k positive scores has negative codes there, and fewer codes here."
+)
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -248,6 +254,12 @@ def _fixed_thresholds(sae: SAE, target: str) -> Tensor:
         f"{target} has no such rule: expected one of {', '.join(RULES)}, or one with a threshold "
         "for each latent"
     )
+
+
+def just_below(thresholds: Tensor) -> Tensor:
+    """The next smaller float32 of each: for a source in which a code that equals its threshold
+    passes, where here only one above it does."""
+    return torch.nextafter(thresholds.float(), torch.tensor(-torch.inf))
 
 
 def assemble(options: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:

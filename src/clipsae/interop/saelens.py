@@ -13,7 +13,7 @@ import torch
 
 from clipsae.interop import sparsify
 from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
-from clipsae.interop.plain import GATE, TRAINING_LOST, Imported, Plain, write_files
+from clipsae.interop.plain import GATE, NESTED_LOST, TRAINING_LOST, Imported, Plain, write_files
 from clipsae.sae import SAE
 
 NAME = "SAELens"
@@ -32,29 +32,29 @@ _UNUSED = names(
     """
     act_store_device activations_mixing_fraction adam_beta1 adam_beta2 autocast autocast_lm
     aux_loss_coefficient b_dec_init_method cached_activations_path checkpoint_path
-    cls_token_only compile_llm compile_sae context_size dataset_name dataset_path
+    cls_token_only compile_llm compile_sae context_size d_out dataset_name dataset_path
     dataset_train_path dataset_trust_remote_code dataset_val_path dead_feature_threshold
-    dead_feature_window decoder_heuristic_init decoder_init_norm decoder_orthogonal_init device
-    dtype eval_batch_size_prompts eval_every_n_wandb_logs exclude_special_tokens
-    expansion_factor feature_sampling_window finetuning_tokens from_pretrained_path hook_eval
-    hook_layer hook_name hook_point hook_point_eval hook_point_layer image_size
-    init_encoder_as_decoder_transpose initialization_method is_dataset_tokenized
-    jumprelu_bandwidth jumprelu_init_threshold jumprelu_sparsity_loss_mode jumprelu_tanh_scale
-    l0_coefficient l0_warm_up_steps l1_coefficient l1_warm_up_steps layer_out_subtype
-    layer_subtype llm_compilation_mode log_activations_store_to_wandb
-    log_optimizer_state_to_wandb log_to_wandb logger lp_norm lr lr_decay_steps lr_end
-    lr_scheduler_name lr_warm_up_steps max_grad_norm metadata min_explained_variance min_l0
-    model_class_name model_from_pretrained_kwargs model_kwargs model_name model_path
-    mse_loss_normalization n_batches_in_buffer n_checkpoints n_eval_batches n_restart_cycles
-    n_validation_runs neuronpedia_id normalize_sae_decoder num_epochs num_workers
-    out_hook_point_layer pre_act_loss_coefficient prepend_bos resume run_name
-    sae_compilation_mode sae_lens_training_version sae_lens_version
+    dead_feature_window decoder_heuristic_init decoder_init_norm decoder_orthogonal_init
+    device dtype eval_batch_size_prompts eval_every_n_wandb_logs exclude_special_tokens
+    expansion_factor feature_sampling_window finetuning_tokens from_pretrained_path
+    hook_eval hook_layer hook_name hook_point hook_point_eval hook_point_layer image_size
+    init_encoder_as_decoder_transpose initialization_method is_dataset_tokenized is_training
+    jumprelu_bandwidth jumprelu_init_threshold jumprelu_sparsity_loss_mode
+    jumprelu_ste_to_input jumprelu_tanh_scale l0_coefficient l0_warm_up_steps l1_coefficient
+    l1_warm_up_steps layer_out_subtype layer_subtype llm_compilation_mode
+    log_activations_store_to_wandb log_optimizer_state_to_wandb log_to_wandb logger lp_norm
+    lr lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps max_grad_norm metadata
+    min_explained_variance min_l0 model_class_name model_from_pretrained_kwargs model_kwargs
+    model_name model_path mse_loss_normalization n_batches_in_buffer n_checkpoints
+    n_eval_batches n_restart_cycles n_validation_runs neuronpedia_id normalize_sae_decoder
+    num_epochs num_workers out_hook_point_layer pre_act_loss_coefficient prepend_bos resume
+    return_out_only run_name sae_compilation_mode sae_lens_training_version sae_lens_version
     scale_sparsity_penalty_by_decoder_norm seed seqpos_slice
-    sparsity_penalty_decoder_norm_lp_norm store_batch_size store_batch_size_prompts streaming
-    tokens_per_buffer total_training_images total_training_steps total_training_tokens
-    train_batch_size train_batch_size_tokens training_tokens use_cached_activations
-    use_ghost_grads use_patches_only use_sparse_activations verbose vit_model_cfg wandb_entity
-    wandb_id wandb_log_frequency wandb_project
+    sparsity_penalty_decoder_norm_lp_norm store_batch_size store_batch_size_prompts
+    streaming target_l0 tokens_per_buffer total_training_images total_training_steps
+    total_training_tokens train_batch_size train_batch_size_tokens training_tokens
+    use_cached_activations use_ghost_grads use_patches_only use_sparse_activations verbose
+    vit_model_cfg wandb_entity wandb_id wandb_log_frequency wandb_project
     """
 )
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -137,8 +137,10 @@ def convert(
     b_enc = None if architecture == "gated" else "b_enc"
     parts = tensors.linear("W_enc.T", b_enc, "W_dec", "b_dec")
     m, d = parts["W_enc"].shape
-    for name, size in (("d_in", d), ("d_out", d), ("d_sae", m)):
+    for name, size in (("d_in", d), ("d_sae", m)):
         config.check_size(name, size)
+    if cfg.get("is_transcoder") is None:  # ViT-Prisma's d_out is that of its transcoders
+        config.check_size("d_out", d)
     if architecture == "topk" and k > m:
         raise ValueError(f"{where}: k={k} is more than the {m} latents of the SAE")
     _finetuned(config, tensors, parts)
@@ -148,6 +150,7 @@ def convert(
         plain = Plain("topk", **parts, k=k)
     elif architecture == "gated":
         gate: dict[str, Any] = {name: tensors.take(name, m) for name in GATE}
+        tensors.ignore("b_enc")  # ViT-Prisma's have one that no forward pass reads
         plain = Plain("gated", **parts, **gate)
     elif architecture == "jumprelu":
         log = "log_threshold" in tensors
@@ -156,7 +159,10 @@ def convert(
     else:
         plain = Plain("batch_topk", **parts, k=k, tau=tensors.take("topk_threshold").item())
         lost.append("It is a checkpoint of the training: k counts in training, the threshold here.")
-        config.known("topk_threshold_lr", *(_MATRYOSHKA if "matryoshka" in architecture else ()))
+        config.known("topk_threshold_lr")
+        if "matryoshka" in architecture:
+            config.known(*_MATRYOSHKA)
+            lost.append(NESTED_LOST)
     if not config.flag("apply_b_dec_to_input", True):
         plain.shift_input(1)
     if architecture.endswith("topk") and config.flag("rescale_acts_by_decoder_norm"):

@@ -4,7 +4,15 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from clipsae.interop import checkpoint, dictionary_learning, hub, saelens, sparsify, visaebench
+from clipsae.interop import (
+    batchtopk,
+    checkpoint,
+    dictionary_learning,
+    hub,
+    saelens,
+    sparsify,
+    visaebench,
+)
 from clipsae.interop.files import Config, check_finite, read_config, read_weights
 from clipsae.interop.plain import Imported
 from clipsae.sae import SAE
@@ -17,10 +25,11 @@ def load(source: str | Path) -> SAE:
 
     Args:
         source: a folder with `sae.json` and `sae.safetensors` (one of a store, or saved by
-            `SAE.save`); a folder of SAELens, sparsify, dictionary_learning or visaebench; a `.pt`
-            file of PatchSAE, early SAELens, ViT-Prisma or the Sparsemax SAE's authors; a Hugging
-            Face id of one of these, "owner/name", "owner/name/folder" or "owner/name/file.pt",
-            with "@revision" if wanted; or "saelens:RELEASE/SAE_ID".
+            `SAE.save`); a folder of SAELens, sparsify, dictionary_learning, ViT-Prisma, BatchTopK
+            or visaebench; a `.pt` file of PatchSAE, early SAELens, ViT-Prisma, BatchTopK, saev,
+            overcomplete, MSAE, clipscope or the Sparsemax SAE's authors; a Hugging Face id of one
+            of these, "owner/name", "owner/name/folder" or "owner/name/file.pt", with "@revision" if
+            wanted; or "saelens:RELEASE/SAE_ID".
 
     Raises:
         FileNotFoundError: nothing there.
@@ -66,6 +75,7 @@ def _read(path: Path) -> Imported:
     if file is None and not files:
         raise FileNotFoundError(
             f"{path} holds no SAE: expected one of {', '.join(FORMATS)}, or a .pt file"
+            f"{_inside(path)}"
         )
     return checkpoint.read(file or files[0])
 
@@ -92,11 +102,31 @@ def _native(folder: Path) -> Imported:
     return Imported(sae, "clipsae")
 
 
+def _named_config(folder: Path) -> Imported:
+    """`config.json` is a name that several libraries give: its words tell whose it is."""
+    about = folder / "config.json"
+    cfg = read_config(about)
+    if batchtopk.holds(cfg):
+        return batchtopk.read(folder)
+    if checkpoint.is_prisma(cfg):
+        return checkpoint.read_prisma(folder)
+    if "hookpoints" in cfg:
+        raise ValueError(f"{about} is that of a training of sparsify{_inside(folder)}")
+    return visaebench.read(folder)
+
+
+def _inside(folder: Path) -> str:
+    """A hint at SAEs in a folder's folders, as a training of several layers writes them."""
+    found = sorted({p.parent for name in FORMATS for p in folder.glob(f"*/{name}")})
+    return f": name one of the {len(found)} SAEs in it, such as {found[0]}" if found else ""
+
+
 # Readers of folders, by the file that tells the format; what is fetched of a repository.
 FORMATS: dict[str, Callable[[Path], Imported]] = {
     "sae.json": _native,
     "cfg.json": saelens.read,
     "ae.pt": dictionary_learning.read,
     **dict.fromkeys(visaebench.CONFIGS, visaebench.read),
+    "config.json": _named_config,
 }
-FILES = (*FORMATS, sparsify.WEIGHTS, saelens.WEIGHTS, *visaebench.WEIGHTS)
+FILES = (*FORMATS, sparsify.WEIGHTS, saelens.WEIGHTS, checkpoint.WEIGHTS, *visaebench.WEIGHTS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
-from clipsae.interop.plain import TRAINING_LOST, Imported, Plain, write_files
+from clipsae.interop.plain import TRAINING_LOST, Imported, Plain, just_below, write_files
 from clipsae.sae import SAE
 
 NAME = "visaebench"
@@ -80,15 +80,11 @@ def read(folder: Path) -> Imported:
 
 def _threshold(config: Config, tensors: Tensors) -> float:
     """Below which a code is 0; there one that equals it passes, here only one above it."""
-    value = config.get("threshold")
-    if "_running_threshold" in tensors:
-        running = tensors.take("_running_threshold").item()
-        value = running if value is None else value
-    value = 0.0 if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise ValueError(f"{config.where}: threshold={value!r}: expected a number")
-    below = torch.nextafter(torch.tensor(float(value)), torch.tensor(-torch.inf))
-    return max(below.item(), 0.0)
+    running = "_running_threshold" in tensors
+    value = tensors.take("_running_threshold").item() if running else 0.0
+    if config.get("threshold") is not None:
+        value = config.number("threshold")
+    return max(just_below(torch.tensor(value)).item(), 0.0)
 
 
 def write(sae: SAE, folder: Path) -> list[str]:
