@@ -18,7 +18,7 @@ PREFIXES = {"prefixes": [3, 0.25, 20], "prefix_weights": [1.0, 0.0, 2.0, 3.0]}
 CASES = [
     ("topk", PREFIXES),
     ("batch_topk", PREFIXES | {"auxk": 0.3}),
-    ("batch_topk", {"prefixes": "fixed", "normalize_input": True}),
+    ("batch_topk", {"prefixes": "fixed", "normalize": "unit"}),
     ("sparsemax", PREFIXES),
     ("sparsemax", {"prefixes": "drawn", "n_prefixes": 5, "weights": "probabilities"}),
     ("relu", PREFIXES),
@@ -26,7 +26,7 @@ CASES = [
     ("jumprelu", {"prefixes": [1, 39]}),
     ("topk", {"nested_k": [1, 2], "nested_k_weights": "reverse"}),
     ("batch_topk", {"nested_k": [1, 3, 4], "nested_k_weights": [2.0, 1.0, 0.0]}),
-    ("batch_topk", {"nested_k": [2], "normalize_input": True}),
+    ("batch_topk", {"nested_k": [2], "normalize": "unit"}),
 ]
 
 
