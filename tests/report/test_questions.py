@@ -211,7 +211,7 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     assert "about equal" in said[1]
     # Concepts: best and worst, and that more is found in larger dictionaries.
     assert "Sparsemax finds most of the concepts (60.3 % ± 6.3), TopK fewest" in said[2]
-    assert "colour is recovered best (0.90 by Sparsemax, a probe 0.95)" in said[2]
+    assert "colour is recovered best (0.90 by Sparsemax, random directions 0.55, a probe 0.95)" in said[2]
     assert "shape is recovered worst (0.60 by " in said[2]
     assert re.search(r"With dictionary size, over 9 SAEs, .*concepts found, patch rises", said[2])
     assert questions[2].tables[0].head == ["", "colour", "shape"]
