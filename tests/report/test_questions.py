@@ -211,7 +211,10 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     assert "about equal" in said[1]
     # Concepts: best and worst, and that more is found in larger dictionaries.
     assert "Sparsemax finds most of the concepts (60.3 % ± 6.3), TopK fewest" in said[2]
-    assert "colour is recovered best (0.90 by Sparsemax, a probe 0.95)" in said[2]
+    assert (
+        "colour is recovered best (0.90 by Sparsemax, random directions 0.55, a probe 0.95)"
+        in said[2]
+    )
     assert "shape is recovered worst (0.60 by " in said[2]
     assert re.search(r"With dictionary size, over 9 SAEs, .*concepts found, patch rises", said[2])
     assert questions[2].tables[0].head == ["", "colour", "shape"]
@@ -248,8 +251,9 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     # Every training and evaluation took half an hour, and none at the same time.
     done = len(finished.results)
     saes = len({result.sae for result in finished.results})
-    assert f"It rests on {done} of 70 cells of the sweep: {saes} SAEs, 3 seeds" in page
-    assert "by the code of 0123456789" in page
+    evaluations = len({result.evaluation for result in finished.results})
+    said = f"{evaluations} evaluations of {saes} SAEs with 3 seeds"
+    assert f"It rests on {done} of 70 cells of the sweep: {said}, made in" in page
     assert "'hydra.sweeper.only=[shares]'" in page
     assert str(tmp_path) not in page
     assert "nan" not in page

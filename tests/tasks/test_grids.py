@@ -75,7 +75,7 @@ def test_the_page_is_written_from_the_finished_cells_of_the_sweep(tmp_path):
     told = run_py(*words, "seed=0,1", "task=findings", check=True)
     assert "2 of 4 cells are not finished" in told.stdout
     page = (tmp_path / "findings" / "findings.md").read_text()
-    assert "It rests on 2 of 4 cells of the sweep: 2 SAEs, 1 seed" in page
+    assert "It rests on 2 of 4 cells of the sweep: 2 evaluations of 2 SAEs with 1 seed" in page
     assert "Mean L0 lies between " in page
     assert "| L0 | " in page
     assert "python run.py sweeps=findings trainer.max_steps=2" in page

@@ -52,6 +52,8 @@ def ask(evidence: Evidence) -> Question:
         limits=[
             "The concepts are those that the renderer knows. A latent for another one, such as an "
             "edge at some angle, counts for nothing here.",
+            "A correlation is of a straight line over the logarithm: where a curve turns, as that "
+            "of the concepts found may with L0, the figure says more.",
             "Sizes and sparsities are trained with the rate and the number of steps that were "
             "chosen for the main recipe: a large dictionary may need more.",
         ],
@@ -77,10 +79,13 @@ def ask(evidence: Evidence) -> Question:
         mean = areas.groupby(lambda concept: concept.partition("=")[0], sort=False).mean().T
         of_models = mean.drop(index=[*BESIDE], errors="ignore")
         best_of = of_models.max()
+        beside = {"random": "random directions", "probe": "a probe"}
+        beside = {of: said for of, said in beside.items() if of in mean.index}
         ends = [
             f"{attribute} is recovered {how} ({figure(best_of[attribute])} by "
             f"{of_models[attribute].idxmax()}"
-            + (f", a probe {figure(mean[attribute]['probe'])})" if "probe" in mean.index else ")")
+            + "".join(f", {said} {figure(mean[attribute][of])}" for of, said in beside.items())
+            + ")"
             for attribute, how in ((best_of.idxmax(), "best"), (best_of.idxmin(), "worst"))
         ]
         answer.append(f"By the mean AUROC over an attribute's values, {' and '.join(ends)}.")

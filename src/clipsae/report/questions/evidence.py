@@ -68,14 +68,15 @@ class Evidence:
         spans: when each finished stage was made, by its folder's name: host, start, end in
             seconds.
         cells: how many the sweep has, those included that are not finished.
-        commits, versions: of the code that made the results.
+        finished: how many of them are; several may be of one evaluation.
+        versions: of the packages that made the results.
     """
 
     figures: pd.DataFrame
     concepts: pd.DataFrame
     spans: dict[str, tuple[str, float, float]]
     cells: int
-    commits: tuple[str, ...] = ()
+    finished: int = 0
     versions: tuple[str, ...] = ()
 
     @property
@@ -191,7 +192,7 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
     rows: list[dict[str, Any]] = []
     concepts: list[pd.DataFrame] = []
     spans: dict[str, tuple[str, float, float]] = {}
-    commits, versions = set(), set()
+    versions = set()
     seen = set()
     recipe_of: dict[str, str] = {}  # two cells may ask for one SAE in different words
     for result, recipe in zip(results, recipes, strict=True):
@@ -215,7 +216,6 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
         for stage, mark in zip((result.sae, result.evaluation), marks, strict=True):
             end, took = float(mark["finished"]), float(mark.get("seconds") or 0.0)
             spans[stage.name] = (str(mark.get("host")), end - took, end)
-            commits |= {str(mark["git_commit"])[:10]} if mark.get("git_commit") else set()
             named = sorted((mark.get("versions") or {}).items())
             versions |= {", ".join(f"{name} {version}" for name, version in named)} - {""}
         accuracies = read_accuracies(result.evaluation)
@@ -241,7 +241,7 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
         concepts=pd.concat(concepts, ignore_index=True) if concepts else pd.DataFrame(),
         spans=spans,
         cells=cells,
-        commits=tuple(sorted(commits)),
+        finished=len(results),
         versions=tuple(sorted(versions)),
     )
 

@@ -33,7 +33,7 @@ def ask(evidence: Evidence) -> Question:
         ],
     )
     settings = [s for s in evidence.settings(share=False) if s.dataset == _dataset(evidence)]
-    settings.sort(key=lambda s: ((s.protocol, s.ranking) != USUAL, s.protocol, s.ranking))
+    settings.sort(key=lambda s: (s.ranking != USUAL[1], s.protocol != USUAL[0]))
     frames = {s: evidence.mains(evidence.within(s)) for s in settings}
     frames = {s: found for s, found in frames.items() if len(found) > 1}
     if not frames:

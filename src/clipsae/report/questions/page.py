@@ -56,17 +56,16 @@ def write_page(evidence: Evidence, folder: Path | str, words: Sequence[str] = ()
 def text(evidence: Evidence, questions: Sequence[Question], words: Sequence[str]) -> str:
     """The page."""
     figures = evidence.figures
-    done = figures.evaluation.nunique()
     parts = [
         "# Findings",
         "Six questions about sparse autoencoders on the built-in world, whose concepts are known, "
         "answered from the results of one sweep. The sentences under *Answer* are computed from "
         "them, with 95 % intervals over seeds; the page is written by the second command.",
         _code([words, [*words, "task=findings"]]),
-        f"It rests on {done} of {counted(evidence.cells, 'cell')} of the sweep: "
-        f"{counted(figures.sae.nunique(), 'SAE')}, {counted(figures.seed.nunique(), 'seed')}, "
+        f"It rests on {evidence.finished} of {counted(evidence.cells, 'cell')} of the sweep: "
+        f"{counted(figures.evaluation.nunique(), 'evaluation')} of "
+        f"{counted(figures.sae.nunique(), 'SAE')} with {counted(figures.seed.nunique(), 'seed')}, "
         f"made in {_took(evidence.hours(figures))}"
-        + (f" by the code of {', '.join(evidence.commits)}" if evidence.commits else "")
         + (f" with {'; '.join(evidence.versions)}." if evidence.versions else "."),
     ]
     for at, question in enumerate(questions, start=1):
