@@ -153,6 +153,8 @@ OF_OTHERS = [
     ("BatchTopK", {"dict_size": 7}, f"dict_size=7: the weights have {M}"),
     ("ViT-Prisma", {"normalize_activations": "layer_norm"}, "'layer_norm' has no counterpart"),
     ("ViT-Prisma", {"is_transcoder": True}, "is_transcoder=True has no counterpart here"),
+    ("visaebench", {"activation": "batchtopk", "threshold": 10**400}, "expected a number"),
+    ("visaebench", {"activation": "batchtopk", "threshold": True}, "True: expected a number"),
     ("sparsify", {"embed_skip": True}, "embed_skip=True has no counterpart here"),
     ("sparsify", {"n_targets": 3}, "n_targets=3 is an option that is not known here"),
 ]

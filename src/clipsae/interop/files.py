@@ -9,6 +9,7 @@ and refuse the rest by name.
 
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -141,10 +142,14 @@ class Config:
         value = self.get(name)
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
-        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not number or not np.isfinite(value):
-            raise ValueError(f"{self.where}: {name}={value!r}: expected a number")
-        return float(value)
+        real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        try:
+            number = float(value) if real else math.nan
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ValueError(f"{self.where}: {name}={str(value)[:80]}: expected a number")
+        return number
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""

@@ -133,7 +133,9 @@ class _Module:
         self.kind, self.where = type(module).__name__, where
         self.tensors = Tensors(own, where)
         self.fused = held.get("_fused_dictionary")
-        self.attributes = Config({n: v for n, v in held.items() if not n.startswith("_")}, where)
+        self.attributes = Config(
+            {n: v for n, v in held.items() if not str(n).startswith("_")}, where
+        )
 
     def child(self, name: str) -> "_Module":
         """One of its modules."""
