@@ -50,9 +50,9 @@ class SAE(nn.Module):
     Args:
         d: width of the tokens.
         latents: M.
-        architecture: a name in `ARCHITECTURES`: "linear", "attention".
+        architecture: a name in `ARCHITECTURES`: "linear", "attention", "matching_pursuit".
         activation: a name in `ACTIVATIONS`: "relu", "jumprelu", "gated", "topk", "batch_topk",
-            "sparsemax".
+            "sparsemax", "abs_topk".
         normalize_input: encode x / ||x||, and multiply the reconstruction, bias included, by ||x||.
         reconstruction_weight: of the reconstruction loss (see `clipsae.sae.losses`); the released
             Sparsemax SAE has 10.
@@ -207,7 +207,7 @@ class SAE(nn.Module):
 
         def choose(scores: Tensor) -> Chosen:
             thresholds.append(self.threshold(scores))
-            return positions_above(scores, thresholds[-1])
+            return positions_above(scores, thresholds[-1], self.activation.strength(scores))
 
         query = self.architecture.query((x / self.input_scale(x)).flatten(0, -2))
         scores = dictionary.find(query, choose)
