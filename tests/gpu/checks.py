@@ -71,6 +71,7 @@ def _two_steps(sae: SAE, x: Tensor, setup: Setup, sparse: bool) -> dict[str, Ten
     for tokens in (x, x.flip(1)):
         with setup.autocast() if x.dtype == torch.float32 else contextlib.nullcontext():
             out = sae(tokens)
+        sparse = sparse and sae.architecture.dictionary() is not None
         assert isinstance(out.encoded, SparseCodes) == sparse
         out.loss.backward()
         sae.after_backward()

@@ -13,6 +13,7 @@ KINDS = {
     "relu": {"activation": "relu"},
     "topk": {"activation": "topk", "k": 5},
     "batch_topk": {"activation": "batch_topk", "k": 5},
+    "matryoshka": {"activation": "batch_topk", "k": 5, "prefixes": "drawn"},
     "jumprelu": {"activation": "jumprelu"},
     "gated": {"activation": "gated"},
     "normalised": {"activation": "jumprelu", "normalize": "unit"},

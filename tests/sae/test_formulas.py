@@ -78,6 +78,16 @@ def batch_topk(p, x):
     return z, linear_decode(p, z), {}
 
 
+def abs_topk(p, x):
+    s = preactivation(p, x)
+    keep = torch.zeros_like(s)
+    for row, token in zip(keep, s.detach(), strict=True):
+        row[sorted(range(M), key=lambda m: -token[m].abs())[:4]] = 1
+    z = s * keep
+    assert (z < 0).any()
+    return z, linear_decode(p, z), {}
+
+
 def simplex_threshold(s: Tensor) -> Tensor:
     """Prop. 1: tau = (sum of the r largest - 1) / r, r the largest with s_r + (1 - S_r)/r > 0."""
     taus = []
@@ -132,6 +142,7 @@ CASES = {
     "gated": (gated, "gated", {"l1_coefficient": 0.03}),
     "topk": (topk, "topk", {}),
     "batch_topk": (batch_topk, "batch_topk", {}),
+    "abs_topk": (abs_topk, "abs_topk", {}),
     "sparsemax": (sparsemax, "sparsemax", {}),
     "sparsemax, the paper's text": (
         lambda p, x: sparsemax(p, x, "probabilities", D**0.5),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clipsae.overrides import near
-from clipsae.sae import ACTIVATIONS, ARCHITECTURES, SAE, Activation, SparseCodes
+from clipsae.sae import ACTIVATIONS, ARCHITECTURES, OBJECTIVES, SAE, Activation, SparseCodes
 from clipsae.sae.engine.switch import DENSE_FROM
 from run import ROOT
 from tests.sae.conftest import D, M, build, tokens
@@ -30,7 +30,10 @@ INF, NAN = float("inf"), float("nan")
         ({"auxk_k": 4}, "auxk_k=4 does nothing while auxk is 0"),
         ({"auxk": 0.1}, r"auxk=0\.1 does nothing with activation=relu"),
         ({"activation": "topk", "k": 2, "auxk": 0.1, "auxk_k": 0}, "auxk_k=0"),
-        ({"architecture": "lienar"}, r"choose one of attention, linear \(did you mean linear\?\)"),
+        (
+            {"architecture": "lienar"},
+            r"choose one of attention, linear, matching_pursuit \(did you mean linear\?\)",
+        ),
         ({"architecture": "attention", "encoder_init": "tied"}, "has no such option; it has"),
         ({"architecture": "attention", "query": "key"}, "expected one of identity, learned"),
         ({"architecture": "attention", "scale": 0}, "expected a number above 0, or 'sqrt_d'"),
@@ -138,25 +141,25 @@ def test_the_command_line_names_the_new_option():
 
 
 @pytest.fixture
-def matryoshka():
-    """The plugin of the documentation."""
+def norms():
+    """The objective of the documentation."""
     page = (ROOT / "docs" / "how-to" / "sae.md").read_text()
-    (code,) = re.findall(r'```python title="mine/matryoshka.py"\n(.*?)```', page, re.DOTALL)
-    exec(code, {"__name__": "matryoshka"})
+    (code,) = re.findall(r'```python title="mine/norms.py"\n(.*?)```', page, re.DOTALL)
+    exec(code, {"__name__": "norms"})
     yield
-    ACTIVATIONS.pop("matryoshka_topk")
+    OBJECTIVES.pop("norms")
 
 
 @pytest.mark.parametrize("share", [2, -0.5, None], ids=["sparse", "dense", "plain dense"])
 @pytest.mark.parametrize("architecture", ["linear", "attention"])
-def test_nested_prefixes_are_a_plugins_few_lines(matryoshka, architecture, share, monkeypatch):
+def test_a_loss_term_for_any_sae_is_a_plugins_few_lines(norms, architecture, share, monkeypatch):
     if share is None:  # as on devices without sparse codes
         monkeypatch.delitem(DENSE_FROM, "cpu")
     else:
         monkeypatch.setitem(DENSE_FROM, "cpu", {1: share, 2: share})
     torch.manual_seed(0)
-    options = {"k": 4, "prefixes": (5, 12), "normalize": "unit"}
-    sae = SAE(D, 20, architecture, "matryoshka_topk", **options).double()
+    options = {"k": 4, "norms": 0.3, "normalize": "unit"}
+    sae = SAE(D, 20, architecture, "topk", **options).double()
     x = tokens(6, 3, D, dtype=torch.float64)
     out = sae(x)
     out.loss.backward()
@@ -170,11 +173,9 @@ def test_nested_prefixes_are_a_plugins_few_lines(matryoshka, architecture, share
     else:
         scores, rows = (x / norm) @ p["W_K"].T @ p["C"].T, p["C"] @ p["W_V"]
     kept = scores >= scores.topk(4, dim=-1).values[..., -1:]
-    z = torch.relu(scores) * kept
-    expected = 0
-    for n in (5, 12, 20):
-        x_hat = (z[..., :n] @ rows[:n] + p.get("b_dec", 0)) * norm
-        expected = expected + ((x_hat - x).square().sum(-1) / norm[..., 0]).mean() / D
+    x_hat = (torch.relu(scores) * kept @ rows + p.get("b_dec", 0)) * norm
+    expected = ((x_hat - x).square().sum(-1) / norm[..., 0]).mean() / D
+    expected = expected + 0.3 * ((x_hat.norm(dim=-1) / norm[..., 0] - 1) ** 2).mean()
     expected.backward()
     torch.testing.assert_close(out.loss, expected)
     for name, w in sae.named_parameters():
@@ -184,7 +185,7 @@ def test_nested_prefixes_are_a_plugins_few_lines(matryoshka, architecture, share
 def test_a_name_or_an_option_that_exists_twice_is_refused(squared):
     with pytest.raises(ValueError, match="'relu' is taken"):
         ACTIVATIONS.register("relu")(squared)
-    assert set(ARCHITECTURES) == {"linear", "attention"}
+    assert set(ARCHITECTURES) == {"linear", "attention", "matching_pursuit"}
 
     class Doubled(Activation):
         def __init__(self, latents: int, *, unit_decoder: bool = True) -> None:

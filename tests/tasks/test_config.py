@@ -119,6 +119,7 @@ def test_every_model_with_every_clip(composed, clip):
         assert cfg.model.latents == own.get(model, 512 if clip == "tiny" else 49152)
         # Gradients are clipped where the source clips them.
         rivals = ("relu", "jumprelu", "gated", "topk", "batch_topk")
+        rivals += ("matryoshka", "abs_topk", "matching_pursuit") if clip == "tiny" else ()
         clipped = {"vit_b_16": 0.02, "tiny": 0.3}.get(clip) if model in rivals else None
         assert cfg.trainer.gradient_clip_val == clipped or clip == "vit_l_14"
 
@@ -175,7 +176,7 @@ def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
         assert (optimizer.decay, optimizer.decay_fraction) == expected, model
         penalised = model in ("relu", "jumprelu", "gated", "attention_relu")
         assert optimizer.sparsity_warmup_steps == (4096 if penalised else 0), model
-        scaled = model in ("topk", "batch_topk")
+        scaled = model in ("topk", "batch_topk", "matryoshka", "abs_topk", "matching_pursuit")
         assert optimizer.reference_latents == (49152 if scaled else None), model
         tiny = composed("clip=tiny", f"model={model}").optimizer
         assert tiny.sparsity_warmup_steps == (120 if penalised else 0), model
@@ -199,6 +200,19 @@ def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
         ("model.fit=lda", "model.fit=lda: expected neurons, pca, ica, text, kmeans or random, or"),
         ("model.latents=null", "model.latents=null: expected an integer of at least 1"),
         ("model.freeze=soft_decoder", "model.freeze='soft_decoder': architecture=attention has no"),
+        (
+            "model.prefixes=all",
+            "model.prefixes=all: expected fixed or drawn, or a list of at least 1",
+        ),
+        ("model.prefixes=[0]", "model.prefixes=[0]"),
+        ("model.prefixes=[2.5]", "model.prefixes=[2.5]: expected fixed, drawn, or a list of sizes"),
+        ("model.prefix_weights=[-1]", "model.prefix_weights=[-1]: expected a list"),
+        ("model.prefix_weights=[1,2]", "model.prefix_weights=[1, 2] does nothing while prefixes"),
+        ("model.n_prefixes=0", "model.n_prefixes=0: expected an integer of at least 1"),
+        ("model.n_prefixes=5", "model.n_prefixes=5 does nothing while prefixes is None"),
+        ("model.nested_k=[0.5]", "model.nested_k=[0.5]: expected a list of at least 1"),
+        ("model.nested_k=[2]", "model.nested_k=[2] needs an activation that keeps the largest"),
+        ("model.nested_k_weights=revers", "expected uniform or reverse, or a list"),
         ("trainer.max_steps=1e3", "trainer.max_steps=1000.0: expected an integer"),
         ("precision=fp32", "precision=fp32: expected auto, float32, tf32 or bf16"),
         (
@@ -359,7 +373,10 @@ def test_a_block_that_is_not_there(composed, name, layer, blocks):
             "dataset.foo=1: there is no such option; dataset has kind",
         ),
         (["dataset.kind=shap"], "unknown kind of scenes 'shap'"),
-        (["model.k=16"], "there is no such option; it is an option of model=batch_topk and topk"),
+        (
+            ["model.k=16"],
+            "it is an option of model=abs_topk, batch_topk, matching_pursuit, matryoshka, topk",
+        ),
         (["resources.cpuz=1"], "did you mean resources.cpus?"),
         (["features=cached", "features.cache.shard_bg=1"], "did you mean features.cache.shard_gb?"),
         (["hydra.launcher.foo=1", "hydra/launcher=slurm"], "hydra.launcher has account"),

@@ -9,7 +9,7 @@ from clipsae.evaluation.numbers import SETTINGS
 from clipsae.report.published import table_numbers
 
 SIX = ("relu", "jumprelu", "gated", "topk", "batch_topk", "sparsemax")
-WITH_K = ("topk", "batch_topk")
+WITH_K = ("topk", "batch_topk", "matryoshka", "abs_topk", "matching_pursuit")
 ELEVEN_NAMES = tuple(table_numbers())  # in the order of the paper's tables
 
 # Title, colour, marker. The palette of Okabe and Ito can be told apart with any kind of colour
@@ -23,6 +23,9 @@ _MODELS = {
     "sparsemax": ("Sparsemax", "#d55e00", "*"),
     "attention_relu": ("Attention + ReLU", "#999999", "P"),
     "linear_sparsemax": ("Linear + sparsemax", "#b8a500", "X"),
+    "matryoshka": ("Matryoshka", "#44aa99", "H"),
+    "abs_topk": ("AbsTopK", "#aa4499", "8"),
+    "matching_pursuit": ("Matching pursuit", "#332288", "1"),
     # Fitted without steps.
     "neurons": ("Raw neurons", "#8a9099", "d"),
     "pca": ("PCA", "#8a9099", "<"),

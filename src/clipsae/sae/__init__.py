@@ -9,11 +9,13 @@ blocks on a CPU).
 
 # Imported for their registration.
 from clipsae.sae import (  # noqa: F401
+    abs_topk,
     attention,
     batch_topk,
     gated,
     jumprelu,
     linear,
+    matching_pursuit,
     objectives,
     relu,
     sparsemax,

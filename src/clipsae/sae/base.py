@@ -173,7 +173,8 @@ class FullPrecision(nn.Module):
 
 
 class Activation(FullPrecision):
-    """Maps scores to codes: in evaluation a threshold, z_m = f(s_m) if s_m > tau else 0.
+    """Maps scores to codes: in evaluation a threshold, z_m = f(s_m) if s_m > tau else 0 (or
+    `strength` of s_m > tau).
 
     A subclass's `__init__(self, latents, *, ...)` declares its options as keyword-only arguments.
     """
@@ -209,6 +210,10 @@ class Activation(FullPrecision):
         precision or a higher one."""
         raise NotImplementedError
 
+    def strength(self, scores: Tensor) -> Tensor:
+        """What of a score must be above the threshold: by default the score itself."""
+        return scores
+
     def magnitude(self, scores: Tensor, tau: Tensor, latents: Tensor | None) -> Tensor:
         """f: the code of a score that passes; by default the score itself."""
         return scores
@@ -216,7 +221,8 @@ class Activation(FullPrecision):
     def apply_threshold(self, scores: Tensor, tau: Tensor, latents: Tensor | None = None) -> Tensor:
         """Codes of scores [..., M], or [..., n] of `latents` ([n] or [B, n]), given tau."""
         tau = per_latent(tau, self.latents, latents)
-        return torch.where(above(scores, tau), self.magnitude(scores, tau, latents), 0)
+        passes = above(self.strength(scores), tau)
+        return torch.where(passes, self.magnitude(scores, tau, latents), 0)
 
     def support(self, scores: Tensor) -> Chosen:
         """Where codes in training, or gradients of their losses, may differ from 0.

@@ -66,7 +66,7 @@ class Linear(Architecture):
             else:
                 nn.init.uniform_(self.W_enc, -math.sqrt(6 / latents), math.sqrt(6 / latents))
 
-    def dictionary(self) -> Dictionary:
+    def dictionary(self) -> Dictionary | None:
         return Dictionary(self.W_enc, self.b_enc, self.b_dec)
 
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:

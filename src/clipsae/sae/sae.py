@@ -53,9 +53,9 @@ class SAE(nn.Module):
     Args:
         d: width of the tokens.
         latents: M.
-        architecture: a name in `ARCHITECTURES`: "linear", "attention".
+        architecture: a name in `ARCHITECTURES`: "linear", "attention", "matching_pursuit".
         activation: a name in `ACTIVATIONS`: "relu", "jumprelu", "gated", "topk", "batch_topk",
-            "sparsemax".
+            "sparsemax", "abs_topk".
         normalize: what is done to tokens before they are encoded, and undone to the reconstruction
             (see `clipsae.sae.normalization`): "none"; "unit": divided by their norm; "mean_std":
             their mean is taken out, and they are divided by their deviation; "whiten": their
@@ -229,7 +229,7 @@ class SAE(nn.Module):
 
         def choose(scores: Tensor) -> Chosen:
             thresholds.append(self.threshold(scores))
-            return positions_above(scores, thresholds[-1])
+            return positions_above(scores, thresholds[-1], self.activation.strength(scores))
 
         query = self.architecture.query(self._encoded(x).flatten(0, -2))
         scores = dictionary.find(query, choose)

@@ -23,9 +23,10 @@ Chooser = Callable[[Tensor], Chosen]
 # --- which pairs, without gradients ---
 
 
-def positions_above(scores: Tensor, floor: Tensor) -> Chosen:
-    """Where scores [N, M] > floor: [N, 1], [M] or a scalar. None: dense products are faster."""
-    return backend(scores).above(scores, floor)
+def positions_above(scores: Tensor, floor: Tensor, by: Tensor | None = None) -> Chosen:
+    """Where scores [N, M], or `by`, other numbers [N, M], are above a floor: [N, 1], [M] or a
+    scalar. None: dense products are faster."""
+    return backend(scores).above(scores, floor, by)
 
 
 def largest_positions(scores: Tensor, k: int, by: Tensor | None = None) -> Chosen:

@@ -147,6 +147,13 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "fit": or_null(one_of(*FITS)),
         "k": either(whole(1), AUTO),
         "target_l0": or_null(either(number(above=0), AUTO)),
+        "prefixes": or_null(
+            either(one_of("fixed", "drawn"), list_of(number(above=0), least=1)),
+        ),
+        "prefix_weights": or_null(list_of(number(least=0), least=1)),
+        "n_prefixes": whole(1),
+        "nested_k": or_null(list_of(whole(1), least=1)),
+        "nested_k_weights": either(one_of("uniform", "reverse"), list_of(number(least=0), least=1)),
     },
     "dataset": DATASET,
     "train_dataset": DATASET,

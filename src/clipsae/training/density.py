@@ -22,7 +22,7 @@ def set_density(sae: SAE, x: Tensor, share: float) -> None:
         return sae.scores(sample).flatten().topk(kept + 1).values[-2:].mean()
 
     activation, architecture = sae.activation, sae.architecture
-    if hasattr(activation, "k"):
+    if hasattr(activation, "k") or hasattr(architecture, "k"):
         return
     if hasattr(activation, "b_gate"):
         activation.b_gate.sub_(border())

@@ -37,8 +37,8 @@ class CPU(Reference):
     """`None` for `Chosen` as soon as it is seen that dense products are faster."""
 
     @staticmethod
-    def above(scores: Tensor, floor: Tensor) -> Chosen:
-        return positions_above(scores, floor)
+    def above(scores: Tensor, floor: Tensor, by: Tensor | None = None) -> Chosen:
+        return positions_above(scores if by is None else by, floor)
 
     @staticmethod
     def largest(scores: Tensor, k: int, by: Tensor | None = None) -> Chosen:

@@ -315,7 +315,12 @@ class GPU(Reference):
     # --- find: which pairs ---
 
     @staticmethod
-    def above(scores: Tensor, floor: Tensor) -> Rows:
+    def above(scores: Tensor, floor: Tensor, by: Tensor | None = None) -> Rows | PaddedCodes:
+        if by is not None and by is not scores:
+            rows = GPU.above(by, floor)
+            assert isinstance(rows, Rows)
+            found = rows.pack()
+            return found.with_values(scores.flatten()[found.positions])
         scores = scores.contiguous()
         floor = at_least_float32(rounded_down(floor, scores)).expand_as(scores)
         lists, ids, counts = _compacted(scores, None, floor)
@@ -357,7 +362,9 @@ class GPU(Reference):
     @staticmethod
     def largest_of_all(scores: Tensor, count: int, share: Share) -> PaddedCodes:
         floor, room = below_largest(scores, count)
-        found = GPU.above(scores, floor).pack(room)
+        rows = GPU.above(scores, floor)
+        assert isinstance(rows, Rows)
+        found = rows.pack(room)
         values = torch.where(found.real, at_least_float32(found.values), -torch.inf)
         ranked = values.topk(min(count, room)).values
         here = share(values)

@@ -36,9 +36,9 @@ class Reference:
     # --- 1. find: which pairs, and their scores ---
 
     @staticmethod
-    def above(scores: Tensor, floor: Tensor) -> Chosen:
-        """Scores [N, M] above a floor: [N, 1], [M] or a scalar."""
-        return above(scores, floor).flatten().nonzero()[:, 0]
+    def above(scores: Tensor, floor: Tensor, by: Tensor | None = None) -> Chosen:
+        """Scores [N, M] above a floor: [N, 1], [M] or a scalar; or where `by` [N, M] is."""
+        return above(scores if by is None else by, floor).flatten().nonzero()[:, 0]
 
     @staticmethod
     def largest(scores: Tensor, k: int, by: Tensor | None = None) -> Chosen:
