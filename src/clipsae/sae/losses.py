@@ -12,7 +12,8 @@ source minimises something else, its weights are divided by what its first term 
 | ||x - x_hat||^2                         | times sqrt(d) / r    | l1: d^-3/2   l0: r / d^2       |
 | ||x - x_hat||^2 / ||x - mean x||^2      | any (Gao et al.)     | auxk: r / d                    |
 
-A norm that gradients are clipped at converts as auxk does: it is that of the matrices' gradients,
+A term without a unit that is no penalty on codes (monosemanticity, orthogonality) converts as auxk
+does. A norm that gradients are clipped at converts as auxk does: it is that of the matrices' gradients,
 which are those of the loss.
 
 (r: typical norm of a token. With tokens divided by c the codes are divided by c too, so a sum of
