@@ -58,7 +58,9 @@ def test_value_and_gradients(model, unit, share, monkeypatch):
             for name, parameter in sae.named_parameters():
                 right = p[name.rsplit(".")[-1]].grad
                 if right is not None and not (unit and name.endswith("W_dec")):
-                    torch.testing.assert_close(parameter.grad, right, msg=name, rtol=1e-5, atol=1e-9)
+                    torch.testing.assert_close(
+                        parameter.grad, right, msg=name, rtol=1e-5, atol=1e-9
+                    )
 
 
 def test_it_keeps_the_penalty_s_size():
