@@ -19,8 +19,8 @@ from clipsae.sae.dense import at_least_float32
 from clipsae.sae.registry import OBJECTIVES
 
 CHUNK = 512
-"""Latents that are compared with each other. At d = 768, M = 49,152 that are 39 GFLOP a step, beside
-476 of the product of 32 images' tokens with the encoder."""
+"""Latents that are compared with each other. At d = 768, M = 49,152 that are 39 GFLOP a step,
+beside 476 of the product of 32 images' tokens with the encoder."""
 
 
 @OBJECTIVES.register("orthogonality")
