@@ -24,6 +24,7 @@ def train(sae: SAE, steps: range, batch=lambda step: tokens(6, 5, D, seed=step))
     sae.train()
     losses = []
     for step in steps:
+        sae.before_step(step, 8)
         loss = sae(batch(step)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -239,6 +240,8 @@ OTHER = {
     "initial_threshold": 0.5,
     "bandwidth": 3.0,
     "gate_weight": 0.0,
+    "p_end": 0.3,
+    "p_start_step": 4,
     "k": 5,
     "threshold_decay": 0.1,
     "threshold_start_step": 0,
@@ -281,10 +284,11 @@ def test_every_option_changes_something(recipe):
         given["initial_threshold"] = 0.1  # of the size of these tokens' scores
     if given["architecture"] == "attention":
         given["scale"] = 3.0
+    if "p_end" in given:
+        given["p_end"] = 0.6
     names = set(SAE(d=D, **given).config) - {"d", "latents", "architecture", "activation"}
-    names -= {
-        name for part in OBJECTIVES for name in OBJECTIVES.options(part)
-    }  # tests of their own
+    # Objectives have tests of their own.
+    names -= {name for objective in OBJECTIVES for name in OBJECTIVES.options(objective)}
     if with_auxk(given["activation"]):
         given.update(with_auxk(given["activation"]), dead_after=6, auxk_k=2)
     else:  # nothing is computed from it, but it decides what is called dead

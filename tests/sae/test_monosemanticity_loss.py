@@ -109,7 +109,8 @@ def test_a_gpu_s_codes_are_pooled_alike(as_on_cuda, interpreted):
 def test_half_precision_is_summed_in_float32():
     codes = tokens(2, T, M).relu()
     codes = codes * (codes > 0.7)
-    for given in (codes.flatten(0, 1).bfloat16(), SparseCodes.from_dense(codes.bfloat16())):
+    flat = codes.flatten(0, 1).bfloat16()
+    for given in (flat, SparseCodes.from_dense(flat)):
         pooled = image_codes(given, 2)
         assert pooled.dtype == torch.float32
         torch.testing.assert_close(pooled, codes.bfloat16().float().mean(1))

@@ -213,6 +213,9 @@ def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
         ("model.nested_k=[0.5]", "model.nested_k=[0.5]: expected a list of at least 1"),
         ("model.nested_k=[2]", "model.nested_k=[2] needs an activation that keeps the largest"),
         ("model.nested_k_weights=revers", "expected uniform or reverse, or a list"),
+        ("model.monosemanticity=-1", "monosemanticity=-1: expected a number of at least 0"),
+        ("model.orthogonality=-1", "orthogonality=-1: expected a number of at least 0"),
+        ("model.p_end=0.5", "p_end=0.5: architecture=attention with activation=sparsemax has no"),
         ("trainer.max_steps=1e3", "trainer.max_steps=1000.0: expected an integer"),
         ("precision=fp32", "precision=fp32: expected auto, float32, tf32 or bf16"),
         (

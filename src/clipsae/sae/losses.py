@@ -12,8 +12,9 @@ source minimises something else, its weights are divided by what its first term 
 | ||x - x_hat||^2                         | times sqrt(d) / r    | l1: d^-3/2   l0: r / d^2       |
 | ||x - x_hat||^2 / ||x - mean x||^2      | any (Gao et al.)     | auxk: r / d                    |
 
-A norm that gradients are clipped at converts as auxk does: it is that of the matrices' gradients,
-which are those of the loss.
+A term without a unit that is no penalty on codes (monosemanticity, orthogonality) converts as auxk
+does; so does a norm that gradients are clipped at: it is that of the matrices' gradients, which are
+those of the loss.
 
 (r: typical norm of a token. With tokens divided by c the codes are divided by c too, so a sum of
 codes gains a factor c and a number of latents c^2.) With `normalize: unit` the codes are those of

@@ -92,16 +92,17 @@ class Penalized(Activation):
         values = codes.values if isinstance(codes, SparseCodes) else codes
         with torch.no_grad():
             e = 0.01 * codes.sum(dtype=wide) / (values != 0).sum().clamp(min=1)
+            e = e.clamp(min=torch.finfo(wide).tiny)  # or the slope would be infinite
             old = elementwise(_powered, codes, before, e).sum(dtype=wide)
         total = elementwise(_powered, codes, now, e).sum(dtype=wide)
         with torch.no_grad():
-            was, now = summed(torch.stack((old, total)), self.world_size)
-            self.growth *= torch.where((was > 0) & (now > 0), was / now, 1)
+            old, new = summed(torch.stack((old, total)), self.world_size)
+            self.growth *= torch.where((old > 0) & (new > 0), old / new, 1)
         return {"l1": self.l1_coefficient * self.growth * (total / inputs.tokens)}
 
 
 def _powered(codes: Tensor, power: Tensor, e: Tensor) -> Tensor:
-    return ((codes + e).pow(power) - e.pow(power)).to(codes.dtype)
+    return ((at_least_float32(codes) + e).pow(power) - e.pow(power)).to(codes.dtype)
 
 
 def annealed_power(p_end: float, p_start_step: int, max_steps: int, step: int) -> float:

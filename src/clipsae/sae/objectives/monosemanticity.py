@@ -39,9 +39,9 @@ class Monosemanticity(Objective):
 
     Args:
         latents: M.
-        monosemanticity: weight of the loss, which has no unit. Published is 3e-4; beside a mean of
-            squares over features it converts by 1 / r, beside ||x - x_hat||^2 of unit tokens by
-            r / d (`clipsae.sae.losses`).
+        monosemanticity: weight of the loss, which has no unit. A published one (3e-4) converts as
+            auxk does: beside ||x - x_hat||^2 of unit tokens by r / d, beside the mean square of
+            x - x_hat of tokens as they are by 1 / r (`clipsae.sae.losses`).
     """
 
     needs = ("embeddings",)
