@@ -162,7 +162,7 @@ class Normalization(FullPrecision):
             self.coloring.copy_((vectors / gain) @ vectors.T)
 
     def forget_positions(self) -> None:
-        """The mean of all positions in place of each one's, for tokens whose position is not known."""
+        """The mean of all positions in place of that of each, for tokens without a position."""
         if self.mean is not None and self.mean.ndim == 2:
             self.mean = _like(self.mean, self.mean.detach().mean(dim=0))
 
