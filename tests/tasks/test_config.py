@@ -270,7 +270,7 @@ def test_what_fitted_saes_refuse(composed):
         ("random", "model.latents=65", "model.latents=65: model.fit=random has both signs"),
         ("kmeans", "model.latents=null", "model.latents=null: expected an integer of at least 1"),
         ("pca", "+model.freeze=decoder", "model.freeze=decoder: model.fit=pca is not trained"),
-        ("pca", "model.normalize=whiten", "model.normalize=whiten: model.fit=pca is not trained"),
+        ("pca", "+model.normalize=whiten", "model.normalize=whiten: model.fit=pca is not trained"),
     ):
         assert expected in refusal(composed(f"model={model}", override))
 
