@@ -343,6 +343,9 @@ def test_the_first_batch(stream):
     assert first.shape == (4, 4, 1)
     assert first.dtype == torch.float32
     assert stream().first_batch(100).shape == (N, 4, 1)
+    parts = list(stream().first_batches(5))
+    assert max(len(part) for part in parts) < 5
+    assert torch.equal(torch.cat(parts), stream().first_batch(5))
     assert tuple(online().first_batch(4).flatten().tolist()) == fit(1, online()).seen[0]
 
 

@@ -14,6 +14,7 @@ from clipsae.evaluation import evaluate, passes
 from clipsae.evaluation.passes import evenly_spaced
 from clipsae.evaluation.ranking import ClassCounts, contrast, ranked
 from clipsae.sae import SAE, SparseCodes
+from clipsae.sae.normalization import Moments
 
 CLASSES, LATENTS, WIDTH = 7, 40, 32
 NS = (1, 5, 10, 50)  # 50 > M
@@ -61,6 +62,15 @@ def real(architecture: str, activation: str, latents=LATENTS, seed=0, change=Non
 
 def topk(**more) -> SAE:
     return real("linear", "topk", k=6, **more)
+
+
+def whitened() -> SAE:
+    """With statistics of the 17 positions, whose means are a bias that differs between them."""
+    sae = topk(normalize="whiten", whitening=0.5, position_mean=True)
+    generator = torch.Generator().manual_seed(5)
+    x, at = (torch.randn(n, 17, WIDTH, generator=generator) for n in (20, 1))
+    sae.normalization.fit(Moments.of([x + at]))
+    return sae
 
 
 class Photos:
@@ -239,6 +249,7 @@ VARIANTS = {
     "gated": (lambda: real("linear", "gated"), 0.2),
     "topk": (topk, 0.2),
     "topk of unit tokens": (lambda: topk(normalize="unit"), 0.02),
+    "topk of whitened tokens": (whitened, 0.2),
     "batch_topk": (lambda: real("linear", "batch_topk", k=6), 0.2),
     "sparsemax": (lambda: real("attention", "sparsemax", normalize="unit"), 0.0),
     "attention relu": (lambda: real("attention", "relu"), 0.05),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clipsae.evaluation.floors import untrained
 from clipsae.sae import SAE
 from clipsae.sae.normalization import LEAST_VARIANCE, Moments, Normalization
 from tests.sae.conftest import D, M, tokens
@@ -186,6 +187,14 @@ def test_positions_are_those_of_whole_images(tmp_path):
     assert not fresh.normalization.mean.requires_grad
     fresh.initialize(x.float() + 100)  # it has its statistics
     assert torch.equal(fresh.normalization.mean, sae.normalization.mean)
+
+
+def test_an_untrained_twin_has_the_statistics_of_the_sae():
+    sae, x = fitted({"normalize": "whiten", "position_mean": True}).float().eval(), images(8)
+    twin = untrained(sae, x.float() + 3)
+    torch.testing.assert_close(twin.normalization.mean, sae.normalization.mean.mean(dim=0))
+    assert torch.equal(twin.normalization.whitening, sae.normalization.whitening)
+    assert twin.encode_sparse(x[:, 0].float()).shape == (8, M)  # a patch without its image
 
 
 def test_half_precision_keeps_the_statistics():

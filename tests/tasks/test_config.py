@@ -216,6 +216,13 @@ def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
         ("model.monosemanticity=-1", "monosemanticity=-1: expected a number of at least 0"),
         ("model.orthogonality=-1", "orthogonality=-1: expected a number of at least 0"),
         ("model.p_end=0.5", "p_end=0.5: architecture=attention with activation=sparsemax has no"),
+        ("model.normalize=layer_norm", "model.normalize=layer_norm: expected none, unit, mean_std"),
+        ("model.whitening=1.5", "model.whitening=1.5: expected a number from 0 to 1"),
+        ("model.whitening=0.5", "model.whitening=0.5 does nothing with normalize=unit"),
+        ("model.position_mean=1", "model.position_mean=1: expected true or false"),
+        ("model.position_mean=true", "model.position_mean=True: normalize=unit divides each token"),
+        ("model.statistics_images=0", "model.statistics_images=0: expected an integer of at least"),
+        ("+model.normalize_input=true", "model.normalize_input is now model.normalize"),
         ("trainer.max_steps=1e3", "trainer.max_steps=1000.0: expected an integer"),
         ("precision=fp32", "precision=fp32: expected auto, float32, tf32 or bf16"),
         (
@@ -293,8 +300,14 @@ def test_what_fitted_saes_refuse(composed):
         ("pca", "+model.auxk=1.0", "model.auxk=1.0: model=pca has no such option: leave it out"),
         ("kmeans", "model.latents=null", "model.latents=null: expected an integer of at least 1"),
         ("pca", "+model.freeze=decoder", "model.freeze=decoder: model.fit=pca is not trained"),
+        ("pca", "+model.normalize=whiten", "model.normalize=whiten: model.fit=pca is not trained"),
     ):
         assert expected in refusal(composed(f"model={model}", override))
+
+
+def test_mixed_tokens_have_no_position(composed):
+    mixed = "model=topk", "model.position_mean=true", "features.shuffle_buffer_images=64"
+    assert "tokens that are mixed have no position" in refusal(composed(*mixed))
 
 
 def test_what_others_define_is_theirs(composed):

@@ -39,6 +39,7 @@ def name(tmp_path_factory):
             "+features.an_option_of_tomorrow=1",
             "features=cached",
         ),
+        *("model.normalize=mean_std", "model.statistics_images=5", "model.position_mean=true"),
         *("model.latents=64", "optimizer.learning_rate=1e-9", "optimizer.warmup_steps=7"),
         *("optimizer.reference_latents=64", "optimizer.decay_fraction=0.5"),
     ],

@@ -47,7 +47,9 @@ def untrained(sae: SAE, images: Tensor, seed: int = 0) -> SAE:
     with torch.random.fork_rng():  # of all GPUs, too, which `manual_seed` seeds
         torch.manual_seed(seed)
         twin = SAE(**sae.config)
-        twin.normalization.load_state_dict(sae.normalization.state_dict())  # before the first step
+        # It has its statistics before the first step. (Metrics show it single patches, too.)
+        twin.normalization.load_state_dict(sae.normalization.state_dict())
+        twin.normalization.forget_positions()
         twin.to(images.device).initialize(images[:INITIAL_IMAGES])
         twin.estimate_statistics(images[:INITIAL_IMAGES])  # as with trainer.max_steps=0
     return twin.eval()

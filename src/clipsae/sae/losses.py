@@ -23,8 +23,8 @@ unit tokens, while the loss stays that of x: r then appears in the l1 row, too: 
 With `normalize: mean_std` the loss is that of x, too, and the codes are those of tokens divided by
 their deviation. With `normalize: whiten` it is the mean of ((x_hat - x) W)^2 / ||x||: errors count
 as the whitened token has them, in directions of small variance as much as in others, and W is
-scaled so that the mean token in place of all has the same loss at any strength. So weights of
-penalties, of AuxK and of clipping that fit one of them fit the others (l1: times the deviation).
+scaled so that the mean token in place of all has about the same loss at any strength. So weights of
+AuxK and of clipping that fit one of them fit the others (of l1: times the deviation).
 
 AuxK: dead latents learn to reconstruct the residual. Gao et al., "Scaling and evaluating sparse
 autoencoders", 2024 (arXiv 2406.04093), in the form of dictionary_learning

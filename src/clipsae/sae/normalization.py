@@ -161,6 +161,11 @@ class Normalization(FullPrecision):
             self.whitening.copy_((vectors * gain) @ vectors.T)
             self.coloring.copy_((vectors / gain) @ vectors.T)
 
+    def forget_positions(self) -> None:
+        """The mean of all positions in place of that of each, for tokens without a position."""
+        if self.mean is not None and self.mean.ndim == 2:
+            self.mean = _like(self.mean, self.mean.detach().mean(dim=0))
+
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [..., d] -> y, of their shape and dtype.
 

@@ -74,6 +74,12 @@ def bring_in(
             f"{cfg.task.sae} is for tokens of width {found.sae.d}, and those of {clip.name} have "
             f"{clip.width}: choose the clip=, clip.layer= and clip.hook= that it was trained on"
         )
+    mean = found.sae.normalization.mean
+    if mean is not None and mean.ndim == 2 and len(mean) != clip.tokens:
+        raise ConfigError(
+            f"{cfg.task.sae} has position_mean=true with the means of {len(mean)} positions, and "
+            f"{clip.name} has {clip.tokens} tokens: choose the clip= that it was trained on"
+        )
     said = ", ".join(f"{name}={value}" for name, value in found.reads.items())
     log.info(
         "an SAE of %s, trained on tokens of %s; it reads those of %s (%s), %s",

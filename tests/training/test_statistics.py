@@ -1,0 +1,64 @@
+"""The statistics that tokens are normalised by: of which images, and that a training keeps them."""
+
+import torch
+from lightning import Trainer
+
+from clipsae.sae import SAE
+from clipsae.sae.normalization import Moments
+from clipsae.training.module import SAEGroup, SAEModule
+from tests.sae.conftest import D, M, tokens
+from tests.training.test_penalties import Stream
+
+T, B = 5, 4
+
+
+class Counting(Stream):
+    """Notes for how many images it is asked."""
+
+    asked: list[int] = []  # noqa: RUF012
+
+    def first_batches(self, images: int):
+        self.asked.append(images)
+        return iter(torch.cat(self.batches)[:images].split(B))
+
+
+def test_of_the_first_images_once_for_all_that_train_together(tmp_path):
+    batches = [tokens(B, T, D, seed=i) + torch.arange(T)[:, None] for i in range(6)]
+    ways = [
+        {"normalize": "mean_std"},
+        {"normalize": "whiten", "whitening": 0.5, "position_mean": True},
+        {"normalize": "unit"},
+    ]
+    members = []
+    for way in ways:
+        torch.manual_seed(0)
+        sae = SAE(D, M, activation="topk", k=3, **way)
+        members.append(
+            SAEModule(sae, learning_rate=0.01, statistics_images=10, initial_images=2, max_steps=6)
+        )
+    data = Counting(batches)
+    trainer = Trainer(
+        max_steps=18,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(SAEGroup(members), datamodule=data)
+    assert data.asked == [10]
+    x = torch.cat(batches)[:10]
+    moments = Moments.of([x])
+    for member, way in zip(members[:2], ways, strict=False):
+        assert member.step == 6
+        positions = way.get("position_mean", False)
+        expected = x.double().mean(dim=0 if positions else (0, 1))
+        found = member.sae.normalization
+        torch.testing.assert_close(found.mean.detach(), expected.float())
+        twin = SAE(**member.sae.config).normalization
+        twin.fit(moments)  # six steps have changed none of them
+        for (name, value), other in zip(found.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(value, other, msg=name)
+        # The bias starts as the median of normalised tokens, near 0, and takes six small steps.
+        assert member.sae.architecture.b_dec.abs().max() < 1
