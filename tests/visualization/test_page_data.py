@@ -153,9 +153,9 @@ def test_latents_are_taken_out_of_the_tokens_at_a_hook(world, hook):
         assert steered.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
         ends = [
             clip.logits(tokens + step * change, world.classifier, context)[0, :3]
-            for step in (-1e-2, 1e-2)
+            for step in (-1e-3, 1e-3)
         ]
-        slope = (ends[0] - ends[1]) / 2e-2
+        slope = (ends[0] - ends[1]) / 2e-3
         assert slopes[:, m].tolist() == pytest.approx(slope.tolist(), rel=0.02, abs=2e-2)
     other = SimpleNamespace(**{**vars(world), "clip": clip})
     (shown,), _ = collected(other, pages=[0], effect_images=0)
