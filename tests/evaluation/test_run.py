@@ -208,6 +208,21 @@ def test_invalid_options_are_refused(clip, scenes, saes, options, words):
         evaluate(clip, saes, scenes, **options)
 
 
+@torch.no_grad()
+def test_without_patches_what_needs_them_is_left_out(clip, scenes, saes):
+    cut = FrozenCLIP(clip.model, name=clip.name, hook="embedding")
+    result = evaluate(cut, saes, scenes, image_encoder="attributes", sample_tokens=20)
+    embeddings = clip.encode_image(clip.normalize(scenes.images(range(IMAGES))[0]))
+    for name, sae in saes.items():
+        found, codes = by_metric(result, name), sae.encode(embeddings)
+        assert found["l0"] == pytest.approx((codes != 0).double().sum(dim=1).mean().item())
+        assert not any(key.startswith(("patch_", "support_", "feature_loc")) for key in found)
+        assert "monosemanticity_mean" in found
+    for metric in ("recovery", "localization", "spatial_coherence", "support"):
+        with pytest.raises(ValueError, match=f"'{metric}' needs tokens that are patches"):
+            evaluate(cut, saes, scenes, metrics=[metric])
+
+
 def test_recovery_needs_ground_truth(clip, saes):
     class Photos:
         labels = torch.zeros(3, dtype=torch.long)

@@ -228,6 +228,7 @@ def test_unusable_words_are_refused(tmp_path, content, words):
         (visualize, ["task.images=[nowhere.jpg]"], "nowhere.jpg: no such file"),
         (visualize, ["task.sae=nowhere", "task.models=[topk]"], "expected one of them"),
         (visualize, ["logger.upload_sae=true"], "task=visualize uploads nothing"),
+        (visualize, ["clip.hook=embedding"], "the image embedding has none; task=explore"),
     ],
 )
 def test_invalid_options_are_refused(task, overrides, words):

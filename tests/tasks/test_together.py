@@ -225,7 +225,7 @@ def test_lengths_rates_sizes_and_clipping_may_differ(tmp_path, prepare, common, 
     expected = alone(prepare(tmp_path / "alone", *cells))
     calls = []
     prefix = FrozenCLIP.prefix
-    monkeypatch.setattr(FrozenCLIP, "prefix", lambda *a: calls.append(0) or prefix(*a))
+    monkeypatch.setattr(FrozenCLIP, "prefix", lambda *a, **b: calls.append(0) or prefix(*a, **b))
     shared = prepare(tmp_path / "shared", *cells)
     produce(shared)
     assert weights(shared) == expected

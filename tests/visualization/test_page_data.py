@@ -129,6 +129,42 @@ def test_a_latent_is_taken_out_of_the_stream_alone(world, layer):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("hook", ["attn_out", "mlp_out", "embedding"])
+def test_latents_are_taken_out_of_the_tokens_at_a_hook(world, hook):
+    """Of all versions by the tail of the whole tokens; as set codes; and to first order."""
+    clip, sae = FrozenCLIP(world.clip.model, name=world.clip.name, hook=hook), world.sae
+    image = world.dataset[0][0]
+    tokens, context = clip.prefix(clip.normalize(image[None]), with_context=True)
+    codes, scale = sae.encode(tokens), sae.input_scale(tokens)
+    beside = None if context is None else context[0]
+    active = (codes[0] > 0).any(dim=0).nonzero().squeeze(1)[:4]
+    interventions = Interventions(clip, sae, world.classifier)
+    found = interventions.logits_without(tokens[0], codes[0], active, beside)
+    classes = torch.arange(3)
+    slopes = interventions.first_order_effects(tokens[0], codes[0], classes, beside)
+    whole = sae.decode(codes, scale)
+    for i, m in enumerate(active.tolist()):
+        fewer = codes.clone()
+        fewer[..., m] = 0
+        change = sae.decode(fewer, scale) - whole
+        expected = clip.logits(tokens + change, world.classifier, context)[0]
+        assert found[i].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+        steered = interventions.steered_logits(image, {m: 0.0})
+        assert steered.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+        ends = [
+            clip.logits(tokens + step * change, world.classifier, context)[0, :3]
+            for step in (-1e-3, 1e-3)
+        ]
+        slope = (ends[0] - ends[1]) / 2e-3
+        assert slopes[:, m].tolist() == pytest.approx(slope.tolist(), rel=0.02, abs=2e-2)
+    other = SimpleNamespace(**{**vars(world), "clip": clip})
+    (shown,), _ = collected(other, pages=[0], effect_images=0)
+    rebuilt = clip.logits(whole, world.classifier, context)[0].softmax(dim=-1)
+    for k, probability in shown.sae:
+        assert probability == pytest.approx(rebuilt[k].item(), abs=1e-4)
+
+
+@torch.no_grad()
 def test_codes_are_set_and_the_rest_of_the_stream_stays(world):
     interventions = Interventions(world.clip, world.sae, world.classifier)
     stream, codes = encoded(world, 0)
