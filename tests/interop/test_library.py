@@ -58,7 +58,7 @@ def damaged(folder, **changes):
         (lambda f: damaged(f, config={"latents": "many"}), "latents='many'"),
         (lambda f: damaged(f, config={"latents": 41}), "does not fit its config"),
         (lambda f: damaged(f, config={"activation": "softplus"}), "may be a plugin's: give plug"),
-        (lambda f: damaged(f, version=99), "up to 3"),
+        (lambda f: damaged(f, version=99), "up to 4"),
         (lambda f: (f / "sae.json").write_text("{"), "is not valid JSON"),
         (lambda f: (f / "sae.json").write_text("[" * 100_000), "is not valid JSON"),
         (lambda f: (f / "sae.json").write_text("[1]"), "expected a JSON object"),
