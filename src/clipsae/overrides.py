@@ -91,7 +91,7 @@ def _unknown(key: str, conf: Path) -> str:
             group = ".".join(parts[:i])
             hint = near(part, known, group)
             if others := _choices_with(conf, group, part):
-                hint = f"it is an option of {group}={' and '.join(others)}"
+                hint = f"it is an option of {group}={', '.join(others)}"
             return f"{_given(key)}: there is no such option; {hint}"
         node = node._get_node(part)
     return f"{_given(key)}: there is no such option"

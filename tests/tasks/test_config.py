@@ -362,7 +362,7 @@ def test_a_block_that_is_not_there(composed, name, layer, blocks):
         (["dataset.kind=shap"], "unknown kind of scenes 'shap'"),
         (
             ["model.k=16"],
-            "there is no such option; it is an option of model=abs_topk, batch_topk",
+            "it is an option of model=abs_topk, batch_topk, matching_pursuit, matryoshka, topk",
         ),
         (["resources.cpuz=1"], "did you mean resources.cpus?"),
         (["features=cached", "features.cache.shard_bg=1"], "did you mean features.cache.shard_gb?"),
