@@ -106,6 +106,7 @@ PRECISIONS = {
     "tf32": ("bf16-mixed", "tf32"),
     "bf16": ("bf16-mixed", "bf16-mixed"),
 }
+TOKENS = one_of("all", "patches", "cls")  # of an image, that an SAE is of
 CLIP = {  # of `FrozenCLIP.load` and conf/clip
     "name": TEXT,
     "pretrained": or_null(TEXT),

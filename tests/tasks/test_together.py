@@ -173,8 +173,9 @@ def test_random_numbers_of_a_step_are_those_of_the_sae_alone(
 ):
     forward = SAE.forward
 
-    def noisy(sae, x):
-        return forward(sae, x + 0.1 * torch.randn_like(x) if sae.training else x)
+    def noisy(sae, tokens):
+        noise = 0.1 * torch.randn_like(tokens)
+        return forward(sae, tokens + noise if sae.training else tokens)
 
     monkeypatch.setattr(SAE, "forward", noisy)
     expected = alone(prepare(tmp_path / "alone", *TWO))

@@ -9,7 +9,9 @@ B images, T tokens of an image (class token first, then the patches row by row),
 e embedding size, S image side. DINOv2 through timm is cut in the same way, though it has no texts.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +24,7 @@ from clipsae.clip.changes import Changes
 from clipsae.clip.sources import HUB, cache_alone_if_offline, weights_file
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
-from clipsae.rules import CLIP_PRECISION, check_layer, require
+from clipsae.rules import CLIP_PRECISION, TOKENS, check_layer, require
 
 
 class FrozenCLIP(nn.Module):
@@ -179,6 +181,51 @@ class FrozenCLIP(nn.Module):
         with self._autocast():
             tokens = self.tower.prefix(images.to(self.compute_dtype), self.blocks + self.layer)
         return _at_least_fp32(tokens)
+
+    def prefixes(self, images: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
+        """The residual stream [B, T, d] after each of several blocks, in one pass: as much work as
+        the deepest `prefix` alone, and each is bit for bit what it is alone.
+
+        Args:
+            images: normalised, [B, 3, S, S].
+            layers: of the blocks, counted from the end as `layer` is.
+        """
+        found, before = {}, None
+        with self._autocast():
+            x = images.to(self.compute_dtype)
+            for layer in sorted(set(layers)):
+                block = self.blocks + layer
+                if before is None:
+                    x = self.tower.prefix(x, block)
+                else:
+                    x = self.tower.through(x, range(before + 1, block + 1))
+                found[layer], before = _at_least_fp32(x), block
+        return found
+
+    def at(self, layer: int) -> "FrozenCLIP":
+        """The same model cut after another block; the weights are shared.
+
+        Raises:
+            ConfigError: a layer out of range.
+        """
+        check_layer(self.name, layer, self.blocks)
+        other = copy(self)
+        other.layer = layer - self.blocks if layer >= 0 else layer
+        return other
+
+    def token_slice(self, tokens: str) -> slice:
+        """Where "all", "patches" or "cls" (the class token) lie among the T tokens of an image.
+
+        Raises:
+            ConfigError: other words; the class token of a model that has none.
+        """
+        require("features.tokens", tokens, TOKENS)
+        if tokens == "cls" and not self.prefix_tokens:
+            raise ConfigError(
+                f"features.tokens=cls: {self.name} has no class token; use all or patches"
+            )
+        slices = {"all": slice(None), "patches": slice(self.prefix_tokens, None)}
+        return slices.get(tokens, slice(1))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":  # whatever the caller has chosen

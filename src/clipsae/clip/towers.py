@@ -43,6 +43,10 @@ class Tower:
         """Normalised images [B, 3, S, S] -> the residual stream after a block, [B, T, d]."""
         raise NotImplementedError
 
+    def through(self, x: Tensor, blocks: range) -> Tensor:
+        """The stream after these blocks from that before them, [B, T, d]."""
+        raise NotImplementedError
+
     def tail(self, tokens: Tensor, block: int) -> Tensor:
         """The residual stream after a block, [B, T, d] -> embedding [B, e]."""
         raise NotImplementedError
@@ -120,6 +124,11 @@ class OpenClipTower(Tower):
         parts = found["image_intermediates_prefix"][0], found["image_intermediates"][0]
         return torch.cat(parts, dim=1)
 
+    def through(self, x: Tensor, blocks: range) -> Tensor:
+        for i in blocks:
+            x = self.visual.transformer.resblocks[i](x)
+        return x
+
     def tail(self, tokens: Tensor, block: int) -> Tensor:
         x = tokens
         for i in range(block + 1, self.blocks):
@@ -184,6 +193,9 @@ class TimmTower(Tower):
             return found
         patches, others = found
         return torch.cat([others, patches], dim=1)
+
+    def through(self, x: Tensor, blocks: range) -> Tensor:
+        return self.trunk.blocks[blocks.start : blocks.stop](x)
 
     def tail(self, tokens: Tensor, block: int) -> Tensor:
         x = self.trunk.blocks[block + 1 :](tokens)

@@ -22,7 +22,7 @@ class SAEOutput:
     """What an SAE returns for a batch.
 
     Attributes:
-        reconstruction: [..., d], in the units of the input.
+        reconstruction: [..., d], in the units of what is reconstructed.
         encoded: the codes [..., M], dense or, in training where few are active, sparse.
         losses: named terms, scalars, already weighted. In eval mode the reconstruction only.
     """
@@ -125,8 +125,11 @@ class LossInputs:
             a factor for each latent [M], serve either.
         tokens: N, what sums over them are divided by; at least 1.
         architecture: of the SAE.
-        decode: (codes like these, frozen=False) -> [N, d], in units of x. Its gradients reach the
-            codes and, unless frozen, the decoder.
+        decode: (codes like these, frozen=False) -> [N, d], in units of the target. Its gradients
+            reach the codes and, unless frozen, the decoder.
+        target: what is reconstructed [N, d]: x itself, but of a transcoder.
+        embeddings: of the B images that the tokens are of, [B, e], of unit length and without
+            gradient; None where no part of the SAE needs them.
     """
 
     x: Tensor
@@ -135,10 +138,12 @@ class LossInputs:
     tokens: int
     architecture: Architecture
     decode: Callable[..., Tensor]
+    target: Tensor
+    embeddings: Tensor | None = None
 
     def relative_error(self, reconstruction: Tensor) -> Tensor:
         """The reconstruction loss of another reconstruction [N, d] of this batch, a scalar."""
-        return relative_error(reconstruction, self.x)
+        return relative_error(reconstruction, self.target)
 
 
 class Activation(nn.Module):

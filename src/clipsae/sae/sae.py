@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,43 +226,70 @@ class SAE(nn.Module):
             codes = codes.dense()
         return self.architecture(codes, latents) * scale
 
-    def forward(self, x: Tensor) -> SAEOutput:
+    @property
+    def needs(self) -> set[str]:
+        """What a training batch must have beside its tokens: keywords of `forward`."""
+        return set()
+
+    def forward(
+        self, tokens: Tensor, *, target: Tensor | None = None, embeddings: Tensor | None = None
+    ) -> SAEOutput:
         """Tokens [B, T, d] or [B, d] -> reconstruction, codes and loss terms.
 
         In training mode codes have the variant's gradients, all loss terms are there, and
         statistics are updated; in eval mode it is `encode` and the reconstruction loss alone.
+
+        Args:
+            target: what is to be reconstructed, of the shape of the tokens; None: they
+                themselves.
+            embeddings: of the images [B, e], of unit length, for loss terms that need them.
+
+        Raises:
+            ValueError: tokens of another width or dtype, or something of `needs` that is missing.
         """
-        self._check(x)
+        self._check(tokens)
+        given = {"target": target, "embeddings": embeddings}
+        for name in sorted(self.needs):
+            if given[name] is None and (self.training or name == "target"):
+                raise ValueError(f"{name}=None: this SAE is trained with {name}: give them")
+        target = tokens if target is None else target
         if self.training:
-            return self._train_forward(x)
-        scale = self.input_scale(x)
-        scores = self.architecture.scores(x / scale)
+            return self._train_forward(tokens, target, embeddings)
+        scale = self.input_scale(tokens)
+        scores = self.architecture.scores(tokens / scale)
         codes = self.apply_threshold(scores, self.threshold(scores))
         reconstruction = self.decode(codes, scale)
-        return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, x))
+        return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, target))
 
-    def _train_forward(self, batch: Tensor) -> SAEOutput:
+    def _train_forward(self, batch: Tensor, target: Tensor, embeddings: Tensor | None) -> SAEOutput:
         dictionary = self._dictionary(batch)
+        output = partial(self._output, batch, target, embeddings, dictionary)
         if dictionary is None or backend(batch).waits:
-            return self._output(batch, dictionary)[0]
+            return output()[0]
         # How many codes there are is looked at when everything is queued that follows them, or at
         # once where there were too many in the step before.
         before = [buffer.clone() for buffer in self.buffers()]
         (device, version, longest), was = self._silence, self.tokens_since_fired._version
-        out, overflows = self._output(batch, dictionary)
+        out, overflows = output()
         if not overflows():
             return out
         for buffer, value in zip(self.buffers(), before, strict=True):
             buffer.copy_(value)
         self._silence = device, version + self.tokens_since_fired._version - was, longest
         self._many = True
-        return self._output(batch, dictionary, lambda scores: None)[0]
+        return output(lambda scores: None)[0]
 
     def _output(
-        self, batch: Tensor, dictionary: Dictionary | None, support: Chooser | None = None
+        self,
+        batch: Tensor,
+        target: Tensor,
+        embeddings: Tensor | None,
+        dictionary: Dictionary | None,
+        support: Chooser | None = None,
     ) -> tuple[SAEOutput, Callable[[], bool]]:
         """What training returns, and whether there were more codes than memory."""
         x = batch.flatten(0, -2)  # gradients of views would not be added up in place
+        y = x if target is batch else target.flatten(0, -2)
         scale = self.input_scale(x)
         scores: Tensor | SparseCodes
         if dictionary is None:
@@ -277,7 +305,8 @@ class SAE(nn.Module):
             if self._many:
                 self._many = overflows()
                 if self._many:
-                    return self._output(batch, dictionary, lambda scores: None)
+                    everything = batch, target, embeddings, dictionary
+                    return self._output(*everything, lambda scores: None)
         codes = self.activation(scores)
 
         def decode(codes: Tensor | SparseCodes, frozen: bool = False) -> Tensor:
@@ -289,13 +318,13 @@ class SAE(nn.Module):
         # Before the decoding: autograd goes the other way, and then adds the gradients of these
         # terms in the memory of the large one that is there already.
         terms = self.activation.scaled_losses(
-            LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode)
+            LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode, y, embeddings)
         )
         reconstruction = decode(codes)
         out = SAEOutput(
             reconstruction.view(batch.shape),
             codes.view(*batch.shape[:-1], self.latents),
-            self._reconstruction_loss(reconstruction, x) | terms,
+            self._reconstruction_loss(reconstruction, y) | terms,
         )
         self._count_silence(out.fired(), len(x))
         if self.auxk:
@@ -311,7 +340,7 @@ class SAE(nn.Module):
             loss = at_least_float32(x.new_zeros(()))
             if aux is not None:
                 left = at_least_float32(self.architecture.combine(aux)) * scale
-                loss = auxk_loss(x, reconstruction, left, self.dead.any(), self.world_size)
+                loss = auxk_loss(y, reconstruction, left, self.dead.any(), self.world_size)
             out.losses["auxk"] = self.auxk * loss
         return out, overflows
 
@@ -319,8 +348,8 @@ class SAE(nn.Module):
         """The architecture's, where sparse codes can be faster."""
         return None if prefers_dense(like) else self.architecture.dictionary()
 
-    def _reconstruction_loss(self, reconstruction: Tensor, x: Tensor) -> dict[str, Tensor]:
-        loss = relative_error(reconstruction, x)
+    def _reconstruction_loss(self, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        loss = relative_error(reconstruction, target)
         return {"reconstruction": self.reconstruction_weight * loss}
 
     def _check(self, x: Tensor) -> None:
@@ -388,10 +417,15 @@ class SAE(nn.Module):
         self.activation.world_size = size
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set what starts from data: once, before the first step, with images [N, T, d]."""
-        self._check(x)
-        self.architecture.initialize(x / self.input_scale(x))
+    def initialize(self, tokens: Tensor, *, target: Tensor | None = None) -> None:
+        """Set what starts from data: once, before the first step, with images [N, T, d].
+
+        Args:
+            target: what is to be reconstructed of them, [N, T, d]; None: they themselves.
+        """
+        self._check(tokens)
+        target = tokens if target is None else target
+        self.architecture.initialize(target / self.input_scale(tokens))
 
     def after_backward(self) -> None:
         """After each backward pass, before clipping and the optimizer's step."""
@@ -401,7 +435,7 @@ class SAE(nn.Module):
     def estimate_statistics(self, x: Tensor) -> None:
         """What a training learns without a step, such as BatchTopK's threshold, from tokens
         [N, T, d]. In training mode afterwards."""
-        self.train()(x)
+        self.train()._train_forward(x, x, None)
 
     @torch.no_grad()
     def after_step(self) -> None:
