@@ -25,17 +25,22 @@ def batch_of(codes: Tensor, first: int = 0, sae: Any = None, **given: Any) -> Ba
     """Images with codes [B, T, M] (or [B, M]: of one token each), at positions from `first` on.
 
     Args:
-        sae: whose floors there are; None: none.
+        sae: whose untrained twin there is; None: one that is never active.
         given: tokens [B, T, d] or [B, d], labels, embeddings, ...
     """
     codes = codes[:, None] if codes.ndim == 2 else codes
     tokens = given.pop("tokens", torch.zeros(len(codes), 1))
     tokens = tokens[:, None] if tokens.ndim == 2 else tokens
     tokens = tokens.expand(-1, codes.shape[1], -1)
-    floors = {}
-    if sae is not None:
-        floors = {"random": RandomDirections(tokens), "untrained": untrained(sae, tokens)}
-    images = SimpleNamespace(stream=SimpleNamespace(dataset=None, floors=lambda of: floors))
+    m = codes.shape[-1]
+    silent: Any = SimpleNamespace(
+        encode_sparse=lambda x: SparseCodes.from_dense(x.new_zeros(*x.shape[:-1], m))
+    )
+    twin = silent if sae is None else untrained(sae, tokens)
+    floors = {"random": RandomDirections(tokens), "untrained": twin}
+    once: Any = lambda key, make: make()  # noqa: E731
+    stream = SimpleNamespace(dataset=None, floors=lambda of: floors, once=once)
+    images = SimpleNamespace(stream=stream, once=once)
     batch = Batch(images, sizes(codes.shape[-1]), slice(None))
     at = torch.arange(first, first + len(codes))
     known = {"codes": codes, "sparse": SparseCodes.from_dense(codes), "indices": at}

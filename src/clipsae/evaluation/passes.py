@@ -68,9 +68,7 @@ class Stream:
     batch_size: int = 32
     num_workers: int = 0
     seed: int = 0
-    _floors: dict[SAE, dict[str, "RandomDirections | SAE"]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def run(
         self,
@@ -113,15 +111,19 @@ class Stream:
         ]
         return torch.cat(parts).float()
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """make(), whose result all SAEs of the pass share, kept by its key."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
     def floors(self, sae: SAE) -> dict[str, RandomDirections | SAE]:
-        """What an SAE is compared with, made once: "random" directions, and an "untrained" SAE of
-        the same config."""
-        if sae not in self._floors:
-            self._floors[sae] = {
-                "random": RandomDirections(self.some_tokens, self.seed),
-                "untrained": untrained(sae, self.some_tokens, self.seed),
-            }
-        return self._floors[sae]
+        """What an SAE is compared with: "random" directions, the same for all, and an "untrained"
+        SAE of the same config."""
+        return {
+            "random": self.once("random", lambda: RandomDirections(self.some_tokens, self.seed)),
+            "untrained": self.once(sae, lambda: untrained(sae, self.some_tokens, self.seed)),
+        }
 
     @property
     def embed_dim(self) -> int:
@@ -148,9 +150,16 @@ class Images:
         self.pixels = pixels
         self.labels = labels
         self.indices = indices
+        self._known: dict[Any, Any] = {}
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """make(), whose result all SAEs share, kept by its key while the batch is there."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     @cached_property
     def tokens(self) -> Tensor:

@@ -152,7 +152,7 @@ def test_floors_and_ceiling(merged):
 
 @torch.no_grad()
 def test_dense_floors_are_of_a_part_of_the_patches(monkeypatch, caplog):
-    monkeypatch.setattr("clipsae.evaluation.metrics.localization._ENTRIES", 12_000)
+    monkeypatch.setattr("clipsae.evaluation.metrics.localization._REFERENCE", 12_000)
     monkeypatch.setattr("clipsae.evaluation.metrics.localization._ROWS", 8)
     sae = SAE(24, 40, "linear", "relu").eval()
     x = torch.randn(20, 9, 24, generator=torch.Generator().manual_seed(0))

@@ -148,15 +148,21 @@ class SpatialCoherence(Measurement):
         if not len(rows):
             return
         patches = prod(self.options.grid)
-        self._add("", batch.patch_codes(rows, patches))
+        grid = self.options.grid
+        self._add("", *morans_i(batch.patch_codes(rows, patches), grid))
         some = rows[numbers % self.every == 0]
-        if len(some):
-            x = batch.tokens[some, -patches:].float()
-            for of, model in batch.floors.items():
-                self._add(f"_{of}", model.encode_sparse(x))
+        if not len(some):
+            return
+        x = batch.tokens[some, -patches:].float()
+        random, twin = (batch.floors[of] for of in ("random", "untrained"))
+        of_random = batch.images.once(  # the same for all SAEs
+            ("coherence", batch.rows.start, batch.rows.stop),
+            lambda: morans_i(random.encode_sparse(x), grid),
+        )
+        self._add("_random", *of_random)
+        self._add("_untrained", *morans_i(twin.encode_sparse(x), grid))
 
-    def _add(self, of: str, codes: SparseCodes) -> None:
-        scores, counts = morans_i(codes, self.options.grid)
+    def _add(self, of: str, scores: Tensor, counts: Tensor) -> None:
         total, counted = getattr(self, f"total{of}"), getattr(self, f"counted{of}")
         total += torch.where(counts, scores, 0).sum(dim=0)
         counted += counts.sum(dim=0)

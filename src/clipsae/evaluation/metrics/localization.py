@@ -9,7 +9,9 @@ N patches, M latents, m latents of a block, V concepts.
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,11 @@ log = logging.getLogger(__name__)
 
 _ROWS = 1024  # patches that are encoded at a time
 _BLOCK_ELEMENTS = 2**22  # of float64 arrays [entries, V]: 34 MB
+_REFERENCE = 2**23  # codes of what an SAE is compared with
 _ENTRIES = 2**24  # codes that are not zero: 0.2 GB, and ten times that while they are sorted
+
+
+_Thresholds = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def average_precision(codes: SparseCodes, truth: Tensor) -> Tensor:
@@ -42,17 +48,21 @@ def average_precision(codes: SparseCodes, truth: Tensor) -> Tensor:
         float64 [m, V]; the share of positives for a latent that is always the same, NaN for a
         concept that no row has.
     """
-    positives, (latent, _, true, said) = truth.sum(dim=0), _thresholds(codes, truth)
+    return _average_precision(_thresholds(codes, truth), codes.latents, truth)
+
+
+def _average_precision(found: _Thresholds, latents: int, truth: Tensor) -> Tensor:
+    positives, (latent, _, true, said) = truth.sum(dim=0), found
     # What each threshold adds to what the next higher one finds.
     above = torch.zeros_like(true)
     same = latent[1:] == latent[:-1]
     above[:-1][same] = true[1:][same]
-    result = truth.new_zeros(codes.latents, truth.shape[1])
+    result = truth.new_zeros(latents, truth.shape[1])
     result.index_add_(0, latent, (true - above) * true / said[:, None])
     return torch.where(positives > 0, result / positives, torch.nan)
 
 
-def _thresholds(codes: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _thresholds(codes: SparseCodes, truth: Tensor) -> _Thresholds:
     """Each different value of each latent, 0 among them, by latent and ascending: the latent [t],
     the value [t], and with all codes from it up predicted the positives among them [t, V] and how
     many they are [t]."""
@@ -88,10 +98,14 @@ def best_iou(codes: SparseCodes, truth: Tensor) -> tuple[Tensor, Tensor]:
         float64 [m, V]; 0 and infinity for a latent without positive codes, NaN and infinity for a
         concept that no row has.
     """
-    positives, found = truth.sum(dim=0), _thresholds(codes, truth)
+    return _best_iou(_thresholds(codes, truth), codes.latents, truth)
+
+
+def _best_iou(found: _Thresholds, latents: int, truth: Tensor) -> tuple[Tensor, Tensor]:
+    positives = truth.sum(dim=0)
     latent, value, true, said = (part[found[1] > 0] for part in found)
     iou = true / (said[:, None] + positives - true)
-    shape = codes.latents, truth.shape[1]
+    shape = latents, truth.shape[1]
     best = truth.new_zeros(shape)
     to = latent[:, None].expand_as(iou)
     best.scatter_reduce_(0, to, iou, "amax")
@@ -127,12 +141,14 @@ def localize(codes: SparseCodes, truth: Tensor, choosing: Tensor) -> dict[str, T
     room = max(1, _BLOCK_ELEMENTS // max(truth.shape[1], 1))
     parts = []
     for _, block in latent_blocks(codes[choosing], pairs=room, latents=room):
-        parts.append((average_precision(block, here), *best_iou(block, here)))
+        found, m = _thresholds(block, here), block.latents
+        parts.append((_average_precision(found, m, here), *_best_iou(found, m, here)))
     chosen = dict(
         zip(("ap", "iou", "iou_threshold"), map(torch.cat, zip(*parts, strict=True)), strict=True)
     )
     defined = here.any(dim=0) & there.any(dim=0)
-    scored, found = codes[~choosing], {"base": torch.where(defined, there.mean(dim=0), torch.nan)}
+    scored = codes[~choosing]
+    of_concepts = {"base": torch.where(defined, there.mean(dim=0), torch.nan)}
     columns = torch.arange(truth.shape[1], device=truth.device)
     for name in ("ap", "iou"):
         latent = top_latents(chosen[name].nan_to_num(nan=-torch.inf).T.contiguous(), 1)[:, 0]
@@ -150,10 +166,10 @@ def localize(codes: SparseCodes, truth: Tensor, choosing: Tensor) -> dict[str, T
             said = own.double() >= threshold
             both = (said & there.bool()).sum(dim=0).double()
             value = both / (said | there.bool()).sum(dim=0)
-            found["iou_threshold"] = torch.where(defined, threshold, torch.nan)
-        found[name] = torch.where(defined, value, torch.nan)
-        found[f"{name}_latent"] = torch.where(defined, latent, -1)
-    return found
+            of_concepts["iou_threshold"] = torch.where(defined, threshold, torch.nan)
+        of_concepts[name] = torch.where(defined, value, torch.nan)
+        of_concepts[f"{name}_latent"] = torch.where(defined, latent, -1)
+    return of_concepts
 
 
 _number = partial(Number, table="probing")
@@ -204,6 +220,7 @@ class Localization(Measurement):
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
         self._floors: dict[str, RandomDirections | SAE] = {}
+        self._once: Callable[[Any, Callable[[], Any]], Any] = lambda key, make: make()
         self.draw = Draw(options.images, 1, options.sample_images, options.seed)
         shuffled = torch.Generator().manual_seed(options.seed)
         self.choosing = torch.randperm(len(self.draw.drawn), generator=shuffled) % 2 == 0
@@ -228,7 +245,7 @@ class Localization(Measurement):
         rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
-        self._floors = batch.floors
+        self._floors, self._once = batch.floors, batch.images.stream.once
         truth = batch.patch_truth[rows]
         patches = truth.shape[1]
         codes = batch.patch_codes(rows, patches).view(-1, self.latents)
@@ -275,29 +292,42 @@ class Localization(Measurement):
         beside, _ = self.tokens.compute()
         truth, half, x = beside.split([len(self.options.concepts), 1, self.d], dim=1)
         truth, half = truth > 0, half[:, 0] > 0
-        # A part of them, where codes are mostly not zero, is of patches all over the images.
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.options.seed))
-        others = {}
-        for of, model in self._floors.items():
-            parts, pairs = [], 0
-            for rows in order.to(x.device).split(_ROWS):
-                parts.append(model.encode_sparse(x[rows]))
-                pairs += len(parts[-1].values)
-                if pairs > _ENTRIES:
-                    break
-            codes = SparseCodes.stack(parts)
-            if len(codes) < len(x):
-                log.info(
-                    "localization's %s codes are those of %s of %s patches: most are not zero",
-                    of,
-                    f"{len(codes):,}",
-                    f"{len(x):,}",
-                )
-            read = order[: len(codes)].to(x.device)
-            others[of] = localize(codes, truth[read], half[read])
-        weights = least_squares(x[half], truth[half])
-        scores = x.double() @ weights[:-1] + weights[-1]
-        if len(scores):
-            scores = scores - scores.amin(dim=0) + 1  # `localize` takes thresholds above 0
-        others["probe"] = localize(SparseCodes.from_dense(scores), truth, half)
+        # Of the same patches it is the same for all SAEs.
+        same = int(self.tokens.halvings)
+
+        def probe() -> dict[str, Tensor]:
+            weights = least_squares(x[half], truth[half])
+            scores = x.double() @ weights[:-1] + weights[-1]
+            if len(scores):
+                scores = scores - scores.amin(dim=0) + 1  # `localize` takes thresholds above 0
+            return localize(SparseCodes.from_dense(scores), truth, half)
+
+        others = {"probe": self._once(("localization", "probe", same), probe)}
+        if self._floors:
+            others["random"] = self._once(
+                ("localization", "random", same), lambda: self._floor("random", x, truth, half)
+            )
+            others["untrained"] = self._floor("untrained", x, truth, half)
         return others
+
+    def _floor(self, of: str, x: Tensor, truth: Tensor, half: Tensor) -> dict[str, Tensor]:
+        """`localize` of a floor's codes; of a part of the patches, drawn from all of them, where
+        most codes are not zero."""
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.options.seed))
+        order = order.to(x.device)
+        parts, pairs = [], 0
+        for rows in order.split(_ROWS):
+            parts.append(self._floors[of].encode_sparse(x[rows]))
+            pairs += len(parts[-1].values)
+            if pairs > _REFERENCE:
+                break
+        codes = SparseCodes.stack(parts)
+        if len(codes) < len(x):
+            log.info(
+                "localization's %s codes are those of %s of %s patches: most are not zero",
+                of,
+                f"{len(codes):,}",
+                f"{len(x):,}",
+            )
+        read = order[: len(codes)]
+        return localize(codes, truth[read], half[read])

@@ -17,7 +17,7 @@ N rows (patches, objects or images), M latents, V concepts, d width.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,7 +141,7 @@ _ENTRIES = 2**24
 # Tokens and truth, float32: 0.13 GB.
 _NUMBERS = 2**25
 # What the SAE is compared with has fewer of the many patches of background, and where codes are
-# mostly not zero, of the first images only, until it has so many.
+# mostly not zero, only those of the first images, until there are so many.
 _BACKGROUND, _REFERENCE = 1 / 8, 2**23
 _IMAGES = 16  # that are pooled at a time
 
@@ -195,9 +195,7 @@ class _Level:
     row: Tensor
 
 
-def _levels(
-    beside: Tensor, tokens: int, d: int, background: float = 1.0
-) -> tuple[Tensor, dict[str, _Level]]:
+def _levels(beside: Tensor, tokens: int, d: int) -> tuple[Tensor, dict[str, _Level]]:
     """The sampled images at all levels.
 
     Every second image chooses. (The sample is in the order of a draw, not of the dataset, whose
@@ -207,7 +205,6 @@ def _levels(
         beside: of n images, [n, T (d + V + 1) + W]: their tokens, each token's concepts and object,
             and the image's concepts.
         tokens, d: T, d.
-        background: share of the patches without an object that are rows, drawn.
 
     Returns:
         Tokens [n, T, d], and the levels by name.
@@ -220,9 +217,7 @@ def _levels(
     image = torch.arange(n, device=beside.device)
     of_token = image.repeat_interleave(tokens)
     shown = slot >= 0
-    draw = torch.rand(n * tokens, generator=torch.Generator().manual_seed(0)).to(slot.device)
     patch = truth.any(dim=1)  # the class token has no attributes
-    patch &= shown | (draw < background)
     cells = of_token * (int(slot.max()) + 1) + slot if n else slot
     found, place = cells[shown].unique(return_inverse=True)
     first = place.new_zeros(len(found)).scatter_(0, place, shown.nonzero()[:, 0])  # any: all agree
@@ -240,6 +235,17 @@ def _levels(
         name: _Level(names[name], truth, image % 2 == 0, row)
         for name, (truth, image, row) in rows.items()
     }
+
+
+def _less_background(patches: _Level, objects: _Level) -> _Level:
+    """The patches, without most of those that show no object."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(len(patches.row), generator=generator).to(patches.row.device) < _BACKGROUND
+    kept = (drawn | (objects.row >= 0))[patches.row >= 0]
+    place = torch.where(kept, kept.cumsum(0) - 1, -1)
+    row = patches.row.clone()
+    row[row >= 0] = place
+    return _Level(patches.names, patches.truth[kept], patches.choosing[kept], row)
 
 
 def _by_level(
@@ -296,6 +302,7 @@ class ConceptRecovery(Measurement):
         super().__init__(sae, options)
         self._sae = (sae,)  # in a tuple it is no part of this module
         self._floors: dict[str, RandomDirections | SAE] = {}
+        self._once: Callable[[Any, Callable[[], Any]], Any] = lambda key, make: make()
         self.draw = Draw(options.images, 1, options.sample_images, options.seed)
         order = torch.Generator().manual_seed(options.seed)
         self.order = torch.randperm(len(self.draw.drawn), generator=order)
@@ -313,7 +320,7 @@ class ConceptRecovery(Measurement):
         rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
-        self._floors = batch.floors
+        self._floors, self._once = batch.floors, batch.images.stream.once
         x = batch.tokens[rows].float()
         n, tokens = x.shape[:2]
         patches = batch.patch_objects.shape[1]  # the last tokens
@@ -338,16 +345,26 @@ class ConceptRecovery(Measurement):
         flat = x.flatten(0, 1)
         parts = (codes[i : i + _IMAGES] for i in range(0, len(x), _IMAGES))
         found = self._compare(parts, levels)
-        probes = {level: self._probe(level, x, rows) for level, rows in levels.items()}
+        # Of the same images it is the same for all SAEs.
+        same = int(self.sample.halvings)
+        probes = self._once(
+            ("recovery", "probe", same),
+            lambda: {level: self._probe(level, x, rows) for level, rows in levels.items()},
+        )
         tokenwise = codes.view(-1, self.latents)
         found["patch"] |= self._absorption(
             tokenwise, flat, levels["patch"], found["patch"], probes["patch"]
         )
         others = {"probe": probes}
-        _, fewer = _levels(beside, tokens, self.d, _BACKGROUND)
-        for of, model in self._floors.items():
-            parts = (model.encode_sparse(part) for part in x.split(_IMAGES))
-            others[of] = self._compare(parts, fewer, of)
+        fewer = {**levels, "patch": _less_background(levels["patch"], levels["object"])}
+
+        def compare(of: str) -> dict[str, dict[str, Tensor]]:
+            parts = (self._floors[of].encode_sparse(part) for part in x.split(_IMAGES))
+            return self._compare(parts, fewer, of)
+
+        if self._floors:
+            others["random"] = self._once(("recovery", "random", same), lambda: compare("random"))
+            others["untrained"] = compare("untrained")
 
         values: dict[str, Tensor] = {}
         self.concepts = []
