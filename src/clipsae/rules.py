@@ -107,6 +107,7 @@ PRECISIONS = {
     "bf16": ("bf16-mixed", "bf16-mixed"),
 }
 TOKENS = one_of("all", "patches", "cls")  # of an image, that an SAE is of
+NORM_RATIO = or_null(number(least=1))  # above which a token's norm, in medians, leaves it out
 CLIP = {  # of `FrozenCLIP.load` and conf/clip
     "name": TEXT,
     "pretrained": or_null(TEXT),
@@ -130,14 +131,17 @@ def near(word: Any, names: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def check_layer(name: str, layer: int, blocks: int) -> None:
+def check_layer(name: str, layer: int, blocks: int, option: str = "clip.layer") -> None:
     """Refuse a block that the model does not have.
+
+    Args:
+        option: whose value the layer is.
 
     Raises:
         ConfigError: as it says.
     """
     if not -blocks <= layer < blocks:
         raise ConfigError(
-            f"clip.layer={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
+            f"{option}={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
             f"(from the end) or 0..{blocks - 1}"
         )

@@ -202,13 +202,13 @@ class FrozenCLIP(nn.Module):
                 found[layer], before = _at_least_fp32(x), block
         return found
 
-    def at(self, layer: int) -> "FrozenCLIP":
+    def at(self, layer: int, option: str = "clip.layer") -> "FrozenCLIP":
         """The same model cut after another block; the weights are shared.
 
         Raises:
-            ConfigError: a layer out of range.
+            ConfigError: a layer out of range; `option` is what the message calls it.
         """
-        check_layer(self.name, layer, self.blocks)
+        check_layer(self.name, layer, self.blocks, option)
         other = copy(self)
         other.layer = layer - self.blocks if layer >= 0 else layer
         return other
@@ -226,6 +226,14 @@ class FrozenCLIP(nn.Module):
             )
         slices = {"all": slice(None), "patches": slice(self.prefix_tokens, None)}
         return slices.get(tokens, slice(1))
+
+    def with_tokens(self, stream: Tensor, part: Tensor, tokens: str) -> Tensor:
+        """Streams [B, T, d] whose `token_slice(tokens)` is replaced by `part` [B, T', d]."""
+        if part.shape == stream.shape:
+            return part
+        replaced = stream.clone()
+        replaced[:, self.token_slice(tokens)] = part
+        return replaced
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":  # whatever the caller has chosen

@@ -45,7 +45,7 @@ class FeatureDataModule(LightningDataModule):
         tokens: which of an image's, see `FrozenCLIP.token_slice`.
         layers: after which blocks, counted from the end; of several each stream is what it is
             alone, and the prefix is computed once. None: `clip.layer` alone.
-        target_layer: the block after which "target" is read; None: there is none.
+        target_layer: the block after which "target" is read, as `clip.layer`; None: there is none.
         needs: what the SAEs need beside tokens, see `SAE.needs`. "embeddings" are CLIP's own of the
             images, of unit length: the tail of their tokens.
 
@@ -89,9 +89,10 @@ class FeatureDataModule(LightningDataModule):
         self.reading = {"block_images": block_images, "buffer_images": buffer_images}
         self.token_slice = clip.token_slice(tokens)
         self.layers = [clip.layer] if layers is None else sorted(layers)
-        self.target_layer = target_layer
+        self.target_layer = None if target_layer is None else clip.at(target_layer).layer
         self.embeds = "embeddings" in needs
-        self.read_layers = sorted({*self.layers, *([] if target_layer is None else [target_layer])})
+        others = [] if self.target_layer is None else [self.target_layer]
+        self.read_layers = sorted({*self.layers, *others})
         self._cut = {layer: clip.at(layer) for layer in self.read_layers}
         self._train_loader: ResumableLoader | None = None
         self._loader()  # refuses invalid sizes

@@ -168,8 +168,14 @@ class Plain:
 
         Raises:
             ValueError: an activation that is none of these, such as sparsemax; an architecture of a
-                plugin.
+                plugin; an SAE that leaves out tokens or reconstructs other ones.
         """
+        for name in ("max_norm_ratio", "target_layer"):
+            if sae.config[name] is not None:
+                raise ValueError(
+                    f"{name}={sae.config[name]} cannot be written for {target}, which has no such "
+                    "option: expected an SAE that reconstructs every token that it reads"
+                )
         rule, architecture = sae.config["activation"], sae.config["architecture"]
         theta = None
         if rule not in RULES:
@@ -189,7 +195,7 @@ class Plain:
             )
         theta = state.get("theta", theta)
         tau = state.get("inference_threshold")
-        return cls(
+        plain = cls(
             rule,
             W_enc,
             W_dec,
@@ -201,6 +207,7 @@ class Plain:
             **{name: state.get(name) for name in GATE},
             normalize=sae.normalize_input,
         )
+        return plain if sae.config.get("subtract_bias", True) else plain.shift_input(1)
 
 
 @torch.no_grad()

@@ -25,11 +25,14 @@ class SAEOutput:
         reconstruction: [..., d], in the units of what is reconstructed.
         encoded: the codes [..., M], dense or, in training where few are active, sparse.
         losses: named terms, scalars, already weighted. In eval mode the reconstruction only.
+        kept: BoolTensor [...], the tokens that all this is of; the others have no codes, and are
+            their own reconstruction. None: all.
     """
 
     reconstruction: Tensor
     encoded: Tensor | SparseCodes
     losses: dict[str, Tensor]
+    kept: Tensor | None = None
 
     @property
     def codes(self) -> Tensor:

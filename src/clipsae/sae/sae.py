@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipsae import rules
 from clipsae.sae.base import Activation, Architecture, LossInputs, SAEOutput
-from clipsae.sae.checks import boolean, near, not_negative, one_of, whole
+from clipsae.sae.checks import boolean, near, not_negative, one_of, require, whole
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32, row_parts
 from clipsae.sae.engine import backend
@@ -65,6 +66,16 @@ class SAE(nn.Module):
             (`Architecture.matrices`), not the biases and thresholds. "soft_decoder": after each
             step every decoder row is projected onto the cone of rows with a cosine of at least
             `LEAST_COSINE` with where it began (`start_rows`, saved with the weights).
+        tokens: which of an image's the SAE is of, "all", "patches" or "cls": a record, by which
+            others choose what they give it.
+        max_norm_ratio: tokens whose norm is above this many times the median norm of the images
+            that it is initialised from (registers, arXiv 2309.16588) are left out: they have no
+            codes, no loss, and are their own reconstruction. The limit is `norm_limit`, saved with
+            the weights. None: none are.
+        target_layer: the block after which the tokens are that it reconstructs (a transcoder,
+            arXiv 2406.11944), counted as `clip.layer` is: a record, as `tokens`. `forward` is then
+            given them, and losses, biases and AuxK's residual are of them. Architectures whose
+            encoder subtracts the decoder's bias must not do so. None: what it reads.
         options: those of the chosen architecture and activation; see their classes.
 
     Raises:
@@ -87,6 +98,9 @@ class SAE(nn.Module):
         auxk_k: int | None = None,
         dead_after: int = 10_000_000,
         freeze: str | None = None,
+        tokens: str = "all",
+        max_norm_ratio: float | None = None,
+        target_layer: int | None = None,
         **options: Any,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "options", "__class__")}
@@ -99,6 +113,9 @@ class SAE(nn.Module):
         boolean("normalize_input", normalize_input)
         not_negative("reconstruction_weight", reconstruction_weight)
         not_negative("auxk", auxk)
+        require("tokens", tokens, rules.TOKENS)
+        require("max_norm_ratio", max_norm_ratio, rules.NORM_RATIO)
+        require("target_layer", target_layer, rules.or_null(rules.whole()))
         if auxk_k is not None and not auxk:
             raise ValueError(f"auxk_k={auxk_k} does nothing while auxk is 0: set both or neither")
         if auxk and not ACTIVATIONS[activation].supports_auxk:
@@ -108,6 +125,11 @@ class SAE(nn.Module):
                 "dead_fraction"
             )
         architecture_options, activation_options = _part_options(architecture, activation, options)
+        if target_layer is not None and architecture_options.get("subtract_bias"):
+            raise ValueError(
+                f"target_layer={target_layer}: the decoder's bias is of other tokens than those "
+                "that are encoded: set subtract_bias=false"
+            )
         self.d = d
         self.latents = latents
         self.normalize_input = normalize_input
@@ -121,6 +143,10 @@ class SAE(nn.Module):
         )
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
         self.config = given | architecture_options | activation_options
+        self.norm_limit: nn.Parameter | None = None
+        if max_norm_ratio is not None:
+            # A parameter, as buffers are copied and averaged in each step.
+            self.norm_limit = nn.Parameter(torch.tensor(torch.inf), requires_grad=False)
         self.start_rows: nn.Parameter | None = None
         if freeze is not None:
             self._freeze(freeze)
@@ -155,6 +181,13 @@ class SAE(nn.Module):
         norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
         return torch.where(norm > 0, norm, 1).to(x.dtype)
 
+    def kept(self, x: Tensor) -> Tensor | None:
+        """Which of the tokens [..., d] have codes, BoolTensor [...]; None: all (see
+        `max_norm_ratio`)."""
+        if self.norm_limit is None:
+            return None
+        return torch.linalg.vector_norm(at_least_float32(x), dim=-1) <= self.norm_limit
+
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """Tokens [..., d] -> scores [..., M], before the activation.
 
@@ -176,12 +209,20 @@ class SAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [..., d] -> codes [..., M], as in evaluation."""
         scores = self.scores(x)
-        return self.apply_threshold(scores, self.threshold(scores))
+        codes = self.apply_threshold(scores, self.threshold(scores))
+        kept = self.kept(x)
+        return codes if kept is None else codes * kept[..., None]
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """`encode` without gradients and zeros, positions ascending. Where few latents are active,
         only a few tokens' scores are in memory together."""
+        codes, kept = self._encode_sparse(x), self.kept(x)
+        if kept is None:
+            return codes
+        return codes.with_values(codes.values * kept.flatten()[codes.token.long()]).nonzero()
+
+    def _encode_sparse(self, x: Tensor) -> SparseCodes:
         self._check(x)
         shape = (*x.shape[:-1], self.latents)
         dictionary = self._dictionary(x)
@@ -229,7 +270,7 @@ class SAE(nn.Module):
     @property
     def needs(self) -> set[str]:
         """What a training batch must have beside its tokens: keywords of `forward`."""
-        return set()
+        return set() if self.config["target_layer"] is None else {"target"}
 
     def forward(
         self, tokens: Tensor, *, target: Tensor | None = None, embeddings: Tensor | None = None
@@ -256,10 +297,15 @@ class SAE(nn.Module):
         if self.training:
             return self._train_forward(tokens, target, embeddings)
         scale = self.input_scale(tokens)
-        scores = self.architecture.scores(tokens / scale)
-        codes = self.apply_threshold(scores, self.threshold(scores))
+        codes = self.encode(tokens)
         reconstruction = self.decode(codes, scale)
-        return SAEOutput(reconstruction, codes, self._reconstruction_loss(reconstruction, target))
+        kept = self.kept(tokens)
+        if kept is None:
+            losses = self._reconstruction_loss(reconstruction, target)
+        else:
+            losses = self._reconstruction_loss(reconstruction[kept], target[kept])
+            reconstruction = torch.where(kept[..., None], reconstruction, target)
+        return SAEOutput(reconstruction, codes, losses, kept)
 
     def _train_forward(self, batch: Tensor, target: Tensor, embeddings: Tensor | None) -> SAEOutput:
         dictionary = self._dictionary(batch)
@@ -290,6 +336,10 @@ class SAE(nn.Module):
         """What training returns, and whether there were more codes than memory."""
         x = batch.flatten(0, -2)  # gradients of views would not be added up in place
         y = x if target is batch else target.flatten(0, -2)
+        kept = self.kept(batch)
+        if kept is not None:
+            rows = kept.flatten().nonzero()[:, 0]  # (A GPU is waited for.)
+            x, y = x[rows], y[rows]
         scale = self.input_scale(x)
         scores: Tensor | SparseCodes
         if dictionary is None:
@@ -321,10 +371,13 @@ class SAE(nn.Module):
             LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode, y, embeddings)
         )
         reconstruction = decode(codes)
+        losses = self._reconstruction_loss(reconstruction, y) | terms
+        whole, all_codes = reconstruction, codes
+        if kept is not None:
+            whole = target.flatten(0, -2).index_copy(0, rows, reconstruction.to(target.dtype))
+            all_codes = _among(codes, rows, kept.numel())
         out = SAEOutput(
-            reconstruction.view(batch.shape),
-            codes.view(*batch.shape[:-1], self.latents),
-            self._reconstruction_loss(reconstruction, y) | terms,
+            whole.view(batch.shape), all_codes.view(*batch.shape[:-1], self.latents), losses, kept
         )
         self._count_silence(out.fired(), len(x))
         if self.auxk:
@@ -425,7 +478,12 @@ class SAE(nn.Module):
         """
         self._check(tokens)
         target = tokens if target is None else target
-        self.architecture.initialize(target / self.input_scale(tokens))
+        start = target / self.input_scale(tokens)
+        if self.norm_limit is not None:
+            norms = torch.linalg.vector_norm(at_least_float32(tokens), dim=-1)
+            self.norm_limit.copy_(self.config["max_norm_ratio"] * norms.median())
+            start = start[self.kept(tokens)][:, None]  # no longer images: each token by itself
+        self.architecture.initialize(start)
 
     def after_backward(self) -> None:
         """After each backward pass, before clipping and the optimizer's step."""
@@ -520,6 +578,14 @@ def within_cone(rows: Tensor, start: Tensor, cosine: float = LEAST_COSINE) -> Te
     across = nn.functional.normalize(torch.where(tiny, axis, across), dim=-1)
     nearest = norm * nn.functional.normalize(cosine * u + math.sqrt(1 - cosine**2) * across, dim=-1)
     return torch.where((norm > 0) & (along < cosine * norm), nearest.to(rows.dtype), rows)
+
+
+def _among(codes: Tensor | SparseCodes, rows: Tensor, n: int) -> Tensor | SparseCodes:
+    """Codes [n', M] of the tokens `rows` [n'] among n: [n, M], zero elsewhere."""
+    if isinstance(codes, SparseCodes):
+        m = codes.latents
+        return SparseCodes(codes.values, rows[codes.token.long()] * m + codes.latent, (n, m))
+    return codes.new_zeros(n, codes.shape[1]).index_copy(0, rows, codes)
 
 
 def _part_options(

@@ -107,11 +107,13 @@ def as_if_composed(cfg: DictConfig, found: Imported) -> DictConfig:
         "name": options["task"].get("name") or last,
         "latents": found.sae.latents,
         "k": found.sae.config.get("k"),
+        "target_layer": found.sae.config["target_layer"],
         "imported": {"from": found.format, "reads": found.reads, "config": found.sae.config},
     }
     threshold = options["task"].get("count_threshold", COUNT_THRESHOLD)
     options["evaluation"]["count_threshold"] = threshold
     options["train_dataset"] = {"name": "elsewhere"}
+    options["features"] |= {name: found.sae.config[name] for name in build.TOKEN_KEYS}
     del options["optimizer"]
     options["seed"] = 0  # of a training that was not ours
     return OmegaConf.create(options, flags={"struct": True})

@@ -23,8 +23,10 @@ from clipsae.rules import (
     CLIP,
     FLAG,
     NAME,
+    NORM_RATIO,
     PRECISIONS,
     TEXT,
+    TOKENS,
     Rule,
     check_layer,
     either,
@@ -135,6 +137,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "latents": or_null(whole(1)),  # null: see `_check_fit`
         "initial_images": whole(1),
         "compile": FLAG,
+        "target_layer": or_null(whole()),
         "freeze": or_null(one_of("decoder", "encoder", "soft_decoder")),
         "fit": or_null(one_of(*FITS)),
         "k": either(whole(1), AUTO),
@@ -154,6 +157,8 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "features": {
         "batch_size": whole(1),
         "shuffle_buffer_images": whole(0),
+        "tokens": TOKENS,
+        "max_norm_ratio": NORM_RATIO,
         "num_workers": whole(0),
         "block_images": whole(1),
         "buffer_images": whole(0),

@@ -3,6 +3,8 @@
 B images, T tokens of an image, d width, C classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -38,7 +40,7 @@ class Predictions(Callback):
         self.images = images
         self.labels = labels
         self.classifier = classifier
-        self.tokens: Tensor | None = None
+        self.streams: dict[int, Tensor] = {}  # by the layer that they are read at
         self.own: Tensor | None = None  # CLIP's logits [B, C]
 
     @torch.no_grad()
@@ -50,27 +52,34 @@ class Predictions(Callback):
     def _log(self, member: SAEModule) -> None:
         if member.run is None:
             return
-        through = torch.cat(
-            [
-                self.clip.logits(member.sae(part).reconstruction, self.classifier)
-                for part in self.tokens.split(_AT_ONCE)
-            ]
-        )
-        found = compare(self.own, through, self.labels)
+        clip = self.clip if member.layer is None else self.clip.at(member.layer)
+        config = member.sae.config
+        target = clip if config["target_layer"] is None else clip.at(config["target_layer"])
+        read, written = (self._streams(one) for one in (clip, target))
+        if self.own is None:
+            self.own = torch.cat([target.logits(part, self.classifier) for part in written])
+        through = []
+        for part, around in zip(read, written, strict=True):
+            chosen = clip.token_slice(config["tokens"])
+            more = {} if target is clip else {"target": around[:, chosen]}
+            found = member.sae(part[:, chosen], **more).reconstruction
+            stream = clip.with_tokens(around, found, config["tokens"])
+            through.append(target.logits(stream, self.classifier))
+        compared = compare(self.own, torch.cat(through), self.labels)
         # Not by `record`: what the training keeps of itself must not depend on these images.
-        values = {f"val/{name}": float(value) for name, value in found.items()}
+        values = {f"val/{name}": float(value) for name, value in compared.items()}
         member.run.log_metrics(values, step=member.step)
 
+    def _streams(self, clip: FrozenCLIP) -> Sequence[Tensor]:
+        """The images' tokens [b, T, d] at the layer of a CLIP, in parts."""
+        if clip.layer not in self.streams:
+            parts = [clip.prefix(clip.normalize(part)) for part in self.images.split(_AT_ONCE)]
+            self.streams[clip.layer] = torch.cat(parts)
+        return self.streams[clip.layer].split(_AT_ONCE)
+
     def _prepare(self, device: torch.device) -> None:
-        if self.tokens is not None:
-            return
         self.clip.to(device)
         self.classifier, self.labels = self.classifier.to(device), self.labels.to(device)
-        parts = [
-            self.clip.prefix(self.clip.normalize(part)) for part in self.images.split(_AT_ONCE)
-        ]
-        self.tokens = torch.cat(parts)
-        self.own = torch.cat([self.clip.logits(part, self.classifier) for part in parts])
 
 
 def compare(own: Tensor, through: Tensor, labels: Tensor) -> dict[str, Tensor]:

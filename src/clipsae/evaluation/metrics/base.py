@@ -37,6 +37,7 @@ METRICS = Registry("metric")
 # there on demand, but cost memory.
 NEEDS = {
     "embeddings": "an image_encoder, such as 'open_clip:ViT-B-32/openai'",
+    "patches": "tokens that are patches: an SAE of the class token alone has none",
     "truth": "a dataset with ground truth, such as the built-in scenes",
     "patch_truth": "a dataset that knows what patches show, such as the scenes or one with masks",
     "predictions": "a classifier, the embeddings of the class names",

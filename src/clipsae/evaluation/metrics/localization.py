@@ -215,7 +215,7 @@ class Localization(Measurement):
             for of, said in {**REFERENCES, "probe": "linear probes of the concepts"}.items()
         ),
     )
-    needs = ("patch_truth",)
+    needs = ("patch_truth", "patches")
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)

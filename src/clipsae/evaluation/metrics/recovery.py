@@ -296,7 +296,7 @@ class ConceptRecovery(Measurement):
     """
 
     numbers = NUMBERS
-    needs = ("truth",)
+    needs = ("truth", "patches")
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)

@@ -179,6 +179,7 @@ class Support(Measurement):
     """
 
     numbers = NUMBERS
+    needs = ("patches",)
     rows: list[Tensor]
     patches: list[Tensor]
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.passes import in_eval_mode, pool_codes
+from clipsae.evaluation.passes import covered, in_eval_mode, pool_codes, whole_codes
 from clipsae.evaluation.ranking import top_latents
+from clipsae.sae import SAE
 from clipsae.visualization.page.interventions import (
     Interventions,
     Reasons,
@@ -74,7 +75,7 @@ class Effects:
 @torch.no_grad()
 def collect_activations(
     clip: FrozenCLIP,
-    sae: nn.Module,
+    sae: SAE,
     dataset: Any,
     classifier: Tensor | None,
     references: References,
@@ -138,7 +139,7 @@ def collect_activations(
             for stream, logits, index, label in zip(
                 streams, all_logits, at[kept].tolist(), labels[kept].tolist(), strict=True
             ):
-                codes = sae.encode(stream[None])[0]
+                codes = whole_codes(clip, sae, stream[None])[0]
                 has_page, reasons = index in with_page, None
                 if interventions is not None:
                     latents = torch.tensor(measured_on.get(index, []), dtype=torch.long)
@@ -157,6 +158,9 @@ def collect_activations(
                     by_sae = by_clip
                     if interventions is not None:
                         rebuilt = sae.decode(codes, sae.input_scale(stream))
+                        there = covered(clip, sae, stream[None])
+                        if there is not None:
+                            rebuilt = torch.where(there[0, :, None], rebuilt, stream)
                         by_clip = likely(logits)
                         by_sae = likely(clip.logits(rebuilt[None], interventions.classifier)[0])
                     strongest = _strongest(codes)
