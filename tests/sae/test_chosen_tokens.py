@@ -34,13 +34,13 @@ def limited(recipe: str, batch: torch.Tensor, **options) -> tuple[SAE, SAE]:
     return sae, plain
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("variant", RECIPES)
 @pytest.mark.parametrize("dense", [True, False])
-def test_a_training_is_that_of_the_others_alone(recipe, dense, batch, monkeypatch):
+def test_a_training_is_that_of_the_others_alone(variant, dense, batch, monkeypatch):
     if dense:
         monkeypatch.setattr("clipsae.sae.sae.prefers_dense", lambda like: True)
-    auxk = {} if recipe in ("relu", "attention_relu", "gated") else {"auxk": 0.1}
-    sae, plain = limited(recipe, batch, **auxk)
+    auxk = {} if variant in ("relu", "attention_relu", "gated") else {"auxk": 0.1}
+    sae, plain = limited(variant, batch, **auxk)
     for one in (sae, plain):
         one.tokens_since_fired[:5] = 10**8
     kept = batch.norm(dim=-1) < 2
@@ -62,10 +62,10 @@ def test_a_training_is_that_of_the_others_alone(recipe, dense, batch, monkeypatc
     assert torch.equal(sae.tokens_since_fired, plain.tokens_since_fired)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("variant", RECIPES)
 @torch.no_grad()
-def test_in_evaluation_they_have_no_codes_and_pass(recipe, batch, tmp_path):
-    sae, plain = limited(recipe, batch)
+def test_in_evaluation_they_have_no_codes_and_pass(variant, batch, tmp_path):
+    sae, plain = limited(variant, batch)
     sae(batch)  # BatchTopK's threshold
     plain.load_state_dict({k: v for k, v in sae.state_dict().items() if k != "norm_limit"})
     sae.save(tmp_path)
@@ -98,12 +98,12 @@ def test_the_bias_starts_as_the_median_of_those_that_are_left(batch, bias_init):
 # --- transcoders ---
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_transcoder_reconstructs_its_target(recipe):
-    linear = {} if recipe in ("attention_relu", "sparsemax") else {"subtract_bias": False}
-    if recipe == "gated":
+@pytest.mark.parametrize("variant", RECIPES)
+def test_a_transcoder_reconstructs_its_target(variant):
+    linear = {} if variant in ("attention_relu", "sparsemax") else {"subtract_bias": False}
+    if variant == "gated":
         linear["unit_decoder"] = False
-    sae = build(recipe, target_layer=-1, **linear).double()
+    sae = build(variant, target_layer=-1, **linear).double()
     x, y = tokens(4, 5, D, dtype=torch.float64), tokens(4, 5, D, seed=9, dtype=torch.float64)
     sae.initialize(x, target=y)
     out = sae(x, target=y)

@@ -32,7 +32,7 @@ def model_card(sae: SAE, repo_id: str, folder: Path | None = None) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {repo_id.rpartition('/')[2]}",
         _description(sae, config, clip),
-        f"## Use\n\n```python\n{_example(repo_id, clip)}```",
+        f"## Use\n\n```python\n{_example(repo_id, clip, sae)}```",
         *_results(folder),
         f"## Config\n\n```json\n{json.dumps(sae.config, indent=2)}\n```",
     ]
@@ -67,17 +67,30 @@ def _description(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
     return f"{text}."
 
 
-def _example(repo_id: str, clip: dict[str, Any]) -> str:
+def _example(repo_id: str, clip: dict[str, Any], sae: SAE) -> str:
     name = clip.get("name", "ViT-B-16-quickgelu")
     weights, layer = clip.get("pretrained", "openai"), clip.get("layer", -2)
+    of, target = sae.config["tokens"], sae.config["target_layer"]
+    tokens, tail = "clip.prefix(clip.normalize(images))", "clip.tail(reconstruction)"
+    if target is not None:
+        tail = f"clip.at({target}).tail(reconstruction)  # another layer's tokens"
+    lines = [f"tokens = {tokens}  # images: uint8 [B, 3, S, S]"]
+    if of != "all":
+        lines = [
+            f"streams = {tokens}  # images: uint8 [B, 3, S, S]",
+            f"tokens = streams[:, clip.token_slice({of!r})]",
+        ]
+        if target is None:
+            tail = f"clip.tail(clip.with_tokens(streams, reconstruction, {of!r}))"
+    lines += [
+        "codes = sae.encode(tokens)",
+        "reconstruction = sae.decode(codes, sae.input_scale(tokens))",
+        f"embedding = {tail}",
+    ]
     return (
         "from clipsae import FrozenCLIP, load\n\n"
         f"clip = FrozenCLIP.load({name!r}, {weights!r}, layer={layer})\n"
-        f"sae = load({repo_id!r})\n"
-        "tokens = clip.prefix(clip.normalize(images))  # images: uint8 [B, 3, S, S]\n"
-        "codes = sae.encode(tokens)\n"
-        "reconstruction = sae.decode(codes, sae.input_scale(tokens))\n"
-        "embedding = clip.tail(reconstruction)\n"
+        f"sae = load({repo_id!r})\n" + "\n".join(lines) + "\n"
     )
 
 
