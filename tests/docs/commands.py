@@ -16,6 +16,7 @@ from run import ROOT
 SMALL = {
     "model.latents": "64",
     "trainer.max_steps": "2",
+    "optimizer.sparsity_warmup_steps": "0",
     "trainer.val_check_interval": "2",
     "trainer.limit_val_batches": "1",
     "trainer.accelerator": "cpu",

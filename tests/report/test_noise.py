@@ -246,7 +246,7 @@ def test_recovery_has_floor_and_ceiling_of_the_same_result(store, monkeypatch):
     assert [name for name, _ in table.blocks] == ["", BELOW, "Ceiling"]
 
 
-def test_concepts_are_drawn_for_each_level_beside_untrained_and_probe(store):
+def test_concepts_are_drawn_for_each_level_beside_what_is_no_variant(store):
     for model, value in (("relu", 0.95), ("gated", 0.6)):
         concepts = [
             {
@@ -255,7 +255,7 @@ def test_concepts_are_drawn_for_each_level_beside_untrained_and_probe(store):
                 "auroc": value if "colour" in name else 0.5,
                 "f1": 0.5,
             }
-            | {"auroc_untrained": 0.55, "auroc_probe": 0.92}
+            | {"auroc_untrained": 0.55, "auroc_random": 0.91, "auroc_probe": 0.92}
             for level in ("patch", "object")
             for name in ("colour=red", "colour=blue", "shape=ring")
         ]
@@ -268,10 +268,10 @@ def test_concepts_are_drawn_for_each_level_beside_untrained_and_probe(store):
     assert set(drawn) == {"concepts_patch_scenes", "concepts_object_scenes"}
     axes = drawn["concepts_patch_scenes"].axes[0]
     (image,) = axes.get_images()
-    expected = [*[[0.95, 0.6, 0.55, 0.92]] * 2, [0.5, 0.5, 0.55, 0.92]]
+    expected = [*[[0.95, 0.6, 0.55, 0.91, 0.92]] * 2, [0.5, 0.5, 0.55, 0.91, 0.92]]
     assert np.allclose(np.asarray(image.get_array()), expected)
     shown = [label.get_text() for label in axes.get_xticklabels()]
-    assert shown == ["ReLU", "Gated", "untrained", "probe"]
+    assert shown == ["ReLU", "Gated", "untrained", "random", "probe"]
 
 
 # --- rankings ---

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from clipsae.report.questions import QUESTIONS, Result, ask, read, write_page
+from clipsae.report.questions import QUESTIONS, Result, ask, read, trust, write_page
 from clipsae.report.questions import statistics as ours
 from clipsae.report.questions.evidence import recipe_title
 from clipsae.report.questions.page import PAGE
@@ -54,7 +55,22 @@ def test_what_is_not_known_has_no_interval():
     assert ours.difference([2.0, 2.0], [1.0, 1.0]).sign == 1  # neither varies
     assert ours.difference([1.0, 1.0], [1.0, 1.0]).sign == 0
     assert math.isnan(ours.correlation([1, 1, 1, 1], [1, 2, 3, 4]).value)
-    assert ours.mean_correlation([1.0, 1.0]).value == pytest.approx(1, abs=1e-5)
+
+
+def test_the_mean_of_correlations_of_one_whose_z_is_infinite():
+    nan = math.nan
+    for r in (1.0, -1.0):
+        assert ours.mean_correlation([r, r, nan]) == ours.Interval(r, r, r, 2)
+        assert ours.mean_correlation([r * (1 + 3e-16)]).value == r  # rounding
+        assert math.isnan(ours.mean_correlation([r]).low)
+    # Of r itself, by scipy; one perfect seed of three does not make the mean perfect.
+    values = [1.0, 0.5, 0.6]
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    found = ours.mean_correlation([*values, nan])
+    assert (found.value, found.low, found.n) == (pytest.approx(0.7), pytest.approx(low), 3)
+    assert high > 1 == found.high
+    assert ours.mean_correlation([1.0, -1.0]) == ours.Interval(0.0, -1.0, 1.0, 2)
+    assert math.isnan(ours.mean_correlation([nan]).value)
 
 
 SUPPORT = {
@@ -102,18 +118,23 @@ class Finished:
         for stage, end in ((sae, at), (folder, at + 1800)):
             mark = {"finished": end, "seconds": 1800, "host": "a", "git_commit": "0123456789abcdef"}
             (stage / "meta.json").write_text(json.dumps(mark))
+        cell = {name: config["model"][name] for name in ("latents", "k")}
+        cell |= {"model": model, "dataset": config["dataset"]["name"], "clip": "tiny", "seed": seed}
         if numbers:
-            rows = [{"metric": key, "value": value} for key, value in numbers.items()]
+            of_images = cell | {"image_encoder": None, "pooling": "mean"}
+            rows = [{**of_images, "metric": key, "value": v} for key, v in numbers.items()]
             pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
         if concepts:
             rows = [
-                {"level": "patch", "concept": concept, "auroc": area, "auroc_probe": 0.95}
+                {"level": "patch", "concept": concept, "auroc": area, "f1": 0.5}
+                | {"auroc_random": 0.55, "auroc_probe": 0.95}
                 for concept, area in concepts.items()
             ]
             pd.DataFrame(rows).to_csv(folder / "concepts.csv", index=False)
         if accuracy:
             rows = [
-                {"setting": "on", "n": n, "latents": latents, "accuracy": value}
+                {**cell, "protocol": "paper", "setting": "on", "n": n, "accuracy": value}
+                | {"images": 100, "classes": 10}
                 for n, value in accuracy.items()
             ]
             pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
@@ -193,6 +214,14 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     assert "colour is recovered best (0.90 by Sparsemax, a probe 0.95)" in said[2]
     assert "shape is recovered worst (0.60 by " in said[2]
     assert re.search(r"With dictionary size, over 9 SAEs, .*concepts found, patch rises", said[2])
+    assert questions[2].tables[0].head == ["", "colour", "shape"]
+    assert questions[2].tables[0].rows[-2:] == [
+        ["random", "0.55", "0.55"],
+        ["probe", *["0.95"] * 2],
+    ]
+    (image,) = questions[2].plots[0].figure.axes[0].get_images()
+    drawn = [*[[0.7, 0.8, 0.9, 0.55, 0.95]] * 2, [0.6, 0.6, 0.6, 0.55, 0.95]]
+    assert np.allclose(np.asarray(image.get_array()), drawn)
     assert {row[0] for row in questions[2].tables[1].rows} >= {"TopK", "TopK, model.latents=64"}
     # Trust: cosine of the main recipes never varies and is no measure here.
     assert re.search(r"\d of \d+ measures tell the 3 variants apart", said[3])
@@ -224,6 +253,31 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     assert "'hydra.sweeper.only=[shares]'" in page
     assert str(tmp_path) not in page
     assert "nan" not in page
+
+
+def test_a_seed_without_a_value_does_not_cost_a_variant_its_others(finished):
+    evidence = read(finished.results, cells=70)
+    figures = evidence.figures
+
+    def row(lost: list[tuple[str, int]]) -> list[str]:
+        """Of FVU in the table of variances, where some models' seeds have no value."""
+        mine = figures.key.eq("fvu") & figures.role.eq("trained")
+        of_lost = [mine & figures.model.eq(m) & figures.seed.eq(s) for m, s in lost]
+        values = figures.value.mask(np.any(of_lost, axis=0))
+        question = trust.ask(replace(evidence, figures=figures.assign(value=values)))
+        (found,) = [row for row in question.tables[0].rows if row[0] == "FVU"]
+        return found
+
+    # All variants have the same FVU of a seed: 0.1 and a tenth of its jitter.
+    two, three = np.array([0.1 + JITTER[1] / 10, 0.1 + JITTER[2] / 10]), 0.1 + np.array(JITTER) / 10
+    for lost, kept in (
+        ([("topk", 0)], [two, three, three]),
+        ([("topk", 0), ("topk", 1)], [three, three]),  # one value has no spread
+    ):
+        degrees = sum(len(v) - 1 for v in kept)
+        within = math.sqrt(sum(((v - v.mean()) ** 2).sum() for v in kept) / degrees)
+        between = np.std([v.mean() for v in kept], ddof=1)
+        assert row(lost)[1:3] == [f"{within:.3f}", f"{between:.3f}"]
 
 
 def test_work_at_the_same_time_counts_once(finished):

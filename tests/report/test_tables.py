@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clipsae.report import Commands, collect, published
+from clipsae.report.findings import findings
 from clipsae.report.missing import fewer_seeds, missing_cells
 from clipsae.report.table import to_csv, to_latex, to_markdown
 from clipsae.report.tables import (
@@ -229,6 +230,20 @@ def test_a_pair_that_has_a_figure_by_another_recipe_of_the_model_is_not_missing(
     selection = store.selection(models=("sparsemax",))
     assert len(selection.lines) == 2
     assert gaps(selection, Commands([])) == {}
+
+
+def test_a_model_without_a_trained_sae_is_missing_whatever_its_baselines_have(store):
+    store.evaluation("topk", "scenes", {"on_5": 3.0})
+    store.evaluation("topk", "scenes", {"on_5": 1.0}, max_steps=0)
+    store.evaluation("relu", "scenes", {"on_5": 1.0}, max_steps=0)
+    store.evaluation("gated", "scenes", {"on_5": 1.0}, options={"freeze": "decoder"})
+    selection = store.selection(models=("topk", "relu", "gated"))
+    assert len(selection.baselines) == 3
+    found = gaps(selection, Commands([]))
+    assert {model: gap.what for (model, _), gap in found.items()} == {"relu": "all", "gated": "all"}
+    assert found["gated", "scenes"].command == "python run.py model=gated dataset=scenes seed=0"
+    (filled, *_) = findings(selection, list(found.values()))
+    assert filled.startswith("1 of 3 pairs of a model and a dataset have results;")
 
 
 def test_fewer_seeds_are_one_multirun_a_model_and_image_folders_keep_their_overrides(store):

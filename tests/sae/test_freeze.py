@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from clipsae.sae import SAE
 from clipsae.sae.sae import LEAST_COSINE, within_cone
@@ -123,6 +124,33 @@ def test_the_projection_of_rows_without_a_direction_to_go_to():
     assert found[0].norm() == pytest.approx(2)
     assert torch.equal(found[1:], rows[1:])
     assert torch.equal(within_cone(torch.tensor([[-3.0]]), torch.ones(1, 1)), torch.tensor([[3.0]]))
+
+
+def test_the_files_of_a_finished_sae_do_without_the_rows_where_it_began(tmp_path):
+    sae = train(make("topk", "soft_decoder"))
+    sae.save(tmp_path)
+    file = tmp_path / "sae.safetensors"
+    weights = load_file(file)
+    assert weights.keys() == sae.state_dict().keys() - {"start_rows"}
+    save_file({**weights, "start_rows": sae.start_rows.detach()}, tmp_path / "with.safetensors")
+    x = tokens(6, 5, D, seed=50)
+    codes = sae.eval().encode(x)
+    for earlier in (False, True):
+        if earlier:
+            (tmp_path / "with.safetensors").rename(file)
+        loaded = SAE.load(tmp_path)
+        assert torch.equal(loaded.encode(x), codes)
+        assert torch.equal(loaded.decoder_rows(), sae.decoder_rows())
+        assert loaded.state_dict().keys() == weights.keys()
+        loaded.save(tmp_path / "again")
+        assert load_file(tmp_path / "again" / "sae.safetensors").keys() == weights.keys()
+        with pytest.raises(RuntimeError, match="cannot be trained further"):
+            loaded.after_step()
+    # A checkpoint has them.
+    continued = make("topk", "soft_decoder")
+    torch.nn.init.zeros_(continued.start_rows)
+    continued.load_state_dict(sae.state_dict())
+    assert torch.equal(continued.start_rows, sae.start_rows)
 
 
 def test_what_has_no_meaning_is_refused():

@@ -260,10 +260,23 @@ def test_what_is_out_of_range_or_unknown(composed, override, expected):
     assert expected in refusal(cfg, override)
 
 
+def test_a_penalty_that_would_never_reach_its_strength(composed):
+    said = refusal(composed("model=relu", "trainer.max_steps=120"))
+    assert said.startswith("sparsity_warmup_steps=120: in a training of max_steps=120 the sparsity")
+    for override in ("optimizer.sparsity_warmup_steps=119", "optimizer.sparsity_warmup_steps=0"):
+        check(composed("model=relu", "trainer.max_steps=120", override))
+    check(composed("model=relu", "trainer.max_steps=0"))
+    check(composed("model=topk", "trainer.max_steps=1"))  # has no penalty
+
+
 def test_what_fitted_saes_refuse(composed):
     for model, override, expected in (
         ("pca", "model.latents=64", "model.latents=64: the tokens and texts decide how many"),
-        ("random", "model.latents=65", "model.latents=65: model.fit=random has both signs"),
+        ("random", "model.latents=65", "=65: expected an even number with model=random, "),
+        ("random", "model.latents=65", "write model.latents=66"),
+        ("topk", "model.fit=pca", "model.fit=pca: write model=pca, which sets it, in place of"),
+        ("topk", "model.fit=kmeans", "in place of model=topk, which is trained"),
+        ("pca", "+model.auxk=1.0", "model.auxk=1.0: model=pca has no such option: leave it out"),
         ("kmeans", "model.latents=null", "model.latents=null: expected an integer of at least 1"),
         ("pca", "+model.freeze=decoder", "model.freeze=decoder: model.fit=pca is not trained"),
     ):

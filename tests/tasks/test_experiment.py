@@ -122,6 +122,7 @@ def test_two_sweeps_at_once_share_one_store(tmp_path):
     sweep = [
         *("-m", "model=topk,relu", "dataset=scenes_shape,scenes_colour", "logger=none"),
         *("evaluation.settings=[no_sae,on]", "measurement=none"),
+        "optimizer.sparsity_warmup_steps=0",
     ]
 
     def start(store: str, name: str) -> subprocess.Popen:

@@ -21,6 +21,7 @@ FILE = Path(__file__).with_name("frozen.json")
 MODELS = ("relu", "jumprelu", "gated", "topk", "batch_topk", "sparsemax")
 SHORT = (
     "trainer.max_steps=50",
+    "optimizer.sparsity_warmup_steps=0",
     "trainer.log_every_n_steps=1",
     "trainer.val_check_interval=50",
     "trainer.limit_val_batches=1",

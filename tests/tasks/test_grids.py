@@ -38,8 +38,24 @@ def test_cells_are_those_of_all_grids_in_order_and_each_once():
     assert jobs(["seed=3"], grids=GRIDS, only=["sizes"]) == [
         f"model=topk model.latents={m} seed=3" for m in (32, 64)
     ]
+    # A grid's own axis replaces the common one, and a value on the command line both.
+    own = {"main": {"model": "topk", "seed": "0,1"}, "sizes": {"model": "relu"}}
+    found = jobs([], grids=own, params={"seed": "5"})
+    assert found == ["model=topk seed=0", "model=topk seed=1", "model=relu seed=5"]
+    found = jobs(["seed=7"], grids=own, params={"seed": "5"})
+    assert found == ["model=topk seed=7", "model=relu seed=7"]
     with pytest.raises(ConfigError, match="only has 'size': expected names among main, sizes"):
         jobs([], grids=GRIDS, only=["size"])
+    with pytest.raises(ConfigError, match="only has '': expected names among main, sizes"):
+        jobs([], grids=GRIDS, only=[])
+
+
+def test_a_sweep_without_grids_is_one_of_its_parameters():
+    assert jobs(["seed=0,1"], params={"model": "topk,relu"}) == [
+        f"model={model} seed={seed}" for model in ("topk", "relu") for seed in (0, 1)
+    ]
+    with pytest.raises(ConfigError, match="only has 'main': expected null: no grids"):
+        jobs([], params={"model": "topk"}, only=["main"])
 
 
 def test_the_page_is_written_from_the_finished_cells_of_the_sweep(tmp_path):

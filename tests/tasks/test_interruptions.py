@@ -11,6 +11,7 @@ from tests.warm import run_py
 
 SMALL = [
     "model=relu",
+    "optimizer.sparsity_warmup_steps=15",
     "model.latents=128",
     "trainer.accelerator=cpu",
     "trainer.log_every_n_steps=5",

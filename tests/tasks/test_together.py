@@ -34,6 +34,7 @@ SMALL = [
     "model.latents=64",
     "optimizer.warmup_steps=4",
     "optimizer.decay=linear",
+    "optimizer.sparsity_warmup_steps=0",
     "model.dead_after=300",
     "model.initial_images=4",
     "features.batch_size=4",
@@ -50,7 +51,10 @@ SMALL = [
     "measurement=none",
     "logger=none",
 ]
-TWO = [["model=relu"], ["model=topk", "trainer.accumulate_grad_batches=2"]]
+TWO = [
+    ["model=relu", "optimizer.sparsity_warmup_steps=8"],
+    ["model=topk", "trainer.accumulate_grad_batches=2"],
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -362,9 +366,10 @@ def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(tmp_path, prepare
 
 
 def test_where_sigusr2_has_a_handler_checkpoints_are_written_and_the_work_goes_on(
-    tmp_path, prepare, signalled_at
+    tmp_path, prepare, signalled_at, monkeypatch
 ):
-    """As under submitit: SIGTERM announces SIGKILL, SIGUSR2 is for submitit."""
+    """As under submitit and SLURM: SIGTERM announces SIGKILL, SIGUSR2 is for submitit."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
     expected = alone(prepare(tmp_path / "alone", *TWO))
     found = []
     before = signal.signal(signal.SIGUSR2, lambda *_: found.append(steps(shared)))
@@ -374,6 +379,12 @@ def test_where_sigusr2_has_a_handler_checkpoints_are_written_and_the_work_goes_o
             signalled_at("relu", 4, number)
             produce(shared)
             assert weights(shared) == expected
+        # On this machine nothing follows a SIGTERM: the training ends.
+        monkeypatch.delenv("SLURM_JOB_ID")
+        shared = prepare(tmp_path / "local", *TWO)
+        signalled_at("relu", 4)
+        interrupted(shared)
+        assert steps(shared) == [4, 2]
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert found == [[4, 2]]
@@ -384,6 +395,7 @@ def test_where_sigusr2_has_a_handler_checkpoints_are_written_and_the_work_goes_o
 SWEEP = [
     "model.latents=128",
     "trainer.max_steps=12",
+    "optimizer.sparsity_warmup_steps=0",
     "trainer.log_every_n_steps=4",
     "trainer.val_check_interval=6",
     "trainer.limit_val_batches=1",

@@ -16,6 +16,7 @@ from tests.warm import run_py
 SERVER = ROOT / "tests" / "training" / "wandb_server.py"
 JOB = [
     *("model=relu", "model.latents=64", "optimizer.warmup_steps=1", "trainer.accelerator=cpu"),
+    "optimizer.sparsity_warmup_steps=1",
     *("trainer.log_every_n_steps=5", "trainer.max_steps=10", "trainer.val_check_interval=10"),
     *("trainer.limit_val_batches=1", "features.batch_size=4", "dataset=scenes_shape"),
     *("dataset.size=40", "evaluation.settings=[no_sae,on]", "measurement=none"),

@@ -137,7 +137,7 @@ def test_a_hostile_checkpoint_runs_no_code(tmp_path):
         torch.save(hostile, path.with_suffix(".tmp"))
         put_checkpoint(path.with_suffix(".tmp"), path, 1)
     (cfg,) = configs(
-        ["relu"], ["model.latents=64", "trainer.max_steps=2", "trainer.accelerator=cpu"]
+        ["relu"], ["model.latents=64", "trainer.max_steps=9", "trainer.accelerator=cpu"]
     )
     with pytest.raises(pickle.UnpicklingError, match="eights"):
         train(cfg, tmp_path / "run")

@@ -165,9 +165,44 @@ def test_a_compiled_step_is_compiled_once_for_all_of_the_warm_up(monkeypatch):
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_a_training_the_penalty_is_whole(fails):
+    member = SAEModule(
+        build("relu", l1_coefficient=0.5),
+        learning_rate=1e-3,
+        sparsity_warmup_steps=4,
+        initial_images=2,
+        max_steps=5,
+    )
+    batches = [tokens(4, 5, D, seed=i) for i in range(5)]
+    if fails:  # in the midst of the warm-up
+        batches[2] = batches[2].double()
+        with pytest.raises(ValueError, match=r"float64 and the SAE is torch\.float32"):
+            train(member, batches)
+        assert member.step == 2
+    else:
+        train(member, batches)
+    assert isinstance(member.sae.activation.penalty_scale, float)
+    out = member.sae(batches[0])
+    assert out.losses["l1"].item() == pytest.approx(0.5 * out.codes.sum(-1).mean().item(), rel=1e-5)
+
+
 def test_a_warm_up_of_no_penalty_is_refused():
     with pytest.raises(ValueError, match=r"sparsity_warmup_steps=5 does nothing with .*=topk"):
         SAEModule(build("topk"), learning_rate=1e-3, sparsity_warmup_steps=5)
+
+
+@pytest.mark.parametrize(("warm_up", "steps"), [(5, 4), (5, 5), (1, 1)])
+def test_a_warm_up_that_the_training_ends_in_is_refused(warm_up, steps):
+    assert max(penalty_warmup(warm_up, step) for step in range(steps)) < 1
+    expected = f"^sparsity_warmup_steps={warm_up}: in a training of max_steps={steps} .* never"
+    with pytest.raises(ValueError, match=expected):
+        SAEModule(build("relu"), learning_rate=1e-3, sparsity_warmup_steps=warm_up, max_steps=steps)
+
+
+@pytest.mark.parametrize("steps", [6, 0, -1])  # 0: untrained; -1: not known
+def test_a_warm_up_that_ends_in_the_training_or_has_none_is_not(steps):
+    SAEModule(build("relu"), learning_rate=1e-3, sparsity_warmup_steps=5, max_steps=steps)
 
 
 # --- the learning rate and the number of latents ---

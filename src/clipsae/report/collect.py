@@ -70,16 +70,17 @@ def collect(root: Path | str) -> Collected:
     problems = []
     for folder in store.finished("evaluation"):
         try:
-            origin = _origin(folder)
+            origin = read_origin(folder)
             found = _figures(store.root, folder, **origin)
-            of_concepts = _concepts(folder)
+            of_concepts = read_concepts(folder)
         except _UNREADABLE as error:
             why = " ".join(str(error).split()) or type(error).__name__
             problems.append(f"evaluation/{folder.name}: {why.replace(f'{folder}/', '')}")
         else:
             origins[folder.name] = origin
             frames += found
-            concepts += of_concepts
+            if of_concepts is not None:
+                concepts.append(of_concepts.assign(folder=folder.name))
     if old := len(list(store.finished("measurement"))):
         problems.append(
             f"measurement: {old} of an earlier version, ignored; the commands that made them make "
@@ -97,20 +98,6 @@ def collect(root: Path | str) -> Collected:
     return Collected(figures, known, origins, problems)
 
 
-def _origin(folder: Path) -> dict[str, Any]:
-    meta = json.loads((folder / MARK).read_text())
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    if not isinstance(meta, dict) or not isinstance(config, dict):
-        raise ValueError(f"{MARK} and config.yaml: expected mappings")
-    for old, (new, value) in renamed(config).items():
-        if "=" in new:  # it has other values now
-            continue
-        (old_group, old_key), (group, key) = old.split("."), new.split(".")
-        config.setdefault(group, {})[key] = value
-        config[old_group].pop(old_key)
-    return {"meta": meta, "config": config}
-
-
 def _figures(
     root: Path, folder: Path, meta: dict[str, Any], config: dict[str, Any]
 ) -> list[pd.DataFrame]:
@@ -125,47 +112,103 @@ def _figures(
         "folder": folder.name,
         "finished": float(meta["finished"]),
     }
+    accuracies, numbers = read_accuracies(folder), read_numbers(folder)
+    if accuracies is None and numbers is None:
+        raise ValueError("neither results.csv nor metrics.csv is there")
     found = []
-    accuracies, metrics = folder / "results.csv", folder / "metrics.csv"
-    if accuracies.exists() or not metrics.exists():
-        rows = _read(accuracies, "accuracy")
-        if unknown := set(rows.setting) - set(SETTINGS):
-            known = ", ".join(SETTINGS)
-            raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {known}")
-        kept = zip(rows.setting, rows.n.astype(float), rows.latents, strict=True)
-        metric = [
-            "no_sae" if setting == "no_sae" else f"{setting}_{'all' if n == latents else int(n)}"
-            for setting, n, latents in kept
-        ]
+    if accuracies is not None:
         deciding = tuple(s for s in settings if not s[0].startswith("measurement."))
-        found.append((rows.assign(metric=metric, measured=False, **about), deciding))
-    if metrics.exists():
-        rows = _read(metrics, "value").drop(columns="images", errors="ignore")
-        rows["metric"] = list(current_names(dict.fromkeys(rows.metric, 0.0)))
+        found.append((accuracies.assign(measured=False, **about), deciding))
+    if numbers is not None:
+        numbers = numbers.drop(columns="images", errors="ignore")
         deciding = tuple(
             s for s in settings if decides_codes(s[0]) or s[0].startswith("measurement.")
         )
-        found.append((rows.assign(measured=True, **about), deciding))
+        found.append((numbers.assign(measured=True, **about), deciding))
     for rows, deciding in found:
         rows["settings"] = [deciding] * len(rows)
     return [rows for rows, _ in found]
 
 
-def _concepts(folder: Path) -> list[pd.DataFrame]:
-    """The concepts of an evaluation, if it measured their recovery."""
+# --- the files of an evaluation ---
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """Where a finished evaluation comes from: {"meta": ..., "config": ...}, the config by today's
+    names.
+
+    Raises:
+        ValueError, OSError, OmegaConf's errors: they cannot be read.
+    """
+    meta = json.loads((folder / MARK).read_text())
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    if not isinstance(meta, dict) or not isinstance(config, dict):
+        raise ValueError(f"{MARK} and config.yaml: expected mappings")
+    for old, (new, value) in renamed(config).items():
+        if "=" in new:  # it has other values now
+            continue
+        (old_group, old_key), (group, key) = old.split("."), new.split(".")
+        config.setdefault(group, {})[key] = value
+        config[old_group].pop(old_key)
+    return {"meta": meta, "config": config}
+
+
+def read_accuracies(folder: Path) -> pd.DataFrame | None:
+    """The rows of `results.csv`, with metric ("no_sae", "on_5", "on_all" for all M) and value (in
+    %); None: there is no such file.
+
+    Raises:
+        ValueError: a column or all rows are lacking, or a setting is unknown.
+    """
+    rows = _read(folder / "results.csv", "accuracy")
+    if rows is None:
+        return None
+    if unknown := set(rows.setting) - set(SETTINGS):
+        known = ", ".join(SETTINGS)
+        raise ValueError(f"results.csv: setting {min(unknown)!r}, not one of {known}")
+    kept = zip(rows.setting, rows.n.astype(float), rows.latents, strict=True)
+    metric = [
+        "no_sae" if setting == "no_sae" else f"{setting}_{'all' if n == latents else int(n)}"
+        for setting, n, latents in kept
+    ]
+    return rows.assign(metric=metric)
+
+
+def read_numbers(folder: Path) -> pd.DataFrame | None:
+    """The rows of `metrics.csv`, with metric by today's name and value; None: there is no such
+    file.
+
+    Raises:
+        ValueError: a column or all rows are lacking.
+    """
+    rows = _read(folder / "metrics.csv", "value")
+    if rows is None:
+        return None
+    return rows.assign(metric=list(current_names(dict.fromkeys(rows.metric, 0.0))))
+
+
+def read_concepts(folder: Path) -> pd.DataFrame | None:
+    """The rows of `concepts.csv`, with the attribute; None: the recovery of concepts was not
+    measured.
+
+    Raises:
+        ValueError: a column is lacking.
+    """
     path = folder / "concepts.csv"
     if not path.exists():
-        return []
+        return None
     rows = pd.read_csv(path)
     if absent := [name for name in ("level", "concept", "auroc", "f1") if name not in rows]:
         raise ValueError(f"{path.name} lacks the columns {', '.join(absent)}")
     if "attribute" not in rows:
         rows["attribute"] = rows.concept.str.partition("=")[0]
-    return [rows.assign(folder=folder.name)]
+    return rows
 
 
-def _read(path: Path, value: str) -> pd.DataFrame:
-    """A CSV file, with one of its columns as `value`."""
+def _read(path: Path, value: str) -> pd.DataFrame | None:
+    """A CSV file, with one of its columns as `value`; None: it is not there."""
+    if not path.exists():
+        return None
     rows = pd.read_csv(path)
     if absent := [name for name in _IN_FILE[path.name] if name not in rows.columns]:
         raise ValueError(f"{path.name} lacks the columns {', '.join(absent)}")

@@ -10,7 +10,7 @@ from clipsae.report.collect import NO_K
 from clipsae.report.missing import ALL, Missing
 from clipsae.report.names import WITH_K, column_title, dataset_title, listed
 from clipsae.report.noise import RULE
-from clipsae.report.plots import FOUND, concept_means, mean_support
+from clipsae.report.plots import BESIDE, FOUND, concept_means, mean_support
 from clipsae.report.select import Selection
 from clipsae.report.settings import Line
 from clipsae.report.table import Table, number
@@ -183,8 +183,8 @@ def concepts_found(selection: Selection, concepts: pd.DataFrame, dataset: str) -
     if table is None:
         return
     attributes = table.index.str.partition("=").get_level_values(0)
-    probe = table.pop("probe") if "probe" in table else None
-    best = table.drop(columns="untrained", errors="ignore").max(axis=1)
+    probe = table.get("probe")
+    best = table.drop(columns=[*BESIDE], errors="ignore").max(axis=1)
     found, top = (best >= FOUND).groupby(attributes, sort=False), best.groupby(attributes)
     some = [
         f"{int(n)} of {len(g)} of {name}" for (name, g), n in zip(found, found.sum(), strict=True)

@@ -24,6 +24,8 @@ WIDTH = 4.4  # inches: on a phone 360 pixels wide a 10-point letter is 10 pixels
 INK = "#1b1f24"  # of text and axes: the page replaces it by the reader's own
 INK_ON_LIGHT = "#1b1f25"  # of marks on bright colours: the same on every page
 FOUND = 0.9  # AUROC from which a concept is marked as found
+ON_THE_MAP = f"0.5 is chance. A dot: at least {FOUND}."
+BESIDE = ("untrained", "random", "probe")  # what concepts are found by that is no variant
 _INKED = ("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color", "xtick.color")
 _EMPTY = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
 STYLE: Any = {
@@ -174,11 +176,47 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     return Plot(f"sparsity_{slug(dataset)}", title, caption, figure)
 
 
+def concept_areas(concepts: pd.DataFrame, by: str) -> pd.DataFrame:
+    """AUROC [concept, variant], means over seeds; behind the variants the columns of `BESIDE` that
+    were measured, means over all rows. Concepts and variants are in the order of the rows.
+
+    Args:
+        concepts: rows of one level, as `Collected` has them.
+        by: the column that tells the variant.
+    """
+    table = concepts.groupby(["concept", by]).auroc.mean().unstack()
+    table = table.loc[list(dict.fromkeys(concepts.concept)), list(dict.fromkeys(concepts[by]))]
+    for name in BESIDE:
+        values = concepts.get(f"auroc_{name}")
+        if values is not None and values.notna().any():
+            table[name] = values.groupby(concepts.concept).mean()
+    return table.dropna(how="all")
+
+
+def concept_map(areas: pd.DataFrame) -> Figure:
+    """A heat map of `concept_areas` with titles of variants, a dot where a concept is found."""
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _figure(1.3 + 0.17 * len(areas))
+        colours = matplotlib.colormaps["cividis"].with_extremes(bad="none")
+        shade = axes.imshow(areas, cmap=colours, vmin=0.5, vmax=1, aspect="auto")
+        for (y, x), value in np.ndenumerate(areas.to_numpy(dtype=float)):
+            if value >= FOUND:
+                axes.plot(x, y, "o", color=INK_ON_LIGHT, markersize=3)
+        axes.set_yticks(range(len(areas)), list(areas.index), fontsize=8)
+        axes.set_xticks(range(areas.shape[1]), list(areas), rotation=35, ha="right")
+        axes.grid(visible=False)
+        variants = [name for name in areas if name not in BESIDE]
+        if len(variants) < areas.shape[1]:
+            axes.axvline(len(variants) - 0.5, color=INK, linewidth=1.5)
+        figure.colorbar(shade, ax=axes, label="AUROC", fraction=0.05)
+        _fixed(figure)
+    return figure
+
+
 def concept_means(
     selection: Selection, concepts: pd.DataFrame, dataset: str
 ) -> dict[str, pd.DataFrame]:
-    """AUROC of each known concept [concept, variant], mean over seeds, for each level; beside the
-    variants the untrained SAE and the probe, where they were measured.
+    """`concept_areas` of the selection's lines, by their titles, for each level.
 
     Args:
         concepts: of `Collected`.
@@ -190,43 +228,23 @@ def concept_means(
     mine = mine.assign(line=mine.folder.map(of_line))
     found = {}
     for level, rows in mine.groupby("level", sort=False):
-        by_line = rows.groupby(["concept", "line"]).auroc.mean().unstack()
-        shown = [line for line in selection.lines if line in by_line]
-        table = by_line[shown].set_axis([selection.title(line) for line in shown], axis=1)
-        for name in ("untrained", "probe"):
-            if f"auroc_{name}" in rows:
-                table[name] = rows.groupby("concept")[f"auroc_{name}"].mean()
-        table = table.loc[list(dict.fromkeys(rows.concept))].dropna(how="all")
-        if shown and not table.empty:
-            found[level] = table
+        areas = concept_areas(rows, "line")
+        order = [line for line in selection.lines if line in areas]
+        order += [name for name in BESIDE if name in areas]
+        if not areas.empty:
+            titles = {line: selection.title(line) for line in selection.lines}
+            found[level] = areas[order].rename(columns=titles)
     return found
 
 
 def concept_plots(selection: Selection, concepts: pd.DataFrame, dataset: str) -> list[Plot]:
-    """Which variant recovers which concepts: a heat map of `concept_means` for each level."""
+    """Which variant recovers which concepts: the map of `concept_means` for each level."""
     found = []
-    for level, table in concept_means(selection, concepts, dataset).items():
-        with matplotlib.rc_context(STYLE):
-            figure, (axes,) = _figure(1.3 + 0.17 * len(table))
-            colours = matplotlib.colormaps["cividis"].with_extremes(bad="none")
-            shade = axes.imshow(table, cmap=colours, vmin=0.5, vmax=1, aspect="auto")
-            for (y, x), value in np.ndenumerate(table.to_numpy(dtype=float)):
-                if value >= FOUND:
-                    axes.plot(x, y, "o", color=INK_ON_LIGHT, markersize=3)
-            axes.set_yticks(range(len(table)), list(table.index), fontsize=8)
-            axes.set_xticks(range(table.shape[1]), list(table), rotation=35, ha="right")
-            axes.grid(visible=False)
-            beside = [name for name in table if name in ("untrained", "probe")]
-            if beside:
-                axes.axvline(table.shape[1] - len(beside) - 0.5, color=INK, linewidth=1.5)
-            figure.colorbar(shade, ax=axes, label="AUROC", fraction=0.05)
-            _fixed(figure)
+    for level, areas in concept_means(selection, concepts, dataset).items():
         title = f"{dataset_title(dataset)}: concepts recovered, {level} level"
-        caption = (
-            "AUROC of each concept's latent, mean over seeds; 0.5 is chance. A dot: at least "
-            f"{FOUND}."
-        )
-        found.append(Plot(f"concepts_{level}_{slug(dataset)}", title, caption, figure))
+        name = f"concepts_{level}_{slug(dataset)}"
+        caption = f"AUROC of each concept's latent, mean over seeds; {ON_THE_MAP}"
+        found.append(Plot(name, title, caption, concept_map(areas)))
     return found
 
 

@@ -175,7 +175,7 @@ class Activation(nn.Module):
     """Those of the loss terms that make codes sparse: a training may let them grow from 0."""
 
     penalty_scale: float | Tensor = 1.0
-    """What the penalties are multiplied by; a training's (no state of the SAE)."""
+    """What the penalties are multiplied by: a training sets it for its steps."""
 
     def __init__(self, latents: int) -> None:
         super().__init__()

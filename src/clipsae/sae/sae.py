@@ -65,7 +65,8 @@ class SAE(nn.Module):
             Sparse Autoencoders", arXiv 2602.14111). "decoder", "encoder": its matrices
             (`Architecture.matrices`), not the biases and thresholds. "soft_decoder": after each
             step every decoder row is projected onto the cone of rows with a cosine of at least
-            `LEAST_COSINE` with where it began (`start_rows`, saved with the weights).
+            `LEAST_COSINE` with where it began (`start_rows`, part of the state of a training but
+            not of the files of `save`).
         tokens: which of an image's the SAE is of, "all", "patches" or "cls": a record, by which
             others choose what they give it.
         max_norm_ratio: tokens whose norm is above this many times the median norm of the images
@@ -500,7 +501,12 @@ class SAE(nn.Module):
         """After each optimizer's step."""
         self.architecture.after_step()
         self.activation.after_step()
-        if self.start_rows is not None:
+        if self.config["freeze"] == "soft_decoder":
+            if self.start_rows is None:
+                raise RuntimeError(
+                    "freeze='soft_decoder': an SAE's files do not hold the rows where its training "
+                    "began, so it cannot be trained further: continue from a checkpoint"
+                )
             (rows,) = self.architecture.matrices("decoder")
             for part, start in zip(row_parts(rows), row_parts(self.start_rows), strict=True):
                 part.copy_(within_cone(part, start))
@@ -508,11 +514,14 @@ class SAE(nn.Module):
     # --- on disk ---
 
     def save(self, folder: Path | str) -> None:
-        """Write `sae.safetensors` and `sae.json` into a folder."""
+        """Write `sae.safetensors` and `sae.json` into a folder: everything but `start_rows`, which
+        only the training needs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict()
+        state.pop("start_rows", None)
         save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
+            {name: tensor.contiguous() for name, tensor in state.items()},
             folder / "sae.safetensors",
         )
         about = {"format": FORMAT, "version": VERSION, "config": self.config}
@@ -547,8 +556,10 @@ class SAE(nn.Module):
                     f"{folder}/sae.json: {known.kind}={name!r} does not exist here; it may be a "
                     "plugin's: give plugins=[file.py], or import the file first"
                 )
+        weights.pop("start_rows", None)  # earlier files have them
         with torch.device("meta"):
             sae = cls(**config)
+        sae.start_rows = None
         try:
             sae.load_state_dict(weights, assign=True)
         except RuntimeError as error:

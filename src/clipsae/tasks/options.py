@@ -55,6 +55,9 @@ FITS = {
     **dict.fromkeys(("neurons", "pca", "ica", "text"), True),
     **dict.fromkeys(("kmeans", "random"), False),
 }
+FIT_KEYS = {  # all that such a model has; `freeze` is refused in words of its own
+    *("name", "fit", "architecture", "activation", "latents", "initial_images", "freeze"),
+}
 
 TRAINER = {
     "_target_": TEXT,
@@ -332,8 +335,19 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
 
 
 def _check_fit(model: Mapping[str, Any]) -> None:
-    """Refuse a number of latents where the data decide it, and none where they do not."""
+    """Refuse to fit what has options of a training, a number of latents where the data decide it,
+    and none where they do not."""
     fit, latents = model.get("fit"), model.get("latents")
+    if fit is not None and (others := sorted(model.keys() - FIT_KEYS)):
+        if model["name"] != fit:
+            raise ConfigError(
+                f"model.fit={fit}: write model={fit}, which sets it, in place of "
+                f"model={model['name']}, which is trained"
+            )
+        raise ConfigError(
+            f"model.{others[0]}={_shown(model[others[0]])}: model={fit} has no such option: leave "
+            "it out"
+        )
     if FITS.get(fit, False) != (latents is None):
         raise ConfigError(
             f"model.latents={_shown(latents)}: "
@@ -344,7 +358,10 @@ def _check_fit(model: Mapping[str, Any]) -> None:
             )
         )
     if fit == "random" and latents % 2:
-        raise ConfigError(f"model.latents={latents}: model.fit=random has both signs of each: even")
+        raise ConfigError(
+            f"model.latents={latents}: expected an even number with model=random, half of whose "
+            f"latents are the others with the opposite sign: write model.latents={latents + 1}"
+        )
     if fit is not None and model.get("freeze") is not None:
         raise ConfigError(
             f"model.freeze={model['freeze']}: model.fit={fit} is not trained: leave one of them out"

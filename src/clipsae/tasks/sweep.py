@@ -27,7 +27,7 @@ from clipsae.errors import ConfigError
 from clipsae.store import MARK, Stage, Store
 from clipsae.store.files import read_json
 from clipsae.store.survey import Entry
-from clipsae.tasks import options
+from clipsae.tasks.composing import Composer
 from clipsae.tasks.table import terminal
 
 if TYPE_CHECKING:
@@ -110,19 +110,8 @@ def configs_of(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> li
     Raises:
         ConfigError: an invalid value in one of them, before any of them begins.
     """
-    return [config_of(launcher, overrides) for overrides in job_overrides]
-
-
-def config_of(launcher: Launcher, overrides: Sequence[str]) -> DictConfig:
-    """The config that one job of a sweep runs with.
-
-    Raises:
-        ConfigError: an invalid value in it.
-    """
-    load = launcher.hydra_context.config_loader.load_sweep_config
-    config = load(launcher.config, list(overrides))
-    options.check(config, overrides)
-    return config
+    composer = Composer(launcher)
+    return [composer.config(overrides) for overrides in job_overrides]
 
 
 @contextmanager
@@ -148,9 +137,10 @@ def cells_of(configs: Sequence[DictConfig], job_overrides: Sequence[Sequence[str
     datasets: dict[str, ImageDataset] = {}
     cells = []
     for config, about in zip(configs, abouts(job_overrides), strict=True):
+        config = deepcopy(config)  # Hydra makes that of a job read-only, and `auto` is replaced
         with as_job(config):
             try:
-                cells.append(Cell(about, stages_of(deepcopy(config), datasets)))
+                cells.append(Cell(about, stages_of(config, datasets)))
             except ConfigError as error:
                 cells.append(Cell(about, why=str(error)))
     return cells

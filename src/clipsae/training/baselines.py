@@ -174,7 +174,10 @@ def random(u: np.ndarray, latents: int, generator: np.random.Generator) -> Rows:
         ValueError: M is odd.
     """
     if latents % 2:
-        raise ValueError(f"latents={latents}: random directions have both signs, so an even number")
+        raise ValueError(
+            f"latents={latents}: expected an even number, as each random direction is there with "
+            "both signs"
+        )
     rows = generator.normal(size=(latents // 2, u.shape[1]))
     return _signed(rows), _signed(np.linalg.pinv(rows).T)
 

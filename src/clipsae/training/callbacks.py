@@ -37,8 +37,8 @@ class Checkpoints(Checkpoint):
     Where SIGUSR2 has a handler (submitit, which then queues the job again):
 
     - SIGUSR2, the job's time is nearly over or it is preempted: checkpoint, then submitit.
-    - SIGTERM comes with a requeue, a preemption or scancel: checkpoint, and on until SIGKILL. A
-      job that ended by itself would count as over, and would not be queued again.
+    - SIGTERM in a SLURM job comes with a requeue, a preemption or scancel: checkpoint, and on until
+      SIGKILL. A job that ended by itself would count as over, and would not be queued again.
 
     With several ranks no signal arrives between the same two steps everywhere: there the last
     regular checkpoint counts.
@@ -64,7 +64,8 @@ class Checkpoints(Checkpoint):
         self.saved = {member: member.batches for member in pl_module.members}
         answered = [signal.SIGINT]
         if callable(signal.getsignal(signal.SIGUSR2)):
-            answered.append(signal.SIGTERM)
+            if "SLURM_JOB_ID" in os.environ:
+                answered.append(signal.SIGTERM)
             if trainer.world_size == 1:
                 answered.append(signal.SIGUSR2)
         self.before = {number: signal.signal(number, self._note) for number in answered}

@@ -39,12 +39,12 @@ class SAEModule(LightningModule):
             that the best rate of TopK SAEs goes as 1 / sqrt(M). None: whatever M is.
         warmup_steps, decay, decay_fraction: see `warmup_then`.
         sparsity_warmup_steps: steps in which the penalties that make codes sparse
-            (`Activation.penalties`) grow from 0; see `penalty_warmup`.
+            (`Activation.penalties`) grow from 0; see `penalty_warmup`. Fewer than `max_steps`.
         initial_images: images whose tokens the SAE is initialised from (geometric median of
             b_dec), once, before the first step.
         compile: run the SAE's forward through torch.compile.
         name: for log lines.
-        max_steps: optimizer steps of the training.
+        max_steps: optimizer steps of the training; 0: it stays as initialised; -1: unknown.
         accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm: as Lightning's Trainer
             takes them.
         run: where its numbers are logged; None: nowhere.
@@ -95,6 +95,12 @@ class SAEModule(LightningModule):
             raise ValueError(
                 f"sparsity_warmup_steps={sparsity_warmup_steps} does nothing with "
                 f"activation={sae.config['activation']}, which has no sparsity penalty: set it to 0"
+            )
+        if 0 < max_steps <= sparsity_warmup_steps:
+            raise ValueError(
+                f"sparsity_warmup_steps={sparsity_warmup_steps}: in a training of max_steps="
+                f"{max_steps} the sparsity penalty would never reach its strength: set it to fewer "
+                "steps, or to 0 for no warm-up"
             )
         if reference_latents is not None:
             whole("reference_latents", reference_latents)
@@ -167,7 +173,6 @@ class SAEModule(LightningModule):
         if self.sparsity_warmup_steps:
             # A tensor that is set in place: compiled code would be compiled again for each number.
             self.penalty_scale = torch.ones((), device=self.device)
-            self.sae.activation.penalty_scale = self.penalty_scale
 
     def on_train_start(self) -> None:
         for name, gradient in self._accumulated.items():  # before, Lightning sets them to zero
@@ -179,10 +184,15 @@ class SAEModule(LightningModule):
         return {"tokens": own} if isinstance(own, Tensor) else own
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.step <= self.sparsity_warmup_steps > 0:
-            self.penalty_scale.fill_(penalty_warmup(self.sparsity_warmup_steps, self.step))
         inputs = self.of(batch)
-        out: SAEOutput = self.forward_sae(**inputs)
+        if self.sparsity_warmup_steps:
+            if self.step <= self.sparsity_warmup_steps:
+                self.penalty_scale.fill_(penalty_warmup(self.sparsity_warmup_steps, self.step))
+            self.sae.activation.penalty_scale = self.penalty_scale
+        try:
+            out: SAEOutput = self.forward_sae(**inputs)
+        finally:  # outside of a step penalties are whole, however the training ends
+            self.sae.activation.penalty_scale = 1.0
         if self.trainer.world_size > 1:
             average_statistics(self.sae)
         self.train_window.update(inputs.get("target", inputs["tokens"]), out)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
@@ -33,8 +34,7 @@ class Local(BasicLauncher):
         sweep = Sweep(self, job_overrides)
 
         def run(i: int) -> JobReturn:
-            load = self.hydra_context.config_loader.load_sweep_config
-            config = load(self.config, list(job_overrides[i]))
+            config = deepcopy(sweep.configs[i])
             with open_dict(config.hydra.job) as job:
                 job.id = job.num = initial_job_idx + i
             where = "hydra.sweep.dir", "hydra.sweep.subdir", self.hydra_context

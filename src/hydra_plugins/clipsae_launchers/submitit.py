@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("clipsae.launcher")
 
 POLL_SECONDS = 2.0
+STOP_SECONDS = 15  # for the step in which a local job is asked to stop, and its checkpoint
+ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 LARGEST_ARRAY = 1000  # SLURM's MaxArraySize where `scontrol` does not show it
 # Until submitit listens to them, seconds after the start, these would end a job that is only asked
 # to leave, and it would count as failed.
@@ -114,7 +116,7 @@ class _Awaited(BaseSubmititLauncher):
         jobs, unknown = sweep.plan(groups_of(self, sweep.configs))
         self._find(jobs)
         log.info("logs in %s", str(self.params["submitit_folder"]).removesuffix("/%j"))
-        try:
+        with self._awaiting(jobs):
             while unknown or any(job.outcome is None for job in jobs):
                 if unknown and all(job.outcome for job in jobs if job.after is None):
                     more, unknown = sweep.plan(unknown, again=True)
@@ -126,11 +128,6 @@ class _Awaited(BaseSubmititLauncher):
                     self._submit(same[:places], initial_job_idx)
                 elif not _collect(jobs):
                     time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            log.warning(
-                "stopped waiting; the jobs go on: %s ends them, task=status shows them", self._end
-            )
-            raise
         jobs = [job for job in jobs if not job.trains]
         sweep.conclude([job.outcome for job in jobs], [job.cells for job in jobs])
         returns: dict[int, JobReturn] = {}
@@ -171,7 +168,9 @@ class _Awaited(BaseSubmititLauncher):
             SystemExit: with the reason.
         """
 
-    _end = "scancel"
+    def _awaiting(self, jobs: "list[Job]") -> AbstractContextManager[None]:
+        """A block in which the jobs are awaited; it knows what becomes of them if it is ended."""
+        raise NotImplementedError
 
     def _executor(self, after: "Job | None") -> "submitit.Executor":
         """What submits jobs that wait for the job `after`."""
@@ -256,6 +255,16 @@ class Slurm(_Awaited):
             "additional_parameters": {**(self.params.get("additional_parameters") or {}), **waits}
         }
 
+    @contextmanager
+    def _awaiting(self, jobs: "list[Job]") -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            log.warning(
+                "stopped waiting; the jobs go on: scancel ends them, task=status shows them"
+            )
+            raise
+
     @property
     def _list(self) -> Path:
         """Which job was submitted last for which cells: digest -> number."""
@@ -274,18 +283,68 @@ class Slurm(_Awaited):
 
 
 class ManyCores(_Awaited):
-    """Several jobs at a time on this machine, each a process of its own.
+    """Several jobs at a time on this machine, each a process of its own; they end with the command.
+
+    A cluster's SIGTERM announces that a job will be killed and perhaps queued again, and submitit
+    has a job go on. Here nobody kills it: it ends by itself, a training after the current step
+    with a checkpoint of it.
 
     Args:
         parallel: how many; None: one a core.
     """
 
     _EXECUTOR = "local"
-    _end = "kill"
+    stopping = False  # a job that has received SIGTERM
 
     def __init__(self, parallel: int | None = None, **params: Any) -> None:
         super().__init__(**params)
         self.parallel = parallel
+
+    def __call__(self, *args: Any) -> list[JobReturn]:
+        signal.signal(signal.SIGTERM, self._stop)
+        return super().__call__(*args)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        """In the job: end, at the latest by SIGALRM, however long a step takes."""
+        if self.stopping:  # a group of processes receives it several times
+            return
+        self.stopping = True
+        signal.alarm(STOP_SECONDS)
+        # During a training this is called by Lightning's handler, which ends it after the step.
+        if signal.getsignal(number) == self._stop:
+            sys.exit(128 + number)
+
+    def _submit(self, jobs: "list[Job]", initial_job_idx: int) -> None:
+        # What a terminal sends to all its processes is for this one alone: submitit's process
+        # beside each job would kill it before there is a checkpoint.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            super()._submit(jobs, initial_job_idx)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def _awaiting(self, jobs: "list[Job]") -> Iterator[None]:
+        from clipsae.tasks.sweep import counted
+
+        def end(number: int, frame: Any) -> None:
+            sys.exit(128 + number)
+
+        ending = [n for n in ENDING if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has it
+        before = {number: signal.signal(number, end) for number in ending}
+        try:
+            yield
+        finally:
+            running = [job.handle for job in jobs if job.handle and not job.outcome]
+            if running:
+                said = counted(len(running), "job")
+                log.warning("stopping %s; the same command continues what they did", said)
+            while running := [handle for handle in running if not handle.done()]:
+                for handle in running:  # again: it may have been too early to be heard
+                    os.kill(int(handle.job_id), signal.SIGTERM)
+                time.sleep(POLL_SECONDS / 4)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _places(self, jobs: "list[Job]") -> int:
         running = sum(job.handle is not None and job.outcome is None for job in jobs)

@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from clipsae.report.names import model_style, model_title
-from clipsae.report.plots import STYLE, Plot, legend_below
+from clipsae.report.plots import (
+    BESIDE,
+    ON_THE_MAP,
+    STYLE,
+    Plot,
+    concept_areas,
+    concept_map,
+    legend_below,
+)
 from clipsae.report.questions.evidence import (
     TRAINED,
     Evidence,
@@ -31,7 +39,6 @@ from clipsae.report.questions.statistics import correlation
 FOUND = "patch_concepts_found"
 _SHAPES_OF = ("patch_splitting", "patch_merging", "patch_absorption")
 _LEVEL = "patch"
-_BESIDE = {"auroc_untrained": "untrained", "auroc_random": "random", "auroc_probe": "probe"}
 
 
 def ask(evidence: Evidence) -> Question:
@@ -67,23 +74,28 @@ def ask(evidence: Evidence) -> Question:
         )
     areas = _areas(evidence, frames)
     if areas is not None:
-        mean = areas.T.groupby(lambda concept: concept.partition("=")[0], sort=False).mean().T
-        of_models = mean.drop(index=list(_BESIDE.values()), errors="ignore")
+        mean = areas.groupby(lambda concept: concept.partition("=")[0], sort=False).mean().T
+        of_models = mean.drop(index=[*BESIDE], errors="ignore")
         best_of = of_models.max()
         ends = [
             f"{attribute} is recovered {how} ({figure(best_of[attribute])} by "
-            f"{_title(of_models[attribute].idxmax())}"
+            f"{of_models[attribute].idxmax()}"
             + (f", a probe {figure(mean[attribute]['probe'])})" if "probe" in mean.index else ")")
             for attribute, how in ((best_of.idxmax(), "best"), (best_of.idxmin(), "worst"))
         ]
         answer.append(f"By the mean AUROC over an attribute's values, {' and '.join(ends)}.")
-        table = [[_title(name), *(figure(v) for v in row)] for name, row in mean.iterrows()]
+        table = [[name, *(figure(v) for v in row)] for name, row in mean.iterrows()]
         caption = (
             "AUROC of a concept's latent among its siblings, on scenes that it was not chosen on: "
             "mean over the attribute's values and over seeds."
         )
         tables.append(Table(caption, ["", *mean.columns], table))
-        plots.append(_heat_map(areas))
+        caption = (
+            "AUROC of a concept's latent among siblings, chosen on other scenes than those it is "
+            f"scored on; {ON_THE_MAP}"
+        )
+        title = "Which variant recovers which concept"
+        plots.append(Plot("concepts", title, caption, concept_map(areas)))
     answer += _trends(rows)
     varied = _varied(rows)
     if len(varied):
@@ -102,13 +114,8 @@ def ask(evidence: Evidence) -> Question:
     return Question(question.title, question.grids, answer, tables, plots, question.limits, used)
 
 
-def _title(name: str) -> str:
-    return name if name in _BESIDE.values() else model_title(name)
-
-
 def _areas(evidence: Evidence, frames: dict) -> pd.DataFrame | None:
-    """AUROC [variant, concept], means over seeds; where they are known with rows for untrained and
-    random codes and a probe, means over all trained SAEs."""
+    """`concept_areas` of the main recipes in `frames`, by the models' titles; None: not known."""
     found = evidence.concepts
     if found.empty or "auroc" not in found:
         return None
@@ -116,12 +123,9 @@ def _areas(evidence: Evidence, frames: dict) -> pd.DataFrame | None:
     found = found[found.level.eq(_LEVEL) & found.recipe.isin(recipes)]
     if found.empty:
         return None
-    order = list(dict.fromkeys(found.concept))
-    areas = found.pivot_table(index="model", columns="concept", values="auroc", sort=False)
-    for column, name in _BESIDE.items():
-        if column in found and found[column].notna().any():
-            areas.loc[name] = found.groupby("concept")[column].mean()
-    return areas.reindex(columns=[concept for concept in order if concept in areas])
+    areas = concept_areas(found, "model")
+    titles = {model: model_title(model) for model in areas if model not in BESIDE}
+    return areas.rename(columns=titles)
 
 
 def _varied(rows: pd.DataFrame) -> pd.DataFrame:
@@ -163,21 +167,6 @@ def _trends(rows: pd.DataFrame) -> list[str]:
         if parts:
             sentences.append(f"With {words}, over {len(kept)} SAEs, {said(parts)}.")
     return sentences
-
-
-def _heat_map(areas: pd.DataFrame) -> Plot:
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        plot = Figure(figsize=(8.0, 2.6 + 0.28 * len(areas)), layout="constrained")
-        axes = plot.subplots()
-        image = axes.imshow(areas.to_numpy(dtype=float), aspect="auto", vmin=0.5, vmax=1.0)
-        axes.set_yticks(range(len(areas)), map(_title, areas.index))
-        names = [concept.replace("=", " ") for concept in areas.columns]
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        plot.colorbar(image, ax=axes, label="AUROC among siblings")
-    caption = (
-        "A concept's latent, chosen on other scenes than those it is scored on; 0.5 is chance."
-    )
-    return Plot("concepts", "Which variant recovers which concept", caption, plot)
 
 
 def _curves(varied: pd.DataFrame, keys: list[str], by: str) -> Plot:

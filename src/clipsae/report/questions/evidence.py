@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from clipsae.evaluation.numbers import current_names
+from clipsae.report.collect import read_accuracies, read_concepts, read_numbers, read_origin
 from clipsae.report.names import SIX, listed, model_title
 from clipsae.report.questions import statistics
 from clipsae.report.questions.statistics import Interval
@@ -199,8 +198,8 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
         if result.evaluation in seen:
             continue
         seen.add(result.evaluation)
-        config = yaml.safe_load((result.evaluation / "config.yaml").read_text(encoding="utf-8"))
-        model = config["model"]
+        origin = read_origin(result.evaluation)
+        config, model = origin["config"], origin["config"]["model"]
         about = {
             "recipe": recipe_of.setdefault(result.sae.name, recipe),
             "model": model["name"],
@@ -212,15 +211,15 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
             "evaluation": result.evaluation.name,
             "dataset": config["dataset"]["name"],
         }
-        for stage in (result.sae, result.evaluation):
-            mark = read_json(stage / MARK)
+        marks = read_json(result.sae / MARK), origin["meta"]
+        for stage, mark in zip((result.sae, result.evaluation), marks, strict=True):
             end, took = float(mark["finished"]), float(mark.get("seconds") or 0.0)
             spans[stage.name] = (str(mark.get("host")), end - took, end)
             commits |= {str(mark["git_commit"])[:10]} if mark.get("git_commit") else set()
             named = sorted((mark.get("versions") or {}).items())
             versions |= {", ".join(f"{name} {version}" for name, version in named)} - {""}
-        file = result.evaluation / "results.csv"
-        if file.is_file():
+        accuracies = read_accuracies(result.evaluation)
+        if accuracies is not None:
             options = config["evaluation"]
             share = options.get("count_share")
             setting = {
@@ -228,24 +227,15 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
                 "ranking": options.get("ranking", "frequency"),
                 "share": math.nan if share is None else float(share),
             }
-            for row in pd.read_csv(file).itertuples():
-                kept = "all" if row.n == row.latents else row.n
-                name = "no_sae" if row.setting == "no_sae" else f"{row.setting}_{_whole(kept)}"
-                rows.append({**about, **setting, "key": name, "value": float(row.accuracy)})
-        file = result.evaluation / "metrics.csv"
+            rows += _rows(accuracies, about | setting)
+        numbers = read_numbers(result.evaluation)
         measured = (about["sae"], about["dataset"])
-        if file.is_file() and measured not in seen:
+        if numbers is not None and measured not in seen:
             seen.add(measured)
-            table = pd.read_csv(file)
-            values = dict(zip(table.metric, table.value, strict=True))
-            none = {"protocol": "", "ranking": "", "share": math.nan}
-            rows += [
-                {**about, **none, "key": key, "value": float(value)}
-                for key, value in current_names(values).items()
-            ]
-            if (result.evaluation / "concepts.csv").is_file():
-                table = pd.read_csv(result.evaluation / "concepts.csv")
-                concepts.append(table.assign(**about))
+            rows += _rows(numbers, about | {"protocol": "", "ranking": "", "share": math.nan})
+            of_concepts = read_concepts(result.evaluation)
+            if of_concepts is not None:
+                concepts.append(of_concepts.assign(**about))
     return Evidence(
         figures=pd.DataFrame(rows, columns=_COLUMNS),
         concepts=pd.concat(concepts, ignore_index=True) if concepts else pd.DataFrame(),
@@ -254,6 +244,11 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
         commits=tuple(sorted(commits)),
         versions=tuple(sorted(versions)),
     )
+
+
+def _rows(figures: pd.DataFrame, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    pairs = zip(figures.metric, figures.value.astype(float), strict=True)
+    return [{**about, "key": key, "value": value} for key, value in pairs]
 
 
 def _recipes(jobs: Sequence[Sequence[str]]) -> list[str]:
@@ -272,10 +267,6 @@ def _recipes(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 def _order(override: str) -> tuple[bool, str]:
     return not override.startswith("model="), override
-
-
-def _whole(n: Any) -> str:
-    return n if isinstance(n, str) else str(int(n))
 
 
 def relations(by_sign: Mapping[int, Sequence[str]]) -> list[str]:

@@ -52,9 +52,17 @@ def mean(values: Sequence[float]) -> Interval:
 
 
 def mean_correlation(values: Sequence[float]) -> Interval:
-    """The mean of correlations by Fisher's z, tanh of the mean of artanh r, and its t interval."""
-    inside = [min(max(v, -0.999999), 0.999999) for v in values if not math.isnan(v)]
-    found = mean([math.atanh(r) for r in inside])
+    """The mean of correlations by Fisher's z, tanh of the mean of artanh r, and its t interval.
+
+    z is infinite where r is 1 or -1: with one of those it is the mean of r itself, its t interval
+    cut at -1 and 1. NaN is left out.
+    """
+    known = [min(max(v, -1.0), 1.0) for v in values if not math.isnan(v)]  # rounding
+    if any(abs(r) > 1 - 1e-12 for r in known):
+        found = mean(known)
+        low, high = max(found.low, -1.0), min(found.high, 1.0)  # (NaN, being first, stays)
+        return Interval(found.value, low, high, found.n)
+    found = mean([math.atanh(r) for r in known])
     return Interval(*(math.tanh(v) for v in (found.value, found.low, found.high)), found.n)
 
 

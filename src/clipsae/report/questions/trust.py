@@ -3,7 +3,6 @@
 import math
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 
 from clipsae.report.names import column_order, model_style, model_title
@@ -44,7 +43,10 @@ def ask(evidence: Evidence) -> Question:
     on = sorted({key for key in rows.key if key.startswith("on_")}, key=column_order)
     asked += [accuracy(key) for key in on]
     values = {n: [of(frame, n.key) for frame in frames.values()] for n in asked}
-    known = {n: reliability([v for v in one if not np.isnan(v).any()]) for n, one in values.items()}
+    known = {
+        n: reliability([[v for v in of_seeds if not math.isnan(v)] for of_seeds in one])
+        for n, one in values.items()
+    }
     found = {number: one for number, one in known.items() if one is not None}
     answer, tables, plots = [], [], []
     if found:

@@ -31,8 +31,9 @@ from clipsae.tasks.check import evaluations, images, machine, steps
 from clipsae.tasks.check.findings import FAILS, OK, WARNING, Findings
 from clipsae.tasks.check.forecast import Cost, Forecast, makespan
 from clipsae.tasks.check.jobs import Job, Opened, look
+from clipsae.tasks.composing import Composer
 from clipsae.tasks.stages import features
-from clipsae.tasks.sweep import as_job, config_of, counted, duration, job_names
+from clipsae.tasks.sweep import as_job, counted, duration, job_names
 
 PLACES = (1, 8, 16)
 WORTH = 0.05  # of the time, that a hint saves at least
@@ -64,10 +65,11 @@ def show_sweep(launcher: Launcher, job_overrides: Sequence[Sequence[str]]) -> No
         findings = Findings()
         check = Check(cfg, cfg.hydra.launcher, findings)
         check.asked = len(job_overrides)
+        composer = Composer(launcher)
         check.learns_k = any("model=sparsemax" in overrides for overrides in job_overrides)
         for name, overrides in zip(job_names(job_overrides), job_overrides, strict=True):
             try:
-                config = config_of(launcher, overrides)
+                config = composer.config(overrides)
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 conf = Path(os.environ["CLIPSAE_ROOT"], "conf")
                 known = isinstance(error, ConfigError)

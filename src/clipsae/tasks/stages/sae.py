@@ -36,7 +36,6 @@ from clipsae.tasks.stages import classifier, features
 from clipsae.training import baselines
 from clipsae.training.callbacks import BusyCores, Checkpoints, StepProgress, TokenRate
 from clipsae.training.module import SAEGroup, SAEModule
-from clipsae.training.schedule import warmup_then
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +113,7 @@ def check_options(cfg: DictConfig) -> None:
     cfg = OmegaConf.merge(cfg, {"model": unknown})
     with torch.device("meta"):
         sae = build.build_sae(cfg, d=64)  # any width
-        build.user_error(SAEModule, sae, **options)
-    schedule = {key: options[key] for key in ("decay", "warmup_steps", "decay_fraction")}
-    build.user_error(warmup_then, **schedule, max_steps=cfg.trainer.max_steps)
+        build.user_error(SAEModule, sae, **options, max_steps=cfg.trainer.max_steps)
     try:
         build.call_target(cfg.trainer, logger=False, **TRAINER_OPTIONS, plugins=_plugins())
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
