@@ -127,7 +127,7 @@ def test_a_transcoder_reconstructs_its_target(variant):
     sae.eval()
     torch.testing.assert_close(sae(x, target=y).codes, sae.encode(x))
     assert sae.needs == {"target"}
-    with pytest.raises(ValueError, match="target=None: this SAE is trained with target"):
+    with pytest.raises(ValueError, match="target=None: this SAE reconstructs other tokens"):
         sae(x)
 
 

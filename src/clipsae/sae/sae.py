@@ -287,14 +287,13 @@ class SAE(nn.Module):
             embeddings: of the images [B, e], of unit length, for loss terms that need them.
 
         Raises:
-            ValueError: tokens of another width or dtype, or something of `needs` that is missing.
+            ValueError: tokens of another width or dtype, or a transcoder's target that is missing.
         """
         self._check(tokens)
-        given = {"target": target, "embeddings": embeddings}
-        for name in sorted(self.needs):
-            if given[name] is None and (self.training or name == "target"):
-                raise ValueError(f"{name}=None: this SAE is trained with {name}: give them")
-        target = tokens if target is None else target
+        if target is None:
+            if "target" in self.needs:
+                raise ValueError("target=None: this SAE reconstructs other tokens: give them")
+            target = tokens
         if self.training:
             return self._train_forward(tokens, target, embeddings)
         scale = self.input_scale(tokens)
@@ -369,7 +368,16 @@ class SAE(nn.Module):
         # Before the decoding: autograd goes the other way, and then adds the gradients of these
         # terms in the memory of the large one that is there already.
         terms = self.activation.scaled_losses(
-            LossInputs(x, scores, codes, max(1, len(x)), self.architecture, decode, y, embeddings)
+            LossInputs(
+                x,
+                scores,
+                codes,
+                max(1, len(x)),
+                self.architecture,
+                decode,
+                target=y,
+                embeddings=embeddings,
+            )
         )
         reconstruction = decode(codes)
         losses = self._reconstruction_loss(reconstruction, y) | terms

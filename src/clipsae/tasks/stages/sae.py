@@ -3,7 +3,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
         raise ConfigError(
             f"model.target_layer={target} is the layer that is read: choose another, or null"
         )
-    check_tokens(cfg)
+    check_tokens(cfg, needs)
     if cfg.model.get("fit") == "text":
         clip.require_text()
         if clip.tower.direct(torch.eye(clip.width)) is None:
@@ -154,8 +154,11 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
         features.check(cfg, clip, train_set)
 
 
-def check_tokens(cfg: DictConfig) -> None:
+def check_tokens(cfg: DictConfig, needs: Collection[str]) -> None:
     """Refuse what cannot be with the tokens that are trained on.
+
+    Args:
+        needs: of the SAE.
 
     Raises:
         ConfigError: as it says.
@@ -164,6 +167,11 @@ def check_tokens(cfg: DictConfig) -> None:
     if ratio is not None and cfg.model.get("fit") is not None:
         raise ConfigError(
             f"features.max_norm_ratio={ratio}: model.fit={cfg.model.fit} is of all tokens: set it "
+            "to null"
+        )
+    if ratio is not None and "embeddings" in needs:
+        raise ConfigError(
+            f"features.max_norm_ratio={ratio}: a loss term of this SAE is of whole images: set it "
             "to null"
         )
     if ratio is not None and _training_key(cfg)["batches_a_step"] != (
