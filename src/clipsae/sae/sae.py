@@ -602,7 +602,7 @@ def within_cone(rows: Tensor, start: Tensor, cosine: float = LEAST_COSINE) -> Te
 def _among(codes: Tensor | SparseCodes, rows: Tensor, n: int) -> Tensor | SparseCodes:
     """Codes [n', M] of the tokens `rows` [n'] among n: [n, M], zero elsewhere."""
     if isinstance(codes, SparseCodes):
-        m = codes.latents
+        codes, m = codes.nonzero(), codes.latents  # without a GPU's padding
         return SparseCodes(codes.values, rows[codes.token.long()] * m + codes.latent, (n, m))
     return codes.new_zeros(n, codes.shape[1]).index_copy(0, rows, codes)
 
