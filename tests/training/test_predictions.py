@@ -43,7 +43,7 @@ class Recorder:
 
 def log(callback: Predictions, sae, first: bool = True) -> dict[str, float]:
     run = Recorder()
-    member = SimpleNamespace(sae=sae, run=run if first else None, step=7)
+    member = SimpleNamespace(sae=sae, run=run if first else None, step=7, layer=None)
     group = SimpleNamespace(
         device=torch.device("cpu"), current=[member], each=lambda work: work(member)
     )
@@ -51,17 +51,24 @@ def log(callback: Predictions, sae, first: bool = True) -> dict[str, float]:
     return run.logged
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"tokens": "patches"}, {"target_layer": -1, "subtract_bias": False}]
+)
 @torch.no_grad()
-def test_it_is_the_whole_model_on_the_reconstruction(world):
+def test_it_is_the_whole_model_on_the_reconstruction(world, options):
     clip, images, labels, classifier = world
-    sae = SAE(clip.width, 64, "linear", "topk", k=4).eval()
+    sae = SAE(clip.width, 64, "linear", "topk", k=4, **options).eval()
     found = log(Predictions(clip, images, labels, classifier), sae)
     right = same = right_before = 0
     for image, label in zip(images, labels.tolist(), strict=True):
         pixels = clip.normalize(image[None])
         before = (clip.encode_image(pixels) @ classifier.T).argmax()
         stream = clip.prefix(pixels)
-        after = (clip.tail(sae(stream).reconstruction) @ classifier.T).argmax()
+        rebuilt = sae.decode(sae.encode(stream))
+        if "tokens" in options:
+            rebuilt[:, 0] = stream[:, 0]
+        tail = clip.at(-1).tail if "target_layer" in options else clip.tail
+        after = (tail(rebuilt) @ classifier.T).argmax()
         right_before += int(before == label)
         right += int(after == label)
         same += int(before == after)
@@ -75,10 +82,13 @@ def test_it_is_the_whole_model_on_the_reconstruction(world):
 def test_a_perfect_reconstruction_changes_nothing(world):
     clip, images, labels, classifier = world
 
-    def perfect(tokens):
-        return SimpleNamespace(reconstruction=tokens)
+    class Perfect:
+        config = SAE(clip.width, 64).config
 
-    found = log(Predictions(clip, images, labels, classifier), perfect)
+        def __call__(self, tokens):
+            return SimpleNamespace(reconstruction=tokens)
+
+    found = log(Predictions(clip, images, labels, classifier), Perfect())
     assert found["val/agreement"] == 100
     assert found["val/logit_loss"] == pytest.approx(0, abs=1e-5)
     assert found["val/accuracy"] == found["val/accuracy_no_sae"]
