@@ -120,7 +120,7 @@ def test_several_layers_in_one_pass_are_each_as_alone(register, precision, timm)
         assert torch.equal(tokens, cut.prefix(images))
         assert cut.model is clip.model
     assert clip.at(0).layer == -clip.blocks
-    with pytest.raises(ConfigError, match="model.target_layer=9: "):
+    with pytest.raises(ConfigError, match=r"model\.target_layer=9: "):
         clip.at(9, "model.target_layer")
 
 
@@ -133,10 +133,10 @@ def test_which_tokens(small):
         assert part.shape[1] == size
         changed = small.with_tokens(tokens, part + 1, kind)
         assert (changed - tokens).abs().amax(dim=-1).gt(0.5).sum() == 2 * size
-    with pytest.raises(ConfigError, match="features.tokens=some: expected all, patches or cls"):
+    with pytest.raises(ConfigError, match=r"features\.tokens='some': expected all, patches or cls"):
         small.token_slice("some")
     siglip = SimpleNamespace(name="siglip", prefix_tokens=0)
-    with pytest.raises(ConfigError, match="features.tokens=cls: siglip has no class token"):
+    with pytest.raises(ConfigError, match=r"features\.tokens=cls: siglip has no class token"):
         FrozenCLIP.token_slice(siglip, "cls")
 
 
