@@ -107,6 +107,8 @@ PRECISIONS = {
     "bf16": ("bf16-mixed", "bf16-mixed"),
 }
 HOOKS = ("resid", "attn_out", "mlp_out", "embedding")  # where in a block or behind it the SAE reads
+TOKENS = one_of("all", "patches", "cls")  # of an image, that an SAE is of
+NORM_RATIO = or_null(number(least=1))  # above which a token's norm, in medians, leaves it out
 
 
 def where(layer: int, hook: str = "resid") -> str:
@@ -140,14 +142,17 @@ def near(word: Any, names: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def check_layer(name: str, layer: int, blocks: int) -> None:
+def check_layer(name: str, layer: int, blocks: int, option: str = "clip.layer") -> None:
     """Refuse a block that the model does not have.
+
+    Args:
+        option: whose value the layer is.
 
     Raises:
         ConfigError: as it says.
     """
     if not -blocks <= layer < blocks:
         raise ConfigError(
-            f"clip.layer={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
+            f"{option}={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
             f"(from the end) or 0..{blocks - 1}"
         )

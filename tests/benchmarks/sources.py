@@ -35,6 +35,8 @@ WARM_UP = 3  # epochs in which workers start and memory is got from the system
 class Ready:
     """A stand-in for CLIP with precomputed tokens: only the writing is measured."""
 
+    layer = -1
+
     def __init__(self, tokens: int, width: int) -> None:
         self.values = torch.randn(64, tokens, width)
 

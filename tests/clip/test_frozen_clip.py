@@ -1,5 +1,7 @@
 """FrozenCLIP against the stock open_clip or timm model, for every place where it can be cut."""
 
+from types import SimpleNamespace
+
 import open_clip
 import pytest
 import torch
@@ -101,6 +103,41 @@ def test_prefix_is_the_output_of_the_named_block(small):
     handle.remove()
     assert small.layer == recut(small, 1).layer == -2
     assert torch.equal(small.prefix(images), seen["tokens"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("timm", [False, True])
+@torch.no_grad()
+def test_several_layers_in_one_pass_are_each_as_alone(register, precision, timm):
+    clip = load_random("timm:test_vit" if timm else register(), precision=precision)
+    images = clip.normalize(some_images(clip))
+    layers = [-1, -clip.blocks, -2]
+    found = clip.prefixes(images, layers)
+    assert set(found) == set(layers)
+    for layer, tokens in found.items():
+        cut = clip.at(layer)
+        assert (cut.layer, cut.precision, clip.layer) == (layer, precision, -2)
+        assert torch.equal(tokens, cut.prefix(images))
+        assert cut.model is clip.model
+    assert clip.at(0).layer == -clip.blocks
+    with pytest.raises(ConfigError, match=r"model\.target_layer=9: "):
+        clip.at(9, "model.target_layer")
+
+
+def test_which_tokens(small):
+    images = small.normalize(some_images(small))
+    tokens = small.prefix(images)
+    sizes = {"all": small.tokens, "patches": small.tokens - 1, "cls": 1}
+    for kind, size in sizes.items():
+        part = tokens[:, small.token_slice(kind)]
+        assert part.shape[1] == size
+        changed = small.with_tokens(tokens, part + 1, kind)
+        assert (changed - tokens).abs().amax(dim=-1).gt(0.5).sum() == 2 * size
+    with pytest.raises(ConfigError, match=r"features\.tokens='some': expected all, patches or cls"):
+        small.token_slice("some")
+    siglip = SimpleNamespace(name="siglip", prefix_tokens=0)
+    with pytest.raises(ConfigError, match=r"features\.tokens=cls: siglip has no class token"):
+        FrozenCLIP.token_slice(siglip, "cls")
 
 
 def test_attributes_and_preprocessing(vit_b):

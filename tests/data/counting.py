@@ -27,16 +27,37 @@ class Numbers(Dataset):
 
 
 class Counting(nn.Module):
-    """A stand-in for the frozen CLIP: tokens 4 i + (0, 1, 2, 3), [B, 4, 1]."""
+    """A stand-in for the frozen CLIP: tokens 4 i + (0, 1, 2, 3), [B, 4, 1], the class token first.
+    After the block before they have the other sign; the embedding is the tokens' sum and 1."""
 
     device = torch.device("cpu")
+    hook = "resid"
+
+    def __init__(self, layer: int = -1) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def at(self, layer):
+        return Counting(layer)
+
+    def token_slice(self, tokens):
+        return {"all": slice(None), "patches": slice(1, None), "cls": slice(1)}[tokens]
+
+    def prefixes(self, images, layers, with_context=False):
+        return {layer: Counting(layer).prefix(images, with_context) for layer in layers}
+
+    def tail(self, tokens, context=None):
+        total = tokens.sum(dim=1)
+        return torch.cat((total, torch.ones_like(total)), dim=1)
 
     def normalize(self, images):
         return images.float()
 
-    def prefix(self, images):
+    def prefix(self, images, with_context=False):
         index = images.flatten(1) @ torch.tensor([1.0, 256.0, 65536.0])
-        return (index[:, None] * T + torch.arange(T)).unsqueeze(-1)
+        tokens = (index[:, None] * T + torch.arange(T)).unsqueeze(-1)
+        tokens = tokens if self.layer == -1 else -tokens
+        return (tokens, None) if with_context else tokens
 
 
 def write_cache(folder: Path, n: int, *, clip=None, dataset=None, about=None, **options) -> Cache:

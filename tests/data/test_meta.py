@@ -24,7 +24,7 @@ def test_prefix_stream_and_tail(on_meta, buffer):
     scenes = ScenesDataset(kind="all", split="train", size=16, image_size=clip.image_size)
     module = FeatureDataModule(clip, scenes, batch_size=4, shuffle_buffer_images=buffer)
     images = [torch.zeros(4, 3, clip.image_size, clip.image_size, dtype=torch.uint8)] * 2
-    tokens = module._mixed(images, seed=0)
+    tokens = module._batch(images, seed=0)
     assert tokens.is_meta
     assert tokens.shape == (8, clip.tokens, clip.width)
     assert module.first_batch(3).shape == (3, clip.tokens, clip.width)

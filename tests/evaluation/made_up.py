@@ -44,7 +44,8 @@ def batch_of(codes: Tensor, first: int = 0, sae: Any = None, **given: Any) -> Ba
     batch = Batch(images, sizes(codes.shape[-1]), slice(None))
     at = torch.arange(first, first + len(codes))
     known = {"codes": codes, "sparse": SparseCodes.from_dense(codes), "indices": at}
-    known |= {"tokens": tokens}
+    known |= {"tokens": tokens, "targets": tokens, "streams": tokens}
+    known |= {"kept": None}
     known |= {"positions": at, "pooled": pool_codes(codes)}
     known["labels"] = torch.zeros(len(codes), dtype=torch.long)
     batch.__dict__.update(known | given)

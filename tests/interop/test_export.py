@@ -157,3 +157,21 @@ def test_the_interface_of_visaebench(make, x, name):
         found = metrics.METRIC_REGISTRY["fvu"]().compute(wrapped, x, device="cpu")
         residual = x - sae(x).reconstruction
         assert found.value == pytest.approx((residual.var() / x.var()).item(), rel=0.01)
+
+
+@torch.no_grad()
+def test_an_encoder_that_does_not_subtract_the_bias_has_equal_codes(make, x):
+    for activation in ("topk", "gated"):
+        sae = make(activation=activation, subtract_bias=False)
+        sae.architecture.b_dec.normal_()
+        plain = Plain.of(sae, "theirs").to_sae()
+        assert plain.config["subtract_bias"]
+        torch.testing.assert_close(plain.encode(x), sae.eval().encode(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_norm_ratio": 3.0}, {"target_layer": -1, "subtract_bias": False}]
+)
+def test_what_other_libraries_have_no_word_for(make, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* cannot be written for theirs"):
+        Plain.of(make(activation="topk", **options), "theirs")

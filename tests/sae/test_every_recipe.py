@@ -251,6 +251,7 @@ OTHER = {
     "encoder_init": {"tied": "independent", "independent": "tied"},
     "unit_decoder": False,
     "bias_init": "tokens",
+    "subtract_bias": False,
     "query": "learned",
     "scale": "sqrt_d",
     "normalize": {"unit": "none", "none": "unit", "whiten": "mean_std"},
@@ -287,8 +288,9 @@ def test_every_option_changes_something(recipe):
     if "p_end" in given:
         given["p_end"] = 0.6
     names = set(SAE(d=D, **given).config) - {"d", "latents", "architecture", "activation"}
-    # Objectives have tests of their own.
+    # They have tests of their own; these three are in test_chosen_tokens.py.
     names -= {name for objective in OBJECTIVES for name in OBJECTIVES.options(objective)}
+    names -= {"tokens", "max_norm_ratio", "target_layer"}
     if with_auxk(given["activation"]):
         given.update(with_auxk(given["activation"]), dead_after=6, auxk_k=2)
     else:  # nothing is computed from it, but it decides what is called dead
@@ -299,6 +301,8 @@ def test_every_option_changes_something(recipe):
         names -= {"whitening"}
     if given["normalize"] == "unit":
         names -= {"position_mean"}  # refused
+    if given.get("l1_coefficient") == 0:
+        names -= {"p_end", "p_start_step"}  # of a penalty that is not there
     if recipe == "matryoshka":  # batch_topk's own, seen there; here the same codes pass either
         names -= {"threshold_decay", "threshold_start_step"}
     assert names <= set(OTHER), "an option without a value that shows its effect"

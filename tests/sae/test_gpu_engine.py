@@ -284,7 +284,7 @@ def test_a_step_is_that_of_dense_products(recipe, monkeypatch):
             patch.delitem(DENSE_FROM, "cpu")
             expected, expected_gradients = steps(dense, [x, x.flip(0)])
         for out, other in zip(outs, expected, strict=True):
-            assert isinstance(out.encoded, PaddedCodes)
+            assert isinstance(out.encoded, PaddedCodes) or sparse.architecture.dictionary() is None
             torch.testing.assert_close(out.codes, other.codes, rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(out.reconstruction, other.reconstruction)
             assert torch.equal(out.fired(), other.fired())
@@ -365,7 +365,7 @@ def test_a_step_waits_for_nothing(recipe, as_on_cuda, monkeypatch):
                 sae.after_backward()
                 optimizer.step()
                 sae.after_step()
-        assert isinstance(out.encoded, PaddedCodes)
+        assert isinstance(out.encoded, PaddedCodes) or sae.architecture.dictionary() is None
         assert waits.seen == []
     with Waits() as waits:
         tokens(3, D).nonzero()

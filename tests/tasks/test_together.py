@@ -177,8 +177,9 @@ def test_random_numbers_of_a_step_are_those_of_the_sae_alone(
 ):
     forward = SAE.forward
 
-    def noisy(sae, x):
-        return forward(sae, x + 0.1 * torch.randn_like(x) if sae.training else x)
+    def noisy(sae, tokens):
+        noise = 0.1 * torch.randn_like(tokens)
+        return forward(sae, tokens + noise if sae.training else tokens)
 
     monkeypatch.setattr(SAE, "forward", noisy)
     expected = alone(prepare(tmp_path / "alone", *TWO))
@@ -233,6 +234,48 @@ def test_lengths_rates_sizes_and_clipping_may_differ(tmp_path, prepare, common, 
         assert len(calls) == 1 + 15 + 15 // 4  # the first images, the batches, the validations
 
 
+@pytest.mark.parametrize("features", ["online", "cached", "images"])
+def test_layers_are_read_in_one_pass_and_each_is_as_alone(
+    tmp_path, prepare, features, monkeypatch, signalled_at
+):
+    common = [f"features={features}", "features.tokens=patches", "trainer.max_steps=5"]
+    if features == "cached":
+        common += ["features.block_images=2", "features.buffer_images=8"]
+    cells = [
+        ["model=topk", "clip.layer=-1", *common],
+        ["model=relu", "clip.layer=1", *common],  # of four
+        ["model=batch_topk", "clip.layer=-2", "model.k=4", *common],
+        ["model=topk", "clip.layer=-2", *common],
+    ]
+    expected = alone(prepare(tmp_path / "alone", *cells))
+    single, several = [], []
+    prefix, prefixes = FrozenCLIP.prefix, FrozenCLIP.prefixes
+    monkeypatch.setattr(FrozenCLIP, "prefix", lambda *a: single.append(0) or prefix(*a))
+    monkeypatch.setattr(
+        FrozenCLIP,
+        "prefixes",
+        lambda clip, x, at: several.append(list(at)) or prefixes(clip, x, at),
+    )
+    shared = prepare(tmp_path / "shared", *cells)
+    assert len(by_stream([cell.cfg for cell in shared])) == 1
+    if features == "online":
+        signalled_at("relu", 3)
+        interrupted(shared)
+        signalled_at("none", 0)
+    produce(shared)
+    assert weights(shared) == expected
+    assert all(at == [-3, -2, -1] for at in several)
+    assert not single
+    if features == "cached":  # a folder for each layer, the same as alone
+        assert len(several) == 1 + 1  # all images, and a validation
+        folders = [
+            sorted((tmp_path / at / "features").glob("[!.]*/tokens*")) for at in ("alone", "shared")
+        ]
+        assert [f.parent.name for f in folders[0]] == [f.parent.name for f in folders[1]]
+        assert len(folders[0]) == 3
+        assert [f.read_bytes() for f in folders[0]] == [f.read_bytes() for f in folders[1]]
+
+
 def test_one_that_goes_on_in_another_precision_does_so_by_itself(tmp_path, prepare):
     cells = [["model=topk", "precision=tf32"], ["model=relu", "precision=float32"]]
     expected = alone(prepare(tmp_path / "alone", *cells))
@@ -285,7 +328,8 @@ def test_cells_are_grouped_by_what_decides_the_tokens(tmp_path, prepare):
         "seed=1 trainer.accumulate_grad_batches=2",
     )
     found = prepare(tmp_path, *(cell.split() for cell in cells))
-    assert by_stream([cell.cfg for cell in found]) == [[0, 2], [1, 7], [3], [4], [5], [6]]
+    # (Another layer is read in the same pass.)
+    assert by_stream([cell.cfg for cell in found]) == [[0, 2, 3], [1, 7], [4], [5], [6]]
 
 
 def test_one_pass_evaluates_all_with_the_numbers_of_each_alone(tmp_path, prepare, monkeypatch):

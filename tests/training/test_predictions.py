@@ -43,7 +43,7 @@ class Recorder:
 
 def log(callback: Predictions, sae, first: bool = True) -> dict[str, float]:
     run = Recorder()
-    member = SimpleNamespace(sae=sae, run=run if first else None, step=7)
+    member = SimpleNamespace(sae=sae, run=run if first else None, step=7, layer=None)
     group = SimpleNamespace(
         device=torch.device("cpu"), current=[member], each=lambda work: work(member)
     )
@@ -51,19 +51,27 @@ def log(callback: Predictions, sae, first: bool = True) -> dict[str, float]:
     return run.logged
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"tokens": "patches"}, {"target_layer": -1, "subtract_bias": False}]
+)
 @torch.no_grad()
 @pytest.mark.parametrize("hook", ["resid", "mlp_out"])
-def test_it_is_the_whole_model_on_the_reconstruction(world, hook):
+def test_it_is_the_whole_model_on_the_reconstruction(world, hook, options):
     clip, images, labels, classifier = world
     clip = FrozenCLIP(clip.model, name=clip.name, hook=hook)
-    sae = SAE(clip.width, 64, "linear", "topk", k=4).eval()
+    sae = SAE(clip.width, 64, "linear", "topk", k=4, **options).eval()
     found = log(Predictions(clip, images, labels, classifier), sae)
     right = same = right_before = 0
     for image, label in zip(images, labels.tolist(), strict=True):
         pixels = clip.normalize(image[None])
         before = (clip.encode_image(pixels) @ classifier.T).argmax()
-        stream, context = clip.prefix(pixels, with_context=True)
-        after = (clip.tail(sae(stream).reconstruction, context) @ classifier.T).argmax()
+        stream = clip.prefix(pixels)
+        rebuilt = sae.decode(sae.encode(stream))
+        if "tokens" in options:
+            rebuilt[:, 0] = stream[:, 0]
+        target = clip.at(-1) if "target_layer" in options else clip
+        _, context = target.prefix(pixels, with_context=True)
+        after = (target.tail(rebuilt, context) @ classifier.T).argmax()
         right_before += int(before == label)
         right += int(after == label)
         same += int(before == after)
@@ -77,10 +85,13 @@ def test_it_is_the_whole_model_on_the_reconstruction(world, hook):
 def test_a_perfect_reconstruction_changes_nothing(world):
     clip, images, labels, classifier = world
 
-    def perfect(tokens):
-        return SimpleNamespace(reconstruction=tokens)
+    class Perfect:
+        config = SAE(clip.width, 64).config
 
-    found = log(Predictions(clip, images, labels, classifier), perfect)
+        def __call__(self, tokens):
+            return SimpleNamespace(reconstruction=tokens)
+
+    found = log(Predictions(clip, images, labels, classifier), Perfect())
     assert found["val/agreement"] == 100
     assert found["val/logit_loss"] == pytest.approx(0, abs=1e-5)
     assert found["val/accuracy"] == found["val/accuracy_no_sae"]

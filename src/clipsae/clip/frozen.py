@@ -11,7 +11,9 @@ B images, T tokens of an image (class token first, then the patches row by row),
 e embedding size, S image side. DINOv2 through timm is cut in the same way, though it has no texts.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, overload
@@ -25,7 +27,7 @@ from clipsae.clip.changes import Changes
 from clipsae.clip.sources import HUB, cache_alone_if_offline, weights_file
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
-from clipsae.rules import CLIP_PRECISION, require
+from clipsae.rules import CLIP_PRECISION, TOKENS, check_layer, require
 
 
 class FrozenCLIP(nn.Module):
@@ -221,6 +223,99 @@ class FrozenCLIP(nn.Module):
         if not with_context:
             return tokens
         return tokens, None if context is None else _at_least_fp32(context)
+
+    @overload
+    def prefixes(self, images: Tensor, layers: Iterable[int]) -> dict[int, Tensor]: ...
+
+    @overload
+    def prefixes(
+        self, images: Tensor, layers: Iterable[int], *, with_context: Literal[True]
+    ) -> dict[int, tuple[Tensor, Tensor | None]]: ...
+
+    def prefixes(
+        self, images: Tensor, layers: Iterable[int], *, with_context: bool = False
+    ) -> dict[int, Tensor] | dict[int, tuple[Tensor, Tensor | None]]:
+        """The tokens [B, T, d] at `hook` of each of several blocks, in one pass: as much work as
+        the deepest `prefix` alone, and each is bit for bit what it is alone.
+
+        Args:
+            images: normalised, [B, 3, S, S].
+            layers: of the blocks, counted from the end as `layer` is.
+            with_context: as for `prefix`.
+
+        Raises:
+            ConfigError: several layers of the hook "embedding".
+        """
+        layers = sorted(set(layers))
+        self.check_layers(layers)
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        with self._autocast():
+            stream, done = self.tower.start(images.to(self.compute_dtype)), 0
+            for layer in layers:
+                block = self.blocks + layer
+                # Up to the block, and through it only where the stream behind it is what is read.
+                end = block + 1 if self.hook == "resid" else block
+                stream, done = self.tower.through(stream, range(done, end)), end
+                tokens, context = self.tower.added(stream, block, self.hook)
+                found[layer] = _at_least_fp32(tokens), context
+        if with_context:
+            pairs = found.items()
+            return {at: (x, None if c is None else _at_least_fp32(c)) for at, (x, c) in pairs}
+        return {layer: tokens for layer, (tokens, _) in found.items()}
+
+    def check_layers(self, layers: Iterable[int]) -> None:
+        """Refuse several layers where they make no difference.
+
+        Raises:
+            ConfigError: several layers of the hook "embedding".
+        """
+        if self.hook == "embedding" and len(set(layers)) > 1:
+            raise ConfigError(
+                "clip.hook=embedding: the image embedding is the same for every layer, so there is "
+                "nothing to read at several or to write at another: give one clip.layer, and "
+                "model.target_layer=null"
+            )
+
+    def at(self, layer: int, option: str = "clip.layer") -> "FrozenCLIP":
+        """The same model cut after another block; the weights are shared.
+
+        Raises:
+            ConfigError: a layer out of range, where `option` is what the message calls it, or one
+                whose block lacks the hook.
+        """
+        check_layer(self.name, layer, self.blocks, option)
+        self.tower.check(self.name, layer, self.hook)
+        other = copy(self)
+        other.layer = layer - self.blocks if layer >= 0 else layer
+        return other
+
+    def token_slice(self, tokens: str) -> slice:
+        """Where "all", "patches" or "cls" (the class token) lie among the T tokens of an image.
+
+        Raises:
+            ConfigError: other words; the class token of a model that has none; a part of the one
+                token at the hook "embedding".
+        """
+        require("features.tokens", tokens, TOKENS)
+        if tokens != "all" and not self.has_patches:
+            raise ConfigError(
+                f"features.tokens={tokens}: at clip.hook=embedding an image is one token, its "
+                "embedding: use all"
+            )
+        if tokens == "cls" and not self.prefix_tokens:
+            raise ConfigError(
+                f"features.tokens=cls: {self.name} has no class token; use all or patches"
+            )
+        slices = {"all": slice(None), "patches": slice(self.prefix_tokens, None)}
+        return slices.get(tokens, slice(1))
+
+    def with_tokens(self, stream: Tensor, part: Tensor, tokens: str) -> Tensor:
+        """Streams [B, T, d] whose `token_slice(tokens)` is replaced by `part` [B, T', d]."""
+        if part.shape == stream.shape:
+            return part
+        replaced = stream.clone()
+        replaced[:, self.token_slice(tokens)] = part
+        return replaced
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":  # whatever the caller has chosen

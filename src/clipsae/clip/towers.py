@@ -102,13 +102,18 @@ class Tower:
         """
         if hook == "embedding":
             return self.whole(images)[:, None], None
+        last = block if hook == "resid" else block - 1
+        return self.added(self.prefix(images, last), block, hook)
+
+    def added(self, stream: Tensor, block: int, hook: str) -> tuple[Tensor, Tensor | None]:
+        """What `read` returns, from the stream [B, T, d] before the block, or at "resid" that after
+        it."""
         if hook == "resid":
-            return self.prefix(images, block), None
-        before = self.prefix(images, block - 1)
-        attention = self.attention(before, block)
+            return stream, None
+        attention = self.attention(stream, block)
         if hook == "attn_out":
-            return attention, before
-        between = before + attention
+            return attention, stream
+        between = stream + attention
         return self.mlp(between, block), between
 
     def tail(self, tokens: Tensor, block: int) -> Tensor:

@@ -1,19 +1,20 @@
-"""Streams token features to the SAE.
+"""Streams token features to the SAEs.
 
-B images of a batch, T tokens of an image, d width, S image side, N images of a dataset.
+B images of a batch, T tokens of an image, d width, e embedding size, S image side, N images of a
+dataset.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data.cache import Cache, CacheLoader, TokenLayout, TokenLoader
+from clipsae.data.cache import Cache, CacheLoader, Caches, TokenLayout, TokenLoader
 from clipsae.data.dataset import ImageDataset
-from clipsae.data.loader import ResumableLoader, image_batches, joined
+from clipsae.data.loader import Batch, ResumableLoader, image_batches, joined
 from clipsae.data.prefetch import prefetched
 
 
@@ -21,6 +22,9 @@ class FeatureDataModule(LightningDataModule):
     """Images from a dataset, through the frozen prefix on the training device: tokens [B, T, d].
     With a cache the tokens of the training, or its decoded images, are read instead, and image
     files for validation alone. On a GPU the next batch is prepared beside the step.
+
+    Where SAEs need more, a batch is a dict: "tokens", with it "target" [B, T, d] or "embeddings"
+    [B, e]. With several layers it is a dict of the batches of each.
 
     The CLIP lives here and not in the LightningModule: it is no part of a checkpoint.
 
@@ -35,9 +39,20 @@ class FeatureDataModule(LightningDataModule):
         num_workers: processes that read images.
         seed: decides the order of the images, with the epoch.
         val_dataset: images for validation, in one fixed order; None: no validation.
-        cache: the tokens of `train_dataset`, or its decoded images, with which the batches are
-            those without a cache.
+        cache: the tokens of `train_dataset`, of several layers in `Caches`; or its decoded images,
+            with which the batches are those without a cache.
         block_images, buffer_images: how tokens are read, see `TokenLoader`.
+        tokens: which of an image's, see `FrozenCLIP.token_slice`.
+        layers: after which blocks, counted from the end; of several each stream is what it is
+            alone, and the prefix is computed once. None: `clip.layer` alone.
+        target_layer: the block after which "target" is read, as `clip.layer`; None: there is none.
+        needs: what the SAEs need beside tokens, see `SAE.needs`. "embeddings" are CLIP's own of the
+            images, of unit length: the tail of their tokens.
+
+    Raises:
+        ValueError: an invalid size; embeddings of images whose tokens are mixed with others', or
+            lie in a cache without what CLIP goes on from.
+        ConfigError: tokens or layers that the CLIP does not have.
     """
 
     def __init__(
@@ -50,11 +65,27 @@ class FeatureDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_dataset: ImageDataset | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Caches | None = None,
         block_images: int = 64,
         buffer_images: int = 1024,
+        tokens: str = "all",
+        layers: Collection[int] | None = None,
+        target_layer: int | None = None,
+        needs: Collection[str] = (),
     ) -> None:
         super().__init__()
+        in_a_block = clip.hook in ("attn_out", "mlp_out")
+        if "embeddings" in needs and in_a_block and _has_tokens(cache):
+            raise ValueError(
+                f"features=cached with clip.hook={clip.hook}: a loss term of this SAE needs the "
+                "images' embeddings, which do not follow from such tokens alone: use "
+                "features=images or online"
+            )
+        if "embeddings" in needs and shuffle_buffer_images:
+            raise ValueError(
+                f"shuffle_buffer_images={shuffle_buffer_images}: a loss term of this SAE needs the "
+                "tokens of an image together: set it to 0"
+            )
         self.clip = clip
         self.train_dataset = train_dataset
         self.val_dataset = val_dataset
@@ -64,6 +95,13 @@ class FeatureDataModule(LightningDataModule):
         self.seed = seed
         self.cache = cache
         self.reading = {"block_images": block_images, "buffer_images": buffer_images}
+        self.token_slice = clip.token_slice(tokens)
+        self.layers = [clip.layer] if layers is None else sorted(layers)
+        self.target_layer = None if target_layer is None else clip.at(target_layer).layer
+        self.embeds = "embeddings" in needs
+        others = [] if self.target_layer is None else [self.target_layer]
+        self.read_layers = sorted({*self.layers, *others})
+        self._cut = {layer: clip.at(layer) for layer in self.read_layers}
         self._train_loader: ResumableLoader | None = None
         self._loader()  # refuses invalid sizes
 
@@ -81,7 +119,7 @@ class FeatureDataModule(LightningDataModule):
     def val_dataloader(self) -> "ValidationLoader | list":
         if self.val_dataset is None:
             return []
-        return ValidationLoader(self.val_dataset, self.batch_size, self.num_workers, self._tokens)
+        return ValidationLoader(self.val_dataset, self.batch_size, self.num_workers, self._batch)
 
     def _loader(self, rank: int = 0, world_size: int = 1) -> ResumableLoader:
         on_gpu = self._on_gpu
@@ -91,14 +129,14 @@ class FeatureDataModule(LightningDataModule):
             "rank": rank,
             "world_size": world_size,
             "pin_memory": on_gpu,
-            "transform": self._mixed,
+            "transform": partial(self._batch, embeds=self.embeds),
             "prefetch": partial(prefetched, device=self.clip.device) if on_gpu else None,
         }
         if self.cache is None:
             return ResumableLoader(
                 self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
             )
-        if isinstance(self.cache.layout, TokenLayout):
+        if _has_tokens(self.cache):
             return TokenLoader(self.cache, self.batch_size, **self.reading, **options)
         return CacheLoader(self.cache, self.batch_size, **options)
 
@@ -106,20 +144,54 @@ class FeatureDataModule(LightningDataModule):
     def _on_gpu(self) -> bool:
         return self.clip.device.type == "cuda"
 
-    def _mixed(self, images: list[Tensor], seed: int) -> Tensor:
-        """The tokens of a block, permuted where there is a shuffle buffer."""
-        tokens = self._tokens(images)
-        return self._permuted(tokens, seed) if self.shuffle_buffer_images else tokens
-
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for a backward pass
-    def _tokens(self, images: list[Tensor]) -> Tensor:
-        """Tokens [n, T, d], float32, of images or of a cache's tokens."""
-        parts = []
-        for part in images:
-            part = part.to(self.clip.device, non_blocking=True)
-            is_image = part.dtype == torch.uint8
-            parts.append(self.clip.prefix(self.clip.normalize(part)) if is_image else part.float())
-        return joined(parts)
+    def _batch(
+        self, images: list[Batch], seed: int | None = None, *, embeds: bool = False
+    ) -> Batch:
+        """What SAEs are given of images or of a cache's tokens.
+
+        Args:
+            seed: of the tokens' permutation, where there is a shuffle buffer; None: as they are.
+            embeds: whether it has embeddings.
+        """
+        parts = [self._streams(part) for part in images]
+        streams = {layer: joined([part[layer][0] for part in parts]) for layer in self.read_layers}
+        found: dict[int, Batch] = {}
+        for layer in self.layers:
+            batch = {"tokens": self._chosen(streams[layer], seed)}
+            if self.target_layer is not None:
+                batch["target"] = self._chosen(streams[self.target_layer], seed)
+            if embeds:
+                beside = [
+                    context for _, context in (part[layer] for part in parts) if context is not None
+                ]
+                tail = self._cut[layer].tail(streams[layer], joined(beside) if beside else None)
+                batch["embeddings"] = nn.functional.normalize(tail, dim=-1)
+            found[layer] = batch if len(batch) > 1 else batch["tokens"]
+        return found if len(found) > 1 else found[self.layers[0]]
+
+    def _streams(self, part: Batch) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """Tokens [B, T, d], float32, of each layer that is read, of images or of a cache's; and
+        what CLIP's tail needs beside them, which a cache does not have."""
+        if not isinstance(part, Tensor):
+            return {layer: (self._moved(tokens).float(), None) for layer, tokens in part.items()}
+        part = self._moved(part)
+        if part.dtype != torch.uint8:
+            return {self.read_layers[0]: (part.float(), None)}
+        pixels = self.clip.normalize(part)
+        if len(self.read_layers) > 1:
+            return self.clip.prefixes(pixels, self.read_layers, with_context=True)
+        (layer,) = self.read_layers
+        return {layer: self._cut[layer].prefix(pixels, with_context=True)}
+
+    def _moved(self, part: Tensor) -> Tensor:
+        return part.to(self.clip.device, non_blocking=True)
+
+    def _chosen(self, stream: Tensor, seed: int | None) -> Tensor:
+        """The tokens that are trained on, those of a block permuted where there is a buffer."""
+        tokens = stream[:, self.token_slice]
+        mixed = self.shuffle_buffer_images and seed is not None
+        return self._permuted(tokens, seed) if mixed else tokens
 
     def _permuted(self, tokens: Tensor, seed: int) -> Tensor:
         """Mix all tokens of a block, [n, T, d] -> [n, T, d]; the same on every device."""
@@ -129,33 +201,39 @@ class FeatureDataModule(LightningDataModule):
         order = torch.randperm(len(flat), generator=generator, pin_memory=self._on_gpu)
         return flat[order.to(flat.device, non_blocking=True)].view_as(tokens)
 
-    def first_batch(self, images: int) -> Tensor:
-        """Tokens [n, T, d] of the first n images of the first epoch (fewer if the dataset has
-        fewer), for an initialisation from data; the same on every rank. From a cache of tokens they
-        are the first before a buffer permutes them."""
-        return joined(list(self.first_batches(images)))
+    def first_batch(self, images: int) -> Batch:
+        """A batch, without embeddings, of the first n images of the first epoch (fewer if the
+        dataset has fewer), for an initialisation from data; the same on every rank. From a cache of
+        tokens they are the first before a buffer permutes them."""
+        return self._batch(list(self._first(images)))
 
-    def first_batches(self, images: int) -> Iterator[Tensor]:
+    def first_batches(self, images: int) -> Iterator[Batch]:
         """The same, `batch_size` images after another."""
+        for part in self._first(images):
+            yield self._batch([part])
+
+    def _first(self, images: int) -> Iterable[Batch]:
+        """What is read of the first n images, `batch_size` after another."""
         count = min(images, len(self.train_dataset))
         if self.cache is not None:
             positions = self._loader().order(0)[:count]
-            parts = self.cache.read_parts(positions.split(self.batch_size))
-        else:
-            loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
-            parts = next(iter(loader)).split(self.batch_size)
-        for part in parts:
-            yield self._tokens([part])
+            return self.cache.read_parts(positions.split(self.batch_size))
+        loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
+        return next(iter(loader)).split(self.batch_size)
+
+
+def _has_tokens(cache: Cache | Caches | None) -> bool:
+    return cache is not None and isinstance(cache.layout, TokenLayout)
 
 
 class ValidationLoader:
-    """Batches of tokens in one fixed random order: a class-sorted folder begins with one class.
+    """Batches in one fixed random order: a class-sorted folder begins with one class.
 
     Args:
         dataset: N images.
         batch_size: B.
         num_workers: processes that read images.
-        transform: images -> tokens.
+        transform: images -> what SAEs are given of them.
     """
 
     def __init__(
@@ -163,7 +241,7 @@ class ValidationLoader:
         dataset: ImageDataset,
         batch_size: int,
         num_workers: int,
-        transform: Callable[[list[Tensor]], Tensor],
+        transform: Callable[[list[Batch]], Batch],
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -173,7 +251,7 @@ class ValidationLoader:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(0))
         batches = image_batches(self.dataset, self.batch_size, self.num_workers, order.tolist())
         for images, _, _ in batches:

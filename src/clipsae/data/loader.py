@@ -3,9 +3,10 @@
 B images of a batch, S image side, N images of the dataset.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from torch import Tensor
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.reader import BadImages, read_batches
 
+# What belongs to n images: [n, ...], or several such by name.
+Batch = Tensor | Mapping[Any, "Batch"]
 # (images of a block, several uint8 [B, 3, S, S], the seed of its mix) -> what batches are cut from.
-Transform = Callable[[list[Tensor], int], Tensor]
+Transform = Callable[[list[Tensor], int], Batch]
 # Batches without end -> the same, each begun while the one before is in use.
-Prefetch = Callable[[Iterator[Tensor]], Iterator[Tensor]]
+Prefetch = Callable[[Iterator[Batch]], Iterator[Batch]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class ResumableLoader:
         self.epoch = 0
         self.position = 0
         self._resumed = False  # within an epoch that is yet to be continued
-        self._stream: Iterator[Tensor] | None = None
+        self._stream: Iterator[Batch] | None = None
         self._stream_at = (0, 0)  # epoch and position of what the stream brings next
         self._bad = BadImages(dataset, "replaced by the next in the training", replaced=True)
 
@@ -131,7 +134,7 @@ class ResumableLoader:
             "world_size": self.world_size,
         }
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         # Here and not after the last batch: Lightning stops asking when `len` are handed out. It
         # also makes iterators that it does not use: an epoch of which nothing was handed out has
         # not been.
@@ -158,7 +161,7 @@ class ResumableLoader:
         rest = order[whole:].view(self.world_size, -1)[self.rank]
         return torch.cat([blocks.flatten(), rest])
 
-    def _rest_of_epoch(self) -> Iterator[Tensor]:
+    def _rest_of_epoch(self) -> Iterator[Batch]:
         while self.position < len(self):
             at = self.epoch, self.position
             if self._stream is None or self._stream_at != at:
@@ -182,15 +185,15 @@ class ResumableLoader:
                 part = 0
             first = 0
 
-    def _read_from(self, epoch: int, position: int) -> Iterator[Tensor]:
+    def _read_from(self, epoch: int, position: int) -> Iterator[Batch]:
         """Batches without end."""
         for block, images in self._read(epoch, position):
             number = block.number * self.world_size + self.rank
             yield from self._batches(block, images, mix(self.seed, block.epoch, number))
 
-    def _batches(self, block: Block, images: list[Tensor], seed: int) -> Iterator[Tensor]:
+    def _batches(self, block: Block, images: list[Tensor], seed: int) -> Iterator[Batch]:
         """A generator of its own, or two blocks would be held at once."""
-        yield from self.transform(images, seed).split(self.batch_size)[block.part :]
+        yield from split(self.transform(images, seed), self.batch_size)[block.part :]
 
     def _read(self, epoch: int, position: int) -> Iterator[tuple[Block, list[Tensor]]]:
         """Blocks without end, with their images."""
@@ -245,6 +248,23 @@ def image_batches(
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Tensors one after another; a single one is not copied."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def split(batch: Batch, size: int) -> Sequence[Batch]:
+    """What belongs to n images -> to each `size` of them, one after another."""
+    if isinstance(batch, Tensor):
+        return batch.split(size)
+    parts = [split(part, size) for part in batch.values()]
+    return [dict(zip(batch, some, strict=True)) for some in zip(*parts, strict=True)]
+
+
+def tensors(batch: Batch) -> Iterator[Tensor]:
+    """All that a batch is of."""
+    if isinstance(batch, Tensor):
+        yield batch
+    else:
+        for part in batch.values():
+            yield from tensors(part)
 
 
 def permutation(n: int, *numbers: int) -> Tensor:

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 import torch
-from torch import Tensor
+
+from clipsae.data.loader import Batch, tensors
 
 
-def prefetched(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches, each of them enqueued on a CUDA stream of its own before the one that
     precedes it is handed out: its copy to the GPU and the CLIP's prefix run beside the step.
 
@@ -21,8 +22,8 @@ def prefetched(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tens
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))  # which may be copying CLIP's weights
 
-    def enqueue() -> "Future[tuple[Tensor | None, torch.cuda.Event]]":
-        made: Future[tuple[Tensor | None, torch.cuda.Event]] = Future()
+    def enqueue() -> "Future[tuple[Batch | None, torch.cuda.Event]]":
+        made: Future[tuple[Batch | None, torch.cuda.Event]] = Future()
         try:
             with torch.cuda.stream(side):
                 made.set_result((next(batches, None), side.record_event()))
@@ -39,5 +40,6 @@ def prefetched(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tens
         current = torch.cuda.current_stream(device)
         current.wait_event(done)
         # Its memory is the side stream's, and must not be given away before the step is done.
-        batch.record_stream(current)
+        for tensor in tensors(batch):
+            tensor.record_stream(current)
         yield batch

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ class Stream:
         pooling: of `pooled`.
         keep_scores: whether `scores` are needed: codes are then made from them.
         seed: of `floors`.
+        of: which of an image's tokens the SAEs are of, all of them the same
+            (`FrozenCLIP.token_slice`). What is said of tokens is said of these; in an image's
+            stream the others stay as they are.
+        target_layer: after which block their reconstructions are put back, all of them the same;
+            None: where they read (see `SAE`).
     """
 
     clip: FrozenCLIP
@@ -68,6 +74,8 @@ class Stream:
     batch_size: int = 32
     num_workers: int = 0
     seed: int = 0
+    of: str = "all"
+    target_layer: int | None = None
     _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def run(
@@ -91,12 +99,17 @@ class Stream:
                         update(name, batch)
                 each(images)
 
+    @cached_property
+    def target(self) -> FrozenCLIP:
+        """The CLIP cut where reconstructions are put back."""
+        return self.clip if self.target_layer is None else self.clip.at(self.target_layer)
+
     def predict(self, tokens: Tensor, context: Tensor | None) -> Tensor:
-        """The predicted classes of tokens [B, T, d] with their context (`FrozenCLIP.tail`),
-        LongTensor [B]."""
+        """The predicted classes of whole streams of tokens [B, T, d] at `target`, with their
+        context (`FrozenCLIP.tail`), LongTensor [B]."""
         assert self.classifier is not None
         # Cosines with the classifier's rows, if those are of unit length.
-        embeddings = nn.functional.normalize(self.clip.tail(tokens, context), dim=-1)
+        embeddings = nn.functional.normalize(self.target.tail(tokens, context), dim=-1)
         return (embeddings @ self.classifier.T).argmax(dim=-1)
 
     @cached_property
@@ -110,7 +123,7 @@ class Stream:
                 self.dataset, self.batch_size, 0, list(self.indices[::step])
             )
         ]
-        return torch.cat(parts).float()
+        return torch.cat(parts).float()[:, self.clip.token_slice(self.of)]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """make(), whose result all SAEs of the pass share, kept by its key."""
@@ -163,17 +176,36 @@ class Images:
         return self._known[key]
 
     @cached_property
-    def _read(self) -> tuple[Tensor, Tensor | None]:
-        clip = self.stream.clip
-        return clip.prefix(clip.normalize(self.pixels), with_context=True)
+    def _streams(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, T, d], all tokens: those that are read and those that are reconstructed; and what
+        CLIP's tail needs beside the latter."""
+        clip, target = self.stream.clip, self.stream.target
+        pixels = clip.normalize(self.pixels)
+        if target.layer == clip.layer:
+            tokens, context = clip.prefix(pixels, with_context=True)
+            return tokens, tokens, context
+        found = clip.prefixes(pixels, (clip.layer, target.layer), with_context=True)
+        return found[clip.layer][0], *found[target.layer]
 
     @property
     def tokens(self) -> Tensor:
-        return self._read[0]
+        """Those that the SAEs read."""
+        return self._streams[0][:, self.stream.clip.token_slice(self.stream.of)]
+
+    @property
+    def targets(self) -> Tensor:
+        """What they are to reconstruct."""
+        return self.streams[:, self.stream.clip.token_slice(self.stream.of)]
+
+    @property
+    def streams(self) -> Tensor:
+        """Whole streams in which reconstructions are put."""
+        return self._streams[1]
 
     @property
     def context(self) -> Tensor | None:
-        return self._read[1]
+        """What CLIP's tail needs beside the streams."""
+        return self._streams[2]
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -208,7 +240,7 @@ class Images:
 
     @cached_property
     def predictions(self) -> Tensor:
-        return self.stream.predict(self.tokens, self.context)
+        return self.stream.predict(self.streams, self.context)
 
     def split(self, sae: SAE) -> Iterator["Batch"]:
         """Groups of images whose dense codes fit in memory."""
@@ -235,8 +267,10 @@ class Batch:
         images: the whole batch, with CLIP's own `predictions`; this is its part `rows`.
         sae: the SAE.
         labels, indices: LongTensor [B] on the CPU; indices are those in the dataset.
-        tokens: [B, T, d] of CLIP's prefix, the patches last.
-        context: what CLIP's tail needs beside them, [B, T, d] or None.
+        tokens: [B, T, d] of CLIP's prefix that the SAE reads, the patches last.
+        targets: [B, T, d], what it is to reconstruct: the tokens, but of a transcoder.
+        streams: [B, T, d] with all tokens, in which reconstructions are put.
+        context: what CLIP's tail needs beside the streams, [B, T, d] or None.
         embeddings: [B, e] of the separate image encoder.
         patch_truth: bool [B, P, V] of `patch_concept_names(dataset)`.
         patch_objects: LongTensor [B, P], which of the image's objects each patch shows; -1: none.
@@ -248,6 +282,8 @@ class Batch:
     labels: Tensor = _of_images("labels")
     indices: Tensor = _of_images("indices")
     tokens: Tensor = _of_images("tokens")
+    targets: Tensor = _of_images("targets")
+    streams: Tensor = _of_images("streams")
     embeddings: Tensor = _of_images("embeddings")
     patch_truth: Tensor = _of_images("patch_truth")
     patch_objects: Tensor = _of_images("patch_objects")
@@ -288,6 +324,17 @@ class Batch:
         return has_truth(self.images.stream.dataset)
 
     @cached_property
+    def kept(self) -> Tensor | None:
+        """Which tokens have codes, BoolTensor [B, T]; None: all (`SAE.kept`). Where a token has
+        none its codes are 0, and its reconstruction it itself."""
+        return self.sae.kept(self.tokens)
+
+    def of_kept(self, values: Tensor) -> Tensor:
+        """Of values [B, T, ...] those of the tokens that have codes, [n, ...]; as they are where
+        all have."""
+        return values if self.kept is None else values[self.kept]
+
+    @cached_property
     def scores(self) -> Tensor:
         """[B, T, M], before the activation."""
         return self.sae.scores(self.tokens)
@@ -301,7 +348,8 @@ class Batch:
     def codes(self) -> Tensor:
         """[B, T, M], dense."""
         if self.images.stream.keep_scores:
-            return self.sae.apply_threshold(self.scores, self.threshold)
+            codes = self.sae.apply_threshold(self.scores, self.threshold)
+            return codes if self.kept is None else codes * self.kept[..., None]
         return self.sparse.dense()
 
     @cached_property
@@ -319,12 +367,17 @@ class Batch:
     @cached_property
     def reconstruction(self) -> Tensor:
         """[B, T, d], by all latents."""
-        return self.sae.decode(self.sparse, self.scale)
+        found = self.sae.decode(self.sparse, self.scale)
+        if self.kept is None:
+            return found
+        return torch.where(self.kept[..., None], found, self.targets)
 
     @cached_property
     def predictions(self) -> Tensor:
         """Classes predicted from the reconstruction, LongTensor [B]."""
-        return self.images.stream.predict(self.reconstruction, self.context)
+        stream = self.images.stream
+        replaced = stream.clip.with_tokens(self.streams, self.reconstruction, stream.of)
+        return stream.predict(replaced, self.context)
 
     @cached_property
     def pooled(self) -> Tensor:
@@ -353,7 +406,7 @@ class Batch:
         codes = self.sparse
         counts = codes.token.new_zeros(codes.tokens, dtype=torch.long)
         counts.index_add_(0, codes.token.long(), (codes.values != 0).long())
-        return counts.view(codes.shape[:-1])[:, self.images.stream.clip.prefix_tokens :]
+        return counts.view(codes.shape[:-1])[:, -prod(self.images.stream.clip.grid) :]
 
     @cached_property
     def fired(self) -> Tensor:
@@ -401,6 +454,46 @@ def evenly_spaced(labels: Any, limit: int | None) -> list[int]:
     limit = min(limit, total)
     by_class = torch.as_tensor(labels).argsort(stable=True)
     return sorted(by_class[[i * total // limit for i in range(limit)]].tolist())
+
+
+def place_of(saes: Mapping[str, SAE]) -> dict[str, Any]:
+    """Which of an image's tokens SAEs are of, and where reconstructions go: `of` and `target_layer`
+    of a `Stream`.
+
+    Raises:
+        ValueError: not all of the same.
+    """
+    place: dict[str, Any] = {}
+    for ours, option in (("of", "tokens"), ("target_layer", "target_layer")):
+        found = list(dict.fromkeys(sae.config[option] for sae in saes.values()))
+        if len(found) > 1:
+            raise ValueError(
+                f"SAEs of {option}={found[0]} and of {option}={found[1]}: evaluate those of each "
+                "by themselves"
+            )
+        if found:
+            place[ours] = found[0]
+    return place
+
+
+def covered(clip: FrozenCLIP, sae: SAE, streams: Tensor) -> Tensor | None:
+    """Which tokens of whole streams [B, T, d] an SAE has codes for, BoolTensor [B, T]; None:
+    all."""
+    kept = sae.kept(streams)
+    if sae.config["tokens"] == "all":
+        return kept
+    chosen = torch.zeros(streams.shape[:2], dtype=torch.bool, device=streams.device)
+    chosen[:, clip.token_slice(sae.config["tokens"])] = True
+    return chosen if kept is None else chosen & kept
+
+
+def whole_codes(clip: FrozenCLIP, sae: SAE, streams: Tensor) -> Tensor:
+    """Codes [B, T, M] of whole streams [B, T, d], 0 where the SAE has none (`covered`)."""
+    chosen = clip.token_slice(sae.config["tokens"])
+    codes = sae.encode(streams[:, chosen])
+    whole = codes.new_zeros(*streams.shape[:2], codes.shape[-1])
+    whole[:, chosen] = codes
+    return whole
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from clipsae.evaluation.passes import (
     Progress,
     Stream,
     evenly_spaced,
+    place_of,
 )
 from clipsae.evaluation.topn import (
     NO_SAE,
@@ -115,7 +116,8 @@ def evaluate(
     """Evaluate SAEs on the same stream of images.
 
     Args:
-        saes: by name; each has its own M and reads tokens of `clip.prefix`.
+        saes: by name; each has its own M and reads tokens of `clip.prefix`, all of them the same of
+            an image's: the others pass unchanged, as do those that an SAE leaves out.
         dataset: the evaluated split: `labels` LongTensor [N], items (uint8 [3, S, S], label).
         classifier: [C, e], a row per class index, of unit length or not (then longer rows win).
             None: no top-n classification.
@@ -158,9 +160,11 @@ def evaluate(
     Raises:
         ValueError: an unknown protocol, ranking, setting, metric or pooling; a metric that lacks
             what it needs; n or another size below 1; a missing or superfluous `count_dataset`;
-            thresholds for SAEs that are not there; labels beyond the classifier; no images; nothing
-            asked.
+            SAEs of different tokens; thresholds for SAEs that are not there; labels beyond the
+            classifier; no images; nothing asked.
     """
+    place = place_of(saes)
+    of = place.get("of", "all")
     names = check_metrics(
         clip,
         dataset,
@@ -168,6 +172,7 @@ def evaluate(
         image_encoder=image_encoder,
         pooling=pooling,
         classifier=classifier is not None,
+        tokens=of,
     )
     indices = order = evenly_spaced(dataset.labels, limit_images)
     settings = () if classifier is None else tuple(settings)
@@ -220,11 +225,12 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
         seed=seed,
+        **place,
     )
     concepts = tuple(patch_concept_names(dataset)) if has_patch_truth(dataset) else ()
     options = Options(
         len(indices),
-        clip.tokens,
+        len(range(clip.tokens)[clip.token_slice(of)]),
         stream.embed_dim,
         k=k,
         threshold=threshold,
@@ -346,11 +352,13 @@ def check_metrics(
     image_encoder: str | Encoder | Sequence[str | Encoder] | None = None,
     pooling: str = "mean",
     classifier: bool = False,
+    tokens: str = "all",
 ) -> list[str]:
     """The metrics that `evaluate` will compute with these options, for checks before slow work.
 
     Args:
         classifier: whether there is one.
+        tokens: which of an image's the SAEs are of.
 
     Raises:
         ValueError: see `evaluate`.
@@ -359,6 +367,8 @@ def check_metrics(
         raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
     if pooling == "cls" and not clip.prefix_tokens:
         raise ValueError(f"pooling='cls': {clip.name} has no class token; use mean or max")
+    if pooling == "cls" and tokens == "patches":
+        raise ValueError("pooling='cls': an SAE of patches has no code of it; use mean or max")
     suffixes = [_suffix(one) for one in _several(image_encoder)[1:]]
     if twice := [one for one in suffixes if suffixes.count(one) > 1]:
         raise ValueError(
@@ -369,7 +379,7 @@ def check_metrics(
         "embeddings": bool(_several(image_encoder)),
         "truth": has_truth(dataset),
         "patch_truth": has_patch_truth(dataset),
-        "patches": clip.has_patches,
+        "patches": clip.has_patches and tokens != "cls",
         "predictions": classifier,
     }
     chosen = []

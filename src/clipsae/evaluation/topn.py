@@ -84,6 +84,8 @@ class _Waiting(NamedTuple):
     context: Tensor | None  # of CLIP's tail
     strongest: Tensor | None  # its own latents, of `self`
     codes: SparseCodes | None
+    stream: Tensor | None  # all tokens, where the SAE does not replace them all
+    kept: Tensor | None  # which of the SAE's tokens it replaces; None: all of them
 
     @property
     def nbytes(self) -> int:
@@ -212,6 +214,7 @@ class TopN:
         strongest = None
         if self.ns and "self" in self.settings:
             strongest = top_latents(batch.sparse.totals(), max(self.ns))
+        whole = batch.kept is None and batch.targets.shape == batch.streams.shape
         for i in rows:
             if labels[i] == self._too_large:
                 self.postponed.add(indices[i])
@@ -225,6 +228,8 @@ class TopN:
                 None if batch.context is None else batch.context[i].clone(),
                 None if strongest is None else strongest[i],
                 batch.sparse[i].compact() if looked_up else None,
+                None if whole else batch.streams[i].clone(),
+                None if batch.kept is None else batch.kept[i],
             )
             self._waiting.append(image)
         self._run(at_least=self.stream.batch_size)
@@ -265,7 +270,7 @@ class TopN:
 
         def add(setting: str, n: int, tokens: Tensor) -> None:
             if setting in self.settings:
-                predicted = self.stream.predict(tokens, context)
+                predicted = self.stream.predict(self._replaced(batch, tokens), context)
                 self.predictions[self.name, setting, n][indices] = predicted.cpu()
 
         m = self.sae.config["latents"]
@@ -286,6 +291,18 @@ class TopN:
                 add(on, n, few)
                 if off in self.settings:
                     add(off, n, whole - few + nothing)  # the bias is in both
+
+    def _replaced(self, batch: list[_Waiting], tokens: Tensor) -> Tensor:
+        """The images' streams with their tokens replaced by [B, T, d] where the SAE does so."""
+        streams = [image.stream for image in batch if image.stream is not None]
+        if not streams:
+            return tokens
+        clip, of, around = self.stream.clip, self.stream.of, torch.stack(streams)
+        kept = [image.kept for image in batch if image.kept is not None]
+        if kept:
+            own = around[:, clip.token_slice(of)]
+            tokens = torch.where(torch.stack(kept)[..., None], tokens, own)
+        return clip.with_tokens(around, tokens, of)
 
 
 def per_class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -40,7 +40,7 @@ def model_card(sae: SAE, repo_id: str, folder: Path | None = None) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {repo_id.rpartition('/')[2]}",
         _description(sae, config, clip),
-        f"## Use\n\n```python\n{_example(repo_id, clip)}```",
+        f"## Use\n\n```python\n{_example(repo_id, clip, sae)}```",
         *_results(folder),
         f"## Config\n\n```json\n{json.dumps(sae.config, indent=2)}\n```",
     ]
@@ -76,23 +76,39 @@ def _description(sae: SAE, config: dict[str, Any], clip: dict[str, Any]) -> str:
     return f"{text}."
 
 
-def _example(repo_id: str, clip: dict[str, Any]) -> str:
+def _example(repo_id: str, clip: dict[str, Any], sae: SAE) -> str:
     name = clip.get("name", "ViT-B-16-quickgelu")
     weights, layer = clip.get("pretrained", "openai"), clip.get("layer", -2)
     hook = clip.get("hook", "resid")
     at = f"layer={layer}" if hook == "resid" else f"layer={layer}, hook={hook!r}"
-    read, kept = "tokens = clip.prefix(clip.normalize(images))", ""
-    if hook in ("attn_out", "mlp_out"):
-        read = "tokens, context = clip.prefix(clip.normalize(images), with_context=True)"
-        kept = ", context"
+    of, target = sae.config["tokens"], sae.config["target_layer"]
+    uint8 = "  # images: uint8 [B, 3, S, S]"
+    beside = hook in ("attn_out", "mlp_out")  # the tail needs more than the tokens
+    several = beside and target is None
+    streams = "tokens" if of == "all" else "streams"
+    given = "clip.normalize(images)" + ", with_context=True" * several
+    lines = [f"{streams}{', context' * several} = clip.prefix({given}){uint8}"]
+    if of != "all":
+        lines.append(f"tokens = streams[:, clip.token_slice({of!r})]")
+    lines += [
+        "codes = sae.encode(tokens)",
+        "reconstruction = sae.decode(codes, sae.input_scale(tokens))",
+    ]
+    tail, replaced = "clip", "reconstruction"
+    if target is not None:
+        tail = "target"
+        lines.append(f"target = clip.at({target})  # the reconstruction is of its tokens")
+        if beside or of != "all":
+            lines.append(
+                "streams, context = target.prefix(clip.normalize(images), with_context=True)"
+            )
+    if of != "all":
+        replaced = f"clip.with_tokens(streams, reconstruction, {of!r})"
+    lines.append(f"embedding = {tail}.tail({replaced}{', context' * beside})")
     return (
         "from clipsae import FrozenCLIP, load\n\n"
         f"clip = FrozenCLIP.load({name!r}, {weights!r}, {at})\n"
-        f"sae = load({repo_id!r})\n"
-        f"{read}  # images: uint8 [B, 3, S, S]\n"
-        "codes = sae.encode(tokens)\n"
-        "reconstruction = sae.decode(codes, sae.input_scale(tokens))\n"
-        f"embedding = clip.tail(reconstruction{kept})\n"
+        f"sae = load({repo_id!r})\n" + "\n".join(lines) + "\n"
     )
 
 

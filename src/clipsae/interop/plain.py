@@ -193,8 +193,15 @@ class Plain:
 
         Raises:
             ValueError: an activation that is none of these, such as sparsemax; an architecture of a
-                plugin; means of positions.
+                plugin; means of positions; an SAE that leaves out tokens or reconstructs other
+                ones.
         """
+        for name in ("max_norm_ratio", "target_layer"):
+            if sae.config[name] is not None:
+                raise ValueError(
+                    f"{name}={sae.config[name]} cannot be written for {target}, which has no such "
+                    "option: expected an SAE that reconstructs every token that it reads"
+                )
         rule, architecture = sae.config["activation"], sae.config["architecture"]
         if sae.normalization.position_mean:
             raise ValueError(
@@ -219,7 +226,7 @@ class Plain:
             )
         theta = state.get("theta", theta)
         tau = state.get("inference_threshold")
-        return cls(
+        plain = cls(
             rule,
             W_enc,
             W_dec,
@@ -230,7 +237,10 @@ class Plain:
             theta=theta,
             **{name: state.get(name) for name in GATE},
             normalize=sae.normalize == "unit",
-        ).fold(sae.normalization)
+        )
+        if not sae.config.get("subtract_bias", True):
+            plain.shift_input(1)  # while b_dec is that of what is encoded
+        return plain.fold(sae.normalization)
 
 
 @torch.no_grad()

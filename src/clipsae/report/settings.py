@@ -32,7 +32,10 @@ _LEFT_OUT = (
     "measurement.image_encoder",
 )
 # Of key["training"], whose other entries are of conf/model.
-_FEATURES = ("batch_size", "shuffle_buffer_images", "cache", "block_images", "buffer_images")
+_FEATURES = (
+    *("batch_size", "shuffle_buffer_images", "cache", "block_images", "buffer_images"),
+    *("tokens", "max_norm_ratio"),
+)
 _GROUPS = {
     **dict.fromkeys(_FEATURES, "features."),
     **dict.fromkeys(

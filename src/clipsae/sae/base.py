@@ -22,14 +22,17 @@ class SAEOutput:
     """What an SAE returns for a batch.
 
     Attributes:
-        reconstruction: [..., d], in the units of the input.
+        reconstruction: [..., d], in the units of what is reconstructed.
         encoded: the codes [..., M], dense or, in training where few are active, sparse.
         losses: named terms, scalars, already weighted. In eval mode the reconstruction only.
+        kept: BoolTensor [...], the tokens that all this is of; the others have no codes, and are
+            their own reconstruction. None: all.
     """
 
     reconstruction: Tensor
     encoded: Tensor | SparseCodes
     losses: dict[str, Tensor]
+    kept: Tensor | None = None
 
     @property
     def codes(self) -> Tensor:
@@ -132,11 +135,13 @@ class LossInputs:
             a factor for each latent [M], serve either.
         tokens: N, what sums over them are divided by; at least 1.
         architecture: of the SAE.
-        decode: (codes like these, frozen=False) -> [N, d], in units of x. Its gradients reach the
-            codes and, unless frozen, the decoder.
-        shape: of the N tokens before they were flattened: (B, T) of images, or (B,).
+        decode: (codes like these, frozen=False) -> [N, d], in units of the target. Its gradients
+            reach the codes and, unless frozen, the decoder.
+        shape: of the tokens before they were flattened: (B, T) of images, or (B,). N is their
+            number, but of an SAE that leaves out tokens.
+        target: what is reconstructed [N, d]: x itself, but of a transcoder.
         embeddings: [B, e] of the images, unit length, without gradient; None: not asked for.
-        norm: [N], of the tokens as they came; None: of x.
+        norm: [N], of the target's tokens as they came; None: of the target.
     """
 
     x: Tensor
@@ -146,12 +151,13 @@ class LossInputs:
     architecture: Architecture
     decode: Callable[..., Tensor]
     shape: tuple[int, ...]
+    target: Tensor
     embeddings: Tensor | None = None
     norm: Tensor | None = None
 
     def relative_error(self, reconstruction: Tensor) -> Tensor:
         """The reconstruction loss of another reconstruction [N, d] of this batch, a scalar."""
-        return relative_error(reconstruction, self.x, self.norm)
+        return relative_error(reconstruction, self.target, self.norm)
 
 
 class FullPrecision(nn.Module):

@@ -36,6 +36,8 @@ class Linear(Architecture):
         bias_init: b_dec starts as the geometric median of a batch. "images": an image's [T, d]
             tokens are one point of T x d numbers, the result is averaged over the T positions
             (PatchSAE); "tokens": each token is a point (dictionary_learning); "zero": stays 0.
+        subtract_bias: encode x - b_dec; False: x itself, as where b_dec is of other tokens
+            (transcoders).
     """
 
     def __init__(
@@ -47,13 +49,16 @@ class Linear(Architecture):
         encoder_init: str = "independent",
         unit_decoder: bool = True,
         bias_init: str = "images",
+        subtract_bias: bool = True,
     ) -> None:
         super().__init__()
         one_of("encoder_init", encoder_init, ENCODER_INITS)
         boolean("unit_decoder", unit_decoder)
         one_of("bias_init", bias_init, BIAS_INITS)
         self.unit_rows = unit_decoder
+        boolean("subtract_bias", subtract_bias)
         self.bias_init = bias_init
+        self.subtract_bias = subtract_bias
         self.W_dec = nn.Parameter(torch.empty(latents, d))
         self.W_enc = nn.Parameter(torch.empty(latents, d))
         self.b_dec = nn.Parameter(torch.zeros(d))
@@ -67,10 +72,10 @@ class Linear(Architecture):
                 nn.init.uniform_(self.W_enc, -math.sqrt(6 / latents), math.sqrt(6 / latents))
 
     def dictionary(self) -> Dictionary | None:
-        return Dictionary(self.W_enc, self.b_enc, self.b_dec)
+        return Dictionary(self.W_enc, self.b_enc, self.b_dec if self.subtract_bias else None)
 
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
-        u = x - self.b_dec
+        u = x - self.b_dec if self.subtract_bias else x
         if latents is None:
             return nn.functional.linear(u, self.W_enc, self.b_enc)
         scores = u @ self.W_enc[latents].mT

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipsae import rules
 from clipsae.sae.base import Activation, Architecture, LossInputs, Objective, SAEOutput
-from clipsae.sae.checks import near, not_negative, one_of, whole
+from clipsae.sae.checks import near, not_negative, one_of, require, whole
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.dense import at_least_float32, row_parts
 from clipsae.sae.engine import backend
@@ -75,6 +77,18 @@ class SAE(nn.Module):
             step every decoder row is projected onto the cone of rows with a cosine of at least
             `LEAST_COSINE` with where it began (`start_rows`, part of the state of a training but
             not of the files of `save`).
+        tokens: which of an image's the SAE is of, "all", "patches" or "cls": a record, by which
+            others choose what they give it.
+        max_norm_ratio: tokens whose norm is above this many times the median norm of the images
+            that it is initialised from (registers, arXiv 2309.16588) are left out: they have no
+            codes, no loss, and are their own reconstruction. The limit is `norm_limit`, saved with
+            the weights. None: none are. Not with an objective that compares images, whose tokens
+            would be incomplete.
+        target_layer: the block after which the tokens are that it reconstructs (a transcoder,
+            arXiv 2406.11944), counted as `clip.layer` is: a record, as `tokens`. `forward` is then
+            given them, and losses, biases and AuxK's residual are of them. Architectures whose
+            encoder subtracts the decoder's bias must not do so, and statistics of what is read
+            cannot be undone on what is written. None: what it reads.
         options: those of the chosen architecture and activation, and of all `OBJECTIVES`; see their
             classes.
 
@@ -101,6 +115,9 @@ class SAE(nn.Module):
         auxk_k: int | None = None,
         dead_after: int = 10_000_000,
         freeze: str | None = None,
+        tokens: str = "all",
+        max_norm_ratio: float | None = None,
+        target_layer: int | None = None,
         **options: Any,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "options", "__class__")}
@@ -112,6 +129,9 @@ class SAE(nn.Module):
             whole("auxk_k", auxk_k)
         not_negative("reconstruction_weight", reconstruction_weight)
         not_negative("auxk", auxk)
+        require("tokens", tokens, rules.TOKENS)
+        require("max_norm_ratio", max_norm_ratio, rules.NORM_RATIO)
+        require("target_layer", target_layer, rules.or_null(rules.whole()))
         if auxk_k is not None and not auxk:
             raise ValueError(f"auxk_k={auxk_k} does nothing while auxk is 0: set both or neither")
         if auxk and not ACTIVATIONS[activation].supports_auxk:
@@ -135,8 +155,14 @@ class SAE(nn.Module):
             d, latents, self.activation.encoder_bias, **architecture_options
         )
         self.normalization = Normalization(d, normalize, whitening, position_mean)
+        if target_layer is not None:
+            self._check_transcoder(target_layer, architecture)
         self.register_buffer("tokens_since_fired", torch.zeros(latents, dtype=torch.int64))
         self.config = given | architecture_options | activation_options
+        self.norm_limit: nn.Parameter | None = None
+        if max_norm_ratio is not None:
+            # A parameter, as buffers are copied and averaged in each step.
+            self.norm_limit = nn.Parameter(torch.tensor(torch.inf), requires_grad=False)
         self.start_rows: nn.Parameter | None = None
         if freeze is not None:
             self._freeze(freeze)
@@ -152,8 +178,29 @@ class SAE(nn.Module):
                 "one of them at most can be in the place of the reconstruction loss"
             )
         self.objectives = cast("Sequence[Objective]", nn.ModuleList(objectives))
+        if max_norm_ratio is not None and "embeddings" in self.needs:
+            raise ValueError(
+                f"max_norm_ratio={max_norm_ratio}: an objective of this SAE "
+                "(monosemanticity) compares images by the codes of all their tokens: set one of "
+                "them to its default"
+            )
         self._silence: tuple[Any, int, int] = (None, 0, 0)  # see `_may_be_dead`
         self._many = False  # whether the last step had more codes than memory
+
+    def _check_transcoder(self, target_layer: int, architecture: str) -> None:
+        """Refuse what ties the tokens that are written to those that are read."""
+        if getattr(self.architecture, "subtract_bias", False):
+            how = "set subtract_bias=false" if architecture == "linear" else "use linear"
+            raise ValueError(
+                f"target_layer={target_layer} with architecture={architecture}: the decoder's bias "
+                f"is of other tokens than those that are encoded: {how}"
+            )
+        if self.normalization.learned:
+            raise ValueError(
+                f"target_layer={target_layer}: the statistics of normalize={self.normalize} and "
+                "position_mean are of the tokens that are read, not of those that are "
+                "reconstructed: use normalize=none or unit, without position_mean"
+            )
 
     def _freeze(self, freeze: str) -> None:
         one_of("freeze", freeze, FREEZE)
@@ -193,6 +240,15 @@ class SAE(nn.Module):
         """Tokens [..., d] as the architecture sees them."""
         return self.normalization(x) / self._scale(x)
 
+    def _norm(self, x: Tensor) -> Tensor:
+        """The norms [...] of tokens as they come."""
+        return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
+
+    def kept(self, x: Tensor) -> Tensor | None:
+        """Which of the tokens [..., d] have codes, BoolTensor [...]; None: all (see
+        `max_norm_ratio`)."""
+        return None if self.norm_limit is None else self._norm(x) <= self.norm_limit
+
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """Tokens [..., d] -> scores [..., M], before the activation.
 
@@ -214,12 +270,20 @@ class SAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [..., d] -> codes [..., M], as in evaluation."""
         scores = self.scores(x)
-        return self.apply_threshold(scores, self.threshold(scores))
+        codes = self.apply_threshold(scores, self.threshold(scores))
+        kept = self.kept(x)
+        return codes if kept is None else codes * kept[..., None]
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """`encode` without gradients and zeros, positions ascending. Where few latents are active,
         only a few tokens' scores are in memory together."""
+        codes, kept = self._encode_sparse(x), self.kept(x)
+        if kept is None:
+            return codes
+        return codes.with_values(codes.values * kept.flatten()[codes.token.long()]).nonzero()
+
+    def _encode_sparse(self, x: Tensor) -> SparseCodes:
         self._check(x)
         shape = (*x.shape[:-1], self.latents)
         dictionary = self._dictionary(x)
@@ -274,61 +338,86 @@ class SAE(nn.Module):
 
     @property
     def needs(self) -> set[str]:
-        """What `forward` must be given in training mode, beside the tokens."""
-        return {name for objective in self.objectives for name in objective.needs}
+        """What a training batch must have beside its tokens: keywords of `forward`. A "target" it
+        must have in eval mode, too."""
+        needs = {name for objective in self.objectives for name in objective.needs}
+        return needs if self.config["target_layer"] is None else needs | {"target"}
 
-    def forward(self, x: Tensor, *, embeddings: Tensor | None = None) -> SAEOutput:
+    def forward(
+        self, tokens: Tensor, *, target: Tensor | None = None, embeddings: Tensor | None = None
+    ) -> SAEOutput:
         """Tokens [B, T, d] or [B, d] -> reconstruction, codes and loss terms.
 
         In training mode codes have the variant's gradients, all loss terms are there, and
         statistics are updated; in eval mode it is `encode` and the reconstruction loss alone.
 
         Args:
-            embeddings: [B, e] of the images, unit length; where `needs` has them.
+            target: what is to be reconstructed, of the shape of the tokens; None: they
+                themselves.
+            embeddings: of the images [B, e], of unit length; where `needs` has them.
+
+        Raises:
+            ValueError: tokens of another width or dtype; something of `needs` that is missing.
         """
-        self._check(x)
+        self._check(tokens)
+        if target is None and "target" in self.needs:
+            raise ValueError("target=None: this SAE reconstructs other tokens: give them")
         if self.training:
             if embeddings is None and "embeddings" in self.needs:
                 raise ValueError("embeddings=None: an objective of this SAE needs the images' own")
-            return self._train_forward(x, embeddings)
-        y, scale = self.normalization(x), self._scale(x)
+            return self._train_forward(tokens, target, embeddings)
+        y, scale = self.normalization(tokens), self._scale(tokens)
         scores = self.architecture.scores(y / scale)
         codes = self.apply_threshold(scores, self.threshold(scores))
         rebuilt = self.architecture(codes) * scale
-        loss = self.reconstruction_weight * relative_error(rebuilt, y, self._norm(x))
-        return SAEOutput(self.normalization.inverse(rebuilt), codes, {"reconstruction": loss})
+        whole = self.normalization.inverse(rebuilt)
+        goal, compared = (y, tokens) if target is None else (target, target)
+        norm, kept = self._norm(compared), self.kept(tokens)
+        if kept is not None:
+            codes = codes * kept[..., None]
+            whole = torch.where(kept[..., None], whole, compared)
+            rebuilt, goal, norm = rebuilt[kept], goal[kept], norm[kept]
+        loss = self.reconstruction_weight * relative_error(rebuilt, goal, norm)
+        return SAEOutput(whole, codes, {"reconstruction": loss}, kept)
 
-    def _norm(self, x: Tensor) -> Tensor:
-        """The norms [...] of tokens as they come, which the loss is relative to."""
-        return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
-
-    def _train_forward(self, batch: Tensor, embeddings: Tensor | None) -> SAEOutput:
+    def _train_forward(
+        self, batch: Tensor, target: Tensor | None, embeddings: Tensor | None
+    ) -> SAEOutput:
         dictionary = self._dictionary(batch)
+        output = partial(self._output, batch, target, embeddings, dictionary)
         if dictionary is None or backend(batch).waits:
-            return self._output(batch, embeddings, dictionary)[0]
+            return output()[0]
         # How many codes there are is looked at when everything is queued that follows them, or at
         # once where there were too many in the step before.
         before = [buffer.clone() for buffer in self.buffers()]
         (device, version, longest), was = self._silence, self.tokens_since_fired._version
-        out, overflows = self._output(batch, embeddings, dictionary)
+        out, overflows = output()
         if not overflows():
             return out
         for buffer, value in zip(self.buffers(), before, strict=True):
             buffer.copy_(value)
         self._silence = device, version + self.tokens_since_fired._version - was, longest
         self._many = True
-        return self._output(batch, embeddings, dictionary, lambda scores: None)[0]
+        return output(lambda scores: None)[0]
 
     def _output(
         self,
         batch: Tensor,
+        target: Tensor | None,
         embeddings: Tensor | None,
         dictionary: Dictionary | None,
         support: Chooser | None = None,
     ) -> tuple[SAEOutput, Callable[[], bool]]:
         """What training returns, and whether there were more codes than memory."""
         x = batch.flatten(0, -2)  # gradients of views would not be added up in place
-        y, scale, norm = self.normalization(batch).flatten(0, -2), self._scale(x), self._norm(x)
+        y = self.normalization(batch).flatten(0, -2)
+        compared = x if target is None else target.flatten(0, -2)  # as it comes
+        goal, norm = y if target is None else compared, self._norm(compared)
+        kept, all_y = self.kept(batch), y
+        if kept is not None:
+            rows = kept.flatten().nonzero()[:, 0]  # (A GPU is waited for.)
+            x, y, goal, norm = x[rows], y[rows], goal[rows], norm[rows]
+        scale = self._scale(x)
         scores: Tensor | SparseCodes
         if dictionary is None:
             scores = self.architecture.scores(y / scale)
@@ -343,7 +432,8 @@ class SAE(nn.Module):
             if self._many:
                 self._many = overflows()
                 if self._many:
-                    return self._output(batch, embeddings, dictionary, lambda scores: None)
+                    everything = batch, target, embeddings, dictionary
+                    return self._output(*everything, lambda scores: None)
         codes = self.activation(scores)
 
         def decode(codes: Tensor | SparseCodes, frozen: bool = False) -> Tensor:
@@ -354,20 +444,39 @@ class SAE(nn.Module):
 
         # Before the decoding: autograd goes the other way, and then adds the gradients of these
         # terms in the memory of the large one that is there already.
-        shape, n = batch.shape[:-1], max(1, len(y))
-        inputs = LossInputs(y, scores, codes, n, self.architecture, decode, shape, embeddings, norm)
+        inputs = LossInputs(
+            y,
+            scores,
+            codes,
+            max(1, len(y)),
+            self.architecture,
+            decode,
+            shape=batch.shape[:-1],
+            target=goal,
+            embeddings=embeddings,
+            norm=norm,
+        )
         terms = self.activation.scaled_losses(inputs)
         for objective in self.objectives:
             terms |= objective.losses(inputs)
         if self.nested is None:
             rebuilt = decode(codes)
-            loss = relative_error(rebuilt, y, norm)
+            loss = relative_error(rebuilt, goal, norm)
         else:
-            rebuilt, loss = self.nested.reconstruct(codes, self.architecture, y, scale, norm)
+            rebuilt, loss = self.nested.reconstruct(codes, self.architecture, goal, scale, norm)
+        all_rebuilt, all_codes = rebuilt, codes
+        if kept is not None:
+            all_rebuilt = all_y.index_copy(0, rows, rebuilt.to(all_y.dtype))
+            all_codes = _among(codes, rows, kept.numel())
+        # (Of whole images, as positions have means of their own.)
+        whole = self.normalization.inverse(all_rebuilt.view(batch.shape))
+        if kept is not None:
+            whole = torch.where(kept[..., None], whole, compared.view(batch.shape).to(whole.dtype))
         out = SAEOutput(
-            self.normalization.inverse(rebuilt.view(batch.shape)),
-            codes.view(*shape, self.latents),
+            whole,
+            all_codes.view(*batch.shape[:-1], self.latents),
             {"reconstruction": self.reconstruction_weight * loss} | terms,
+            kept,
         )
         self._count_silence(out.fired(), len(y))
         if self.auxk:
@@ -383,7 +492,7 @@ class SAE(nn.Module):
             loss = at_least_float32(y.new_zeros(()))
             if aux is not None:
                 left = at_least_float32(self.architecture.combine(aux)) * scale
-                loss = auxk_loss(y, rebuilt, left, self.dead.any(), self.world_size)
+                loss = auxk_loss(goal, rebuilt, left, self.dead.any(), self.world_size)
             out.losses["auxk"] = self.auxk * loss
         return out, overflows
 
@@ -467,16 +576,23 @@ class SAE(nn.Module):
         self.activation.world_size = size
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, tokens: Tensor, *, target: Tensor | None = None) -> None:
         """Set what starts from data: once, before the first step, with images [N, T, d].
 
         The statistics of `normalize` are those of these images where `normalization.fit` has not
         set them from more.
+
+        Args:
+            target: what is to be reconstructed of them, [N, T, d]; None: they themselves.
         """
-        self._check(x)
+        self._check(tokens)
         if not self.normalization.fitted:
-            self.normalization.fit(Moments.of([x]))
-        self.architecture.initialize(self._encoded(x))
+            self.normalization.fit(Moments.of([tokens]))
+        start = self._encoded(tokens) if target is None else target / self.input_scale(tokens)
+        if self.norm_limit is not None:
+            self.norm_limit.copy_(self.config["max_norm_ratio"] * self._norm(tokens).median())
+            start = start[self.kept(tokens)][:, None]  # no longer images: each token by itself
+        self.architecture.initialize(start)
 
     def before_step(self, step: int, max_steps: int) -> None:
         """Before each batch of a training that has taken `step` of its `max_steps` steps."""
@@ -492,7 +608,7 @@ class SAE(nn.Module):
         [N, T, d]. In training mode afterwards."""
         self.train()
         objectives, self.objectives = self.objectives, cast("Sequence[Objective]", nn.ModuleList())
-        self(x)
+        self._train_forward(x, None, None)
         self.objectives = objectives
 
     @torch.no_grad()
@@ -593,6 +709,14 @@ def within_cone(rows: Tensor, start: Tensor, cosine: float = LEAST_COSINE) -> Te
     across = nn.functional.normalize(torch.where(tiny, axis, across), dim=-1)
     nearest = norm * nn.functional.normalize(cosine * u + math.sqrt(1 - cosine**2) * across, dim=-1)
     return torch.where((norm > 0) & (along < cosine * norm), nearest.to(rows.dtype), rows)
+
+
+def _among(codes: Tensor | SparseCodes, rows: Tensor, n: int) -> Tensor | SparseCodes:
+    """Codes [n', M] of the tokens `rows` [n'] among n: [n, M], zero elsewhere."""
+    if isinstance(codes, SparseCodes):
+        codes, m = codes.nonzero(), codes.latents  # without a GPU's padding
+        return SparseCodes(codes.values, rows[codes.token.long()] * m + codes.latent, (n, m))
+    return codes.new_zeros(n, codes.shape[1]).index_copy(0, rows, codes)
 
 
 def _part_options(

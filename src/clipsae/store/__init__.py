@@ -28,6 +28,7 @@ The key is what decides the content, and nothing else:
 
 from clipsae.store.files import MARK, find_damage, put_checkpoint, whole_checkpoint, write_json
 from clipsae.store.lease import LeaseLost, StoreError
+from clipsae.store.several import make_all
 from clipsae.store.stage import SCHEMA, Busy, Damaged, Stage, Store, digest
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "StoreError",
     "digest",
     "find_damage",
+    "make_all",
     "put_checkpoint",
     "whole_checkpoint",
     "write_json",

@@ -23,9 +23,11 @@ from clipsae.tasks.options import unknown_key
 
 IMAGES_WITH_RANDOM_WEIGHTS = 64
 _clips: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()
+_models: WeakValueDictionary[str, FrozenCLIP] = WeakValueDictionary()  # whatever the layer
 _datasets: WeakValueDictionary[str, ImageDataset] = WeakValueDictionary()
 # Of conf/model, and not the SAE's.
 TRAINING_KEYS = ("initial_images", "statistics_images", "compile")
+TOKEN_KEYS = ("tokens", "max_norm_ratio")  # of conf/features, and the SAE's, too
 DATASET = ("labels", "classnames", "templates", "fingerprint")  # attributes of every dataset
 PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")  # where and how fast images are read
 # What identifies a result is everything in its groups of the config, options of tomorrow, too, but
@@ -82,16 +84,22 @@ def check_keys(cfg: DictConfig) -> None:
 
 
 def build_clip(cfg: DictConfig) -> FrozenCLIP:
-    """The frozen CLIP of `cfg.clip`; the same one as long as anything in this process has it.
+    """The frozen CLIP of `cfg.clip`; the same one as long as anything in this process has it, and
+    with the weights of one that differs in its layer.
 
     Raises:
         ConfigError: a name, weights or layer that cannot be used.
     """
     options = plain(cfg.clip)
-    key = json.dumps(options)
+    key, model = json.dumps(options), json.dumps({**options, "layer": None})
     clip = _clips.get(key)
     if clip is None:
-        clip = _clips[key] = user_error(FrozenCLIP.load, **options)
+        other = _models.get(model)
+        if other is None:
+            clip = _models[model] = user_error(FrozenCLIP.load, **options)
+        else:
+            clip = other.at(options["layer"])
+        _clips[key] = clip
     return clip
 
 
@@ -149,8 +157,9 @@ def build_sae(cfg: DictConfig, d: int) -> SAE:
         ConfigError: an option that does not exist or is invalid.
     """
     options = sae_options(cfg)
+    of = {name: cfg.features[name] for name in TOKEN_KEYS}
     try:
-        return SAE(d=d, **options)
+        return SAE(d=d, **options, **of)
     except ValueError as error:
         name = str(error).partition("=")[0]
         raise ConfigError(f"{'model.' * (name in options)}{error}") from error

@@ -75,10 +75,11 @@ def bring_in(
             f"{clip.width}: choose the clip=, clip.layer= and clip.hook= that it was trained on"
         )
     mean = found.sae.normalization.mean
-    if mean is not None and mean.ndim == 2 and len(mean) != clip.tokens:
+    positions = len(range(clip.tokens)[clip.token_slice(found.sae.config["tokens"])])
+    if mean is not None and mean.ndim == 2 and len(mean) != positions:
         raise ConfigError(
             f"{cfg.task.sae} has position_mean=true with the means of {len(mean)} positions, and "
-            f"{clip.name} has {clip.tokens} tokens: choose the clip= that it was trained on"
+            f"{clip.name} has {positions} of its tokens: choose the clip= that it was trained on"
         )
     said = ", ".join(f"{name}={value}" for name, value in found.reads.items())
     log.info(
@@ -118,11 +119,13 @@ def as_if_composed(cfg: DictConfig, found: Imported) -> DictConfig:
         "name": options["task"].get("name") or last,
         "latents": found.sae.latents,
         "k": found.sae.config.get("k"),
+        "target_layer": found.sae.config["target_layer"],
         "imported": {"from": found.format, "reads": found.reads, "config": found.sae.config},
     }
     threshold = options["task"].get("count_threshold", COUNT_THRESHOLD)
     options["evaluation"]["count_threshold"] = threshold
     options["train_dataset"] = {"name": "elsewhere"}
+    options["features"] |= {name: found.sae.config[name] for name in build.TOKEN_KEYS}
     del options["optimizer"]
     options["seed"] = 0  # of a training that was not ours
     return OmegaConf.create(options, flags={"struct": True})

@@ -3,7 +3,7 @@ table."""
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.data.reader import refuse_damaged
-from clipsae.store import Busy, Stage, Store
+from clipsae.store import Stage, Store, make_all
 from clipsae.tasks import build, guidance, precision, watch
 from clipsae.tasks.options import set_by_recipe
 from clipsae.tasks.stages import classifier, evaluation, features, sae
@@ -244,76 +244,6 @@ def _evaluate(experiments: Sequence[Experiment]) -> None:
     for experiment in experiments:
         if experiment.evaluated is not None:
             experiment.error = errors.get(experiment.evaluated.path)
-
-
-def make_all(
-    stages: Sequence[Stage],
-    build_all: Callable[[Mapping[Path, Path]], dict[Path, Exception]],
-    rank: int = 0,
-) -> dict[Path, Exception]:
-    """Make several stages in one go, each as `Stage.make` does. Those that another process is
-    making are left out, and waited for in the end.
-
-    Args:
-        build_all: given the folders to write into by the stages' paths, returns why some failed.
-            What it raises is tried again for each stage: one may be at fault, or all together
-            too large.
-        rank: see `Stage.make`; of one stage alone.
-
-    Returns:
-        Why some failed, by the stages' paths.
-    """
-    errors: dict[Path, Exception] = {}
-    folders: dict[Path, Path] = {}
-    busy: list[Stage] = []
-
-    def attempt(some: Mapping[Path, Path]) -> None:
-        try:
-            errors.update(build_all(some))
-        except Exception as error:
-            if len(some) == 1:
-                errors.update(dict.fromkeys(some, error))
-                return
-            log.warning("%s: %s; trying each by itself", type(error).__name__, error)
-            for path, folder in some.items():
-                attempt({path: folder})
-
-    def hold(rest: Sequence[Stage]) -> None:
-        """Build everything while the leases of `rest` are held, too."""
-        if not rest:
-            if folders:
-                attempt(folders)
-            return
-        stage, entered = rest[0], False
-
-        def build(folder: Path) -> None:
-            nonlocal entered
-            errors.pop(stage.path, None)
-            if entered:  # the lease was lost, and has come back
-                attempt({stage.path: folder})
-            else:
-                entered = True
-                folders[stage.path] = folder
-                hold(rest[1:])
-            if stage.path in errors:
-                raise errors[stage.path]
-
-        try:
-            stage.make(build, wait=len(stages) == 1, rank=rank)
-            errors.pop(stage.path, None)
-        except Busy as error:
-            log.info("%s; the others first", error)
-            busy.append(stage)
-        except Exception as error:
-            errors[stage.path] = error
-        if not entered:
-            hold(rest[1:])
-
-    hold(stages)
-    for stage in busy:
-        errors.pop(stage.path, None)
-        errors |= make_all([stage], build_all)
-    return errors
 
 
 def table_cells(rows: pd.DataFrame) -> dict[str, float]:

@@ -64,6 +64,12 @@ def prepare(
             guidance.resolve(one, store)
         clip = build.build_clip(cfg)
     dataset = build.build_dataset(cfg.dataset, cfg.task.split, clip.image_size)
+    if cfg.features.tokens == "cls" or cfg.model.get("target_layer") is not None:
+        raise ConfigError(
+            f"features.tokens={cfg.features.tokens} model.target_layer="
+            f"{cfg.model.get('target_layer')}: pictures show patches, and what changes where an "
+            "SAE reads: there are none of an SAE of the class token alone, or of a transcoder"
+        )
     check(cfg, clip, dataset)
     if make is not None:
         imported.make(make)

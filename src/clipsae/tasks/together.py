@@ -22,13 +22,14 @@ from clipsae.tasks.stages.sae import MEMBER_OPTIONS
 
 
 def stream_key(cfg: DictConfig) -> str:
-    """The same for cells that can be trained in one fit: on the same tokens in the same order.
-    Those that learn their sparsity from an SAE that may be among the others come later."""
+    """The same for cells that can be trained in one fit: on tokens of the same images in the same
+    order, whichever blocks they come after: the CLIP is run once. Those that learn their sparsity
+    from an SAE that may be among the others come later."""
     trainer = {k: v for k, v in build.plain(cfg.trainer).items() if k not in MEMBER_OPTIONS}
-    nodes = cfg.clip, cfg.train_dataset, cfg.features, cfg.callbacks
-    return json.dumps(
-        [*map(build.plain, nodes), trainer, cfg.precision, cfg.seed, bool(unresolved(cfg))]
-    )
+    clip = {k: v for k, v in build.plain(cfg.clip).items() if k != "layer"}
+    nodes = cfg.train_dataset, cfg.features, cfg.callbacks
+    more = trainer, cfg.precision, cfg.seed, bool(unresolved(cfg)), cfg.model.get("target_layer")
+    return json.dumps([clip, *map(build.plain, nodes), *more])
 
 
 def by_stream(configs: Sequence[DictConfig]) -> list[list[int]]:

@@ -51,6 +51,7 @@ def fit(
     latents: int | None = None,
     seed: int = 0,
     directions: Tensor | None = None,
+    of: str = "all",
 ) -> SAE:
     """An SAE by name, in eval mode on the CPU, float32.
 
@@ -60,6 +61,7 @@ def fit(
         latents: M of "kmeans" and "random", whose M the tokens do not decide.
         seed: of what is drawn at random.
         directions: [M, d], of "text": `text_directions`.
+        of: which of an image's tokens they are; see `SAE`.
 
     Raises:
         ValueError: too few tokens (k-means), tokens that span less than d dimensions (ICA), an odd
@@ -94,6 +96,7 @@ def fit(
         unit_decoder=False,
         bias_init="zero",
         l1_coefficient=0.0,
+        tokens=of,
     )
     with torch.no_grad():
         for parameter, values in (("W_enc", encoder), ("W_dec", fitted), ("b_dec", mean)):

@@ -12,6 +12,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from clipsae.data.loader import Batch, tensors
 from clipsae.store import put_checkpoint
 from clipsae.store.files import checkpoint_step
 from clipsae.training.module import SAEGroup, SAEModule
@@ -180,12 +181,13 @@ class TokenRate(Callback):
             self.started = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: SAEGroup, outputs: Any, batch: torch.Tensor, *_: Any
+        self, trainer: Trainer, pl_module: SAEGroup, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         now = time.perf_counter()
         self.seconds += now - self.started
         self.started = now
-        self.tokens += batch.shape[0] * batch.shape[1] * trainer.world_size
+        images, tokens, _ = next(tensors(batch)).shape
+        self.tokens += images * tokens * trainer.world_size
         every = trainer.log_every_n_steps
         due = [m for m in pl_module.current if not m.accumulating and m.step % every == 0]
         for member in due:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from clipsae.data.loader import Batch
 from clipsae.sae import SAE, SAEOutput
 from clipsae.sae.checks import boolean, fraction, positive, whole
 from clipsae.sae.normalization import Moments
@@ -52,6 +54,7 @@ class SAEModule(LightningModule):
         checkpoint: the file that the training continues from, if it is there.
         progress: called with (step, max_steps, numbers to show) after each batch; what it raises
             ends the training.
+        layer: of a stream that has several, the one that this SAE reads; None: it has one.
 
     Attributes:
         step: optimizer steps taken.
@@ -82,6 +85,7 @@ class SAEModule(LightningModule):
         run: Logger | None = None,
         checkpoint: Path | None = None,
         progress: Callable[[int, int, str | None], None] | None = None,
+        layer: int | None = None,
     ) -> None:
         super().__init__()
         positive("learning_rate", learning_rate)
@@ -127,6 +131,7 @@ class SAEModule(LightningModule):
         self.run = run
         self.checkpoint = checkpoint
         self.progress = progress
+        self.layer = layer
         self.step = 0
         self.batches = 0
         self.accumulating = False
@@ -179,19 +184,25 @@ class SAEModule(LightningModule):
         for name, gradient in self._accumulated.items():  # before, Lightning sets them to zero
             self.sae.get_parameter(name).grad = gradient
 
-    def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
+    def of(self, batch: Batch) -> dict[str, Tensor]:
+        """What is this SAE's of a batch of the stream, by the keywords of `SAE.forward`."""
+        own = batch if self.layer is None else batch[self.layer]
+        return {"tokens": own} if isinstance(own, Tensor) else own
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        inputs = self.of(batch)
         if self.sparsity_warmup_steps:
             if self.step <= self.sparsity_warmup_steps:
                 self.penalty_scale.fill_(penalty_warmup(self.sparsity_warmup_steps, self.step))
             self.sae.activation.penalty_scale = self.penalty_scale
         self.sae.before_step(self.step, self.max_steps)
         try:
-            out: SAEOutput = self.forward_sae(tokens)
+            out: SAEOutput = self.forward_sae(**inputs)
         finally:  # outside of a step penalties are whole, however the training ends
             self.sae.activation.penalty_scale = 1.0
         if self.trainer.world_size > 1:
             average_statistics(self.sae)
-        self.train_window.update(tokens, out)
+        self.train_window.update(inputs.get("target", inputs["tokens"]), out)
         loss = out.loss
         first = ~loss.detach().isfinite() & (self.bad_step < 0)
         self.bad_step.masked_fill_(first, self.step + 1)
@@ -211,8 +222,9 @@ class SAEModule(LightningModule):
         self.sae.after_step()
         self.scheduler.step()
 
-    def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
-        self.val_window.update(tokens, self.sae(tokens))
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        inputs = self.of(batch)
+        self.val_window.update(inputs.get("target", inputs["tokens"]), self.sae(**inputs))
 
     def on_validation_epoch_end(self) -> None:
         frequency = self.val_window.fired / self.val_window.tokens
@@ -296,7 +308,7 @@ class SAEModule(LightningModule):
 
 
 class SAEGroup(LightningModule):
-    """Trains one SAE, or several on the same batches of tokens [B, T, d], each as if alone.
+    """Trains one SAE, or several on the same batches of a `FeatureDataModule`, each as if alone.
 
     An SAE whose checkpoint is ahead of the others' waits until the stream has come there. One that
     fails ends by itself and the others go on; alone, its error ends the fit.
@@ -324,8 +336,8 @@ class SAEGroup(LightningModule):
         return [member.configure_optimizers() for member in self.members]
 
     def on_fit_start(self) -> None:
-        fresh: dict[int, Tensor] = {}
-        moments: dict[int, Moments] = {}
+        fresh: dict[int, Batch] = {}
+        moments: dict[tuple[int, int | None], Moments] = {}  # of so many images, at a layer
         starts: list[tuple[int, dict[str, Any]]] = []  # batches done, and where the stream was
         self._seed = torch.initial_seed()
         for member in self.members:
@@ -340,16 +352,19 @@ class SAEGroup(LightningModule):
             images = member.initial_images
             log.info("training %s, initialised from the tokens of %d images", member.name, images)
             if images not in fresh:
-                fresh[images] = self.trainer.datamodule.first_batch(images).to(self.device)
+                first = self.trainer.datamodule.first_batch(images)
+                fresh[images] = move_data_to_device(first, self.device)
             if member.sae.normalization.learned:
-                of = member.statistics_images
+                of = member.statistics_images, member.layer
                 if of not in moments:
-                    log.info("normalising by the statistics of the tokens of %d images", of)
-                    moments[of] = Moments.of(self.trainer.datamodule.first_batches(of))
+                    log.info("normalising by the statistics of the tokens of %d images", of[0])
+                    batches = self.trainer.datamodule.first_batches(of[0])
+                    moments[of] = Moments.of(member.of(batch)["tokens"] for batch in batches)
                 member.sae.normalization.fit(moments[of])
-            member.sae.initialize(fresh[images])
+            inputs = member.of(fresh[images])
+            member.sae.initialize(**inputs)
             if member.done:  # with max_steps=0
-                member.sae.estimate_statistics(fresh[images])
+                member.sae.estimate_statistics(inputs["tokens"])
                 continue
             starts.append((0, {}))
         self._start = min(starts, key=lambda start: start[0], default=(0, {}))
@@ -376,22 +391,22 @@ class SAEGroup(LightningModule):
         for member in self.members:
             member.on_train_start()
 
-    def training_step(self, tokens: Tensor, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         batches = self.trainer.fit_loop.total_batch_idx
         self.current = [m for m in self.members if not m.done and m.batches == batches]
         optimizers = self.optimizers()
         if not isinstance(optimizers, list):
             optimizers = [optimizers]
         by_member = dict(zip(self.members, optimizers, strict=True))
-        self.each(lambda member: self._train(member, by_member[member], tokens))
+        self.each(lambda member: self._train(member, by_member[member], batch))
 
-    def _train(self, member: SAEModule, optimizer: Any, tokens: Tensor) -> None:
+    def _train(self, member: SAEModule, optimizer: Any, batch: Batch) -> None:
         every = member.accumulate_grad_batches
         batch_idx = member.batches % self.trainer.num_training_batches  # in the epoch
         is_last = batch_idx + 1 == self.trainer.num_training_batches
         # What a plugin draws depends neither on other members nor on an interruption.
         torch.manual_seed(self._seed + member.batches)
-        loss = member.training_step(tokens, batch_idx)
+        loss = member.training_step(batch, batch_idx)
         # Lightning runs this whole method under autocast, which is meant for the forward pass.
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss / every)
@@ -433,8 +448,8 @@ class SAEGroup(LightningModule):
     def on_validation_model_zero_grad(self) -> None:
         """Nothing: some may be accumulating gradients."""
 
-    def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
-        self.each(lambda member: member.validation_step(tokens, batch_idx))
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.each(lambda member: member.validation_step(batch, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
         self.each(lambda member: member.on_validation_epoch_end())

@@ -38,7 +38,8 @@ class Predictions(Callback):
         self.images = images
         self.labels = labels
         self.classifier = classifier
-        self.tokens: list[tuple[Tensor, Tensor | None]] | None = None  # and CLIP's context
+        # By the layer that they are read at, with CLIP's context.
+        self.streams: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self.own: Tensor | None = None  # CLIP's logits [B, C]
 
     @torch.no_grad()
@@ -50,28 +51,37 @@ class Predictions(Callback):
     def _log(self, member: SAEModule) -> None:
         if member.run is None:
             return
-        through = torch.cat(
-            [
-                self.clip.logits(member.sae(part).reconstruction, self.classifier, context)
-                for part, context in self.tokens or ()
-            ]
-        )
-        found = compare(self.own, through, self.labels)
+        clip = self.clip if member.layer is None else self.clip.at(member.layer)
+        config = member.sae.config
+        target = clip if config["target_layer"] is None else clip.at(config["target_layer"])
+        read, written = (self._streams(one) for one in (clip, target))
+        if self.own is None:
+            own = [target.logits(part, self.classifier, context) for part, context in written]
+            self.own = torch.cat(own)
+        through = []
+        for (part, _), (around, context) in zip(read, written, strict=True):
+            chosen = clip.token_slice(config["tokens"])
+            more = {} if target is clip else {"target": around[:, chosen]}
+            found = member.sae(part[:, chosen], **more).reconstruction
+            stream = clip.with_tokens(around, found, config["tokens"])
+            through.append(target.logits(stream, self.classifier, context))
+        compared = compare(self.own, torch.cat(through), self.labels)
         # Not by `record`: what the training keeps of itself must not depend on these images.
-        values = {f"val/{name}": float(value) for name, value in found.items()}
+        values = {f"val/{name}": float(value) for name, value in compared.items()}
         member.run.log_metrics(values, step=member.step)
 
+    def _streams(self, clip: FrozenCLIP) -> list[tuple[Tensor, Tensor | None]]:
+        """The images' tokens [b, T, d] at the layer of a CLIP, in parts, each with its context."""
+        if clip.layer not in self.streams:
+            self.streams[clip.layer] = [
+                clip.prefix(clip.normalize(part), with_context=True)
+                for part in self.images.split(_AT_ONCE)
+            ]
+        return self.streams[clip.layer]
+
     def _prepare(self, device: torch.device) -> None:
-        if self.tokens is not None:
-            return
         self.clip.to(device)
         self.classifier, self.labels = self.classifier.to(device), self.labels.to(device)
-        self.tokens = [
-            self.clip.prefix(self.clip.normalize(part), with_context=True)
-            for part in self.images.split(_AT_ONCE)
-        ]
-        own = [self.clip.logits(part, self.classifier, context) for part, context in self.tokens]
-        self.own = torch.cat(own)
 
 
 def compare(own: Tensor, through: Tensor, labels: Tensor) -> dict[str, Tensor]:

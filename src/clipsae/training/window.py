@@ -38,8 +38,14 @@ class TokenSums(Metric):
             out: what the SAE made of them.
         """
         flat = x.reshape(-1, x.shape[-1]).float()
+        reconstruction = out.reconstruction.reshape_as(flat)
+        if out.kept is not None:
+            kept = out.kept.flatten()
+            flat, reconstruction = flat[kept], reconstruction[kept]
+            self._add_sum("left_out")
+            self.left_out += (~kept).sum()
         n = flat.shape[0]
-        error = out.reconstruction.reshape_as(flat).float() - flat
+        error = reconstruction.float() - flat
         self.tokens += n
         self.squared_error += error.square().sum(dtype=torch.float64)
         self.squared_norm += flat.square().sum(dtype=torch.float64)
@@ -50,11 +56,12 @@ class TokenSums(Metric):
             self.fired += fired
         for name, term in out.losses.items():
             state = f"loss_{name}"
-            self._add_term(state)
+            self._add_sum(state)
             setattr(self, state, getattr(self, state) + term.detach().double() * n)
 
-    def _add_term(self, state: str) -> None:
-        """Make room for a variant's named term, known from its first step."""
+    def _add_sum(self, state: str) -> None:
+        """Make room for what only some SAEs have, such as a named term; known from their first
+        step."""
         if state not in self._defaults:
             zero = torch.zeros((), dtype=torch.float64, device=self.tokens.device)
             self.add_state(state, zero, dist_reduce_fx="sum")
@@ -67,12 +74,12 @@ class TokenSums(Metric):
     def restore(self, sums: dict[str, Tensor]) -> None:
         """Go on from what `sums` returned."""
         for name, value in sums.items():
-            self._add_term(name)
+            self._add_sum(name)
             setattr(self, name, value.to(self.tokens.device))
 
     def compute(self) -> dict[str, Tensor]:
         """`loss`, `loss/<term>`, `fvu`, `explained_variance` (1 - fvu), `l0` (mean number of
-        active latents per token)."""
+        active latents per token); where the SAE leaves out some, `left_out`, their share."""
         total = self.squared_norm - self.token_sum.square().sum() / self.tokens
         fvu = self.squared_error / total
         terms = {
@@ -80,10 +87,14 @@ class TokenSums(Metric):
             for name in self._defaults
             if name.startswith("loss_")
         }
+        more = {}
+        if "left_out" in self._defaults:
+            more["left_out"] = self.left_out / (self.tokens + self.left_out)
         return {
             "loss": torch.stack(list(terms.values())).sum() if terms else fvu * 0,
             **{f"loss/{name}": value for name, value in terms.items()},
             "fvu": fvu,
             "explained_variance": 1 - fvu,
             "l0": self.active / self.tokens,
+            **more,
         }

@@ -22,7 +22,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.evaluation.encoders import image_encoder
 from clipsae.evaluation.metrics import Options
 from clipsae.evaluation.metrics.monosemanticity import MonoSemanticity
-from clipsae.evaluation.passes import Batch, Images, Progress, Stream, evenly_spaced
+from clipsae.evaluation.passes import Batch, Images, Progress, Stream, evenly_spaced, place_of
 from clipsae.evaluation.ranking import top_latents
 from clipsae.evaluation.truth import IMAGE_ATTRIBUTES, PATCH_ATTRIBUTES, concept_names, has_truth
 from clipsae.sae import SAE
@@ -86,8 +86,17 @@ def collect_references(
     device = clip.device if device is None else torch.device(device)
     clip.to(device)
     embed = None if encoder is None else image_encoder(encoder, dataset).to(device)
+    place = place_of(saes)
+    if place.get("of") == "cls":
+        raise ValueError("an SAE of the class token alone has no patches, and so no pictures of it")
     stream = Stream(
-        clip, dataset, indices, encoder=embed, batch_size=batch_size, num_workers=num_workers
+        clip,
+        dataset,
+        indices,
+        encoder=embed,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        **place,
     )
     of_patches, of_images = [], []
     if has_truth(dataset):

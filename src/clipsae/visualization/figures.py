@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
-from clipsae.evaluation.passes import pool_codes
+from clipsae.evaluation.passes import pool_codes, whole_codes
 from clipsae.evaluation.ranking import top_latents
+from clipsae.sae import SAE
 from clipsae.visualization.references import References
 
 DARK = 30 / 255  # brightness of the patches where a latent is not active
@@ -62,9 +63,7 @@ class ImageCodes:
 
 
 @torch.no_grad()
-def image_codes(
-    clip: FrozenCLIP, sae: nn.Module, image: Tensor, shown: Tensor, top: int
-) -> ImageCodes:
+def image_codes(clip: FrozenCLIP, sae: SAE, image: Tensor, shown: Tensor, top: int) -> ImageCodes:
     """Encode one image and mark its strongest latents.
 
     Args:
@@ -73,7 +72,7 @@ def image_codes(
         shown: BoolTensor [M], the latents that may be marked.
         top: how many are marked, at most.
     """
-    codes = sae.encode(clip.prefix(clip.normalize(image[None])))
+    codes = whole_codes(clip, sae, clip.prefix(clip.normalize(image[None])))
     means = pool_codes(codes)[0].cpu()
     allowed = means.masked_fill(~shown, 0)
     best = top_latents(allowed[None], min(top, len(means)))[0]

@@ -62,7 +62,8 @@ class ReferenceSheets(Callback):
             return
         self.last_step[member] = step
         saes = {"sae": member.sae}
-        found = collect_references(self.clip, saes, self.dataset, device=device, **self.options)
+        clip = self.clip if member.layer is None else self.clip.at(member.layer)
+        found = collect_references(clip, saes, self.dataset, device=device, **self.options)
         references = found["sae"]
         latents = leading_latents(references, self.rows)
         figure = draw_sheet(references, latents, lambda i: self.dataset[i][0], f"step {step:,}")

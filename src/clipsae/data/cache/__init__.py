@@ -10,13 +10,14 @@ from clipsae.data.cache.files import (
     write_shard,
 )
 from clipsae.data.cache.loader import CacheLoader, TokenLoader
-from clipsae.data.cache.reader import Cache
+from clipsae.data.cache.reader import Cache, Caches
 
 __all__ = [
     "MANIFEST",
     "VERSION",
     "Cache",
     "CacheLoader",
+    "Caches",
     "ImageLayout",
     "Layout",
     "TokenLayout",

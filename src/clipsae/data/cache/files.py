@@ -7,6 +7,7 @@ N images, T tokens of an image, d width, S image side, n images of a shard.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
@@ -72,8 +73,8 @@ class Layout(ABC):
         """The images in the order in which they are written, LongTensor [N]."""
 
     @abstractmethod
-    def encode(self, clip: FrozenCLIP, images: Tensor) -> Tensor:
-        """What is kept of images uint8 [B, 3, S, S]: `numbers` [B, *shape].
+    def encode(self, clip: FrozenCLIP, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """What is kept of images uint8 [B, 3, S, S]: `numbers` [B, *shape], of each layer.
 
         Raises:
             ValueError: numbers that the dtype cannot hold.
@@ -166,9 +167,15 @@ class TokenLayout(Layout):
     def order(self) -> Tensor:
         return permutation(self.images, self.order_seed)
 
-    def encode(self, clip: FrozenCLIP, images: Tensor) -> Tensor:
-        tokens = clip.prefix(clip.normalize(images)).to(self.numbers)
-        if self.dtype == "fp16" and not tokens.isfinite().all():
+    def encode(self, clip: FrozenCLIP, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        pixels = clip.normalize(images)
+        if len(layers) == 1:
+            streams = [clip.prefix(pixels)]
+        else:
+            found = clip.prefixes(pixels, layers)
+            streams = [found[layer] for layer in layers]
+        tokens = [stream.to(self.numbers) for stream in streams]
+        if self.dtype == "fp16" and not all(one.isfinite().all() for one in tokens):
             raise ValueError(
                 "features.cache.dtype=fp16: some tokens are beyond 65,504; use bf16 or fp32"
             )
@@ -198,13 +205,13 @@ class ImageLayout(Layout):
     def order(self) -> Tensor:
         return torch.arange(self.images)
 
-    def encode(self, clip: FrozenCLIP, images: Tensor) -> Tensor:
-        return images
+    def encode(self, clip: FrozenCLIP, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        return [images for _ in layers]
 
 
 @torch.inference_mode()
 def write_shard(
-    folder: Path,
+    folder: Path | Mapping[int, Path],
     layout: Layout,
     shard: int,
     clip: FrozenCLIP,
@@ -213,9 +220,11 @@ def write_shard(
     num_workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write `layout.file(shard)` into a folder.
+    """Write `layout.file(shard)` into a folder, or of several layers into one for each, in one pass
+    over the images.
 
     Args:
+        folder: of the layer of `clip`; or the folders by layer.
         clip: on the device that computes.
         dataset: N images; one that cannot be read stops it, or with `on_bad_image: skip` has the
             next one in its place, and is reported.
@@ -237,16 +246,22 @@ def write_shard(
         pin_memory=torch.cuda.is_available(),
         replace=True,
     )
+    folders = folder if isinstance(folder, Mapping) else {clip.layer: folder}
     sources, done = [], 0
-    with (folder / layout.file(shard)).open("wb") as file:
-        file.write(layout.header(shard))
+    with ExitStack() as opened:
+        names = [one / layout.file(shard) for one in folders.values()]
+        files = [opened.enter_context(name.open("wb")) for name in names]
+        for file in files:
+            file.write(layout.header(shard))
         for pixels, _, indices in bad.checked(reader):
-            file.write(_bytes(layout.encode(clip, pixels)))
+            for file, kept in zip(files, layout.encode(clip, pixels, list(folders)), strict=True):
+                file.write(_bytes(kept))
             sources.append(indices)
             done += len(indices)
             progress(done, n)
-        file.write(_bytes(images))
-        file.write(_bytes(torch.cat(sources)))
+        for file in files:
+            file.write(_bytes(images))
+            file.write(_bytes(torch.cat(sources)))
     bad.report()
 
 

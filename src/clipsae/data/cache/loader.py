@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipsae.data.cache.reader import Cache
+from clipsae.data.cache.reader import Cache, Caches
 from clipsae.data.loader import Block, ResumableLoader, permutation
 
 
@@ -46,7 +46,7 @@ class CacheLoader(ResumableLoader):
     """
 
     def __init__(
-        self, cache: Cache, batch_size: int, *, buffer_images: int = 1024, **options: Any
+        self, cache: Cache | Caches, batch_size: int, *, buffer_images: int = 1024, **options: Any
     ) -> None:
         super().__init__(cache, batch_size, **options)
         self.cache = cache
@@ -98,7 +98,7 @@ class TokenLoader(CacheLoader):
 
     def __init__(
         self,
-        cache: Cache,
+        cache: Cache | Caches,
         batch_size: int,
         *,
         block_images: int = 64,

@@ -134,6 +134,42 @@ class Cache:
         return both[:n], both[n:]
 
 
+class Caches:
+    """Several caches of tokens of the same images in the same order, read together: one for each
+    layer.
+
+    Args:
+        caches: at least one, by layer.
+
+    Attributes: those of a `Cache`.
+
+    Raises:
+        ValueError: they hold other images, or in another order.
+    """
+
+    def __init__(self, caches: Mapping[int, Cache]) -> None:
+        self.of = dict(caches)
+        first = next(iter(self.of.values()))
+        self.layout, self.images, self.sources = first.layout, first.images, first.sources
+        for other in self.of.values():
+            if not torch.equal(other.sources, first.sources):
+                raise ValueError(
+                    f"{first.folder} and {other.folder} hold other images, or in another order: "
+                    "remove one, and it is recomputed"
+                )
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.images)
+
+    def read_parts(
+        self, parts: Sequence[Tensor], *, pin_memory: bool = False
+    ) -> list[dict[int, Tensor]]:
+        """`Cache.read_parts` of each, by layer."""
+        found = [one.read_parts(parts, pin_memory=pin_memory) for one in self.of.values()]
+        return [dict(zip(self.of, some, strict=True)) for some in zip(*found, strict=True)]
+
+
 def _fields(header: bytes) -> Any:
     try:
         return json.loads(header[8:])

@@ -162,11 +162,14 @@ class CKNNA(Measurement):
 
     def update(self, batch: Batch) -> None:
         rows, numbers = self.draw.among(batch.positions)
+        if batch.kept is not None:
+            there = batch.kept.flatten().cpu()[rows]
+            rows, numbers = rows[there], numbers[there]
         if len(rows):
             drawn = torch.zeros(batch.tokens.shape[:2].numel(), dtype=torch.bool)
             drawn[rows] = True
             drawn = drawn.to(batch.tokens.device)
-            x, codes = batch.tokens.flatten(0, 1)[drawn], batch.sparse.view(-1, self.latents)
+            x, codes = batch.targets.flatten(0, 1)[drawn], batch.sparse.view(-1, self.latents)
             self.sample.update(numbers, x, codes[drawn])
 
     def compute(self) -> dict[str, Tensor]:

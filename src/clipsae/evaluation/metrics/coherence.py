@@ -124,6 +124,7 @@ class SpatialCoherence(Measurement):
             for of, said in REFERENCES.items()
         ),
     )
+    needs = ("patches",)
 
     total: Tensor
     counted: Tensor

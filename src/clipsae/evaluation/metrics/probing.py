@@ -369,7 +369,7 @@ class LinearProbe(_Images):
         rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
-        means = [x[rows].double().mean(dim=1) for x in (batch.tokens, batch.reconstruction)]
+        means = [x[rows].double().mean(dim=1) for x in (batch.targets, batch.reconstruction)]
         beside = torch.cat((self._labels(batch, rows), *means), dim=1)
         nothing = SparseCodes.from_dense(beside.new_zeros(len(rows), 1))
         self.sample.update(numbers, beside, nothing)

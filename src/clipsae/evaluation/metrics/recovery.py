@@ -448,6 +448,8 @@ class ConceptRecovery(Measurement):
             level.truth & says & ~level.choosing[:, None],
             torch.where(found["auroc"] >= _MAIN, found["auroc_latent"], -1),
         )
+        if sae.config.get("target_layer") is not None:  # its rows are of another layer's tokens
+            absorbed = torch.full_like(absorbed, torch.nan)
         shapes = torch.tensor([name.startswith("shape=") for name in level.names])
         mean = absorbed[shapes.to(absorbed.device)].nanmean()
         return {"absorption": absorbed, "mean_absorption": mean}

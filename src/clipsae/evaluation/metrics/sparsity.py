@@ -111,10 +111,24 @@ def sparsity_values(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @METRICS.register("sparsity")
 class Sparsity(Measurement):
-    """`sparsity_values` of the codes."""
+    """`sparsity_values` of the codes, over the tokens that the SAE has codes for; where those are
+    not all, their share."""
 
-    numbers = NUMBERS
+    numbers = (
+        *NUMBERS,
+        Number(
+            "coded_tokens",
+            "tokens with codes",
+            "share of the images' tokens that the SAE has codes for, where it is not all: see "
+            "features.tokens and features.max_norm_ratio",
+            ".2%",
+            "",
+            headline=True,
+        ),
+    )
     suffix = ""
+    tokens: Tensor
+    all_tokens: Tensor
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
@@ -122,9 +136,11 @@ class Sparsity(Measurement):
         self._sums = sparsity_sums(x, x, fired).keys()
         for name, like in sparsity_sums(x, x, fired).items():
             self.add_state(name, torch.zeros_like(like), dist_reduce_fx="sum")
+        self.add_state("all_tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, batch: Batch) -> None:
-        self.add(batch.tokens, batch.reconstruction, batch.fired)
+        self.add(batch.of_kept(batch.targets), batch.of_kept(batch.reconstruction), batch.fired)
+        self.all_tokens += batch.streams.shape[:2].numel()
 
     def add(self, x: Tensor, reconstruction: Tensor, fired: Tensor) -> None:
         """Add tokens, see `sparsity_sums`."""
@@ -133,6 +149,8 @@ class Sparsity(Measurement):
 
     def compute(self) -> dict[str, Tensor]:
         values = sparsity_values({name: getattr(self, name) for name in self._sums})
+        if self.all_tokens > self.tokens:
+            values["coded_tokens"] = self.tokens / self.all_tokens
         return {f"{name}{self.suffix}": value for name, value in values.items()}
 
 
@@ -146,7 +164,8 @@ class Dense(Sparsity):
 
     def update(self, batch: Batch) -> None:
         codes = code_without_selection(batch.sae, batch.scores, batch.threshold)
-        self.add(batch.tokens, batch.sae.decode(codes, batch.scale), codes)
+        whole = batch.targets, batch.sae.decode(codes, batch.scale), codes
+        self.add(*map(batch.of_kept, whole))
 
 
 def code_without_selection(sae: SAE, scores: Tensor, tau: Tensor) -> Tensor:

@@ -203,7 +203,8 @@ class Check:
                     stepped[variant] = (0.0, 0.0, sae)
                 else:
                     with findings.attempt(f"step {cfg.model.name}"):
-                        stepped[variant] = self._steps(job, tokens)
+                        chosen = tokens[:, clip.token_slice(cfg.features.tokens)]
+                        stepped[variant] = self._steps(job, chosen)
             first, step, sae = stepped[variant]
             if math.isnan(step):
                 continue
@@ -319,7 +320,8 @@ def _variant(cfg: DictConfig) -> str:
         key: value > 0 if isinstance(value, float) else value
         for key, value in build.sae_options(cfg).items()
     }
-    return json.dumps([options, cfg.model.get("compile"), cfg.precision])
+    more = cfg.model.get("compile"), cfg.precision, cfg.features.tokens, cfg.features.max_norm_ratio
+    return json.dumps([options, *more])
 
 
 def _named(cfg: DictConfig) -> str:

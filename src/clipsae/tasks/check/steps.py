@@ -6,7 +6,7 @@ B images, T tokens of an image, d width, M latents.
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
+from clipsae.data.loader import Batch
 from clipsae.sae import SAE
 from clipsae.tasks import build, precision
 from clipsae.tasks.check.jobs import on_one_device
@@ -50,11 +51,14 @@ class Steps:
 
 
 class _SameBatch(LightningDataModule):
-    """One batch of tokens [B, T, d], again and again."""
+    """One batch of tokens [B, T, d], again and again, with what of `SAE.needs` is needed: numbers
+    of the right shape."""
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, needs: Collection[str]) -> None:
         super().__init__()
         self.tokens = tokens
+        more = {"target": tokens, "embeddings": nn.functional.normalize(tokens[:, 0], dim=-1)}
+        self.more = {name: more[name] for name in needs}
 
     def first_batch(self, images: int) -> Tensor:
         return self.tokens[:images]
@@ -68,9 +72,9 @@ class _SameBatch(LightningDataModule):
     def __len__(self) -> int:
         return MOST
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         for _ in range(MOST):
-            yield self.tokens
+            yield {"tokens": self.tokens, **self.more} if self.more else self.tokens
 
 
 class _Stopwatch(Callback):
@@ -117,7 +121,7 @@ def timed(cfg: DictConfig, tokens: Tensor, share: float | None, seconds: float) 
         gradient_clip_val=cfg.trainer.gradient_clip_val,
         max_steps=MOST,
     )
-    trainer.fit(SAEGroup([module]), datamodule=_SameBatch(tokens))
+    trainer.fit(SAEGroup([module]), datamodule=_SameBatch(tokens, module.sae.needs))
     times = watch.times[1:]  # the first step allocates what the others use again
     return Steps(statistics.median(times), len(times), _peak_gb(), module.sae)
 

@@ -140,6 +140,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset, *, finished
             image_encoder=encoders,
             pooling=options.pooling,
             classifier=bool(cfg.evaluation.settings),
+            tokens=cfg.features.tokens,
         )
         if any("embeddings" in METRICS[metric].needs for metric in metrics):
             for name in encoders:
@@ -174,7 +175,9 @@ def pass_key(cfg: DictConfig) -> str:
     nodes = cfg.clip, cfg.dataset, cfg.evaluation, cfg.measurement
     options = [build.plain(node) for node in nodes]
     options[2].pop("count_threshold", None)  # each SAE's own
-    return json.dumps([*options, build.limit_images(cfg), precision.of_clip(cfg)])
+    more = build.limit_images(cfg), precision.of_clip(cfg), cfg.features.tokens
+    more = (*more, cfg.model.get("target_layer"))
+    return json.dumps([*options, *more])
 
 
 @dataclass(frozen=True)

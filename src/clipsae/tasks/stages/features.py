@@ -9,6 +9,7 @@ The finished cache takes the shards over by hard links, which cost nothing.
 import logging
 import shutil
 import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from clipsae.data.cache import (
     MANIFEST,
     VERSION,
     Cache,
+    Caches,
     ImageLayout,
     Layout,
     TokenLayout,
@@ -30,7 +32,7 @@ from clipsae.data.cache.loader import check_reading
 from clipsae.data.images import RESIZE
 from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
-from clipsae.store import MARK, Busy, Stage, Store, find_damage
+from clipsae.store import MARK, Stage, Store, find_damage, make_all
 from clipsae.store.files import free_bytes, read_json, sha256
 from clipsae.tasks import build, precision
 
@@ -139,33 +141,6 @@ class _Cache:
                 return file
         return None
 
-    def make_shard(self, i: int, wait: bool) -> None:
-        """Make a shard, unless another job does and we do not wait."""
-        number = f"shard {i + 1} of {self.sizes.shards}"
-
-        def write(folder: Path) -> None:
-            found = self.found(i)
-            if found is not None and sha256(found) == _checksum(found) and _linked(found, folder):
-                log.info("%s is complete: kept", number)
-                return
-            start = time.monotonic()
-            write_shard(
-                folder,
-                self.sizes,
-                i,
-                self.clip,
-                self.train_set,
-                num_workers=self.cfg.features.num_workers,
-                progress=self.shards[i].progress,
-            )
-            rate = self.sizes.count(i) / (time.monotonic() - start)
-            log.info("%s written: %.0f images/s", number, rate)
-
-        try:
-            self.shards[i].make(write, wait=wait, check="size")
-        except Busy:
-            log.info("%s is computed by another job", number)
-
     def assemble(self, folder: Path) -> None:
         """Put the finished shards into the cache's folder, and describe them."""
         content = content_key(self.cfg, self.train_set)
@@ -222,20 +197,64 @@ def make(
         content: compare what is there with its checksums; otherwise its sizes.
     """
     cache = _Cache(cfg, clip, train_set)
-    whole = cache.stage
-    if not cache.is_there(content):
-        clip.to(build.best_device())
-        precision.apply(cfg, clip)
-        log.info("%s", precision.described(cfg))
+    _make([cache], content)
+    return cache.stage.path
+
+
+def _make(caches: Sequence[_Cache], content: bool = False) -> None:
+    """Make those caches of several layers that are missing, in one pass over the images."""
+    if missing := [one for one in caches if not one.is_there(content)]:
+        for one in missing:
+            one.clip.to(build.best_device())
+            precision.apply(one.cfg, one.clip)
+        log.info("%s", precision.described(missing[0].cfg))
         # First the shards that nobody works on; then what others have not finished.
         for wait in (False, True):
-            for i in range(cache.sizes.shards):
-                if content or not whole.finished:
-                    cache.make_shard(i, wait)
-        whole.make(cache.assemble, check="content" if content else "size")
-    for shard in cache.shards:  # links to what the cache has now
-        shutil.rmtree(shard.path, ignore_errors=True)
-    return whole.path
+            for i in range(missing[0].sizes.shards):
+                _make_shards([o for o in missing if content or not o.stage.finished], i, wait)
+        for one in missing:
+            one.stage.make(one.assemble, check="content" if content else "size")
+    for one in caches:
+        for shard in one.shards:  # links to what the cache has now
+            shutil.rmtree(shard.path, ignore_errors=True)
+
+
+def _make_shards(caches: Sequence[_Cache], i: int, wait: bool) -> None:
+    """Make a shard of each of several layers, unless other jobs do and we do not wait."""
+    by_shard = {one.shards[i].path: one for one in caches}
+    number = f"shard {i + 1} of {caches[0].sizes.shards}" if caches else ""
+
+    def write(folders: Mapping[Path, Path]) -> dict[Path, Exception]:
+        left = {by_shard[path]: folder for path, folder in folders.items()}
+        for one, folder in list(left.items()):
+            found = one.found(i)
+            if found is not None and sha256(found) == _checksum(found) and _linked(found, folder):
+                log.info("%s is complete: kept", number)
+                del left[one]
+        if not left:
+            return {}
+
+        def progress(done: int, total: int) -> None:
+            for one in left:
+                one.shards[i].progress(done, total)
+
+        first, start = next(iter(left)), time.monotonic()
+        write_shard(
+            {one.clip.layer: folder for one, folder in left.items()},
+            first.sizes,
+            i,
+            first.clip,
+            first.train_set,
+            num_workers=first.cfg.features.num_workers,
+            progress=progress,
+        )
+        rate = first.sizes.count(i) / (time.monotonic() - start)
+        log.info("%s written: %.0f images/s", number, rate)
+        return {}
+
+    shards = [one.shards[i] for one in caches]
+    for error in make_all(shards, write, wait=wait, check="size").values():
+        raise error
 
 
 def data_module(
@@ -244,17 +263,21 @@ def data_module(
     train_set: ImageDataset,
     val_set: ImageDataset | None = None,
     *,
-    cache: Cache | None = None,
+    cache: Cache | Caches | None = None,
+    layers: Collection[int] | None = None,
+    needs: Collection[str] = (),
 ) -> FeatureDataModule:
     """What streams tokens to the training.
 
     Args:
         cache: of `open_cache`; None: tokens are computed from images.
+        layers, needs: of the SAEs, see `FeatureDataModule`.
 
     Raises:
         ConfigError: invalid sizes.
     """
-    options = {k: v for k, v in build.plain(cfg.features).items() if k not in CACHES}
+    own = (*CACHES, "max_norm_ratio")
+    options = {k: v for k, v in build.plain(cfg.features).items() if k not in own}
     return build.user_error(
         FeatureDataModule,
         clip,
@@ -262,6 +285,9 @@ def data_module(
         val_dataset=val_set,
         seed=cfg.seed,
         cache=cache,
+        layers=layers,
+        target_layer=cfg.model.get("target_layer"),
+        needs=needs,
         **options,
     )
 
@@ -276,6 +302,22 @@ def open_cache(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> Ca
         return None
     folder = make(cfg, clip, train_set)
     return build.user_error(Cache, folder, content_key(cfg, train_set), kind=_kind(cfg))
+
+
+def open_caches(
+    configs: Mapping[int, DictConfig], clip: FrozenCLIP, train_set: ImageDataset
+) -> Cache | Caches | None:
+    """The same for several layers: of tokens a cache for each.
+
+    Args:
+        configs: by layer, counted from the end; they differ in `clip.layer`.
+    """
+    one = next(iter(configs.values()))
+    if len(configs) == 1 or cached(one) != "cache":  # of images there is one for all
+        return open_cache(one, clip, train_set)
+    _make([_Cache(cfg, clip.at(layer), train_set) for layer, cfg in configs.items()])
+    found = {layer: open_cache(cfg, clip.at(layer), train_set) for layer, cfg in configs.items()}
+    return build.user_error(Caches, found)
 
 
 def _checksum(path: Path) -> str | None:

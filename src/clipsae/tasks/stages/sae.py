@@ -3,7 +3,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,15 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
             images.
     """
     with torch.device("meta"):
-        build.build_sae(cfg, clip.width)
+        needs = build.build_sae(cfg, clip.width).needs
+    target = cfg.model.get("target_layer")
+    if target is not None and clip.at(target, "model.target_layer").layer == clip.layer:
+        raise ConfigError(
+            f"model.target_layer={target} is the layer that is read: choose another, or null"
+        )
+    if target is not None:
+        clip.check_layers([clip.layer, clip.at(target).layer])
+    check_tokens(cfg, needs)
     if cfg.model.get("fit") == "text":
         clip.require_text()
         if clip.direct(torch.eye(clip.width)) is None:
@@ -149,9 +157,44 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
                 f"model.fit=text: the embedding of clip.name={clip.name} is no linear map of a "
                 "normed token, so texts point to no direction of its tokens: choose another fit"
             )
-    features.data_module(cfg, clip, train_set)
+    features.data_module(cfg, clip, train_set, needs=needs)
     if features.cached(cfg) and not stage(cfg, Store(cfg.paths.output_dir), train_set).finished:
         features.check(cfg, clip, train_set)
+
+
+def check_tokens(cfg: DictConfig, needs: Collection[str]) -> None:
+    """Refuse what cannot be with the tokens that are trained on.
+
+    Args:
+        needs: of the SAE.
+
+    Raises:
+        ConfigError: as it says.
+    """
+    ratio, callbacks = cfg.features.max_norm_ratio, cfg.callbacks
+    if ratio is not None and cfg.model.get("fit") is not None:
+        raise ConfigError(
+            f"features.max_norm_ratio={ratio}: model.fit={cfg.model.fit} is of all tokens: set it "
+            "to null"
+        )
+    if ratio is not None and "embeddings" in needs:
+        raise ConfigError(
+            f"features.max_norm_ratio={ratio}: a loss term of this SAE is of whole images: set it "
+            "to null"
+        )
+    if ratio is not None and _training_key(cfg)["batches_a_step"] != (
+        cfg.trainer.accumulate_grad_batches
+    ):
+        raise ConfigError(
+            f"features.max_norm_ratio={ratio}: how many tokens are left differs between devices, "
+            "which train on equal parts: use one device"
+        )
+    if cfg.features.tokens == "cls" and callbacks.reference_sheet_every_n_steps:
+        raise ConfigError(
+            "callbacks.reference_sheet_every_n_steps="
+            f"{callbacks.reference_sheet_every_n_steps}: an SAE of the class token alone has no "
+            "patches to show: set it to 0"
+        )
 
 
 def check_devices(cfg: DictConfig) -> None:
@@ -218,30 +261,55 @@ def make(
     precision.apply(cfg, clip)
     if rank_zero_only.rank == 0:
         log.info("%s", precision.described(cfg))
-    cache = features.open_cache(cfg, clip, train_set)
-    data = features.data_module(cfg, clip, train_set, held_out, cache=cache)
+    places = {one.stage.path: clip.at(one.cfg.clip.layer).layer for one in trainings}
+    configs = {places[one.stage.path]: one.cfg for one in trainings}
+    layers = sorted(configs)
+    clip.check_layers(layers)
+    if (target := cfg.model.get("target_layer")) is not None:
+        at_target = OmegaConf.merge(cfg, {"clip": {"layer": target}})
+        configs.setdefault(clip.at(target).layer, at_target)
+    cache = features.open_caches(dict(sorted(configs.items())), clip, train_set)
+    with torch.device("meta"):
+        saes = [build.build_sae(one.cfg, clip.width) for one in trainings if not _fits(one)]
+    needs = {need for sae in saes for need in sae.needs}
+    data = features.data_module(
+        cfg, clip, train_set, held_out, cache=cache, layers=layers, needs=needs
+    )
+    own = {path: layer if len(layers) > 1 else None for path, layer in places.items()}
     errors: dict[Path, Exception] = {}
     for one in trainings:
-        if one.cfg.model.get("fit") is not None and rank_zero_only.rank == 0:
+        if _fits(one) and rank_zero_only.rank == 0:
             try:
-                _fit(one, clip, data, train_set)
+                _fit(one, clip, data, train_set, own[one.stage.path])
             except Exception as error:
                 if len(trainings) == 1:
                     raise
                 errors[one.stage.path] = error
-    if trainings := [one for one in trainings if one.cfg.model.get("fit") is None]:
-        errors |= _train(trainings, clip, data, watch)
+    if trainings := [one for one in trainings if not _fits(one)]:
+        errors |= _train(trainings, clip, data, watch, own)
     return errors
 
 
-def _fit(one: Training, clip: FrozenCLIP, data: FeatureDataModule, train_set: ImageDataset) -> None:
+def _fits(one: Training) -> bool:
+    """Whether the SAE is fitted, not trained."""
+    return one.cfg.model.get("fit") is not None
+
+
+def _fit(
+    one: Training,
+    clip: FrozenCLIP,
+    data: FeatureDataModule,
+    train_set: ImageDataset,
+    layer: int | None,
+) -> None:
     """Fit an SAE to the tokens of the first images, and write it into its folder."""
     cfg, directions = one.cfg, None
     clip.to(build.best_device())
     if cfg.model.fit == "text":
         direct = clip.direct(torch.eye(clip.width, device=clip.device)).cpu()
         directions = baselines.text_directions(direct, _embeddings(cfg, clip, train_set))
-    tokens = data.first_batch(cfg.model.initial_images)
+    first = data.first_batch(cfg.model.initial_images)
+    tokens = first if layer is None else first[layer]
     log.info("fitting %s to the tokens of %d images", one.stage.path.name, len(tokens))
     sae = build.user_error(
         baselines.fit,
@@ -250,6 +318,7 @@ def _fit(one: Training, clip: FrozenCLIP, data: FeatureDataModule, train_set: Im
         latents=cfg.model.latents,
         seed=cfg.seed,
         directions=directions,
+        of=cfg.features.tokens,
     )
     _save(one, sae, {"fitted": cfg.model.fit, "images": len(tokens)})
 
@@ -279,8 +348,13 @@ def _train(
     clip: FrozenCLIP,
     data: FeatureDataModule,
     watch: Sequence[Callback],
+    layers: Mapping[Path, int | None],
 ) -> dict[Path, Exception]:
-    """Train SAEs in one fit, and write them; why one of several failed, see `make`."""
+    """Train SAEs in one fit, and write them; why one of several failed, see `make`.
+
+    Args:
+        layers: that each reads, by the path of its stage; None where all read the same.
+    """
     cfg = trainings[0].cfg
     checkpoints = Checkpoints(
         every_n_steps=cfg.callbacks.checkpoint_every_n_steps,
@@ -298,7 +372,7 @@ def _train(
         **TRAINER_OPTIONS,
     )
     with ExitStack() as bars:
-        group = SAEGroup([_module(one, clip, bars) for one in trainings])
+        group = SAEGroup([_module(one, clip, bars, layers[one.stage.path]) for one in trainings])
         try:
             trainer.fit(group, datamodule=data)
         except FloatingPointError as error:
@@ -316,7 +390,7 @@ def _train(
     return errors
 
 
-def _module(training: Training, clip: FrozenCLIP, bars: ExitStack) -> SAEModule:
+def _module(training: Training, clip: FrozenCLIP, bars: ExitStack, layer: int | None) -> SAEModule:
     cfg, k = training.cfg, training.cfg.model.get("k")
 
     def progress(step: int, max_steps: int, numbers: str | None) -> None:
@@ -334,6 +408,7 @@ def _module(training: Training, clip: FrozenCLIP, bars: ExitStack) -> SAEModule:
         run=training.run,
         checkpoint=training.stage.scratch / "last.ckpt",
         progress=progress,
+        layer=layer,
     )
 
 

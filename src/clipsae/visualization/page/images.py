@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.passes import in_eval_mode, pool_codes
+from clipsae.evaluation.passes import covered, in_eval_mode, pool_codes, whole_codes
 from clipsae.evaluation.ranking import top_latents
+from clipsae.sae import SAE
 from clipsae.visualization.page.interventions import (
     Interventions,
     Reasons,
@@ -74,7 +75,7 @@ class Effects:
 @torch.no_grad()
 def collect_activations(
     clip: FrozenCLIP,
-    sae: nn.Module,
+    sae: SAE,
     dataset: Any,
     classifier: Tensor | None,
     references: References,
@@ -106,6 +107,7 @@ def collect_activations(
         The images with a page, by ascending index; the effects, or None.
     """
     interventions = None
+    own = clip.token_slice(sae.config["tokens"])
     if classifier is not None:
         interventions = Interventions(clip, sae, classifier.to(clip.device))
     else:
@@ -139,7 +141,7 @@ def collect_activations(
                 zip(streams, all_logits, at[kept].tolist(), labels[kept].tolist(), strict=True)
             ):
                 context = None if contexts is None else contexts[i]
-                codes = sae.encode(stream[None])[0]
+                codes = whole_codes(clip, sae, stream[None])[0]
                 has_page, reasons = index in with_page, None
                 if interventions is not None:
                     latents = torch.tensor(measured_on.get(index, []), dtype=torch.long)
@@ -157,7 +159,10 @@ def collect_activations(
                     by_clip: list[tuple[int, float]] = []
                     by_sae = by_clip
                     if interventions is not None:
-                        rebuilt = sae.decode(codes, sae.input_scale(stream))
+                        rebuilt, there = stream.clone(), covered(clip, sae, stream[None])
+                        rebuilt[own] = sae.decode(codes[own], sae.input_scale(stream[own]))
+                        if there is not None:
+                            rebuilt = torch.where(there[0, :, None], rebuilt, stream)
                         by_clip = likely(logits)
                         beside = None if context is None else context[None]
                         through = clip.logits(rebuilt[None], interventions.classifier, beside)

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.clip.changes import Changes
+from clipsae.evaluation.passes import covered, whole_codes
 from clipsae.evaluation.ranking import top_latents
+from clipsae.sae import SAE
 
 PREDICTIONS = 5  # that are shown
 _STREAMS = 64  # token streams that go through the tail together
@@ -58,7 +60,7 @@ class Interventions:
     """
 
     clip: FrozenCLIP
-    sae: nn.Module
+    sae: SAE
     classifier: Tensor
 
     def logits_without(
@@ -95,7 +97,10 @@ class Interventions:
         if strengths:
             chosen = torch.tensor(list(strengths), device=stream.device)
             new = torch.tensor(list(strengths.values()), dtype=stream.dtype, device=stream.device)
-            change = new - self.sae.encode(stream)[:, chosen]
+            change = new - whole_codes(self.clip, self.sae, streams)[0][:, chosen]
+            there = covered(self.clip, self.sae, stream[None])
+            if there is not None:
+                change = change * there[0, :, None]
             rows = self.sae.decoder_rows(chosen)
             stream = stream + (change @ rows) * self.sae.input_scale(stream)
         return self.clip.logits(stream[None], self.classifier, context)[0]
