@@ -135,7 +135,7 @@ def test_which_tokens(small):
         assert (changed - tokens).abs().amax(dim=-1).gt(0.5).sum() == 2 * size
     with pytest.raises(ConfigError, match=r"features\.tokens='some': expected all, patches or cls"):
         small.token_slice("some")
-    siglip = SimpleNamespace(name="siglip", prefix_tokens=0)
+    siglip = SimpleNamespace(name="siglip", prefix_tokens=0, has_patches=True)
     with pytest.raises(ConfigError, match=r"features\.tokens=cls: siglip has no class token"):
         FrozenCLIP.token_slice(siglip, "cls")
 

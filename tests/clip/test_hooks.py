@@ -202,3 +202,25 @@ def test_what_cannot_be_is_refused(register):
     parallel = of_timm("vit_tiny_patch16_224", block_fn=ParallelThingsBlock)
     with pytest.raises(ConfigError, match=r"attn_out: the blocks of .* \(ParallelThingsBlock\)"):
         at(parallel, 0, "attn_out")
+
+
+@pytest.mark.parametrize("hook", ADDED)
+@torch.no_grad()
+def test_several_layers_in_one_pass_are_each_as_alone(register, hook):
+    clip = FrozenCLIP(load_random(register()).model, name="small", hook=hook)
+    images = clip.normalize(some_images(clip))
+    for layer, (tokens, context) in clip.prefixes(images, [-1, -2], with_context=True).items():
+        alone, beside = clip.at(layer).prefix(images, with_context=True)
+        assert torch.equal(tokens, alone)
+        assert torch.equal(context, beside)
+        assert torch.equal(clip.prefixes(images, [layer])[layer], alone)
+
+
+def test_an_embedding_is_of_no_layer_and_has_no_parts(register):
+    clip = FrozenCLIP(load_random(register()).model, name="small", hook="embedding")
+    with pytest.raises(ConfigError, match="the same for every layer"):
+        clip.check_layers([-1, -2])
+    clip.check_layers([-1])
+    for tokens in ("cls", "patches"):
+        with pytest.raises(ConfigError, match=r"at clip\.hook=embedding an image is one token"):
+            clip.token_slice(tokens)

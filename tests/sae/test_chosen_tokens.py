@@ -160,6 +160,11 @@ def test_auxk_is_of_the_target_s_residual():
     ("options", "why"),
     [
         ({"target_layer": -1}, "set subtract_bias=false"),
+        (
+            {"target_layer": -1, "subtract_bias": False, "normalize": "mean_std"},
+            "the statistics of normalize=mean_std and position_mean",
+        ),
+        ({"max_norm_ratio": 3.0, "monosemanticity": 0.1}, "compares images by the codes of all"),
         ({"target_layer": 1.5}, "target_layer=1.5: "),
         ({"tokens": "some"}, "tokens='some': expected all, patches or cls"),
         ({"max_norm_ratio": 0.5}, "max_norm_ratio=0.5: expected a number of at least 1"),
@@ -168,3 +173,29 @@ def test_auxk_is_of_the_target_s_residual():
 def test_what_cannot_be(options, why):
     with pytest.raises(ValueError, match=why):
         build("topk", **options)
+
+
+def test_a_transcoder_does_not_pursue():
+    with pytest.raises(ValueError, match=r"architecture=matching_pursuit: .*: use linear"):
+        SAE(D, M, "matching_pursuit", "relu", l1_coefficient=0.0, k=3, target_layer=-1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"normalize": "whiten"}, {"position_mean": True}, {"prefixes": [4, 8], "k": 3}],
+    ids=["whiten", "position_mean", "prefixes"],
+)
+def test_normalised_and_nested_tokens_that_are_left_out(batch, options, training):
+    recipe = "topk" if "k" in options else "relu"
+    sae, plain = build(recipe, max_norm_ratio=3.0, **options), build(recipe, **options)
+    sae.initialize(batch)
+    plain.load_state_dict({n: v for n, v in sae.state_dict().items() if n != "norm_limit"})
+    plain.normalization.fitted = True
+    sae.train(training), plain.train(training)
+    out, whole = sae(batch), plain(batch)
+    kept = out.kept
+    assert (~kept).sum() == 3
+    torch.testing.assert_close(out.reconstruction[kept], whole.reconstruction[kept])
+    assert torch.equal(out.reconstruction[~kept], batch[~kept])
+    assert not out.codes[~kept].any()

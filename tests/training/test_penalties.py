@@ -124,8 +124,8 @@ def test_each_step_has_the_warm_up_of_its_number(every, monkeypatch):
     seen = []
     losses = SAE.forward
 
-    def spied(sae, x):
-        out = losses(sae, x)
+    def spied(sae, tokens):
+        out = losses(sae, tokens)
         seen.append((out.losses["l1"] / (0.5 * out.codes.sum(-1).mean())).item())
         return out
 
