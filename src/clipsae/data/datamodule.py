@@ -50,8 +50,7 @@ class FeatureDataModule(LightningDataModule):
             images, of unit length: the tail of their tokens.
 
     Raises:
-        ValueError: an invalid size; embeddings of images whose tokens are mixed with others', or
-            lie in a cache without what CLIP goes on from.
+        ValueError: an invalid size; embeddings of images whose tokens are mixed with others'.
         ConfigError: tokens or layers that the CLIP does not have.
     """
 
@@ -74,13 +73,6 @@ class FeatureDataModule(LightningDataModule):
         needs: Collection[str] = (),
     ) -> None:
         super().__init__()
-        in_a_block = clip.hook in ("attn_out", "mlp_out")
-        if "embeddings" in needs and in_a_block and _has_tokens(cache):
-            raise ValueError(
-                f"features=cached with clip.hook={clip.hook}: a loss term of this SAE needs the "
-                "images' embeddings, which do not follow from such tokens alone: use "
-                "features=images or online"
-            )
         if "embeddings" in needs and shuffle_buffer_images:
             raise ValueError(
                 f"shuffle_buffer_images={shuffle_buffer_images}: a loss term of this SAE needs the "
@@ -136,7 +128,7 @@ class FeatureDataModule(LightningDataModule):
             return ResumableLoader(
                 self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
             )
-        if _has_tokens(self.cache):
+        if isinstance(self.cache.layout, TokenLayout):
             return TokenLoader(self.cache, self.batch_size, **self.reading, **options)
         return CacheLoader(self.cache, self.batch_size, **options)
 
@@ -220,10 +212,6 @@ class FeatureDataModule(LightningDataModule):
             return self.cache.read_parts(positions.split(self.batch_size))
         loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
         return next(iter(loader)).split(self.batch_size)
-
-
-def _has_tokens(cache: Cache | Caches | None) -> bool:
-    return cache is not None and isinstance(cache.layout, TokenLayout)
 
 
 class ValidationLoader:

@@ -177,10 +177,15 @@ def check_tokens(cfg: DictConfig, needs: Collection[str]) -> None:
             f"features.max_norm_ratio={ratio}: model.fit={cfg.model.fit} is of all tokens: set it "
             "to null"
         )
-    if ratio is not None and "embeddings" in needs:
+    hook = cfg.clip.get("hook", "resid")
+    if (
+        hook in ("attn_out", "mlp_out")
+        and "embeddings" in needs
+        and features.cached(cfg) == "cache"
+    ):
         raise ConfigError(
-            f"features.max_norm_ratio={ratio}: a loss term of this SAE is of whole images: set it "
-            "to null"
+            f"features=cached with clip.hook={hook}: a loss term of this SAE needs the images' "
+            "embeddings, which do not follow from such tokens alone: use features=images or online"
         )
     if ratio is not None and _training_key(cfg)["batches_a_step"] != (
         cfg.trainer.accumulate_grad_batches
