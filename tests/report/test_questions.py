@@ -196,8 +196,11 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     evidence = read(finished.results, cells=70)
     questions = ask(evidence)
     said = [" ".join(question.answer) for question in questions]
-    assert "Against the untrained SAE, training is better in 3 of" in said[0]
-    assert "the best of PCA is ahead of the best trained variant on 1 of " in said[0]
+    assert "Against SAEs that are untrained, training is better in 3 of" in said[0]
+    assert (
+        "(PCA) is better than the best trained variant, beyond the noise of seeds, on 1 of "
+        in said[0]
+    )
     assert "(concepts found, patch)" in said[0]
     row = next(row for row in questions[0].tables[0].rows if row[0] == "concepts found, patch")
     assert row[1] == "3 / 0 / 0"
@@ -205,12 +208,12 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     # Support.
     assert "rises with the number of objects in the image (0.50 [" in said[1]
     assert "falls with whether a patch shows an object (" in said[1]
-    assert "shows no relation beyond noise to the image's JPEG size (0.00 [" in said[1]
+    assert "has no clear correlation with the image's JPEG size (0.00 [" in said[1]
     assert "stronger than that of BatchTopK (0.00)" in said[1]
     assert "the untrained Sparsemax (0.00)" in said[1]
     assert "about equal" in said[1]
     # Concepts: best and worst, and that more is found in larger dictionaries.
-    assert "Sparsemax finds most of the concepts (60.3 % ± 6.3), TopK fewest" in said[2]
+    assert "Sparsemax finds the most concepts (60.3 % ± 6.3), TopK the fewest" in said[2]
     assert (
         "colour is recovered best (0.90 by Sparsemax, random directions 0.55, a probe 0.95)"
         in said[2]
@@ -233,8 +236,13 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     assert correlations["paper, frequency", "on_5"].startswith("\N{MINUS SIGN}0.9")
     assert correlations["paper, contrast", "on_5"].startswith("0.9")
     # Order: reversed.
-    assert "By paper, frequency, TopK is first at on_5 (40.0" in said[4]
-    assert "By paper, contrast, Sparsemax is first at on_5 (40.0" in said[4]
+    assert (
+        "With the paper protocol and ranking by frequency, TopK is first at on_5 (40.0" in said[4]
+    )
+    assert (
+        "With the paper protocol and ranking by contrast, Sparsemax is first at on_5 (40.0"
+        in said[4]
+    )
     assert questions[4].tables[-1].rows[1][4] == "\N{MINUS SIGN}1.00"
     # Shares.
     assert (

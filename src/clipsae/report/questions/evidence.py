@@ -271,7 +271,7 @@ def _order(override: str) -> tuple[bool, str]:
 
 def relations(by_sign: Mapping[int, Sequence[str]]) -> list[str]:
     """What rises with, falls with or has no relation to what, by the signs of correlations."""
-    words = ((1, "rises with"), (-1, "falls with"), (0, "shows no relation beyond noise to"))
+    words = ((1, "rises with"), (-1, "falls with"), (0, "has no clear correlation with"))
     return [f"{word} {said(by_sign[sign])}" for sign, word in words if by_sign[sign]]
 
 
