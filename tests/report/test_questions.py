@@ -12,10 +12,12 @@ import pytest
 import yaml
 from scipy import stats
 
-from clipsae.report.questions import QUESTIONS, Result, ask, read, trust, write_page
+from clipsae.report.questions import QUESTIONS, Result, ask, content, read, trust, write_page
 from clipsae.report.questions import statistics as ours
-from clipsae.report.questions.evidence import recipe_title
+from clipsae.report.questions.concepts import _along
+from clipsae.report.questions.evidence import correlation_of, recipe_title
 from clipsae.report.questions.page import PAGE
+from clipsae.report.questions.question import bounds
 
 A, B = [1.0, 2.0, 4.0, 4.5], [0.5, 1.5, 1.0]
 
@@ -290,6 +292,31 @@ def test_a_seed_without_a_value_does_not_cost_a_variant_its_others(finished):
         within = math.sqrt(sum(((v - v.mean()) ** 2).sum() for v in kept) / degrees)
         between = np.std([v.mean() for v in kept], ddof=1)
         assert row(lost)[1:3] == [f"{within:.3f}", f"{between:.3f}"]
+
+
+def test_scores_of_other_scales_stand_beside_sparsemax(finished):
+    evidence = read(finished.results, cells=70)
+    figures = evidence.figures
+    mine = figures[figures.model.eq("sparsemax") & figures.role.eq("trained")]
+    mine = mine[mine.protocol.eq("") & ~mine.recipe.str.contains("latents")]
+    scaled = mine.assign(recipe="model=sparsemax model.scale=2.0", value=-mine.value)
+    question = content.ask(replace(evidence, figures=pd.concat([figures, scaled])))
+    of_main, of_scaled = (correlation_of(rows, "support_patch_concepts") for rows in (mine, scaled))
+    assert of_scaled.value == pytest.approx(-of_main.value)
+    said = f"Trained with scores of another scale it is {bounds(of_scaled)} with model.scale=2.0"
+    assert said in " ".join(question.answer)
+    head, rows = question.tables[0].head, question.tables[0].rows
+    assert head[-1] == "Sparsemax, model.scale=2.0"
+    (row,) = [row for row in rows if row[0] == "L0 ~ concepts in the patch"]
+    assert row[-1] == bounds(of_scaled)
+    assert "model=sparsemax model.scale=2.0" in set(question.used.recipe)
+
+
+def test_curves_are_of_recipes_that_differ_in_one_thing():
+    recipes = ["model=topk", "model=topk model.latents=64", "model=topk model.k=4"]
+    rows = pd.DataFrame({"recipe": recipes})
+    assert _along(rows, "latents").recipe.tolist() == recipes[:2]
+    assert _along(rows, "l0").recipe.tolist() == [recipes[0], recipes[2]]
 
 
 def test_work_at_the_same_time_counts_once(finished):
