@@ -50,8 +50,8 @@ def ask(evidence: Evidence) -> Question:
             "follow the number of concepts before training, too.",
             "Sparsemax alone reads tokens divided by their norms, and how many of its scores pass "
             "depends on their scale, which its recipe sets: other scales are other SAEs.",
-            "TopK's number of active latents is constant, so that its correlations are 0 by "
-            "construction.",
+            "A trained TopK SAE's number of active latents is constant, so that its correlations "
+            "are 0 by construction.",
             "Intervals are over trainings, on the same images: they do not say how far other "
             "images would differ.",
         ],

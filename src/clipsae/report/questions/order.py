@@ -29,9 +29,11 @@ def ask(evidence: Evidence) -> Question:
             "datasets; ours are of a small CLIP on one dataset of rendered scenes.",
             "Which codes count is set by each recipe's threshold, a tenth of its active codes; the "
             "order may depend on it (the last question).",
+            "The latents of a class are counted on the images that are evaluated: on more images "
+            "than these, the same SAEs have higher accuracies.",
             "An order of variants within the noise of each other means nothing: ranked by "
-            "frequency, few latents are near chance for most of them. With six variants, a tau "
-            "below about 0.8 is no more than chance often gives.",
+            "frequency, few latents are near chance (1.25 %) for most of them. With six variants, a "
+            "tau below about 0.8 is no more than chance often gives.",
         ],
     )
     settings = [s for s in evidence.settings(share=False) if s.dataset == _dataset(evidence)]
