@@ -32,8 +32,8 @@ def ask(evidence: Evidence) -> Question:
             "The latents of a class are counted on the images that are evaluated: on more images "
             "than these, the same SAEs have higher accuracies.",
             "An order of variants within the noise of each other means nothing: ranked by "
-            "frequency, few latents are near chance (1.25 %) for most of them. With six variants, a "
-            "tau below about 0.8 is no more than chance often gives.",
+            "frequency, few latents are near chance (1.25 %) for most of them. With six variants, "
+            "a tau below about 0.8 is no more than chance often gives.",
         ],
     )
     settings = [s for s in evidence.settings(share=False) if s.dataset == _dataset(evidence)]
