@@ -1,6 +1,7 @@
 """Shared by all tests: the environment, and real photos."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ os.environ["CLIPSAE_ROOT"] = str(ROOT)
 # that uses several would wait for them forever.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
+# A job that a shell runs in the background ignores Ctrl-C, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The GPU's kernels run in Triton's interpreter, which must be chosen before Triton is imported.
 # (Here no test asks torch for a GPU: that would start one in this process, before it forks.)
 if not Path("/dev/nvidiactl").exists():

@@ -12,10 +12,12 @@ import pytest
 import yaml
 from scipy import stats
 
-from clipsae.report.questions import QUESTIONS, Result, ask, read, trust, write_page
+from clipsae.report.questions import QUESTIONS, Result, ask, content, read, trust, write_page
 from clipsae.report.questions import statistics as ours
-from clipsae.report.questions.evidence import recipe_title
+from clipsae.report.questions.concepts import _along
+from clipsae.report.questions.evidence import correlation_of, recipe_title
 from clipsae.report.questions.page import PAGE
+from clipsae.report.questions.question import bounds
 
 A, B = [1.0, 2.0, 4.0, 4.5], [0.5, 1.5, 1.0]
 
@@ -196,8 +198,11 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     evidence = read(finished.results, cells=70)
     questions = ask(evidence)
     said = [" ".join(question.answer) for question in questions]
-    assert "Against the untrained SAE, training is better in 3 of" in said[0]
-    assert "the best of PCA is ahead of the best trained variant on 1 of " in said[0]
+    assert "Against SAEs that are untrained, training is better in 3 of" in said[0]
+    assert (
+        "(PCA) is better than the best trained variant, beyond the noise of seeds, on 1 of "
+        in said[0]
+    )
     assert "(concepts found, patch)" in said[0]
     row = next(row for row in questions[0].tables[0].rows if row[0] == "concepts found, patch")
     assert row[1] == "3 / 0 / 0"
@@ -205,12 +210,12 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     # Support.
     assert "rises with the number of objects in the image (0.50 [" in said[1]
     assert "falls with whether a patch shows an object (" in said[1]
-    assert "shows no relation beyond noise to the image's JPEG size (0.00 [" in said[1]
+    assert "has no clear correlation with the image's JPEG size (0.00 [" in said[1]
     assert "stronger than that of BatchTopK (0.00)" in said[1]
     assert "the untrained Sparsemax (0.00)" in said[1]
     assert "about equal" in said[1]
     # Concepts: best and worst, and that more is found in larger dictionaries.
-    assert "Sparsemax finds most of the concepts (60.3 % ± 6.3), TopK fewest" in said[2]
+    assert "Sparsemax finds the most concepts (60.3 % ± 6.3), TopK the fewest" in said[2]
     assert (
         "colour is recovered best (0.90 by Sparsemax, random directions 0.55, a probe 0.95)"
         in said[2]
@@ -233,8 +238,13 @@ def test_the_answers_follow_the_results(finished, tmp_path):
     assert correlations["paper, frequency", "on_5"].startswith("\N{MINUS SIGN}0.9")
     assert correlations["paper, contrast", "on_5"].startswith("0.9")
     # Order: reversed.
-    assert "By paper, frequency, TopK is first at on_5 (40.0" in said[4]
-    assert "By paper, contrast, Sparsemax is first at on_5 (40.0" in said[4]
+    assert (
+        "With the paper protocol and ranking by frequency, TopK is first at on_5 (40.0" in said[4]
+    )
+    assert (
+        "With the paper protocol and ranking by contrast, Sparsemax is first at on_5 (40.0"
+        in said[4]
+    )
     assert questions[4].tables[-1].rows[1][4] == "\N{MINUS SIGN}1.00"
     # Shares.
     assert (
@@ -282,6 +292,31 @@ def test_a_seed_without_a_value_does_not_cost_a_variant_its_others(finished):
         within = math.sqrt(sum(((v - v.mean()) ** 2).sum() for v in kept) / degrees)
         between = np.std([v.mean() for v in kept], ddof=1)
         assert row(lost)[1:3] == [f"{within:.3f}", f"{between:.3f}"]
+
+
+def test_scores_of_other_scales_stand_beside_sparsemax(finished):
+    evidence = read(finished.results, cells=70)
+    figures = evidence.figures
+    mine = figures[figures.model.eq("sparsemax") & figures.role.eq("trained")]
+    mine = mine[mine.protocol.eq("") & ~mine.recipe.str.contains("latents")]
+    scaled = mine.assign(recipe="model=sparsemax model.scale=2.0", value=-mine.value)
+    question = content.ask(replace(evidence, figures=pd.concat([figures, scaled])))
+    of_main, of_scaled = (correlation_of(rows, "support_patch_concepts") for rows in (mine, scaled))
+    assert of_scaled.value == pytest.approx(-of_main.value)
+    said = f"Trained with scores of another scale it is {bounds(of_scaled)} with model.scale=2.0"
+    assert said in " ".join(question.answer)
+    head, rows = question.tables[0].head, question.tables[0].rows
+    assert head[-1] == "Sparsemax, model.scale=2.0"
+    (row,) = [row for row in rows if row[0] == "L0 ~ concepts in the patch"]
+    assert row[-1] == bounds(of_scaled)
+    assert "model=sparsemax model.scale=2.0" in set(question.used.recipe)
+
+
+def test_curves_are_of_recipes_that_differ_in_one_thing():
+    recipes = ["model=topk", "model=topk model.latents=64", "model=topk model.k=4"]
+    rows = pd.DataFrame({"recipe": recipes})
+    assert _along(rows, "latents").recipe.tolist() == recipes[:2]
+    assert _along(rows, "l0").recipe.tolist() == [recipes[0], recipes[2]]
 
 
 def test_work_at_the_same_time_counts_once(finished):

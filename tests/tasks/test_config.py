@@ -293,6 +293,11 @@ def test_a_penalty_that_would_never_reach_its_strength(composed):
     check(composed("model=topk", "trainer.max_steps=1"))  # has no penalty
 
 
+def test_metrics_without_a_measurement_are_refused(composed):
+    found = refusal(composed("measurement=none", "measurement.metrics=[cknna]"))
+    assert "measurement.metrics=[cknna] with measurement=none, which measures nothing" in found
+
+
 def test_what_fitted_saes_refuse(composed):
     for model, override, expected in (
         ("pca", "model.latents=64", "model.latents=64: the tokens and texts decide how many"),

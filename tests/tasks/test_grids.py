@@ -54,7 +54,7 @@ def test_a_sweep_without_grids_is_one_of_its_parameters():
     assert jobs(["seed=0,1"], params={"model": "topk,relu"}) == [
         f"model={model} seed={seed}" for model in ("topk", "relu") for seed in (0, 1)
     ]
-    with pytest.raises(ConfigError, match="only has 'main': expected null: no grids"):
+    with pytest.raises(ConfigError, match="only=main: this sweep has no grids: leave it out"):
         jobs([], params={"model": "topk"}, only=["main"])
 
 

@@ -210,7 +210,7 @@ class SAE(nn.Module):
             name = self.config["architecture"]
             raise ValueError(
                 f"freeze={freeze!r}: architecture={name} has no matrix whose rows are those of the "
-                f"{part}: choose another freeze or architecture=linear"
+                f"{part}: choose another freeze, or a model with architecture=linear"
             )
         if freeze == "soft_decoder":
             # A parameter, as buffers are copied and averaged in each step.

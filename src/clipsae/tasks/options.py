@@ -328,6 +328,12 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             raise unknown_key("", key, [one for one in node if one != key], value)
     for old, (new, value) in renamed(node).items():
         raise ConfigError(f"{old}={_shown(value)}: {old} is now {new}")
+    measurement = node.get("measurement") or {}
+    if measurement.get("metrics") and "pooling" not in measurement:
+        raise ConfigError(
+            f"measurement.metrics={_shown(measurement['metrics'])} with measurement=none, which "
+            "measures nothing: leave out measurement=none"
+        )
     for group in ("dataset", "train_dataset"):
         if "_target_" not in node[group]:
             raise ConfigError(f"{group} has no _target_: with train_dataset=same set dataset's")

@@ -24,11 +24,12 @@ class Grids(BasicSweeper):
         self,
         params: Mapping[str, str] | None = None,
         grids: Mapping[str, Mapping[str, Any]] | None = None,
-        only: Sequence[str] | None = None,
+        only: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__(None, {})
         self.common = dict(params or {})
         self.grids = dict(grids or {})
+        only = [only] if isinstance(only, str) else only
         self.only = list(self.grids) if only is None else list(only)
 
     def split_arguments(  # type: ignore[override]
@@ -52,8 +53,12 @@ class Grids(BasicSweeper):
     def _chosen(self) -> list[Mapping[str, Any]]:
         if not self.grids and not self.only:
             return [{}]
+        if not self.grids:
+            raise ConfigError(
+                f"hydra.sweeper.only={','.join(self.only)}: this sweep has no grids: leave it out"
+            )
         for name in self.only or [""]:
             if name not in self.grids:
-                names = f"names among {', '.join(self.grids)}" if self.grids else "null: no grids"
-                raise ConfigError(f"hydra.sweeper.only has {name!r}: expected {names}")
+                names = ", ".join(self.grids)
+                raise ConfigError(f"hydra.sweeper.only has {name!r}: expected names among {names}")
         return [self.grids[name] for name in self.grids if name in self.only]

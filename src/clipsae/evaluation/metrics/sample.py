@@ -123,14 +123,15 @@ class CodeSample(Metric):
         )
         if self.halvings:
             self.compared = len(numbers)
+            each = f"with {len(values) / max(1, len(numbers)):,.0f} active latents each, "
             log.info(
-                "%s compares %s of %s %s, drawn at random: with %s active latents each, all would "
-                "take too long, or too much memory",
+                "%s compares %s of %s %s, drawn at random: %sall would take too long, or too much "
+                "memory",
                 self.metric,
                 f"{len(numbers):,}",
                 f"{int(self.seen):,}",
                 self.unit,
-                f"{len(values) / max(1, len(numbers)):,.0f}",
+                each if len(values) else "",
             )
         return beside[order], codes
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from clipsae.report.names import model_style, model_title
+from clipsae.report.names import listed, model_style, model_title
 from clipsae.report.plots import (
     BESIDE,
     ON_THE_MAP,
@@ -23,6 +23,7 @@ from clipsae.report.questions.evidence import (
     TRAINED,
     Evidence,
     mean_of,
+    of,
     recipe_title,
     said,
 )
@@ -34,7 +35,7 @@ from clipsae.report.questions.question import (
     interval,
     number_of,
 )
-from clipsae.report.questions.statistics import correlation
+from clipsae.report.questions.statistics import correlation, difference
 
 FOUND = "patch_concepts_found"
 _SHAPES_OF = ("patch_splitting", "patch_merging", "patch_absorption")
@@ -53,7 +54,8 @@ def ask(evidence: Evidence) -> Question:
             "The concepts are those that the renderer knows. A latent for another one, such as an "
             "edge at some angle, counts for nothing here.",
             "A correlation is of a straight line over the logarithm: where a curve turns, as that "
-            "of the concepts found may with L0, the figure says more.",
+            "of the concepts found may with L0, the figure says more. Its interval takes SAEs of "
+            "one recipe, which differ by their seed alone, as independent.",
             "Sizes and sparsities are trained with the rate and the number of steps that were "
             "chosen for the main recipe: a large dictionary may need more.",
         ],
@@ -69,10 +71,13 @@ def ask(evidence: Evidence) -> Question:
         worst = min(means, key=lambda m: means[m].value)
         fewest = ""
         if best != worst:
-            fewest = f", {model_title(worst)} fewest ({interval(means[worst], '.1%')})"
+            fewest = f", {model_title(worst)} the fewest ({interval(means[worst], '.1%')})"
+        mine = of(frames[best], FOUND)
+        tied = [m for m in means if m != best and difference(mine, of(frames[m], FOUND)).sign == 0]
+        noise = f", within the noise of {listed([model_title(m) for m in tied])}" if tied else ""
         answer.append(
-            f"Among siblings and on held-out scenes {model_title(best)} finds most of the concepts "
-            f"({interval(means[best], '.1%')}){fewest}."
+            f"Among siblings and on held-out scenes {model_title(best)} finds the most concepts "
+            f"({interval(means[best], '.1%')}){noise}{fewest}."
         )
     areas = _areas(evidence, frames)
     if areas is not None:
@@ -139,6 +144,14 @@ def _varied(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.model.isin(counts[counts > 1].index)]
 
 
+def _along(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Of the rows those whose recipes differ in size alone, or not in size (by L0)."""
+    words = rows.recipe.str.split().map(lambda recipe: {w.partition("=")[0] for w in recipe})
+    if by == "latents":
+        return rows[words.map(lambda names: names <= {"model", "model.latents"})]
+    return rows[words.map(lambda names: "model.latents" not in names)]
+
+
 def _several(rows: pd.DataFrame, by: str) -> bool:
     if by == "latents":
         return bool((rows.groupby("model").latents.nunique() > 1).any())
@@ -157,7 +170,10 @@ def _trends(rows: pd.DataFrame) -> list[str]:
     for by, words in (("latents", "dictionary size"), ("l0", "L0")):
         if by not in wide or wide.groupby("model")[by].nunique().max() < 2:
             continue
-        kept = wide[wide.groupby("model")[by].transform("nunique") > 1]
+        kept = _along(wide, by)
+        kept = kept[kept.groupby("model").recipe.transform("nunique") > 1]
+        if not len(kept):
+            continue
         x = np.log(kept[by].astype(float).clip(lower=1e-9))
         x -= x.groupby(kept.model).transform("mean")
         parts = []
@@ -167,7 +183,7 @@ def _trends(rows: pd.DataFrame) -> list[str]:
             y = kept[key] - kept[key].groupby(kept.model).transform("mean")
             found = correlation(x.tolist(), y.tolist())
             if not math.isnan(found.value) and not math.isnan(found.low):
-                verb = ("shows no relation", "rises", "falls")[found.sign]
+                verb = ("shows no clear trend", "rises", "falls")[found.sign]
                 parts.append(f"{number_of(key).label} {verb} (r = {bounds(found)})")
         if parts:
             sentences.append(f"With {words}, over {len(kept)} SAEs, {said(parts)}.")
@@ -185,13 +201,16 @@ def _curves(varied: pd.DataFrame, keys: list[str], by: str) -> Plot:
             for model in models:
                 colour, marker = model_style(model, models)
                 points = []
-                for _, found in varied[varied.model == model].groupby("recipe", sort=False):
+                of_model = _along(varied, by)
+                of_model = of_model[of_model.model == model]
+                for _, found in of_model.groupby("recipe", sort=False):
                     at = found.latents.iloc[0] if by == "latents" else mean_of(found, "l0").value
                     mean = mean_of(found, key)
                     points.append((float(at), mean.value, mean.bar))
+                if not points:
+                    continue
                 x, y, spread = zip(*sorted(points), strict=True)
-                line = "none" if by == "latents" and len(set(x)) < len(x) else "-"
-                style = {"color": colour, "marker": marker, "markersize": 5, "linestyle": line}
+                style = {"color": colour, "marker": marker, "markersize": 5}
                 axes.errorbar(x, y, yerr=spread, **style, label=model_title(model))
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")

@@ -70,6 +70,7 @@ class Evidence:
         cells: how many the sweep has, those included that are not finished.
         finished: how many of them are; several may be of one evaluation.
         versions: of the packages that made the results.
+        limits: on the number of images, of all evaluations; None: all images.
     """
 
     figures: pd.DataFrame
@@ -78,6 +79,7 @@ class Evidence:
     cells: int
     finished: int = 0
     versions: tuple[str, ...] = ()
+    limits: frozenset[int | None] = frozenset()
 
     @property
     def numbers(self) -> pd.DataFrame:
@@ -192,7 +194,8 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
     rows: list[dict[str, Any]] = []
     concepts: list[pd.DataFrame] = []
     spans: dict[str, tuple[str, float, float]] = {}
-    versions = set()
+    versions: set[str] = set()
+    limits: set[int | None] = set()
     seen = set()
     recipe_of: dict[str, str] = {}  # two cells may ask for one SAE in different words
     for result, recipe in zip(results, recipes, strict=True):
@@ -201,6 +204,7 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
         seen.add(result.evaluation)
         origin = read_origin(result.evaluation)
         config, model = origin["config"], origin["config"]["model"]
+        limits.add(config["evaluation"].get("limit_images"))
         about = {
             "recipe": recipe_of.setdefault(result.sae.name, recipe),
             "model": model["name"],
@@ -243,6 +247,7 @@ def read(results: Iterable[Result], cells: int) -> Evidence:
         cells=cells,
         finished=len(results),
         versions=tuple(sorted(versions)),
+        limits=frozenset(limits),
     )
 
 
@@ -271,7 +276,7 @@ def _order(override: str) -> tuple[bool, str]:
 
 def relations(by_sign: Mapping[int, Sequence[str]]) -> list[str]:
     """What rises with, falls with or has no relation to what, by the signs of correlations."""
-    words = ((1, "rises with"), (-1, "falls with"), (0, "shows no relation beyond noise to"))
+    words = ((1, "rises with"), (-1, "falls with"), (0, "has no clear correlation with"))
     return [f"{word} {said(by_sign[sign])}" for sign, word in words if by_sign[sign]]
 
 

@@ -29,6 +29,12 @@ from clipsae.report.questions.statistics import difference
 from clipsae.report.settings import FITTED, UNTRAINED
 
 _DRAWN = ("patch_concepts_found", "patch_f1", "object_concepts_found", "fvu", "on_5", "on_10")
+_WHICH = {
+    UNTRAINED: "that are untrained",
+    "decoder frozen": "whose decoder is frozen",
+    "decoder softly frozen": "whose decoder is softly frozen",
+    "encoder frozen": "whose encoder is frozen",
+}
 _MARKERS = ("x", "s", "D", "v")  # of twins
 
 
@@ -47,7 +53,11 @@ def ask(evidence: Evidence) -> Question:
         ),
         limits=[
             "A frozen or untrained SAE has the recipe of its trained twin: with a recipe of its "
-            "own it might do better.",
+            "own it might do better. Untrained ReLU and Gated SAEs have hundreds of active "
+            "latents, and most untrained SAEs reconstruct worse than the mean token would.",
+            "The baselines are not as sparse as the trained SAEs: raw neurons, PCA and ICA keep "
+            "all of a token, so that measures of what is kept favour them. ICA, k-means and PCA "
+            "are fitted to tokens; the directions of texts know the concepts' names.",
             "Many differences are tested at 95 % each: one in forty is called better, and as many "
             "worse, by chance alone. Few seeds find large differences only. "
             "Measures that say nearly the same, such as FVU and FVU per token, count each.",
@@ -75,12 +85,13 @@ def ask(evidence: Evidence) -> Question:
             verdicts.update({(role, verdict): n for verdict, n in counts.items()})
             total = sum(counts.values())
             cells.append(f"{counts['better']} / {counts['same']} / {counts['worse']}" * (total > 0))
-        best, of_trained = _best(trained, number)
-        unlearned, of_fitted = _best(fitted, number)
+        best, unlearned = (_best(frames, number)[0] for frames in (trained, fitted))
         if best and unlearned:
             comparable += 1
-            sign = -1 if number.better == "min" else 1
-            if sign * (of_fitted - of_trained) > 0:
+            apart = difference(
+                of(fitted[unlearned], number.key), of(trained[best], number.key)
+            ).sign
+            if apart * (-1 if number.better == "min" else 1) > 0:
                 better_unlearned.append(number)
         shown = [
             f"{interval(mean_of(frames[model], number.key), number.format)} ({model_title(model)})"
@@ -94,15 +105,15 @@ def ask(evidence: Evidence) -> Question:
         of_role = {v: n for (r, v), n in verdicts.items() if r == role}
         if total := sum(of_role.values()):
             answer.append(
-                f"Against the {'SAE with the ' * (role != UNTRAINED)}{role}"
-                f"{' SAE' * (role == UNTRAINED)}, training is better in {of_role.get('better', 0)} "
-                f"of {total} comparisons of a variant and a measure, worse in "
-                f"{of_role.get('worse', 0)}, and within the noise of seeds in the rest."
+                f"Against SAEs {_WHICH.get(role, role)}, training is better in "
+                f"{of_role.get('better', 0)} of {total} comparisons of a variant and a measure, "
+                f"worse in {of_role.get('worse', 0)}, and within the noise of seeds in the rest."
             )
     if comparable:
         answer.append(
-            f"Without learning, the best of {said(map(model_title, fitted))} is ahead of the best "
-            f"trained variant on {len(better_unlearned)} of {counted(comparable, 'measure')}"
+            f"The best baseline that is no trained SAE ({said(map(model_title, fitted))}) is "
+            "better than the best trained variant, beyond the noise of seeds, on "
+            f"{len(better_unlearned)} of {counted(comparable, 'measure')}"
             + (f" ({said(n.label for n in better_unlearned)})." if better_unlearned else ".")
         )
     head = ["measure", *twins, "best trained", "best not learned"]

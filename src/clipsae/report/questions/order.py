@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from clipsae.report import published
-from clipsae.report.names import SIX, column_order, model_style, model_title
+from clipsae.report.names import SIX, column_order, listed, model_style, model_title
 from clipsae.report.plots import STYLE, Plot, legend_below
 from clipsae.report.questions.evidence import Evidence, Setting, mean_of, of
 from clipsae.report.questions.question import NOISE, Question, Table, figure, interval
@@ -29,7 +29,11 @@ def ask(evidence: Evidence) -> Question:
             "datasets; ours are of a small CLIP on one dataset of rendered scenes.",
             "Which codes count is set by each recipe's threshold, a tenth of its active codes; the "
             "order may depend on it (the last question).",
-            "An order of variants within the noise of each other means nothing.",
+            "The latents of a class are counted on the images that are evaluated: on more images "
+            "than these, the same SAEs have higher accuracies.",
+            "An order of variants within the noise of each other means nothing: ranked by "
+            "frequency, few latents are near chance (1.25 %) for most of them. With six variants, "
+            "a tau below about 0.8 is no more than chance often gives.",
         ],
     )
     settings = [s for s in evidence.settings(share=False) if s.dataset == _dataset(evidence)]
@@ -54,14 +58,17 @@ def ask(evidence: Evidence) -> Question:
         first, rest = _first(found, models, at)
         tied = [m for m in rest if difference(of(found[first], at), of(found[m], at)).sign == 0]
         with_noise = f", within the noise of {', '.join(map(model_title, tied))}" if tied else ""
-        tau = agreement(means[setting][at], paper[at]) if paper[at] else math.nan
+        known = {key: agreement(means[setting][key], paper[key]) for key in keys if paper[key]}
+        known = {key: tau for key, tau in known.items() if not math.isnan(tau)}
         agrees = (
-            f"; Kendall's tau with the published order is {figure(tau)}"
-            if not math.isnan(tau)
+            "; Kendall's tau with the published order is "
+            f"{listed([figure(tau) for tau in known.values()])} at {listed(list(known))}"
+            if known
             else ""
         )
         answer.append(
-            f"By {setting.title}, {model_title(first)} is first at {at} "
+            f"With the {setting.protocol} protocol and ranking by {setting.ranking}, "
+            f"{model_title(first)} is first at {at} "
             f"({interval(mean_of(found[first], at), '.1f')} %){with_noise}{agrees}."
         )
     for setting in frames:

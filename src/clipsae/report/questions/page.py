@@ -60,17 +60,25 @@ def text(evidence: Evidence, questions: Sequence[Question], words: Sequence[str]
         "# Findings",
         "Six questions about sparse autoencoders on the built-in world, whose concepts are known, "
         "answered from the results of one sweep. The sentences under *Answer* are computed from "
-        "them, with 95 % intervals over seeds; the page is written by the second command.",
+        "them, with 95 % intervals over seeds; in the tables ± is half of one. The page is written "
+        "by the second command. docs/explanation/numbers.md explains each number, "
+        "docs/explanation/baselines.md what is frozen, untrained or fitted.",
         _code([words, [*words, "task=findings"]]),
         f"It rests on {evidence.finished} of {counted(evidence.cells, 'cell')} of the sweep: "
         f"{counted(figures.evaluation.nunique(), 'evaluation')} of "
         f"{counted(figures.sae.nunique(), 'SAE')} with {counted(figures.seed.nunique(), 'seed')}, "
-        f"made in {_took(evidence.hours(figures))}"
+        f"{_images(evidence)}made in {_took(evidence.hours(figures))}"
         + (f" with {'; '.join(evidence.versions)}." if evidence.versions else "."),
     ]
     for at, question in enumerate(questions, start=1):
         parts += [f"## {at}. {question.title}", *_section(evidence, question, words)]
     return "\n\n".join(parts) + "\n"
+
+
+def _images(evidence: Evidence) -> str:
+    """On how many images, if all evaluations have the same limit."""
+    limits = [limit for limit in evidence.limits if limit is not None]
+    return f"on {limits[0]:,} images each, " if len(limits) == len(evidence.limits) == 1 else ""
 
 
 def _section(evidence: Evidence, question: Question, words: Sequence[str]) -> list[str]:

@@ -3,12 +3,20 @@
 import math
 
 import matplotlib
+import pandas as pd
 from matplotlib.figure import Figure
 
 from clipsae.report.names import column_order, model_style, model_title
 from clipsae.report.noise import Reliability, reliability
 from clipsae.report.plots import STYLE, Plot, legend_below
-from clipsae.report.questions.evidence import Evidence, Setting, of, recipe_title, relations
+from clipsae.report.questions.evidence import (
+    TRAINED,
+    Evidence,
+    Setting,
+    of,
+    recipe_title,
+    relations,
+)
 from clipsae.report.questions.question import (
     Question,
     Table,
@@ -19,7 +27,6 @@ from clipsae.report.questions.question import (
     measures,
 )
 from clipsae.report.questions.statistics import Interval, correlation
-from clipsae.report.settings import FITTED
 
 _RECOVERY = ("patch_concepts_found", "patch_auroc", "patch_f1")
 _NS = ("on_1", "on_5")
@@ -29,12 +36,14 @@ def ask(evidence: Evidence) -> Question:
     """An analysis of variance of each measure over the variants; correlations over recipes."""
     question = Question(
         "Which measures can be trusted, and does recovery go with on_1 and on_5?",
-        ("main", "main_topn", "sizes_topn", "shares"),
+        ("main", "main_topn", "sizes", "sizes_topn"),
         limits=[
             "That a measure tells variants apart does not say that it measures something useful, "
             "only that it is not noise.",
             "The noise is that of seeds. Other images, and another backbone, add their own.",
-            "A correlation over recipes depends on which recipes there are: it is not a law.",
+            "A correlation over recipes depends on which recipes there are: it is not a law. With "
+            "so few of them, and so many pairs of measures, one of the intervals may well miss 0 "
+            "by chance.",
         ],
     )
     rows = evidence.comparable()
@@ -74,7 +83,8 @@ def ask(evidence: Evidence) -> Question:
             "One-way analysis of variance over the variants' main recipes; sd between seeds is "
             "pooled over variants. The smaller the ratio, the better a measure tells them apart. "
             "ICC: the share of the variance that lies between variants, with its 95 % interval; "
-            "apart: whether the F test (p < 0.05) tells them apart."
+            "apart: whether the F test (p < 0.05) tells them apart. It is one-sided, and the "
+            "interval two-sided."
         )
         tables.append(Table(caption, head, table))
         plots.append(_ratios([(number.label, one) for number, one in ordered]))
@@ -86,12 +96,16 @@ def ask(evidence: Evidence) -> Question:
             for (recovery, setting, key), one in together.items()
         ]
         caption = (
-            "Pearson's correlation over recipes (means over seeds; what is not learned is left "
-            "out), with Fisher's 95 % interval."
+            "Pearson's correlation over recipes of trained SAEs (means over seeds), with Fisher's "
+            "95 % interval."
         )
         tables.append(Table(caption, ["recovery", "setting", "accuracy", "r", "recipes"], table))
         plots += _scatter(evidence)
-    used = rows[rows.recipe.isin({r for frame in frames.values() for r in frame.recipe})]
+    used = [rows[rows.recipe.isin({r for frame in frames.values() for r in frame.recipe})]]
+    for recovery, setting, key in together:
+        both = _points(evidence, recovery, setting, key)
+        used += [f[f.recipe.isin(both)] for f in (evidence.numbers, evidence.within(setting))]
+    used = pd.concat(used)
     return Question(question.title, question.grids, answer, tables, plots, question.limits, used)
 
 
@@ -100,7 +114,7 @@ def _points(
 ) -> dict[str, list[float]]:
     """Of each recipe that has both: recovery and accuracy, means over seeds."""
     numbers, accuracies = evidence.numbers, evidence.within(setting)
-    numbers = numbers[numbers.key.eq(recovery) & numbers.role.ne(FITTED)]
+    numbers = numbers[numbers.key.eq(recovery) & numbers.role.eq(TRAINED)]
     accuracies = accuracies[accuracies.key.eq(key)]
     left, right = (f.groupby("recipe", sort=False).value.mean() for f in (numbers, accuracies))
     return {r: [left[r], right[r]] for r in left.index if r in right.index}
@@ -122,12 +136,13 @@ def _sentence(found: dict[tuple[str, Setting, str], Interval]) -> str:
     """How recovery goes with accuracy, by the first measure of recovery."""
     first = next(iter(found))[0]
     parts: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    most = max(one.n for one in found.values())
     for (recovery, setting, key), one in found.items():
-        if recovery == first:
+        if recovery == first and one.n == most:
             sign = 0 if math.isnan(one.low) else one.sign
             parts[sign].append(f"{key} ({setting.title}: {bounds(one)})")
-    told = ", and it ".join(relations(parts))
-    return f"Over recipes, the share of concepts found in patches {told}."
+    told = "; it ".join(relations(parts))
+    return f"Over {most} recipes of trained SAEs, the share of concepts found in patches {told}."
 
 
 def _ratios(ordered: list[tuple[str, Reliability]]) -> Plot:
