@@ -23,7 +23,7 @@ from clipsae.store.lease import FREE, Lease, LeaseLost, StoreError, Watch
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 5  # raise it when the same config would no longer give the same content
+SCHEMA = 6  # raise it when the same config would no longer give the same content
 ABOUT = "about.json"  # what an unfinished stage is
 FAILED = "failed.json"  # why its last making failed
 BEAT = 15.0  # seconds between two signs of life
