@@ -308,7 +308,7 @@ def test_what_fitted_saes_refuse(composed):
         ("pca", "+model.auxk=1.0", "model.auxk=1.0: model=pca has no such option: leave it out"),
         ("kmeans", "model.latents=null", "model.latents=null: expected an integer of at least 1"),
         ("pca", "+model.freeze=decoder", "model.freeze=decoder: model.fit=pca is not trained"),
-        ("pca", "+model.normalize=whiten", "model.normalize=whiten: model.fit=pca is not trained"),
+        ("pca", "+model.normalize=whiten", "model.normalize=whiten: model=pca has no such option"),
     ):
         assert expected in refusal(composed(f"model={model}", override))
 

@@ -381,13 +381,10 @@ def _check_fit(model: Mapping[str, Any]) -> None:
             f"model.latents={latents}: expected an even number with model=random, half of whose "
             f"latents are the others with the opposite sign: write model.latents={latents + 1}"
         )
-    # (A plugin's config may lack keys that the SAE has defaults for.)
-    for key, without in (("freeze", None), ("normalize", "none"), ("position_mean", False)):
-        if fit is not None and (value := model.get(key, without)) != without:
-            raise ConfigError(
-                f"model.{key}={_shown(value)}: model.fit={fit} is not trained: leave one of them "
-                "out"
-            )
+    if fit is not None and model.get("freeze") is not None:
+        raise ConfigError(
+            f"model.freeze={model['freeze']}: model.fit={fit} is not trained: leave one of them out"
+        )
 
 
 def set_by_recipe(cfg: DictConfig) -> str | None:
