@@ -94,7 +94,7 @@ def test_what_there_is_nothing_to_report_on_is_one_sentence_with_what_to_do(tmp_
     evaluation(out, "relu", "scenes_shape", 40.0)
     for override, *says in (
         ("model.latents=64", "with 64 latents", "report on what is there with model.latents=512"),
-        ("task.models=[spasemax]", "task.models has 'spasemax': expected names among attention_re"),
+        ("task.models=[spasemax]", "task.models has 'spasemax': expected names among abs_topk, at"),
     ):
         done = report(out, "logger=none", override)
         assert done.returncode == 1

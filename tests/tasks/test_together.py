@@ -250,11 +250,11 @@ def test_layers_are_read_in_one_pass_and_each_is_as_alone(
     expected = alone(prepare(tmp_path / "alone", *cells))
     single, several = [], []
     prefix, prefixes = FrozenCLIP.prefix, FrozenCLIP.prefixes
-    monkeypatch.setattr(FrozenCLIP, "prefix", lambda *a: single.append(0) or prefix(*a))
+    monkeypatch.setattr(FrozenCLIP, "prefix", lambda *a, **k: single.append(0) or prefix(*a, **k))
     monkeypatch.setattr(
         FrozenCLIP,
         "prefixes",
-        lambda clip, x, at: several.append(list(at)) or prefixes(clip, x, at),
+        lambda clip, x, at, **k: several.append(list(at)) or prefixes(clip, x, at, **k),
     )
     shared = prepare(tmp_path / "shared", *cells)
     assert len(by_stream([cell.cfg for cell in shared])) == 1
