@@ -1,6 +1,6 @@
 """clipscope's checkpoints: one pickle with k, the sizes and a `model_state_dict`.
 
-https://pypi.org/project/clipscope (the SAEs of lewington/CLIP-ViT-L-scope): z = the k largest of
+The package clipscope (the SAEs of lewington/CLIP-ViT-L-scope): z = the k largest of
 (x - pre_b) enc, x_hat = z dec + pre_b; enc is [d, M], dec [M, d].
 """
 
