@@ -43,6 +43,15 @@ POOLINGS = ("mean", "max", "cls")
 _DENSE_BYTES = 256 * 2**20
 
 
+class Once(dict[Any, Any]):
+    """Results that all SAEs share, by their keys: `once(key, make)` calls make() the first time."""
+
+    def __call__(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self:
+            self[key] = make()
+        return self[key]
+
+
 @dataclass(frozen=True)
 class Stream:
     """The images of a pass, and the models that they go through.
@@ -56,6 +65,7 @@ class Stream:
         pooling: of `pooled`.
         keep_scores: whether `scores` are needed: codes are then made from them.
         seed: of `floors`.
+        once: what is kept for the whole pass.
         of: which of an image's tokens the SAEs are of, all of them the same
             (`FrozenCLIP.token_slice`). What is said of tokens is said of these; in an image's
             stream the others stay as they are.
@@ -76,7 +86,7 @@ class Stream:
     seed: int = 0
     of: str = "all"
     target_layer: int | None = None
-    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    once: Once = field(default_factory=Once, init=False, repr=False, compare=False)
 
     def run(
         self,
@@ -125,12 +135,6 @@ class Stream:
         ]
         return torch.cat(parts).float()[:, self.clip.token_slice(self.of)]
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """make(), whose result all SAEs of the pass share, kept by its key."""
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
-
     def floors(self, sae: SAE) -> dict[str, RandomDirections | SAE]:
         """What an SAE is compared with: "random" directions, the same for all, and an "untrained"
         SAE of the same config."""
@@ -157,6 +161,7 @@ class Images:
     Attributes:
         pixels: uint8 [B, 3, S, S].
         labels, indices: LongTensor [B] on the CPU.
+        once: what is kept while the batch is there.
     """
 
     def __init__(self, stream: Stream, pixels: Tensor, labels: Tensor, indices: Tensor) -> None:
@@ -164,16 +169,10 @@ class Images:
         self.pixels = pixels
         self.labels = labels
         self.indices = indices
-        self._known: dict[Any, Any] = {}
+        self.once = Once()
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """make(), whose result all SAEs share, kept by its key while the batch is there."""
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
 
     @cached_property
     def _streams(self) -> tuple[Tensor, Tensor, Tensor | None]:

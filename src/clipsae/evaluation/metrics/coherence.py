@@ -100,7 +100,6 @@ class SpatialCoherence(Measurement):
     M integers are kept, and as many for each floor.
     """
 
-    needs = ("patches",)
     numbers = (
         _number(
             "feature_localization",
@@ -149,8 +148,8 @@ class SpatialCoherence(Measurement):
         rows, numbers = self.draw.among(batch.positions)
         if not len(rows):
             return
-        patches = prod(self.options.grid)
         grid = self.options.grid
+        patches = prod(grid)
         self._add("", *morans_i(batch.patch_codes(rows, patches), grid))
         some = rows[numbers % self.every == 0]
         if not len(some):
