@@ -57,6 +57,11 @@ class Stream(LightningDataModule):
         return self.batches[0][:images]
 
 
+def warming_up(sae, **options):
+    """A training whose penalties warm up for four steps."""
+    return SAEModule(sae, learning_rate=1e-3, sparsity_warmup_steps=4, initial_images=2, **options)
+
+
 def train(member: SAEModule, batches: list[Tensor]) -> SAE:
     trainer = Trainer(
         accelerator="cpu",
@@ -130,13 +135,8 @@ def test_each_step_has_the_warm_up_of_its_number(every, monkeypatch):
         return out
 
     monkeypatch.setattr(SAE, "forward", spied)
-    member = SAEModule(
-        build("relu", l1_coefficient=0.5),
-        learning_rate=1e-3,
-        sparsity_warmup_steps=4,
-        initial_images=2,
-        max_steps=6,
-        accumulate_grad_batches=every,
+    member = warming_up(
+        build("relu", l1_coefficient=0.5), max_steps=6, accumulate_grad_batches=every
     )
     train(member, [tokens(4, 5, D, seed=i) for i in range(6 * every)])
     expected = [step / 4 if step < 4 else 1.0 for step in range(6) for _ in range(every)]
@@ -153,27 +153,14 @@ def test_a_compiled_step_is_compiled_once_for_all_of_the_warm_up(monkeypatch):
             sae, backend=lambda graph, _: compiled.append(graph) or graph.forward
         ),
     )
-    member = SAEModule(
-        build("jumprelu"),
-        learning_rate=1e-3,
-        sparsity_warmup_steps=4,
-        initial_images=2,
-        max_steps=6,
-        compile=True,
-    )
+    member = warming_up(build("jumprelu"), max_steps=6, compile=True)
     train(member, [tokens(4, 5, D, seed=i) for i in range(6)])
     assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_after_a_training_the_penalty_is_whole(fails):
-    member = SAEModule(
-        build("relu", l1_coefficient=0.5),
-        learning_rate=1e-3,
-        sparsity_warmup_steps=4,
-        initial_images=2,
-        max_steps=5,
-    )
+    member = warming_up(build("relu", l1_coefficient=0.5), max_steps=5)
     batches = [tokens(4, 5, D, seed=i) for i in range(5)]
     if fails:  # in the midst of the warm-up
         batches[2] = batches[2].double()
