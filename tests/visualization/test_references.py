@@ -18,7 +18,8 @@ from clipsae.evaluation.truth import (
 )
 from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
-from clipsae.visualization.collector import NAMED, Collector, bits_over_chance
+from clipsae.evaluation.truth import bits_over_chance
+from clipsae.visualization.collector import NAMED, Collector
 from clipsae.visualization.references import BIN_EDGES, BINS, Source
 from tests.evaluation.made_up import batch_of, sizes
 

@@ -1,0 +1,1 @@
+"""What latents mean, in words, with scores."""
