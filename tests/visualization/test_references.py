@@ -12,13 +12,13 @@ from clipsae.evaluation.metrics.monosemanticity import monosemanticity
 from clipsae.evaluation.truth import (
     IMAGE_ATTRIBUTES,
     PATCH_ATTRIBUTES,
+    bits_over_chance,
     concept_names,
     image_concepts,
     patch_concepts,
 )
 from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
-from clipsae.evaluation.truth import bits_over_chance
 from clipsae.visualization.collector import NAMED, Collector
 from clipsae.visualization.references import BIN_EDGES, BINS, Source
 from tests.evaluation.made_up import batch_of, sizes
