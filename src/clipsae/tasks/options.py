@@ -261,6 +261,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "serve": FLAG,
         "port": whole(0, 65535),
     },
+    "explain": {"sae": or_null(TEXT), "split": SPLIT},
     "export": {
         "sae": or_null(TEXT),
         "to": one_of("clipsae", "saelens", "visaebench"),

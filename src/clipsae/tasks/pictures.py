@@ -1,6 +1,7 @@
 """The SAEs that `task=explore` and `task=visualize` show, and their reference images: kind
 "pictures" of the store, `pictures.safetensors`, `pictures.json`, `config.yaml`."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,13 @@ def split_name(dataset: ImageDataset, split: str) -> str:
 def names(dataset: ImageDataset) -> Sequence[str] | None:
     """The images' files, relative to the dataset's root; None where they are no files."""
     return getattr(dataset, "files", None)
+
+
+def name_of_file(path: Path) -> str:
+    """What is written about an image file is called: two may have the same name in different
+    folders."""
+    mark = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:4]
+    return f"{path.stem}-{mark}"
 
 
 def finished_sae(cfg: DictConfig, store: Store, clip: FrozenCLIP) -> Stage:

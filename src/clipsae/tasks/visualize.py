@@ -132,9 +132,7 @@ def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> li
     for file in cfg.task.images:
         path = Path(file).expanduser()
         pixels = build.user_error(read_image, path, image_size)
-        # Two files may have the same name in different folders.
-        mark = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:4]
-        found.append(Wanted(f"{path.stem}-{mark}", path.name, pixels))
+        found.append(Wanted(pictures.name_of_file(path), path.name, pixels))
     indices, files = cfg.task.indices, pictures.names(dataset)
     if indices is None:
         indices = [] if found else evenly_spaced(dataset.labels, DEFAULT_IMAGES)
