@@ -19,7 +19,7 @@ from clipsae.evaluation.truth import (
 )
 from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
-from clipsae.visualization.collector import NAMED, Collector
+from clipsae.visualization.collector import NAMED, Collector, draw
 from clipsae.visualization.references import BIN_EDGES, BINS, Source
 from tests.evaluation.made_up import batch_of, sizes
 
@@ -68,11 +68,12 @@ def test_patches_are_the_last_tokens_however_many_come_before(others):
 def test_a_stream_of_batches_gives_what_a_full_sort_gives(seed, ties, parts):
     codes, labels = made_up(seed, ties)
     indices = torch.arange(B) * 3  # not every image of the dataset
-    collector = Collector(sizes(M), P, top=K)
+    collector = Collector(sizes(M), P, top=K, sample=3)
     for part in torch.arange(B).split(parts):
         collector.update(batch_of(codes[part], labels=labels[part], indices=indices[part]))
     found = collector.references(SOURCE)
 
+    drawn = draw(indices, codes.mean(dim=1) > 0)
     means = codes.mean(dim=1)
     for m in range(M):
         order = sorted(range(B), key=lambda i: (-means[i, m].item(), i))
@@ -91,6 +92,14 @@ def test_a_stream_of_batches_gives_what_a_full_sort_gives(seed, ties, parts):
                 assert (shown > 0) == (code > 0)
                 if code > 0:
                     assert abs(shown / 255 * scale - code) <= scale / 255 * (1 + 1e-5)
+        some = sorted(order, key=lambda i: -int(drawn[i, m]))[:3]
+        some = [i for i in order if i in some]
+        assert found.sample_index[m].tolist() == [3 * i for i in some] + [-1] * (3 - len(some))
+        assert found.sample_values[m, : len(some)].tolist() == means[some, m].tolist()
+        for slot, i in enumerate(some):
+            assert ((found.sample_maps[m, slot] > 0) == (codes[i, 1:, m] > 0)).all()
+            assert found.sample_label[m, slot] == labels[i]
+            assert found.sample_class_token[m, slot] == codes[i, 0, m]
         assert found.frequency[m] == pytest.approx(len(order) / B)
         assert found.token_frequency[m] == pytest.approx(
             int((codes[:, :, m] != 0).sum()) / (B * (P + 1))
@@ -122,6 +131,22 @@ def check_labels(found, m, top, means, labels):
     assert found.top_label[m] == best
 
 
+def test_every_image_is_drawn_as_often_as_others():
+    """SplitMix64 of one number in plain integers; over 4,000 latents each of 20 active images is
+    among the first 5 a quarter of the time."""
+    active = torch.ones(20, 4000, dtype=torch.bool)
+    active[:, 7] = False
+    drawn = draw(torch.arange(20) * 11, active)
+    x, mask = 33 * 4000 + 5 + 1, 2**64 - 1  # of the fourth image and latent 5
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x = (x ^ (x >> shift)) * factor & mask
+    assert int(drawn[3, 5]) == (x & (2**62 - 1)) + 1
+    assert drawn[:, 7].eq(0).all()
+    first = drawn.argsort(dim=0, descending=True)[:5].flatten()
+    share = torch.bincount(first, minlength=20) / 4000
+    assert share.sub(0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
+
+
 def test_files_hold_everything(tmp_path):
     codes, labels = made_up(0, ties=False)
     collector = Collector(sizes(M), P, top=K)
@@ -130,7 +155,7 @@ def test_files_hold_everything(tmp_path):
     found.save(tmp_path)
     again = References.load(tmp_path)
     assert again.source == SOURCE
-    assert torch.equal(again.maps, found.maps)
+    assert torch.equal(again.sample_maps, found.sample_maps)
     assert again.monosemanticity is None
 
 

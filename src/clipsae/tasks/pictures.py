@@ -20,7 +20,7 @@ from clipsae.tasks import build, guidance, precision
 from clipsae.tasks.evaluate import bring_in
 from clipsae.tasks.stages import evaluation, sae
 from clipsae.visualization import collect_references
-from clipsae.visualization.collector import TOP
+from clipsae.visualization.collector import SAMPLE, TOP
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ def stage(cfg: DictConfig, store: Store, sae_stage: Stage, dataset: ImageDataset
         "image_encoder": evaluation.encoder_name(cfg, dataset),
         "limit_images": build.limit_images(cfg),
         "top": TOP,
+        "sample": SAMPLE,
     }
     name = [cfg.model.name, cfg.clip.name, cfg.dataset.name, cfg.task.split]
     return store.stage("pictures", [*name, f"s{cfg.seed}"], key)

@@ -1,10 +1,10 @@
 """One pass over a dataset that keeps each latent's reference images and statistics.
 
-Memory does not depend on the number of images: K patch maps a latent, 96 MB for M = 49,152, K = 10
-and 14 x 14 patches, and as much again where MonoSemanticity is measured.
+Memory does not depend on the number of images: K + R patch maps a latent, 193 MB for M = 49,152,
+K = R = 10 and 14 x 14 patches, and half as much again where MonoSemanticity is measured.
 
-B images, T tokens of an image, P patches, M latents, K reference images, V concepts of A
-attributes ("colour" is one, with "colour=red" among its concepts).
+B images, T tokens of an image, P patches, M latents, K reference images, R sampled images, V
+concepts of A attributes ("colour" is one, with "colour=red" among its concepts).
 """
 
 import time
@@ -41,6 +41,7 @@ from clipsae.visualization.references import (
 )
 
 TOP = 10
+SAMPLE = 10
 LEADING = 8  # latents that are kept of each concept
 NAMED = 0.2  # bits from which a concept stands out: a latent is named after it
 STATE = "references.safetensors"  # of an unfinished pass
@@ -57,6 +58,7 @@ def collect_references(
     name: str,
     split: str,
     top: int = TOP,
+    sample: int = SAMPLE,
     encoder: str | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
@@ -74,6 +76,7 @@ def collect_references(
             concept of each latent where it has ground truth.
         name, split: of the dataset, for the record.
         top: K.
+        sample: R; 0: no sample.
         encoder: of MonoSemanticity (a name for `image_encoder`); None: not measured.
         device: moves the models there; None: where `clip` is.
         limit_images: that many images only, evenly spaced over the classes.
@@ -114,6 +117,7 @@ def collect_references(
             sae,
             clip.grid[0] * clip.grid[1],
             top=top,
+            sample=sample,
             embed_dim=embed_dim,
             patch_concepts=of_patches,
             image_concepts=of_images,
@@ -181,7 +185,7 @@ class Collector(nn.Module):
     """The references of one SAE from the images so far; its buffers are the state of the pass.
 
     Args:
-        patches, top: P and K.
+        patches, top, sample: P, K and R.
         embed_dim: of the separate image encoder; 0: MonoSemanticity is not measured.
         patch_concepts: names of the columns of a batch's `patch_truth`, "attribute=value", those of
             an attribute side by side; none without ground truth or patches.
@@ -194,20 +198,18 @@ class Collector(nn.Module):
         patches: int,
         *,
         top: int = TOP,
+        sample: int = SAMPLE,
         embed_dim: int = 0,
         patch_concepts: Sequence[str] = (),
         image_concepts: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.latents = latents = sae.config["latents"]
-        self.patches, self.top = patches, top
+        self.patches = patches
         for name in ("position", "images", "tokens"):  # position: in the list of images
             self.register_buffer(name, torch.zeros((), dtype=torch.long))
-        for name in ("index", "label"):
-            self.register_buffer(name, torch.full((latents, top), -1))
-        for name in ("values", "scale", "class_token"):
-            self.register_buffer(name, torch.zeros(latents, top))
-        self.register_buffer("maps", torch.zeros(latents, top, patches, dtype=torch.uint8))
+        self.strongest = Examples(latents, top, patches, torch.float)
+        self.sample = Examples(latents, sample, patches, torch.long)
         for name in ("active_images", "active_tokens"):
             self.register_buffer(name, torch.zeros(latents, dtype=torch.long))
         self.register_buffer("strength", torch.zeros(latents, dtype=torch.float64))
@@ -240,46 +242,19 @@ class Collector(nn.Module):
             self.on_patches.update(patches, batch.patch_truth.flatten(0, 1))
         if self.on_images.attribute:
             self.on_images.update(means, batch.image_truth[:, -len(self.on_images.attribute) :])
-        # Against an equal value the earlier image stays, which has the smaller index.
-        entering = (means.amax(dim=0) > self.values[:, -1]).nonzero().squeeze(1)
-        labels, indices = batch.labels.to(means.device), batch.indices.to(means.device)
-        for rows in entering.split(_ROWS):
-            self._enter(rows, means, codes, labels, indices)
-
-    def _enter(
-        self, rows: Tensor, means: Tensor, codes: Tensor, labels: Tensor, indices: Tensor
-    ) -> None:
-        """Merge the new images into the top of the latents `rows`."""
-        top = self.top
-        values = torch.cat((self.values[rows], means[:, rows].T.clamp(min=0)), dim=1)
-        order = values.sort(dim=1, descending=True, stable=True).indices[:, :top]
-        fresh = order >= top
-        row, slot = fresh.nonzero(as_tuple=True)
-        image = order[fresh] - top
-        found = codes[image, :, rows[row]].float()  # [entries, T]
-        quantised, scale = quantise(found[:, -self.patches :])
-        has_class_token = found.shape[1] > self.patches
-        for name, new in (
-            ("index", indices[image]),
-            ("label", labels[image]),
-            ("scale", scale),
-            ("class_token", found[:, 0] * has_class_token),
-            ("maps", quantised),
-        ):
-            state = getattr(self, name)
-            moved = state[rows[:, None], order.clamp(max=top - 1)]
-            moved[row, slot] = new
-            state[rows] = moved
-        self.values[rows] = values.gather(1, order)
+        self.strongest.update(means.clamp(min=0), batch)
+        self.sample.update(draw(batch.indices.to(means.device), active), batch)
 
     def references(self, source: Source) -> References:
         """The result, on the CPU. `source` says how many images there were."""
         images = self.images.double()
-        entropy, top_label = label_statistics(self.values, self.label)
+        top = self.strongest.found()
+        entropy, top_label = label_statistics(top["values"], top["label"])
         strength = self.strength / self.active_images.clamp(min=1)
-        names = ("values", "index", "label", "maps", "scale", "class_token", "histogram")
         found = {
-            **{name: getattr(self, name) for name in names},
+            **top,
+            **{f"sample_{name}": value for name, value in self.sample.found().items()},
+            "histogram": self.histogram,
             "frequency": (self.active_images / images).float(),
             "token_frequency": (self.active_tokens / self.tokens).float(),
             "strength": strength.float(),
@@ -315,6 +290,68 @@ class Collector(nn.Module):
             "concept_recall": found,
             "concept_covered": lies,
         }
+
+
+class Examples(nn.Module):
+    """For each latent the n images with the largest keys above 0, with what is shown of them.
+
+    Args:
+        patches: P.
+        dtype: of keys.
+    """
+
+    def __init__(self, latents: int, n: int, patches: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.patches = patches
+        self.register_buffer("key", torch.zeros(latents, n, dtype=dtype))
+        for name in ("index", "label"):
+            self.register_buffer(name, torch.full((latents, n), -1))
+        for name in ("values", "scale", "class_token"):
+            self.register_buffer(name, torch.zeros(latents, n))
+        self.register_buffer("maps", torch.zeros(latents, n, patches, dtype=torch.uint8))
+
+    def update(self, key: Tensor, batch: Batch) -> None:
+        """Add images with keys [B, M], at least 0. Of equals those stay that came first."""
+        if not self.key.shape[1]:
+            return
+        entering = (key.amax(dim=0) > self.key[:, -1]).nonzero().squeeze(1)
+        for rows in entering.split(_ROWS):
+            self._enter(rows, key, batch)
+
+    def _enter(self, rows: Tensor, key: Tensor, batch: Batch) -> None:
+        """Merge the new images into those of the latents `rows`."""
+        n = self.key.shape[1]
+        keys = torch.cat((self.key[rows], key[:, rows].T), dim=1)
+        order = keys.sort(dim=1, descending=True, stable=True).indices[:, :n]
+        fresh = order >= n
+        row, slot = fresh.nonzero(as_tuple=True)
+        image = order[fresh] - n
+        codes = batch.codes[image, :, rows[row]].float()  # [entries, T]
+        quantised, scale = quantise(codes[:, -self.patches :])
+        has_class_token = codes.shape[1] > self.patches
+        for name, new in (
+            ("index", batch.indices.to(rows.device)[image]),
+            ("label", batch.labels.to(rows.device)[image]),
+            ("values", batch.pooled[image, rows[row]].clamp(min=0)),
+            ("scale", scale),
+            ("class_token", codes[:, 0] * has_class_token),
+            ("maps", quantised),
+        ):
+            state = getattr(self, name)
+            moved = state[rows[:, None], order.clamp(max=n - 1)]
+            moved[row, slot] = new
+            state[rows] = moved
+        self.key[rows] = keys.gather(1, order)
+
+    def found(self) -> dict[str, Tensor]:
+        """`values`, `index`, `label`, `maps`, `scale` and `class_token` as in `References`, by
+        descending values; of equals the smaller index first."""
+        order = self.index.argsort(dim=1, stable=True)
+        values = self.values.gather(1, order)
+        order = order.gather(1, values.argsort(dim=1, descending=True, stable=True))
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        names = ("values", "index", "label", "maps", "scale", "class_token")
+        return {name: getattr(self, name)[rows, order] for name in names}
 
 
 class ConceptSums(nn.Module):
@@ -361,6 +398,28 @@ class ConceptSums(nn.Module):
         precision, bits = bits_over_chance(self.mass[:, :v], with_attribute, squares, base)
         recall = self.hits[:, :v] / self.truth[:v].clamp(min=1)
         return covered * bits, precision, recall, covered, base
+
+
+def draw(indices: Tensor, active: Tensor) -> Tensor:
+    """Random numbers of images and latents, to draw a sample of the images of each latent.
+
+    They are a hash (the finaliser of SplitMix64, Steele et al. 2014) of the two, the same in any
+    batch, order and device: the images with the R largest of a latent are a uniform sample.
+
+    Args:
+        indices: of the images, LongTensor [B].
+        active: BoolTensor [B, M].
+
+    Returns:
+        LongTensor [B, M], 1 to 2^62 where active, else 0.
+    """
+    image, latent = active.nonzero(as_tuple=True)
+    x = indices[image] * active.shape[1] + latent + 1
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    drawn = torch.zeros_like(active, dtype=torch.long)
+    drawn[image, latent] = (x & ((1 << 62) - 1)) + 1
+    return drawn
 
 
 def quantise(codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Statistics follow PatchSAE (Lim et al., ICLR 2025): frequency and mean activation of a latent, and
 the label entropy of its top images.
 
-M latents, K reference images, P patches of an image, V concepts, N images.
+M latents, K reference images, R sampled images, P patches of an image, V concepts, N images.
 """
 
 import json
@@ -57,6 +57,8 @@ class References:
         maps: uint8 [M, K, P], codes on the patches: 0 not active, else ceil(255 code / scale).
         scale: float32 [M, K], the largest code on a patch of that image; 0: on none.
         class_token: float32 [M, K], the code of the first token that is no patch; 0: there is none.
+        sample_values, ..., sample_class_token: the same of up to R images that are drawn uniformly
+            from all that the latent is active on, by descending value.
         frequency: float32 [M], share of the images that the latent is active on.
         token_frequency: float32 [M], share of the tokens.
         strength: float32 [M], mean of the token means of the images it is active on; 0 for none.
@@ -89,6 +91,12 @@ class References:
     maps: Tensor
     scale: Tensor
     class_token: Tensor
+    sample_values: Tensor
+    sample_index: Tensor
+    sample_label: Tensor
+    sample_maps: Tensor
+    sample_scale: Tensor
+    sample_class_token: Tensor
     frequency: Tensor
     token_frequency: Tensor
     strength: Tensor
@@ -124,7 +132,7 @@ class References:
             if isinstance(getattr(self, field.name), Tensor)
         }
         save_file(tensors, folder / "pictures.safetensors")
-        about = {"format": "clipsae.pictures", "version": 2, **asdict(self.source)}
+        about = {"format": "clipsae.pictures", "version": 3, **asdict(self.source)}
         (folder / "pictures.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod

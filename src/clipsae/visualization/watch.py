@@ -47,7 +47,7 @@ class ReferenceSheets(Callback):
         self.clip = clip
         self.dataset = dataset
         self.options: dict[str, Any] = {"name": name, "split": split, "batch_size": batch_size}
-        self.options["limit_images"] = images
+        self.options |= {"limit_images": images, "sample": 0}
         self.every_n_steps = every_n_steps
         self.rows = rows
         self.last_step: dict[SAEModule, int] = {}
