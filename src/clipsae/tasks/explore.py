@@ -29,7 +29,7 @@ from clipsae.tasks.table import terminal
 from clipsae.tasks.tracking import Run
 from clipsae.training.logging import log_page, log_sae
 from clipsae.visualization import References, page
-from clipsae.visualization.page.interventions import Interventions, likely
+from clipsae.evaluation.interventions import Interventions, likely
 from clipsae.visualization.page.serve import ADDRESS, PageServer
 
 log = logging.getLogger(__name__)

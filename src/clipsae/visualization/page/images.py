@@ -17,7 +17,7 @@ from clipsae.data.loader import image_batches
 from clipsae.evaluation.passes import covered, in_eval_mode, pool_codes, whole_codes
 from clipsae.evaluation.ranking import top_latents
 from clipsae.sae import SAE
-from clipsae.visualization.page.interventions import (
+from clipsae.evaluation.interventions import (
     Interventions,
     Reasons,
     likely,

@@ -1,10 +1,10 @@
-"""CLIP's logits when latents are taken out of an image's token stream, or set.
+"""CLIP's output when latents are taken out of an image's token stream, or set.
 
-T tokens of an image, d width, M latents, C classes, n latents that are taken out, k classes that
-are kept.
+T tokens of an image, d width, M latents, C classes, V versions of an image, n latents that are taken
+out, k classes that are kept.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,62 @@ class Reasons:
 
 
 @dataclass(frozen=True)
+class Versions:
+    """Versions of an image, each with the codes of some latents set: n pairs of a version and a
+    latent in all.
+
+    Attributes:
+        version: LongTensor [n], ascending, 0..V - 1.
+        latent: LongTensor [n]; a latent occurs once in a version.
+        level: [n], the code that it is set to on every token; 0 takes it out.
+        rows: [n, d], the directions that the codes stand for: decoder rows, or others.
+        count: V.
+    """
+
+    version: Tensor
+    latent: Tensor
+    level: Tensor
+    rows: Tensor
+    count: int
+
+    @classmethod
+    def of(
+        cls, sae: SAE, sets: Sequence[Sequence[int]], levels: Sequence[Sequence[float]] | None = None
+    ) -> "Versions":
+        """One version for each set of latents, on the device of the SAE.
+
+        Args:
+            levels: the code of each latent of each set; None: all are taken out.
+
+        Raises:
+            ValueError: a latent that does not exist, or one that is twice in a set.
+        """
+        for one in sets:
+            for m in one:
+                if not 0 <= m < sae.latents:
+                    raise ValueError(f"latent {m}: expected 0 to {sae.latents - 1}")
+            if len(set(one)) < len(one):
+                raise ValueError(f"latents {list(one)}: expected each of them once")
+        device = sae.tokens_since_fired.device
+        sizes = torch.tensor([len(one) for one in sets], dtype=torch.long, device=device)
+        latent = torch.tensor([m for one in sets for m in one], dtype=torch.long, device=device)
+        codes = [0.0] * len(latent) if levels is None else [v for one in levels for v in one]
+        rows = sae.decoder_rows(latent)
+        level = torch.tensor(codes, dtype=rows.dtype, device=device)
+        version = torch.arange(len(sets), device=device).repeat_interleave(sizes)
+        return cls(version, latent, level, rows, len(sets))
+
+    def chosen(self, versions: Tensor) -> "Versions":
+        """Those versions alone, LongTensor, ascending, renumbered from 0."""
+        place = versions.new_full((self.count,), -1)
+        place[versions] = torch.arange(len(versions), device=versions.device)
+        of = place[self.version]
+        kept = of >= 0
+        parts = (x[kept] for x in (of, self.latent, self.level, self.rows))
+        return Versions(*parts, len(versions))
+
+
+@dataclass(frozen=True)
 class Interventions:
     """Changes of an image's tokens [T, d] by latents, and CLIP's logits after them. All else in the
     tokens stays as it is, what the SAE does not reconstruct included. `context` is [T, d] or None,
@@ -63,20 +119,48 @@ class Interventions:
     sae: SAE
     classifier: Tensor
 
+    def embeddings_of(
+        self, stream: Tensor, codes: Tensor, versions: Versions, context: Tensor | None = None
+    ) -> Tensor:
+        """The image's embeddings [V, e] in each version, not normalised.
+
+        Tokens that the SAE has no codes for stay as they are. The tail is computed for many
+        versions together.
+
+        Args:
+            codes: of the stream as it is, [T, M].
+        """
+        there, scale = covered(self.clip, self.sae, stream[None]), self.sae.input_scale(stream)
+        found = [stream.new_zeros(0, self.clip.embed_dim)]
+        for part in torch.arange(versions.count, device=stream.device).split(_STREAMS):
+            some = versions.chosen(part)
+            change = some.level[:, None] - codes[:, some.latent].T  # [n, T]
+            if there is not None:
+                change = change * there[0]
+            pair, token = change.nonzero(as_tuple=True)
+            added = change[pair, token, None] * some.rows[pair] * scale[token]
+            # A token that several latents of a version change.
+            where = some.version[pair] * len(stream) + token
+            where, place = where.unique(return_inverse=True)
+            added = added.new_zeros(len(where), added.shape[1]).index_add_(0, place, added)
+            version = torch.div(where, len(stream), rounding_mode="floor")
+            changes = Changes(stream, version, where % len(stream), added, some.count)
+            found.append(self.clip.tail_of_changes(changes, context))
+        return torch.cat(found)
+
+    def logits_of(
+        self, stream: Tensor, codes: Tensor, versions: Versions, context: Tensor | None = None
+    ) -> Tensor:
+        """The logits [V, C] in each version; arguments as of `embeddings_of`."""
+        embeddings = self.embeddings_of(stream, codes, versions, context)
+        return self.clip.logits_of(embeddings, self.classifier)
+
     def logits_without(
         self, stream: Tensor, codes: Tensor, latents: Tensor, context: Tensor | None = None
     ) -> Tensor:
         """The logits [n, C] without each latent of `latents` [n] alone; codes [T, M]."""
-        sae, scale = self.sae, self.sae.input_scale(stream)
-        found = [self.classifier.new_zeros(0, len(self.classifier))]
-        for part in latents.split(_STREAMS):
-            version, token = codes[:, part].T.nonzero(as_tuple=True)
-            rows = sae.decoder_rows(part)[version]
-            share = codes[token, part[version], None] * rows * scale[token]
-            changes = Changes(stream, version, token, -share, len(part))
-            embeddings = self.clip.tail_of_changes(changes, context)
-            found.append(self.clip.logits_of(embeddings, self.classifier))
-        return torch.cat(found)
+        versions = Versions.of(self.sae, [[m] for m in latents.tolist()])
+        return self.logits_of(stream, codes, versions, context)
 
     @torch.no_grad()
     def steered_logits(self, image: Tensor, strengths: Mapping[int, float]) -> Tensor:
@@ -88,22 +172,11 @@ class Interventions:
         Raises:
             ValueError: a latent that does not exist.
         """
-        latents = self.sae.config["latents"]
-        wrong = [m for m in strengths if not 0 <= m < latents]
-        if wrong:
-            raise ValueError(f"latent {wrong[0]}: expected 0 to {latents - 1}")
+        versions = Versions.of(self.sae, [[*strengths]], [[*strengths.values()]])
         streams, context = self.clip.prefix(self.clip.normalize(image[None]), with_context=True)
-        stream = streams[0]
-        if strengths:
-            chosen = torch.tensor(list(strengths), device=stream.device)
-            new = torch.tensor(list(strengths.values()), dtype=stream.dtype, device=stream.device)
-            change = new - whole_codes(self.clip, self.sae, streams)[0][:, chosen]
-            there = covered(self.clip, self.sae, stream[None])
-            if there is not None:
-                change = change * there[0, :, None]
-            rows = self.sae.decoder_rows(chosen)
-            stream = stream + (change @ rows) * self.sae.input_scale(stream)
-        return self.clip.logits(stream[None], self.classifier, context)[0]
+        codes = whole_codes(self.clip, self.sae, streams)[0]
+        beside = None if context is None else context[0]
+        return self.logits_of(streams[0], codes, versions, beside)[0]
 
     def first_order_effects(
         self, stream: Tensor, codes: Tensor, classes: Tensor, context: Tensor | None = None
