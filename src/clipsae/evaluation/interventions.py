@@ -69,7 +69,10 @@ class Versions:
 
     @classmethod
     def of(
-        cls, sae: SAE, sets: Sequence[Sequence[int]], levels: Sequence[Sequence[float]] | None = None
+        cls,
+        sae: SAE,
+        sets: Sequence[Sequence[int]],
+        levels: Sequence[Sequence[float]] | None = None,
     ) -> "Versions":
         """One version for each set of latents, on the device of the SAE.
 

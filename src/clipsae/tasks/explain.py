@@ -10,6 +10,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.data.images import read_image
 from clipsae.errors import ConfigError
+from clipsae.evaluation.interventions import Interventions
 from clipsae.sae import SAE
 from clipsae.store import Store, write_json
 from clipsae.tasks import build, pictures, precision
@@ -19,7 +20,6 @@ from clipsae.visualization import References
 from clipsae.visualization.explanation import Explanation
 from clipsae.visualization.figures import save
 from clipsae.visualization.page.images import image_activations
-from clipsae.visualization.page.interventions import Interventions
 
 
 def run(cfg: DictConfig) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.clip.text import text_classifier
+from clipsae.evaluation.interventions import Interventions
 from clipsae.evaluation.passes import in_eval_mode, whole_codes
 from clipsae.naming import Names
 from clipsae.naming.vocabulary import PROMPTS
 from clipsae.sae import SAE
-from clipsae.visualization.page.interventions import Interventions
 from clipsae.visualization.references import References
 
 

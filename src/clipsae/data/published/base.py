@@ -71,6 +71,11 @@ class DatasetInfo:
     names: Mapping[str, str] = field(default_factory=dict)
     torchvision: str | None = None
 
+    @property
+    def free(self) -> bool:
+        """Whether its licence lets anyone pass its images on."""
+        return self.licence.startswith(("CC", "MIT"))
+
     def where(self) -> str:
         """What is expected and where to get it, as part of a sentence."""
         return f"expected {self.layout}; get it from {self.source} (licence: {self.licence})"
