@@ -30,9 +30,9 @@ PLANTED = ("shape", "colour", "background")
 def planted():
     """An SAE whose encoder rows are linear probes of concepts of patches."""
     clip = FrozenCLIP.load("clipsae-tiny", "builtin")
-    train, test = ScenesDataset("all", "train", 200), ScenesDataset("all", "test", 150)
-    tokens = clip.prefix(clip.normalize(train.images(range(200))[0]))[:, 1:].flatten(0, 1)
-    truth = patch_concepts(train, torch.arange(200), 8).flatten(0, 1)
+    train, test = ScenesDataset("all", "train", 150), ScenesDataset("all", "test", 120)
+    tokens = clip.prefix(clip.normalize(train.images(range(150))[0]))[:, 1:].flatten(0, 1)
+    truth = patch_concepts(train, torch.arange(150), 8).flatten(0, 1)
     names = patch_concept_names(train)
     kept = [i for i, name in enumerate(names) if name.split("=")[0] in PLANTED]
     weights = least_squares(tokens, truth[:, kept])[:-1].float()
@@ -87,11 +87,11 @@ def test_names_tell_held_out_images_and_those_of_others_do_not(planted, names):
         0.4 < float(control.mean()) < 0.5
     )  # below chance: where red is there is less room for blue
     assert (names.low[:-1] <= score).all()
-    assert int(names.named.sum()) > 13
+    assert int(names.named.sum()) > 5  # of few images little is sure
     assert not names.named[-1]
     # The images that a name was found on do not count: with all of them left out nothing is left.
     activity = collect_activity(planted.clip, planted.sae, planted.dataset)
-    everything = torch.arange(150).expand(27, 150)
+    everything = torch.arange(120).expand(27, 120)
     texts = lambda said: truth_judge(planted.dataset, activity.indices, said)  # noqa: E731
     assert score_names(names.text, activity, everything, texts)["score"].isnan().all()
     by_truth = score_names(names.text, activity, planted.references.index, texts)

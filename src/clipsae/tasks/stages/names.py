@@ -35,7 +35,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
     vocabulary(cfg, dataset)
     if cfg.naming.regions and not clip.has_patches:
         raise ConfigError(
-            "naming.regions=true with clip.hook=embedding: the latents of an image embedding act on "
+            "naming.regions=true with clip.hook=embedding: latents of an image embedding act on "
             "whole images: leave it out"
         )
     if cfg.naming.judge == "truth" and not has_truth(dataset):
