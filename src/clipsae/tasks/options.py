@@ -251,12 +251,12 @@ TASKS: dict[str, Mapping[str, Any]] = {
     "experiment": {},
     "explore": {
         "sae": or_null(TEXT),
+        "models": NAMES,
         "split": SPLIT,
         "pages": whole(0),
         "thumbnails": FLAG,
         "effect_images": whole(0, 10),  # of 10 reference images
         "neighbours": whole(0),
-        "words": or_null(TEXT),
         "upload": FLAG,
         "serve": FLAG,
         "port": whole(0, 65535),
