@@ -26,6 +26,7 @@ GROUPS = {
     "callbacks": "Checkpoints and the progress bar.",
     "evaluation": "Top-n classification.",
     "measurement": "Sparsity, fidelity, monosemanticity.",
+    "naming": "What latents are called.",
     "logger": "Where metrics are logged.",
     "paths": "Folders of outputs and data.",
     "hydra/launcher": "How the jobs of a sweep run.",

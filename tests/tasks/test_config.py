@@ -21,7 +21,7 @@ from tests.warm import run_py
 
 GROUPS = [
     *("paths", "clip", "model", "optimizer", "dataset", "train_dataset", "features", "task"),
-    *("trainer", "callbacks", "evaluation", "measurement", "logger"),
+    *("trainer", "callbacks", "evaluation", "measurement", "naming", "logger"),
 ]
 CHOICES = {
     f"{group}={file.stem}": OmegaConf.to_container(with_bases(file))

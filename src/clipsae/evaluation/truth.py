@@ -50,6 +50,12 @@ def concept_names(attributes: Sequence[str]) -> list[str]:
     return [f"{name}={value}" for name in attributes for value in _VALUES[name]]
 
 
+def concept_words() -> list[str]:
+    """What each concept of `concept_names(IMAGE_ATTRIBUTES)` is called in texts: "circle", ...,
+    "one object"."""
+    return [word for name in IMAGE_ATTRIBUTES for word in scenes.KINDS[name].classnames]
+
+
 def image_concepts(dataset: Any, indices: Tensor) -> Tensor:
     """What is anywhere in each image: bool [n, V] of `concept_names(IMAGE_ATTRIBUTES)`."""
     truth = dict(dataset.attributes(indices.cpu()))

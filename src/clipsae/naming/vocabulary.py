@@ -16,6 +16,7 @@ from clipsae.clip.text import Template, text_classifier
 from clipsae.data.scenes import KINDS
 
 PROMPTS = ("{}", "a photo of {}")
+_WORDS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,10 @@ class Vocabulary:
             raise ValueError(f"the word {twice!r} comes twice: each must be there once")
         rows: list[Tensor] = []
         for group in groups:
-            done = sum(map(len, rows))
-            rows.append(
-                text_classifier(
-                    clip,
-                    group.words,
-                    group.prompts,
-                    progress=lambda n, total, done=done: progress(done + n, len(words)),
-                )
-            )
+            for start in range(0, len(group.words), _WORDS_AT_A_TIME):
+                part = group.words[start : start + _WORDS_AT_A_TIME]
+                rows.append(text_classifier(clip, part, group.prompts))
+                progress(sum(map(len, rows)), len(words))
         return cls(words, torch.cat(rows).float().cpu())
 
 

@@ -215,6 +215,13 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "threshold": share("a number from 0 to 1"),
         "seed": whole(0),
     },
+    "naming": {
+        "vocabulary": or_null(TEXT),
+        "prompts": or_null(list_of(TEXT, least=1)),
+        "regions": FLAG,
+        "images": whole(2),
+        "judge": one_of("clip", "truth"),
+    },
     "logger": {
         "_target_": TEXT,
         "project": NAME,
@@ -283,6 +290,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "k": or_null(whole(1)),
         "folder": TEXT,
     },
+    "name": {"sae": or_null(TEXT), "split": SPLIT, "rows": whole(0)},
     "status": {"json": FLAG, "sweep_dir": TEXT},
     "visualize": {
         "sae": or_null(TEXT),

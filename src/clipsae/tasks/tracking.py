@@ -21,7 +21,7 @@ class Run:
 
     Args:
         job_type: "train" for an SAE's own run, which names the dataset that it is trained on;
-            "evaluate" or "explore" for what comes of `cfg.dataset`.
+            "evaluate", "explore" or "name" for what comes of `cfg.dataset`.
     """
 
     def __init__(self, cfg: DictConfig, stage: Stage, job_type: str) -> None:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -199,6 +199,24 @@ def log_results(logger: Logger | None, rows: list[dict[str, Any]], cells: dict[s
             logger.experiment.summary.update(cells)
     else:
         logger.log_metrics(cells)
+
+
+def log_table(
+    logger: Logger | None, name: str, rows: list[dict[str, Any]], cells: Mapping[str, float]
+) -> None:
+    """A table in W&B, and numbers in the run's summary; a CSV logger has the numbers alone.
+
+    Args:
+        rows: all with the same keys.
+        cells: name -> number.
+    """
+    if isinstance(logger, WandbLogger):
+        columns = list(rows[0])
+        logger.log_table(name, columns=columns, data=[list(row.values()) for row in rows])
+        with _only_warns():
+            logger.experiment.summary.update(dict(cells))
+    elif logger is not None:
+        logger.log_metrics(dict(cells))
 
 
 @_only_warns()

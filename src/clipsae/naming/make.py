@@ -1,0 +1,172 @@
+"""Names of all latents of a dictionary, with their scores: two passes over images, whatever the
+number of latents.
+
+M latents, K examples of each, N images, V names that differ, e embedding size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipsae.clip import FrozenCLIP
+from clipsae.clip.text import text_classifier
+from clipsae.evaluation.passes import Progress
+from clipsae.naming.activity import Activity, collect_activity
+from clipsae.naming.detection import (
+    PERCENTILE,
+    detection,
+    interval,
+    mid_ranks,
+    names_of_others,
+)
+from clipsae.naming.dissect import soft_wpmi
+from clipsae.naming.names import WORDS, Names
+from clipsae.naming.regions import embed_examples
+from clipsae.naming.truth import truth_judge
+from clipsae.naming.vocabulary import PROMPTS, Vocabulary
+from clipsae.sae import SAE
+
+JUDGES = ("clip", "truth")
+Judge = Callable[[Sequence[str]], Tensor]
+"""V texts -> a score of each for each of N images, [V, N]: the larger, the truer."""
+
+
+@torch.no_grad()
+def name_latents(
+    clip: FrozenCLIP,
+    sae: SAE,
+    dataset: Any,
+    vocabulary: Vocabulary,
+    index: Tensor,
+    maps: Tensor | None = None,
+    *,
+    images: int | None = None,
+    judge: str = "clip",
+    batch_size: int = 32,
+    num_workers: int = 0,
+    progress: Progress = lambda done, total, what: None,
+) -> Names:
+    """Name each latent after the word that fits its examples best, and score the names.
+
+    Args:
+        sae: moved to the device of `clip`.
+        dataset: `labels` LongTensor, items (uint8 [3, S, S], label).
+        index: LongTensor [M, K], the images that each latent is most active on, strongest first;
+            -1: none (`References.index`).
+        maps: uint8 [M, K, P], where in them (`References.maps`): the examples are these regions.
+            None: the whole images.
+        images: how many images names are scored on, evenly spaced over the classes, without a
+            latent's own examples; None: all.
+        judge: "clip", by the cosine of text and image, or "truth", where the dataset has it.
+        progress: called with (done, total, what is being done).
+
+    Raises:
+        ConfigError: `clip` has no text tower.
+        ValueError: no images.
+    """
+    clip.require_text()
+    reading = {"batch_size": batch_size, "num_workers": num_workers}
+    shown, place = embed_examples(
+        clip, dataset, index, maps, **reading, progress=said(progress, "examples")
+    )
+    shown = shown.to(clip.device)
+    best, scores = soft_wpmi(
+        shown,
+        place,
+        vocabulary.embeddings,
+        min(WORDS, len(vocabulary)),
+        progress=said(progress, "naming latents"),
+    )
+    best, scores = best.cpu(), scores.cpu()
+    activity = collect_activity(
+        clip,
+        sae,
+        dataset,
+        limit_images=images,
+        **reading,
+        progress=said(progress, "images that names are scored on"),
+    )
+    text = [vocabulary.words[i] if i >= 0 else "" for i in best[:, 0].tolist()]
+    judges: dict[str, Judge] = {
+        "clip": lambda texts: clip_judge(clip, vocabulary, activity.embeddings, texts),
+        "truth": lambda texts: truth_judge(dataset, activity.indices, texts),
+    }
+    return Names(
+        vocabulary=vocabulary,
+        best=best,
+        best_scores=scores,
+        text=text,
+        **score_names(text, activity, index, judges[judge]),
+        judge=judge,
+        source="clip-dissect",
+        examples=mean_examples(shown.cpu(), place),
+    )
+
+
+def said(progress: Progress, what: str) -> Callable[[int, int], None]:
+    """A progress of one thing."""
+    return lambda done, total: progress(done, total, what)
+
+
+def clip_judge(
+    clip: FrozenCLIP, vocabulary: Vocabulary, images: Tensor, texts: Sequence[str]
+) -> Tensor:
+    """Cosines of texts with images: unit embeddings [N, e] -> [V, N]. Texts that the vocabulary
+    does not have are embedded in its plain prompts."""
+    place = {word: i for i, word in enumerate(vocabulary.words)}
+    rows = torch.zeros(len(texts), images.shape[1])
+    new = [i for i, text in enumerate(texts) if text not in place]
+    known = [i for i, text in enumerate(texts) if text in place]
+    rows[known] = vocabulary.embeddings[[place[texts[i]] for i in known]]
+    if new:
+        rows[new] = text_classifier(clip, [texts[i] for i in new], PROMPTS).float().cpu()
+    return rows @ images.T
+
+
+def score_names(
+    text: Sequence[str], activity: Activity, index: Tensor, judge: Judge
+) -> dict[str, Any]:
+    """Score the names of all latents, and those of others in their place.
+
+    Args:
+        text: M names, "": none.
+        index: LongTensor [M, K], images of the dataset that a latent's name was found on, which do
+            not count for it; -1: none.
+
+    Returns:
+        `score`, `low`, `high`, `control` and `threshold` of `Names`.
+    """
+    texts = sorted(set(text) - {""})
+    place = {one: i for i, one in enumerate(texts)} | {"": -1}
+    name = torch.tensor([place[one] for one in text])
+    left_out = activity.places(index)
+    if not texts:
+        nothing = torch.full((len(text),), torch.nan)
+        return {**dict.fromkeys(("score", "low", "high", "control"), nothing), "threshold": 1.0}
+    ranks = mid_ranks(judge(texts))
+    area, active, inactive = detection(activity.codes, left_out, ranks, name)
+    low, high = interval(area, active, inactive)
+    others = torch.stack(
+        [detection(activity.codes, left_out, ranks, one)[0] for one in names_of_others(name)]
+    )
+    known = others[others.isfinite()]
+    return {
+        "score": area.float(),
+        "low": low.float(),
+        "high": high.float(),
+        "control": others.mean(dim=0).float(),
+        "threshold": float(known.quantile(PERCENTILE)) if len(known) else 1.0,
+    }
+
+
+def mean_examples(shown: Tensor, place: Tensor) -> Tensor:
+    """Each latent's mean example, of unit length: [E, e], LongTensor [M, K] -> [M, e]; 0 without
+    examples."""
+    there = place >= 0
+    sums = torch.zeros(len(place), shown.shape[1])
+    for k in range(place.shape[1]):
+        rows = there[:, k]
+        sums[rows] += shown[place[rows, k]]
+    return nn.functional.normalize(sums, dim=-1)

@@ -1,0 +1,151 @@
+"""Kind "names": what the latents of an SAE are called, on the images of its pictures.
+`names.safetensors`, `names.json`, `names.csv`, `config.yaml`."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from clipsae.clip import FrozenCLIP
+from clipsae.data import ImageDataset
+from clipsae.errors import ConfigError
+from clipsae.evaluation.truth import has_truth
+from clipsae.naming.make import name_latents
+from clipsae.naming.truth import named_right
+from clipsae.naming.vocabulary import PROMPTS, Vocabulary, Words, digest, read_words, scenes_words
+from clipsae.progress import Bar
+from clipsae.sae import SAE
+from clipsae.store import Stage, Store
+from clipsae.tasks import build, precision
+from clipsae.visualization import References
+
+log = logging.getLogger(__name__)
+
+
+def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
+    """Refuse what cannot be named here, before anything slow begins.
+
+    Raises:
+        ConfigError: a CLIP without texts, a vocabulary that cannot be read, a prompt without a
+            place for the word, a judge that does not know the images.
+    """
+    clip.require_text()
+    vocabulary(cfg, dataset)
+    if cfg.naming.judge == "truth" and not has_truth(dataset):
+        raise ConfigError(
+            f"naming.judge=truth: what the images of dataset={cfg.dataset.name} show is not known, "
+            "as it is of the built-in scenes: use naming.judge=clip"
+        )
+
+
+def vocabulary(cfg: DictConfig, dataset: ImageDataset) -> list[Words]:
+    """The words that latents may be named with.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a prompt without a place for the word.
+    """
+    prompts, file = cfg.naming.prompts, cfg.naming.vocabulary
+    for prompt in prompts or ():
+        if prompt.count("{}") != 1 or "{" in prompt.replace("{}", ""):
+            raise ConfigError(
+                f"naming.prompts has {prompt!r}: expected one {{}} in each, where the word goes"
+            )
+    if file is None and has_truth(dataset):
+        groups = list(scenes_words().values())
+        return [replace(one, prompts=tuple(prompts)) for one in groups] if prompts else groups
+    if file is None:
+        words = list(dict.fromkeys(dataset.classnames))  # classes may share a name
+        if len(words) < 2:
+            raise ConfigError(
+                f"dataset={cfg.dataset.name} has a single class, whose name every latent would "
+                "have: set naming.vocabulary to a text file, one word a line"
+            )
+    else:
+        try:
+            words = read_words(file)
+        except ValueError as error:
+            raise ConfigError(f"naming.vocabulary={error}") from error
+    return [Words(words, tuple(prompts or PROMPTS))]
+
+
+def stage(cfg: DictConfig, store: Store, dataset: ImageDataset, pictures: Stage) -> Stage:
+    """The place of the names: the pictures, the words in their prompts and the options of `naming`
+    are in the key."""
+    options = build.plain(cfg.naming)
+    key = {
+        **{name: options[name] for name in options if name not in ("vocabulary", "prompts")},
+        "images": _images(cfg),
+        "words": digest(vocabulary(cfg, dataset)),
+        "pictures": pictures.path.name,
+        "sae": pictures.key["sae"],
+    }
+    name = [cfg.model.name, cfg.clip.name, cfg.dataset.name, f"s{cfg.seed}"]
+    return store.stage("names", name, key)
+
+
+def make_names(
+    cfg: DictConfig,
+    store: Store,
+    clip: FrozenCLIP,
+    dataset: ImageDataset,
+    pictures: Stage,
+    trained: Stage,
+) -> Stage:
+    """The names of an SAE's latents, from the store, made first if missing.
+
+    Args:
+        dataset: the images of `pictures`.
+        pictures: its reference images, finished.
+        trained: the SAE, finished.
+
+    Raises:
+        ConfigError: see `check`.
+    """
+    place = stage(cfg, store, dataset, pictures)
+    place.make(lambda folder: _make(cfg, clip, dataset, pictures, trained, place, folder))
+    return place
+
+
+def _images(cfg: DictConfig) -> int:
+    """How many images names are scored on."""
+    return min(cfg.naming.images, build.limit_images(cfg) or cfg.naming.images)
+
+
+def _make(
+    cfg: DictConfig,
+    clip: FrozenCLIP,
+    dataset: ImageDataset,
+    pictures: Stage,
+    trained: Stage,
+    place: Stage,
+    folder: Path,
+) -> None:
+    precision.apply(cfg, clip)
+    clip.to(build.best_device())
+    references = References.load(pictures.path)
+    with Bar("embedding the vocabulary", place.progress) as bar:
+        words = Vocabulary.embed(clip, vocabulary(cfg, dataset), progress=bar)
+    log.info("naming %s latents with %s words", f"{references.latents:,}", f"{len(words):,}")
+    with Bar("naming latents", place.progress) as bar:
+        names = build.user_error(
+            name_latents,
+            clip,
+            SAE.load(trained.path),
+            dataset,
+            words,
+            references.index,
+            references.maps if cfg.naming.regions and clip.has_patches else None,
+            images=_images(cfg),
+            judge=cfg.naming.judge,
+            batch_size=cfg.evaluation.batch_size,
+            num_workers=cfg.features.num_workers,
+            progress=bar,
+        )
+    numbers = {"named": float(names.named.float().mean())}
+    if references.leading is not None and references.concept is not None:
+        numbers |= named_right(
+            names.text, references.source.concepts, references.leading, references.concept
+        )
+    replace(names, numbers=numbers).save(folder)
+    build.save_config(cfg, folder)
