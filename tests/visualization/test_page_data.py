@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -348,7 +349,8 @@ def page_data(world, folder: Path) -> dict:
     for name, (kind, text) in columns.items():
         values = np.frombuffer(base64.b64decode(text), f"<{kind}4")[:10]
         columns[name] = [round(x, 4) for x in values.tolist()]
-    scripts["0/latents/0.js"] = scripts["0/latents/0.js"][:3]
+    latents = json.loads(zlib.decompress(base64.b64decode(scripts["0/latents/0.js"])))
+    scripts["0/latents/0.js"] = latents[:3]
     (first, second) = [name for name in scripts if "looks/" in name]
     del scripts[second]
     scripts[first]["tokens"] = scripts[first]["tokens"][:3]

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,14 +14,16 @@ from omegaconf import DictConfig
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
+from clipsae.naming import Names
 from clipsae.progress import Bar
 from clipsae.rules import where
 from clipsae.sae import SAE
-from clipsae.store import Store, write_json
+from clipsae.store import Stage, Store, write_json
 from clipsae.store.files import read_json
 from clipsae.tasks import build, pictures, precision
 from clipsae.tasks.pictures import Dictionary
 from clipsae.tasks.stages import classifier, evaluation
+from clipsae.tasks.stages import names as naming
 from clipsae.tasks.table import terminal
 from clipsae.tasks.tracking import Run
 from clipsae.training.logging import log_page, log_sae
@@ -50,9 +52,16 @@ def run(cfg: DictConfig) -> None:
     folder = Path(cfg.paths.output_dir) / "explore" / name
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
     evaluated = [evaluation.stage(one.cfg, store, one.trained, test_set) for one in found]
+    named = {}
+    if clip.has_text and cfg.task.names:
+        for one in found:
+            named[one.cfg.model.name] = naming.make_names(
+                one.cfg, store, clip, dataset, one.pictures, one.trained
+            )
     key = {
         "pictures": [one.pictures.path.name for one in found],
         "task": {name: cfg.task[name] for name in OPTIONS},
+        "names": [place.path.name for place in named.values()],
         "ranked": [stage is not None and stage.finished for stage in evaluated],
         "code": _digest(Path(page.__file__).parent),
     }
@@ -62,7 +71,7 @@ def run(cfg: DictConfig) -> None:
         aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         aside.mkdir(parents=True)
         try:
-            write(found, store, clip, dataset, test_set, aside)
+            write(found, named, store, clip, dataset, test_set, aside)
             write_json(aside / KEY, key)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -103,21 +112,28 @@ def check_text(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None
     """Refuse options that need texts where the model has none.
 
     Raises:
-        ConfigError: `task.serve` without a text tower.
+        ConfigError: `task.serve` without a text tower, names that cannot be made.
     """
     if cfg.task.serve:
         clip.require_text()
+    if clip.has_text and cfg.task.names:
+        naming.check(cfg, clip, dataset)
 
 
 def write(
     found: Sequence[Dictionary],
+    named: Mapping[str, Stage],
     store: Store,
     clip: FrozenCLIP,
     dataset: ImageDataset,
     test_set: ImageDataset,
     folder: Path,
 ) -> None:
-    """Compute the page of some SAEs and write it into `folder`."""
+    """Compute the page of some SAEs and write it into `folder`.
+
+    Args:
+        named: the names of their latents, by the model's name; those without are not named.
+    """
     device = build.best_device()
     clip.to(device)
     models, first = {}, found[0].cfg
@@ -125,6 +141,7 @@ def write(
         cfg, references = one.cfg, References.load(one.pictures.path)
         precision.apply(cfg, clip)
         classes = classifier.embeddings(cfg, store, clip, dataset) if clip.has_text else None
+        names = named.get(cfg.model.name)
         models[cfg.model.name] = build.user_error(
             page.examine,
             folder,
@@ -135,6 +152,7 @@ def write(
             about=about(one, dataset, references),
             classifier=classes,
             ranking=evaluation.ranking(cfg, store, one.trained, test_set),
+            names=None if names is None else Names.load(names.path),
             **{name: cfg.task[name] for name in OPTIONS},
             batch_size=cfg.evaluation.batch_size,
             num_workers=cfg.features.num_workers,

@@ -264,6 +264,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "thumbnails": FLAG,
         "effect_images": whole(0, 10),  # of 10 reference images
         "neighbours": whole(0),
+        "names": FLAG,
         "upload": FLAG,
         "serve": FLAG,
         "port": whole(0, 65535),

@@ -3,8 +3,9 @@ scripts.
 
 A page that is opened from disk may not fetch files, but it may load scripts: each piece of data is
 a script that passes an object to the page, `clipsae.data("0/latents/3", {...})`, and is loaded when
-it is first needed. Columns over all latents are base64 of little-endian arrays. What all SAEs share
-is in `data/meta.js`, what is of the first alone in `data/0/`.
+it is first needed. Columns over all latents are base64 of little-endian arrays; what the pages of
+latents show is compressed. What all SAEs share is in `data/meta.js`, what is of the first alone in
+`data/0/`.
 
 M latents, K reference images, R sampled images, P patches, C classes.
 """
@@ -12,6 +13,7 @@ M latents, K reference images, R sampled images, P patches, C classes.
 import base64
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -37,6 +40,7 @@ from clipsae.visualization.references import BIN_EDGES, References
 CHUNK = 64  # latents of a script
 MAP_LEVELS = 64  # of a patch in a heat map: one character
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+_LETTERS = np.frombuffer(ALPHABET.encode(), np.uint8)
 THUMBNAIL = 112  # pixels of a side
 VIEWS = ("kept", "meaning", "list", "latent", "concepts", "steer", "images", "compare", "map")
 ASSETS = ("page.css", "app.js", *(f"{name}.js" for name in VIEWS))
@@ -216,7 +220,7 @@ def write_page(
             for m in range(start, min(start + CHUNK, references.latents)):
                 alive = bool(references.alive[m])
                 chunk.append(_latent(m, one) | roles[m] if alive else None)
-            _script(folder, f"{at}/latents/{start // CHUNK}", chunk)
+            _script(folder, f"{at}/latents/{start // CHUNK}", _compressed(chunk))
             done += 1
             progress(done, total)
         for image in one.images:
@@ -230,6 +234,12 @@ def _script(folder: Path, name: str, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     path.write_text(f'clipsae.data("{name}",{text});\n')
+
+
+def _compressed(content: Any) -> str:
+    """Base64 of zlib's compression of JSON: of maps, most of which is 0, a quarter stays."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _leading(references: References) -> list[list[list[float]]]:
@@ -392,8 +402,8 @@ def heat_text(heat: Tensor) -> str:
 
     Only what is 0 has level 0: what is active stays visible.
     """
-    levels = (heat.long() * (MAP_LEVELS - 1) + 254) // 255
-    return "".join(ALPHABET[level] for level in levels.tolist())
+    levels = (heat.int() * (MAP_LEVELS - 1) + 254) // 255
+    return _LETTERS[levels.numpy()].tobytes().decode()
 
 
 def image_content(image: ImageActivations) -> dict[str, Any]:
