@@ -1,8 +1,10 @@
 """`task=explore` and `task=visualize` as a user runs them, on SAEs with random weights."""
 
+import base64
 import json
 import socket
 import subprocess
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +61,10 @@ def run(task: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess
 def read(file: Path):
     """The content of a data script."""
     text = file.read_text().strip()
-    return json.loads(text[text.index(",") + 1 : -2])
+    content = json.loads(text[text.index(",") + 1 : -2])
+    if isinstance(content, str):
+        return json.loads(zlib.decompress(base64.b64decode(content)))
+    return content
 
 
 @pytest.mark.slow
@@ -69,13 +74,13 @@ def test_a_page_and_figures_with_the_same_references(trained, tmp_path, monkeypa
     (page,) = trained.glob("explore/*/index.html")
     assert str(page) in done.stdout
     folder = page.parent
-    meta = read(folder / "data" / "meta.js")
-    assert meta["latents"] == 96
-    assert {"red", "ring", "striped", "grass"} <= set(meta["words"])
+    meta, dictionary = (read(folder / "data" / f"{name}.js") for name in ("meta", "0/dictionary"))
+    assert dictionary["latents"] == 96
+    assert {"red", "ring", "striped", "grass"} <= set(dictionary["naming"]["words"])
     assert [look["index"] for look in meta["looks"]] == [0, 8, 16]
     assert (folder / "thumbs/0/8.jpg").is_file()
     assert {file.name for file in (folder / "images").iterdir()} == {"0.jpg", "8.jpg", "16.jpg"}
-    chunk = read(folder / "data/latents/0.js")
+    chunk = read(folder / "data/0/latents/0.js")
     assert len(chunk) == 64
     live = next(latent for latent in chunk if latent)
     assert len(live["near"]) == 8
@@ -87,23 +92,26 @@ def test_a_page_and_figures_with_the_same_references(trained, tmp_path, monkeypa
     assert f"using the finished {folder}" in done.stdout + done.stderr
     assert page.stat().st_ino == written
 
-    words = tmp_path / "words.txt"
-    words.write_text("red\nblue\n\nred\n")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     more = ["task.pages=3", "task.effect_images=0", "task.upload=true", "logger.mode=offline"]
-    more += ["task.thumbnails=false", f"task.words={words}"]
-    again = run("explore", trained, "model=topk", *more)
-    assert "collecting" not in again.stdout
+    more += ["task.thumbnails=false", "task.names=false", "task.models=[topk,sparsemax]"]
+    again = run("explore", trained, *more)
+    (both,) = trained.glob("explore/topk+sparsemax-*")
     (file,) = trained.glob("wandb/offline-run-*/*.wandb")
     assert b"explore" in (told := file.read_bytes())
-    assert folder.name.encode() in told
-    assert not list(folder.glob("**/*.jpg"))
-    assert read(folder / "data" / "meta.js")["words"] == ["red", "blue"]
-    assert "helps" not in next(latent for latent in read(folder / "data/latents/0.js") if latent)
+    assert both.name.encode() in told
+    assert not list(both.glob("**/*.jpg"))
+    assert [sae["name"] for sae in read(both / "data/meta.js")["saes"]] == ["topk", "sparsemax"]
+    for one, other in ((0, 1), (1, 0)):
+        assert read(both / f"data/{one}/dictionary.js")["naming"] is None
+        assert 0 < read(both / f"data/{one}/match{other}.js")["chance"] < 1
+        latents = read(both / f"data/{one}/latents/0.js")
+        assert not {"helps", "words"} & set(next(latent for latent in latents if latent))
     assert not list(trained.glob("explore/.*"))
 
     photo = tmp_path / "a photo.png"
     Image.new("RGB", (90, 70), "red").save(photo)
+    assert "collecting" in again.stdout  # of the second SAE alone
     options = ["task.models=[topk,sparsemax]", f'task.images=["{photo}"]', "task.indices=[5]"]
     done = run("visualize", trained, *options, "task.filter=none", "task.references=2")
     figures = sorted(trained.glob("figures/topk+sparsemax-*/*"))
@@ -120,12 +128,12 @@ def test_a_backbone_without_texts_has_a_page_without_predictions(tmp_path):
     run("explore", tmp_path, "model=topk", "task.pages=3", *NO_TEXTS)
     (page,) = tmp_path.glob("explore/*/index.html")
     meta = read(page.parent / "data" / "meta.js")
-    assert meta["words"] == []
+    assert read(page.parent / "data/0/dictionary.js")["naming"] is None
     assert {look["said"] for look in meta["looks"]} == {None}
-    look = read(page.parent / "data/looks/8.js")
+    look = read(page.parent / "data/0/looks/8.js")
     assert look["tokens"]
     assert (look["clip"], look["sae"], look["why"]) == ([], [], None)
-    live = next(latent for latent in read(page.parent / "data/latents/0.js") if latent)
+    live = next(latent for latent in read(page.parent / "data/0/latents/0.js") if latent)
     assert len(live["near"]) == 8
     assert not {"helps", "hurts"} & set(live)
 
@@ -151,9 +159,10 @@ def test_an_imported_sae_on_a_folder_of_images(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (page,) = out.glob("explore/theirs-*/index.html")
     meta = read(page.parent / "data" / "meta.js")
-    assert meta["latents"] == 72
-    assert "imported" in meta["about"]["SAE"]
-    assert meta["about"]["Trained on"] == "elsewhere"
+    assert read(page.parent / "data/0/dictionary.js")["latents"] == 72
+    (own,) = meta["saes"]
+    assert "imported" in own["about"]["SAE"]
+    assert own["about"]["Trained on"] == "elsewhere"
     files = {f"{kind}/IMG {i}.png" for kind in ("red", "blue") for i in range(3)}
     assert set(meta["names"].values()) <= files
     shown = [meta["names"][str(look["index"])] for look in meta["looks"]]
@@ -171,14 +180,10 @@ def test_an_imported_sae_on_a_folder_of_images(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*RANDOM WEIGHTS")
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [("task.serve=true", "has no text tower"), ("task.words=red.txt", "leave it out")],
-)
-def test_options_that_need_texts_are_refused_without_them(override, words):
-    cfg = composed("task=explore", *NO_TEXTS, override)
+def test_a_page_that_is_served_needs_texts():
+    cfg = composed("task=explore", *NO_TEXTS, "task.serve=true")
     clip = build.build_clip(cfg)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match="has no text tower"):
         explore.check_text(cfg, clip, build.build_dataset(cfg.dataset, "test", 64))
 
 
@@ -206,27 +211,12 @@ def test_a_taken_port_is_refused_before_anything_begins():
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"red\nred\n\n", "at least two lines that differ"),
-        (b"\xff\xfe\x00r", "not UTF-8 text"),
-        (None, "one word a line"),
-    ],
-)
-def test_unusable_words_are_refused(tmp_path, content, words):
-    file = tmp_path / "words.txt"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(ConfigError, match=words):
-        explore.check(composed("task=explore", f"task.words={file}"))
-
-
-@pytest.mark.parametrize(
     ("task", "overrides", "words"),
     [
         (explore, ["task=explore", "task.upload=true", "logger=csv"], "choose logger=wandb"),
         (visualize, ["task.images=[nowhere.jpg]"], "nowhere.jpg: no such file"),
         (visualize, ["task.sae=nowhere", "task.models=[topk]"], "expected one of them"),
+        (explore, ["task=explore", "task.sae=x", "task.models=[topk]"], "expected one of them"),
         (visualize, ["logger.upload_sae=true"], "task=visualize uploads nothing"),
         (visualize, ["clip.hook=embedding"], "the image embedding has none; task=explore"),
     ],

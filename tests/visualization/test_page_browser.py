@@ -1,9 +1,11 @@
 """The page in a browser: it loads from disk without errors, finds, sorts and lights up patches."""
 
+import json
 import math
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +14,16 @@ import pytest
 import torch
 
 from clipsae.evaluation.interventions import Reasons
-from clipsae.visualization.page.dictionary import Words
+from clipsae.naming.names import Names
+from clipsae.naming.vocabulary import Vocabulary
 from clipsae.visualization.page.images import Effects, ImageActivations
 from clipsae.visualization.page.serve import PageServer
-from clipsae.visualization.page.write import write_page, write_pictures
+from clipsae.visualization.page.write import Examined, image_content, write_page, write_pictures
 from clipsae.visualization.references import BINS, References, Source
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
-M, K, GRID, N = 3000, 4, (3, 4), 40
+M, K, R, GRID, N = 3000, 4, 3, (3, 4), 40
 CLASSES = [f"class {i}" for i in range(7)] + ['<b>bold & "quoted"</b>']
 CONCEPTS = ["colour=red", "colour=blue", "shape=ring"]
 PATCHES = GRID[0] * GRID[1]
@@ -36,6 +39,8 @@ def made_up() -> References:
     frequency, tokens = rand(M), rand(M) * 0.1 + 0.01
     tokens[DEAD] = frequency[DEAD] = 0
     index[DEAD] = -1
+    sampled = torch.randint(N, (M, R), generator=generator)
+    sampled[DEAD] = -1
     concept = torch.randint(1, 3, (M,), generator=generator)
     concept[[100, 2000]] = 0  # the two that are red
     certainty = rand(M)
@@ -48,6 +53,12 @@ def made_up() -> References:
         maps=(rand(M, K, PATCHES) * 255).to(torch.uint8),
         scale=values,
         class_token=values,
+        sample_values=values[:, :R] / 2,
+        sample_index=sampled,
+        sample_label=torch.randint(7, (M, R), generator=generator),
+        sample_maps=torch.zeros(M, R, PATCHES, dtype=torch.uint8),
+        sample_scale=values[:, :R],
+        sample_class_token=values[:, :R],
         frequency=frequency,
         token_frequency=tokens,
         strength=rand(M),
@@ -107,24 +118,61 @@ def activations(index: int) -> ImageActivations:
     return ImageActivations(index, 3, tokens, [5, 6], means, prediction, prediction, WHY)
 
 
-def write(folder: Path, references: References, thumbnails: bool, predictions: bool = True) -> str:
-    folder.mkdir()
+WORDS = ["dotted", "striped", "red", "ring"]
+STRIPES, DOTS = 40, 41  # latents, named so; the name of the second is not to be trusted
+
+
+def naming() -> Names:
+    """All latents are called "red", with scores at chance, but two; of these, examples that lie on
+    the words."""
+    low = torch.full((M,), 0.45)
+    low[STRIPES] = 0.8
+    texts = ["red"] * M
+    texts[STRIPES], texts[DOTS], texts[DEAD] = "striped", "dotted", ""
+    examples = torch.tensor([[0.0, 0, 1, 1]]).repeat(M, 1)
+    examples[STRIPES], examples[DOTS] = torch.eye(4)[1], torch.eye(4)[0]
+    examples[DEAD] = 0
+    best = torch.tensor([[2, 3]]).repeat(M, 1)
+    best[DEAD] = -1
+    return Names(
+        vocabulary=Vocabulary(WORDS, torch.eye(4)),
+        best=best,
+        best_scores=torch.tensor([[0.5, 0.25]]).repeat(M, 1),
+        text=texts,
+        score=low + 0.1,
+        low=low,
+        high=low + 0.2,
+        control=torch.full((M,), 0.5),
+        threshold=0.6,
+        judge="clip",
+        source="clip-dissect",
+        examples=torch.nn.functional.normalize(examples, dim=-1),
+    )
+
+
+def examined(predictions: bool = True, names: Names | None = None) -> Examined:
     generator = torch.Generator().manual_seed(1)
-    nothing = torch.zeros(M, 0)
     images = [activations(0), activations(3)]
     if not predictions:
         images = [replace(image, clip=[], sae=[], why=None) for image in images]
+    return Examined(
+        about={"SAE": "made up", "In the store": "it"},
+        references=made_up(),
+        rows=torch.randn(M, 16, generator=generator),
+        neighbours=(torch.arange(M)[:, None].roll(1), torch.full((M, 1), 0.5)),
+        effects=EFFECTS if predictions else None,
+        images=images,
+        ranking={1: [100, 5], 2: [5, 7, 100]} if predictions else None,
+        names=names,
+    )
+
+
+def write(folder: Path, models: dict[str, Examined], thumbnails: bool = True) -> str:
+    folder.mkdir()
     write_page(
         folder,
+        models,
         title="topk on <things>",
-        about={"SAE": "made up"},
-        references=references,
-        neighbours=(torch.arange(M)[:, None].roll(1), torch.full((M, 1), 0.5)),
-        places=torch.rand(M, 2, generator=generator) * 2 - 1,
-        words=Words([], nothing.long(), nothing),
-        effects=EFFECTS if predictions else None,
-        ranking={1: [100, 5], 2: [5, 7, 100]} if predictions else None,
-        images=images,
         thumbnails=thumbnails,
         names=NAMES if thumbnails else None,
     )
@@ -137,7 +185,20 @@ def write(folder: Path, references: References, thumbnails: bool, predictions: b
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
-    return write(tmp_path_factory.mktemp("page") / "with", made_up(), thumbnails=True)
+    return write(tmp_path_factory.mktemp("page") / "with", {"topk": examined()})
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> str:
+    """Two SAEs, the first named: the second has its rows, moved by one place, but the latent 9,
+    whose counterpart is no nearer than chance."""
+    first = examined(names=naming())
+    rows = first.rows.roll(1, dims=0)
+    generator = torch.Generator().manual_seed(5)
+    rows[10] = torch.randn(16, generator=generator)
+    second = replace(examined(), rows=rows)
+    folder = tmp_path_factory.mktemp("page") / "two"
+    return write(folder, {"topk": first, "other": second})
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +260,9 @@ def test_every_view_loads_without_errors_and_asks_for_nothing_outside(browser, p
         ("image/3", "tr[data-latent]"),
         ("map", ".legend span"),
         ("about", "kbd"),
+        ("kept", "h1"),
+        ("beside/100/5", ".side canvas"),
+        ("compare", "p"),
         ("latent/99999", "p"),
     ):
         go(browser, f"{page}#/{view}", f"main {wanted}")
@@ -219,6 +283,7 @@ def test_the_list_holds_few_rows_sorts_and_searches(browser, page):
     browser.execute_script("document.querySelector('[data-key=frequency]').click()")
     expected = sorted(set(range(M)) - {DEAD}, key=lambda m: (-made.frequency[m].item(), m))
     assert listed(browser) == expected[: len(listed(browser))]
+    assert browser.execute_script("return location.hash") == "#/latents?sort=frequency"
     browser.execute_script("document.querySelector('[data-key=frequency]').click()")
     assert listed(browser)[0] == expected[-1]
     scroll = "document.querySelector('.scroll').scrollTop = 48 * 1500"
@@ -411,18 +476,148 @@ def test_the_latents_that_lead_a_concept(browser, page):
     assert leads == "colour=red\n75.0 % (chance 12.5 %), the first"
 
 
-def test_it_fits_a_phone(browser, page):
+def test_a_link_leads_to_a_list_as_it_was_filtered(browser, page):
+    made = made_up()
+    link = "#/latents?concept=colour%3Dred&low=1&high=99.5&ms=0.05&sort=frequency&up=yes"
+    go(browser, f"{page}{link}", ".item")
+    passing = (made.concept == 0) & (made.frequency >= 0.01) & (made.frequency <= 0.995)
+    passing &= made.monosemanticity >= 0.05
+    kept = sorted(passing.nonzero().flatten().tolist(), key=lambda m: float(made.frequency[m]))
+    assert listed(browser) == kept
+    assert browser.execute_script("return document.querySelector('.filters').open")
+    assert browser.execute_script("return location.hash") == link
+    go(browser, f"{page}#/map?colour=label&zoom=3&x=0.2&y=-0.1", ".legend span")
+    assert browser.execute_script("return document.querySelector('select').value") == "label"
+    wait(browser, "return location.hash === '#/map?colour=label&zoom=3&x=0.2&y=-0.1'")
+    go(browser, f"{page}#/image/3?latent=6", "tr.at[data-latent='6']")
+    assert browser.execute_script(LIT) == [0, 11]
+
+
+def test_examples_across_the_range(browser, page):
+    go(browser, f"{page}#/latent/100", ".picture canvas")
+    browser.execute_script("document.querySelector('[data-kind=range]').click()")
+    shown = "return [...document.querySelectorAll('.caption.file')].map(f => f.textContent)"
+    expected = [NAMES[i] for i in made_up().sample_index[100].tolist()]
+    assert browser.execute_script(shown) == expected
+    assert browser.execute_script("return location.hash") == "#/latent/100?examples=range"
+    browser.execute_script("document.querySelector('[data-kind=\"\"]').click()")
+    assert len(browser.execute_script(shown)) == K
+
+
+def test_names_and_the_search_by_meaning(browser, two):
+    go(browser, f"{two}#/latents", ".item")
+    assert listed(browser)[0] == STRIPES  # of trusted names the best score first
+    row = browser.execute_script("return document.querySelector('.item .called').innerText")
+    assert row == "striped\nscore 0.9 (0.8 to 1)"
+    rest = browser.execute_script("return document.querySelectorAll('.item .called')[1].innerText")
+    assert rest.startswith("no name")
+    type_into_search(browser, "stripes", "1 of 3,000")
+    browser.execute_script("document.querySelector('[data-by=meaning]').click()")
+    wait(browser, "return document.querySelector('.best').textContent.includes('“striped”')")
+    assert listed(browser)[0] == STRIPES
+    type_into_search(browser, "dots", "2,999 of 3,000")
+    wait(browser, "return document.querySelector('.best').textContent.includes('“dotted”')")
+    assert listed(browser)[0] == DOTS
+    wait(browser, "return location.hash === '#/latents?q=dots&by=meaning'")
+    type_into_search(browser, "qqqq", "2,999 of 3,000")
+    wait(browser, "return document.querySelector('.best').textContent.startsWith('no word')")
+    go(browser, f"{two}#/latents?named=yes", ".item")
+    assert listed(browser) == [STRIPES]
+    go(browser, f"{two}#/latent/{DOTS}", ".name-score")
+    said = browser.find_element("css selector", ".name-score").text
+    assert "“dotted”" in said
+    assert "No name, as the low end is not above 0.6" in said
+
+
+def test_two_saes_side_by_side(browser, two):
+    browser.get_log("browser")
+    go(browser, f"{two}#/compare", ".pair")
+    pairs = "return [...document.querySelectorAll('.pair')].map(p => +p.dataset.latent)"
+    assert browser.execute_script(pairs) == [9]
+    go(browser, f"{two}#/compare?show=with&q=striped", ".pair")
+    text = browser.find_element("css selector", ".pair").text
+    assert text.startswith(f"{STRIPES} striped (0.9)")
+    assert "1 ⇄" in text
+    assert f"{STRIPES + 1} " in text
+    browser.find_element("css selector", ".pair .cosine").click()
+    wait(browser, "return document.querySelectorAll('.side .picture canvas').length === 8")
+    link = browser.execute_script("return location.hash")
+    assert link == f"#/beside/{STRIPES}/{STRIPES + 1}?other=other"
+    assert "Cosine of the decoder rows 1;" in browser.find_element("css selector", "main").text
+    go(browser, f"{two}#/compare/3", ".side [data-latent='5']")
+    captions = "return [...document.querySelectorAll('.side .picture')].map(p => p.innerText)"
+    found = browser.execute_script(captions)
+    assert len(found) == 4
+    assert "⇄ 6 (1) · 0.15" in found[0]
+    # Views of the second: its links stay with it.
+    go(browser, f"{two}#/latent/7?sae=other", ".picture canvas")
+    assert browser.execute_script("return document.getElementById('sae').value") == "other"
+    heads = browser.execute_script(
+        "return [...document.querySelectorAll('h2')].map(h => h.firstChild.textContent)"
+    )
+    assert "In topk" in heads
+    browser.find_element("css selector", "nav a").click()
+    wait(browser, "return location.hash.includes('sae=other') && document.querySelector('.item')")
+    assert browser.get_log("browser") == []
+
+
+def test_notes_and_a_shortlist_are_kept_and_exported(browser, page, tmp_path):
+    folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Page.setDownloadBehavior", folder)
+    go(browser, f"{page}#/latent/100", ".kept .star")
+    browser.execute_script("localStorage.clear()")
+    go(browser, f"{page}#/latent/100", ".kept .star")
+    browser.find_element("css selector", ".star").click()
+    browser.find_element("css selector", ".note").send_keys("looks red")
+    browser.find_element("css selector", ".kept .card").click()
+    card = downloaded(tmp_path / "topk-100.md")
+    assert card.startswith("# topk, latent 100: colour=red\n")
+    assert "- Note: looks red" in card
+    assert f"![](thumbs/0/{made_up().index[100, 0]}.jpg)" in card
+    go(browser, f"{page}#/latents?kept=yes", ".item .mark")
+    assert listed(browser) == [100]
+    go(browser, f"{page}#/kept", ".keptrow")
+    assert "looks red" in browser.find_element("css selector", ".keptrow").text
+    browser.find_element("css selector", ".export").click()
+    text = downloaded(tmp_path / "shortlist.json")
+    entry = {"sae": "topk", "latent": 100, "note": "looks red", "marked": True}
+    assert json.loads(text)["latents"] == [entry]
+    browser.find_element("css selector", ".keptrow button").click()
+    assert not browser.find_elements("css selector", ".keptrow")
+    chosen = browser.find_element("css selector", "input[type=file]")
+    chosen.send_keys(str(tmp_path / "shortlist.json"))
+    wait(browser, "return document.querySelectorAll('.keptrow').length === 1")
+    (tmp_path / "other.json").write_text("{}")
+    chosen.send_keys(str(tmp_path / "other.json"))
+    said = "return document.querySelector('[role=status]').textContent"
+    wait(browser, f"{said}.includes('it is no shortlist')")
+    browser.execute_script("localStorage.clear()")
+
+
+def downloaded(file: Path) -> str:
+    end = time.monotonic() + 20
+    while not file.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    return file.read_text()
+
+
+def test_it_fits_a_phone(browser, two):
     metrics = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
         for view, wanted in (
             ("", ".item"),
+            ("latents?low=1", ".filters[open]"),
             ("latent/100", "canvas"),
+            ("beside/100/7", "canvas"),
             ("image/0", "tr[data-latent]"),
+            ("compare", ".pair"),
+            ("compare/0", "canvas"),
             ("concepts", "[data-concept]"),
             ("map", ".legend span"),
+            ("kept", "h1"),
         ):
-            go(browser, f"{page}#/{view}", f"main {wanted}")
+            go(browser, f"{two}#/{view}", f"main {wanted}")
             wide = browser.execute_script(
                 "return Math.max(document.documentElement.scrollWidth,"
                 "document.getElementById('main').scrollWidth)"
@@ -433,7 +628,7 @@ def test_it_fits_a_phone(browser, page):
 
 
 def test_pictures_and_predictions_can_be_left_out(browser, tmp_path):
-    url = write(tmp_path / "without", made_up(), thumbnails=False, predictions=False)
+    url = write(tmp_path / "without", {"topk": examined(predictions=False)}, thumbnails=False)
     assert not list(tmp_path.glob("without/**/*.jpg"))
     browser.get_log("browser")
     headings = "return [...document.querySelectorAll('h2')].map(h => h.firstChild.textContent)"
@@ -454,24 +649,45 @@ def test_pictures_and_predictions_can_be_left_out(browser, tmp_path):
 def test_latents_are_switched_off_and_on_where_a_server_is_behind_the_page(browser, page):
     asked = []
 
-    def steer(image: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
+    def steer(name: str, image: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
         asked.append((image, strengths))
         return [(6, 0.7), (3, 0.2)]
 
-    with PageServer(Path(page.removeprefix("file://")).parent, steer) as server:
+    def explain(name: str, picture: bytes) -> dict:
+        asked.append((name, picture))
+        return image_content(activations(-1))
+
+    folder = Path(page.removeprefix("file://")).parent
+    with PageServer(folder, steer, explain) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser.get_log("browser")
         go(browser, f"{server.url}#/image/3", "tr[data-latent='6'] button.off")
         browser.find_element("css selector", "tr[data-latent='6'] button.off").click()
         then = "return document.querySelector('.steer [role=status]').textContent"
         wait(browser, f"{then}.includes('class 6')")
-        assert asked == [(3, {6: 0.0})]
+        assert asked == [("topk", 3, {6: 0.0})]
         pressed = "return document.querySelector('tr[data-latent=\"6\"] button').ariaPressed"
         assert browser.execute_script(pressed) == "true"
         browser.find_element("css selector", ".steer input[type=number]").send_keys("100", "\n")
         wait(browser, "return document.querySelectorAll('.steer .bars li input').length === 2")
         wait(browser, f"{then}.includes('class 6')")
         strongest = made_up().scale[100].max().item()
-        assert asked[-1][1] == {6: 0.0, 100: pytest.approx(strongest, rel=0.01)}
+        assert asked[-1][2] == {6: 0.0, 100: pytest.approx(strongest, rel=0.01)}
+        # Its link switches the same.
+        link = browser.execute_script("return location.hash")
+        assert link.startswith("#/image/3?set=6%3A0%2C100%3A")
+        del asked[:]
+        go(browser, f"{server.url}{link}", "tr[data-latent='6'] button.off")
+        wait(browser, f"{then}.includes('class 6')")
+        assert asked[0][2][6] == 0.0
+        # A picture of one's own.
+        (folder.parent / "cat.png").write_bytes(b"a picture")
+        go(browser, f"{server.url}#/images", ".drop input")
+        browser.find_element("css selector", ".drop input").send_keys(
+            str(folder.parent / "cat.png")
+        )
+        wait(browser, "return document.querySelector('h1')?.textContent === 'Your picture'")
+        assert asked[-1] == ("topk", b"a picture")
+        assert browser.find_elements("css selector", "tr[data-latent='5']")
         assert browser.get_log("browser") == []
         server.shutdown()

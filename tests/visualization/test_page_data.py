@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from clipsae.clip import FrozenCLIP
-from clipsae.clip.towers import Tower
 from clipsae.evaluation.interventions import Interventions
-from clipsae.visualization.page import make_page
-from clipsae.visualization.page.dictionary import layout, nearest, word_scores
+from clipsae.naming.names import Names
+from clipsae.naming.vocabulary import Vocabulary
+from clipsae.visualization.page import examine, write_page
+from clipsae.visualization.page.dictionary import by_chance, layout, nearest
 from clipsae.visualization.page.images import collect_activations
+from clipsae.visualization.page.meaning import compressed
 from clipsae.visualization.page.write import ALPHABET, MAP_LEVELS, heat_text
 
 
@@ -34,6 +37,54 @@ def test_nearest_are_those_with_the_largest_cosine():
         assert found[m].tolist() == [k for _, k in expected]
         assert cosines[m].tolist() == pytest.approx([-c for c, _ in expected], abs=1e-5)
     assert nearest(rows, alive & False, 4)[0].shape == (1100, 0)
+
+
+def test_counterparts_lie_among_the_rows_of_another():
+    torch.manual_seed(0)
+    rows, others = torch.randn(30, 8), torch.randn(50, 8)
+    others[20] = 3 * rows[4]
+    alive = torch.ones(50, dtype=torch.bool)
+    found, cosines = nearest(rows, alive, 1, among=others)
+    for m in range(30):
+        cosine = torch.cosine_similarity(rows[m, None], others, dim=1)
+        assert found[m].item() == int(cosine.argmax())
+        assert cosines[m].item() == pytest.approx(cosine.max().item(), abs=1e-5)
+    assert found[4].item() == 20
+    alive[20] = False
+    assert nearest(rows, alive, 1, among=others)[0][4].item() != 20
+    # Of directions in the plane, one is within 9 degrees of four that are at right angles to each
+    # other a fifth of the time.
+    four = torch.tensor([[1.0, 0], [0, 2], [-3, 0], [0, -1]])
+    assert by_chance(four) == pytest.approx(math.cos(math.pi / 80), abs=3e-4)
+    assert by_chance(four[:0]) == 1
+
+
+def test_few_dimensions_of_8_bits_find_what_whole_embeddings_find():
+    """Latents that lie near words, in 96 dimensions of which 40 matter."""
+    torch.manual_seed(0)
+    directions = torch.randn(40, 96)
+    words = torch.nn.functional.normalize(torch.randn(200, 40) @ directions + 3, dim=-1)
+    latents = words[torch.randint(200, (500,))] + 0.05 * torch.randn(500, 40) @ directions / 9
+    latents = torch.nn.functional.normalize(latents - 0.2, dim=-1)
+    latents[3] = 0
+    nothing = torch.zeros(500)
+    names = Names(
+        *(Vocabulary([str(i) for i in range(200)], words), nothing[:, None].long()),
+        *(nothing[:, None], [""] * 500, nothing, nothing, nothing, nothing),
+        *(0.5, "clip", "nobody", latents),
+    )
+    small, of = compressed(names)
+    assert small.values.dtype == torch.int8
+    assert of.values.shape == (500, 64)
+    rows = small.values.double() * small.scales.double()[:, None]
+    cosines = rows @ (of.values.double() * of.scales.double()[:, None]).T
+    for w in range(0, 200, 20):
+        expected = names.find(str(w), 10)
+        assert [cosines[w, m].item() for m, _ in expected] == pytest.approx(
+            [cosine for _, cosine in expected], abs=0.02
+        )
+        assert int(cosines[w].argmax()) in [m for m, _ in expected[:2]]
+    assert cosines[:, 3].eq(0).all()
 
 
 def test_the_map_is_made_of_principal_components():
@@ -82,28 +133,6 @@ def logits_without(world, stream, codes, latent) -> list[float]:
     zeroed = codes.clone()
     zeroed[..., latent] = 0
     return logits_with(world, stream, codes, zeroed)
-
-
-def test_words_are_compared_along_the_direct_path(world):
-    """Exactly the tail, where the stream is the row alone and the last block does nothing."""
-    clip = world.clip
-    rows, words = torch.randn(3, clip.width), torch.randn(4, clip.embed_dim)
-    unit = torch.nn.functional.normalize(words, dim=-1)
-    unit = unit - unit.mean(dim=0)
-    visual = clip.model.visual
-    for m in range(3):
-        direct = (visual.ln_post(rows[m]) - visual.ln_post.bias) @ visual.proj
-        for w in range(4):
-            expected = torch.cosine_similarity(direct, unit[w], dim=0)
-            found = word_scores(clip, rows, words)[m, w]
-            assert found.item() == pytest.approx(expected.item(), abs=1e-4)
-
-
-def test_no_words_where_there_is_no_direct_path(world, monkeypatch):
-    """SigLIP's embedding is pooled by attention."""
-    clip = world.clip
-    monkeypatch.setattr(clip.tower, "direct", lambda rows: Tower.direct(clip.tower, rows))
-    assert word_scores(clip, torch.randn(3, clip.width), torch.randn(4, clip.embed_dim)) is None
 
 
 def test_nothing_is_predicted_without_texts(world):
@@ -297,30 +326,32 @@ FROZEN = Path(__file__).with_name("frozen_page.json")
 
 def page_data(world, folder: Path) -> dict:
     """A sample of the data scripts of a page, by name."""
-    words = (["first", "second", "third"], world.classifier[:3])
-    options = {"pages": 2, "effect_images": 1, "neighbours": 2, "words": words}
-    make_page(
+    examined = examine(
         folder,
         world.clip,
         world.sae,
         world.dataset,
         world.references,
-        title="a page",
         about={"SAE": "random weights"},
         classifier=world.classifier,
         ranking={0: [3, 1], 2: [5, 3]},
-        names=[f"file {i}" for i in range(12)],
-        **options,
+        pages=2,
+        effect_images=1,
+        neighbours=2,
     )
+    names = [f"file {i}" for i in range(12)]
+    write_page(folder, {"it": examined}, title="a page", thumbnails=True, names=names)
     scripts = {
         str(file.relative_to(folder / "data")): json.loads(file.read_text().split(",", 1)[1][:-3])
         for file in sorted(folder.glob("data/**/*.js"))
     }
-    for name, (kind, text) in scripts["meta.js"]["columns"].items():
+    columns = scripts["0/dictionary.js"]["columns"]
+    for name, (kind, text) in columns.items():
         values = np.frombuffer(base64.b64decode(text), f"<{kind}4")[:10]
-        scripts["meta.js"]["columns"][name] = [round(x, 4) for x in values.tolist()]
-    scripts["latents/0.js"] = scripts["latents/0.js"][:4]
-    (first, second) = [name for name in scripts if name.startswith("looks/")]
+        columns[name] = [round(x, 4) for x in values.tolist()]
+    latents = json.loads(zlib.decompress(base64.b64decode(scripts["0/latents/0.js"])))
+    scripts["0/latents/0.js"] = latents[:3]
+    (first, second) = [name for name in scripts if "looks/" in name]
     del scripts[second]
     scripts[first]["tokens"] = scripts[first]["tokens"][:3]
     scripts[first]["why"]["without"] = scripts[first]["why"]["without"][:3]

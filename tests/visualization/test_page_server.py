@@ -9,6 +9,8 @@ import pytest
 
 from clipsae.visualization.page.serve import ADDRESS, PageServer
 
+ASKED = {"sae": "topk", "image": 3, "strengths": {}}
+
 
 @pytest.fixture
 def server(tmp_path) -> Iterator[PageServer]:
@@ -16,12 +18,17 @@ def server(tmp_path) -> Iterator[PageServer]:
     (tmp_path / "app.js").write_text("1")
     (tmp_path.parent / "secret.txt").write_text("not for the page")
 
-    def steer(image: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
+    def steer(name: str, image: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
         if image > 9:
             raise ValueError("no such image")
         return list(strengths.items())
 
-    with PageServer(tmp_path, steer) as made:
+    def explain(name: str, picture: bytes) -> dict:
+        if picture == b"no picture":
+            raise ValueError("not an image file")
+        return {"sae": name, "bytes": len(picture)}
+
+    with PageServer(tmp_path, steer, explain) as made:
         thread = threading.Thread(target=made.serve_forever, daemon=True)
         thread.start()
         yield made
@@ -42,26 +49,38 @@ def ask(server: PageServer, method: str, path: str, body: object = None, **heade
 def test_the_page_knows_that_it_is_live(server):
     status, text = ask(server, "GET", "/")
     assert status == 200
-    assert 'data-live="yes"' in text
+    assert 'data-live="explain"' in text
     assert ask(server, "GET", "/app.js") == (200, "1")
     assert ask(server, "GET", "/../secret.txt")[0] == 404
     assert server.server_address[0] == "127.0.0.1"
 
 
 def test_latents_are_set(server):
-    status, text = ask(server, "POST", "/steer", {"image": 3, "strengths": {"5": 0, "7": 1.5}})
+    status, text = ask(
+        server, "POST", "/steer", {"sae": "topk", "image": 3, "strengths": {"5": 0, "7": 1.5}}
+    )
     assert status == 200
     assert json.loads(text) == {"clip": [[5, 0.0], [7, 1.5]]}
+
+
+def test_pictures_are_explained(server):
+    status, text = ask(server, "POST", "/explain?sae=relu%20one", b"a picture" * 2000)
+    assert status == 200
+    assert json.loads(text) == {"sae": "relu one", "bytes": 18_000}
+    assert ask(server, "POST", "/explain?sae=relu", b"no picture")[0] == 400
+    server.explain = None
+    assert ask(server, "POST", "/explain?sae=relu", b"a picture")[0] == 404
+    assert 'data-live="steer"' in ask(server, "GET", "/")[1]
 
 
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"image": 30, "strengths": {}}, "no such image"),
+        ({"sae": "topk", "image": 30, "strengths": {}}, "no such image"),
         ({"image": 3}, "expected {"),
         ([1], "expected {"),
-        ({"image": 3, "strengths": {"5": float("nan")}}, "finite"),
-        ({"image": 3, "strengths": dict.fromkeys(map(str, range(65)), 1)}, "up to 64"),
+        ({**ASKED, "strengths": {"5": float("nan")}}, "finite"),
+        ({**ASKED, "strengths": dict.fromkeys(map(str, range(65)), 1)}, "up to 64"),
         (b"{", "Expecting"),
         (b" " * 10_001, "10001 bytes"),
     ],
@@ -73,7 +92,7 @@ def test_invalid_requests_are_refused(server, body, words):
 
 
 def test_other_pages_are_refused(server):
-    body = {"image": 3, "strengths": {}}
+    body = ASKED
     port = server.server_port
     assert ask(server, "POST", "/steer", body, Origin="http://elsewhere.example")[0] == 403
     assert ask(server, "POST", "/steer", body, Origin="null")[0] == 403

@@ -5,27 +5,26 @@ import logging
 import os
 import shutil
 import socket
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
-from clipsae.clip.text import text_classifier
 from clipsae.data import ImageDataset
-from clipsae.data.scenes import KINDS
 from clipsae.errors import ConfigError
 from clipsae.evaluation.interventions import Interventions, likely
-from clipsae.evaluation.truth import has_truth
+from clipsae.naming import Names
+from clipsae.progress import Bar
 from clipsae.rules import where
 from clipsae.sae import SAE
-from clipsae.store import Store, write_json
+from clipsae.store import Stage, Store, write_json
 from clipsae.store.files import read_json
 from clipsae.tasks import build, pictures, precision
 from clipsae.tasks.pictures import Dictionary
 from clipsae.tasks.stages import classifier, evaluation
+from clipsae.tasks.stages import names as naming
 from clipsae.tasks.table import terminal
 from clipsae.tasks.tracking import Run
 from clipsae.training.logging import log_page, log_sae
@@ -36,7 +35,6 @@ log = logging.getLogger(__name__)
 
 KEY = "key.json"  # beside the page: what decides its content
 OPTIONS = ("pages", "thumbnails", "effect_images", "neighbours")
-_WORD_PROMPTS = ("{}", "a photo of {}")  # of words that come from a file
 
 
 def run(cfg: DictConfig) -> None:
@@ -47,18 +45,24 @@ def run(cfg: DictConfig) -> None:
     """
     check(cfg)
     store = Store(cfg.paths.output_dir)
-    clip, dataset, (found,) = pictures.prepare([cfg], store, check_text)
-    cfg = found.cfg
-    precision.apply(cfg, clip)
-    name = f"{found.trained.path.name}-{cfg.dataset.name}"
+    configs = pictures.configs_of_models(cfg)
+    clip, dataset, found = pictures.prepare(configs, store, check_text)
+    cfg = found[0].cfg
+    name = f"{pictures.folder_name([one.trained.path.name for one in found])}-{cfg.dataset.name}"
     folder = Path(cfg.paths.output_dir) / "explore" / name
     test_set = build.build_dataset(cfg.dataset, cfg.evaluation.split, clip.image_size)
-    evaluated = evaluation.stage(cfg, store, found.trained, test_set)
+    evaluated = [evaluation.stage(one.cfg, store, one.trained, test_set) for one in found]
+    named = {}
+    if clip.has_text and cfg.task.names:
+        for one in found:
+            named[one.cfg.model.name] = naming.make_names(
+                one.cfg, store, clip, dataset, one.pictures, one.trained
+            )
     key = {
-        "pictures": found.pictures.path.name,
+        "pictures": [one.pictures.path.name for one in found],
         "task": {name: cfg.task[name] for name in OPTIONS},
-        "words": None if cfg.task.words is None else read_words(cfg.task.words),
-        "ranked": evaluated is not None and evaluated.finished,
+        "names": [place.path.name for place in named.values()],
+        "ranked": [stage is not None and stage.finished for stage in evaluated],
         "code": _digest(Path(page.__file__).parent),
     }
     if read_json(folder / KEY) == key:
@@ -67,8 +71,7 @@ def run(cfg: DictConfig) -> None:
         aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         aside.mkdir(parents=True)
         try:
-            ranking = evaluation.ranking(cfg, store, found.trained, test_set)
-            write(found, store, clip, dataset, ranking, aside)
+            write(found, named, store, clip, dataset, test_set, aside)
             write_json(aside / KEY, key)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -77,11 +80,13 @@ def run(cfg: DictConfig) -> None:
             shutil.rmtree(aside, ignore_errors=True)
     terminal().print(f"page        {folder / 'index.html'}", soft_wrap=True, highlight=False)
     if cfg.task.upload or cfg.logger.get("upload_sae"):
-        aliases = [cfg.model.name, f"seed-{cfg.seed}"]
-        with Run(cfg, found.pictures, "explore") as run:
-            log_sae(run.logger(), found.trained.path, aliases)
+        seed = f"seed-{cfg.seed}"
+        with Run(cfg, found[0].pictures, "explore") as run:
+            for one in found:
+                log_sae(run.logger(), one.trained.path, [one.cfg.model.name, seed])
             if cfg.task.upload:
-                log_page(run.logger(), folder, [*aliases, cfg.dataset.name])
+                aliases = [*(one.cfg.model.name for one in found), seed, cfg.dataset.name]
+                log_page(run.logger(), folder, aliases)
     if cfg.task.serve:
         serve(found, store, clip, dataset, folder)
 
@@ -90,11 +95,10 @@ def check(cfg: DictConfig) -> None:
     """Refuse options that cannot be met here.
 
     Raises:
-        ConfigError: words that cannot be read, a port that is taken, an upload without W&B.
+        ConfigError: SAEs asked for in two ways, a port that is taken, an upload without W&B.
     """
     task = cfg.task
-    if task.words is not None:
-        read_words(task.words)
+    pictures.check_models(cfg)
     if task.serve:
         try:
             socket.create_server((ADDRESS, task.port)).close()  # opened when the page is there
@@ -108,92 +112,60 @@ def check_text(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None
     """Refuse options that need texts where the model has none.
 
     Raises:
-        ConfigError: `task.serve` or `task.words` without a text tower.
+        ConfigError: `task.serve` without a text tower, names that cannot be made.
     """
     if cfg.task.serve:
         clip.require_text()
-    if cfg.task.words is not None and (
-        not clip.has_text or clip.direct(torch.zeros(1, clip.width)) is None
-    ):
-        raise ConfigError(
-            f"task.words={cfg.task.words!r}: no latent of clip.name={clip.name!r} can be compared "
-            "with texts; leave it out"
-        )
-
-
-def read_words(file: str) -> list[str]:
-    """The lines of `task.words`, each once.
-
-    Raises:
-        ConfigError: no such file, or not a text file of at least two lines.
-    """
-    try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(
-            f"task.words={file}: {reason}; expected a text file, one word a line"
-        ) from error
-    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if len(found) < 2:
-        raise ConfigError(f"task.words={file}: expected at least two lines that differ")
-    return found
+    if clip.has_text and cfg.task.names:
+        naming.check(cfg, clip, dataset)
 
 
 def write(
-    found: Dictionary,
+    found: Sequence[Dictionary],
+    named: Mapping[str, Stage],
     store: Store,
     clip: FrozenCLIP,
     dataset: ImageDataset,
-    ranking: dict[int, list[int]] | None,
+    test_set: ImageDataset,
     folder: Path,
 ) -> None:
-    """Compute the page and write it into `folder`."""
-    cfg, references = found.cfg, References.load(found.pictures.path)
-    device = build.best_device()
-    clip.to(device)
-    classes = classifier.embeddings(cfg, store, clip, dataset) if clip.has_text else None
-    build.user_error(
-        page.make_page,
-        folder,
-        clip,
-        SAE.load(found.trained.path).to(device),
-        dataset,
-        references,
-        title=f"{cfg.model.name} on {cfg.dataset.name}",
-        about=about(found, dataset, references),
-        classifier=classes,
-        words=([], None) if classes is None else words(cfg, clip, dataset, classes),
-        ranking=ranking,
-        names=pictures.names(dataset),
-        **{name: cfg.task[name] for name in OPTIONS},
-        batch_size=cfg.evaluation.batch_size,
-        num_workers=cfg.features.num_workers,
-    )
-
-
-def words(
-    cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset, classes: Tensor
-) -> tuple[list[str], Tensor]:
-    """The words that latents are compared with, and their embeddings [W, e].
+    """Compute the page of some SAEs and write it into `folder`.
 
     Args:
-        classes: embeddings of the dataset's classes [C, e].
+        named: the names of their latents, by the model's name; those without are not named.
     """
-    if cfg.task.words is not None:
-        names = read_words(cfg.task.words)
-        return names, text_classifier(clip, names, _WORD_PROMPTS)
-    if not has_truth(dataset):
-        # Classes may share a name: one word each.
-        first = {name: i for i, name in reversed(list(enumerate(dataset.classnames)))}
-        chosen = sorted(first.values())
-        return [dataset.classnames[i] for i in chosen], classes[chosen]
-    names, parts = [], []
-    for kind, scenes in KINDS.items():
-        if kind != "shape_colour":  # its words are those of both
-            names += scenes.classnames
-            parts.append(text_classifier(clip, scenes.classnames, scenes.templates))
-    return names, torch.cat(parts)
+    device = build.best_device()
+    clip.to(device)
+    models, first = {}, found[0].cfg
+    for one in found:
+        cfg, references = one.cfg, References.load(one.pictures.path)
+        precision.apply(cfg, clip)
+        classes = classifier.embeddings(cfg, store, clip, dataset) if clip.has_text else None
+        names = named.get(cfg.model.name)
+        models[cfg.model.name] = build.user_error(
+            page.examine,
+            folder,
+            clip,
+            SAE.load(one.trained.path).to(device),
+            dataset,
+            references,
+            about=about(one, dataset, references),
+            classifier=classes,
+            ranking=evaluation.ranking(cfg, store, one.trained, test_set),
+            names=None if names is None else Names.load(names.path),
+            **{name: cfg.task[name] for name in OPTIONS},
+            batch_size=cfg.evaluation.batch_size,
+            num_workers=cfg.features.num_workers,
+        )
+    with Bar("writing the page") as progress:
+        page.write_page(
+            folder,
+            models,
+            title=f"{' and '.join(models)} on {first.dataset.name}",
+            thumbnails=first.task.thumbnails,
+            names=pictures.names(dataset),
+            progress=progress,
+        )
 
 
 def about(found: Dictionary, dataset: ImageDataset, references: References) -> dict[str, str]:
@@ -218,25 +190,35 @@ def about(found: Dictionary, dataset: ImageDataset, references: References) -> d
 
 
 def serve(
-    found: Dictionary, store: Store, clip: FrozenCLIP, dataset: ImageDataset, folder: Path
+    found: Sequence[Dictionary],
+    store: Store,
+    clip: FrozenCLIP,
+    dataset: ImageDataset,
+    folder: Path,
 ) -> None:
     """Serve the page until it is interrupted.
 
     Raises:
         ConfigError: the port has been taken in the meantime.
     """
-    cfg = found.cfg
-    sae = SAE.load(found.trained.path).to(clip.device)
+    cfg = found[0].cfg
     classes = classifier.embeddings(cfg, store, clip, dataset).to(clip.device)
-    interventions = Interventions(clip, sae, classes)
+    behind = {}
+    for one in found:
+        sae = SAE.load(one.trained.path).to(clip.device)
+        behind[one.cfg.model.name] = one.cfg, Interventions(clip, sae, classes)
 
-    def steer(index: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
+    def steer(name: str, index: int, strengths: dict[int, float]) -> list[tuple[int, float]]:
+        if name not in behind:
+            raise ValueError(f"SAE {name!r}: expected {' or '.join(behind)}")
         if not 0 <= index < len(dataset):
             raise ValueError(f"image {index}: expected 0 to {len(dataset) - 1}")
+        config, interventions = behind[name]
+        precision.apply(config, clip)
         return likely(interventions.steered_logits(dataset[index][0], strengths))
 
     try:
-        server = PageServer(folder, steer, cfg.task.port)
+        server = PageServer(folder, steer, port=cfg.task.port)
     except OSError as error:
         raise _port_error(cfg.task.port, error) from error
     with server:

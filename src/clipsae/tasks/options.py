@@ -264,12 +264,13 @@ TASKS: dict[str, Mapping[str, Any]] = {
     "experiment": {},
     "explore": {
         "sae": or_null(TEXT),
+        "models": NAMES,
         "split": SPLIT,
         "pages": whole(0),
         "thumbnails": FLAG,
         "effect_images": whole(0, 10),  # of 10 reference images
         "neighbours": whole(0),
-        "words": or_null(TEXT),
+        "names": FLAG,
         "upload": FLAG,
         "serve": FLAG,
         "port": whole(0, 65535),

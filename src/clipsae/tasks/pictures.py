@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
@@ -87,6 +90,51 @@ def prepare(
         tokens = precision.of_clip(some[0].cfg)
         _make([o for o in some if precision.of_clip(o.cfg) == tokens], [], clip, dataset)
     return clip, dataset, found
+
+
+def check_models(cfg: DictConfig) -> None:
+    """Refuse SAEs that are asked for in two ways.
+
+    Raises:
+        ConfigError: `task.sae` and `task.models`.
+    """
+    if cfg.task.sae and cfg.task.models:
+        raise ConfigError("task.sae and task.models: expected one of them, or neither")
+
+
+def configs_of_models(cfg: DictConfig) -> list[DictConfig]:
+    """One config for each of `task.models`, each with its own defaults and recipe, and the
+    overrides of the command line; `cfg` alone where there are none.
+
+    Raises:
+        ConfigError: a model that does not exist, or an override that does not fit it.
+    """
+    if not cfg.task.models:
+        return [cfg]
+    overrides = [
+        override
+        for override in HydraConfig.get().overrides.task
+        if not override.startswith(("model=", "task.models="))
+    ]
+    found = []
+    for model in cfg.task.models:
+        try:
+            config = hydra.compose("config", overrides=[*overrides, f"model={model}"])
+        except (HydraException, OmegaConfBaseException) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"task.models has {model!r}: {reason}") from error
+        # What depends on where the job runs has been resolved in `cfg`.
+        config.paths = OmegaConf.create(build.plain(cfg.paths))
+        found.append(config)
+    return found
+
+
+def folder_name(saes: list[str]) -> str:
+    """A folder for what shows these SAEs (names in the store)."""
+    if len(saes) == 1:
+        return saes[0]
+    words = "+".join(name.split("-")[0] for name in saes)
+    return f"{words}-{hashlib.sha256(' '.join(saes).encode()).hexdigest()[:8]}"
 
 
 def stage(cfg: DictConfig, store: Store, sae_stage: Stage, dataset: ImageDataset) -> Stage:

@@ -1,15 +1,10 @@
 """`task=visualize`: figures of images through a trained SAE, or several (Figures 6-11)."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
@@ -59,7 +54,7 @@ def run(cfg: DictConfig) -> None:
         wanted.extend(wanted_images(cfg, dataset, clip.image_size))
 
     clip, dataset, found = pictures.prepare(
-        configs_of_models(cfg), Store(cfg.paths.output_dir), read_images
+        pictures.configs_of_models(cfg), Store(cfg.paths.output_dir), read_images
     )
     device = build.best_device()
     clip.to(device)
@@ -71,7 +66,7 @@ def run(cfg: DictConfig) -> None:
         sae = SAE.load(one.trained.path).to(device)
         models[one.cfg.model.name] = one.cfg, sae, references, shown
     folder = Path(cfg.paths.output_dir) / "figures"
-    folder /= folder_name([one.trained.path.name for one in found])
+    folder /= pictures.folder_name([one.trained.path.name for one in found])
     folder.mkdir(parents=True, exist_ok=True)
     console = terminal()
     for image in wanted:
@@ -105,8 +100,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: the first of them.
     """
-    if cfg.task.sae and cfg.task.models:
-        raise ConfigError("task.sae and task.models: expected one of them, or neither")
+    pictures.check_models(cfg)
     for file in cfg.task.images:
         if not Path(file).expanduser().is_file():
             raise ConfigError(f"task.images has {file}: no such file")
@@ -147,38 +141,3 @@ def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> li
         title = f"{name}: {dataset.classnames[label]}"
         found.append(Wanted(f"{cfg.task.split}-{index:05d}", title, pixels, index))
     return found
-
-
-def configs_of_models(cfg: DictConfig) -> list[DictConfig]:
-    """One config for each of `task.models`, each with its own defaults and recipe, and the
-    overrides of the command line; `cfg` alone where there are none.
-
-    Raises:
-        ConfigError: a model that does not exist, or an override that does not fit it.
-    """
-    if not cfg.task.models:
-        return [cfg]
-    overrides = [
-        override
-        for override in HydraConfig.get().overrides.task
-        if not override.startswith(("model=", "task.models="))
-    ]
-    found = []
-    for model in cfg.task.models:
-        try:
-            config = hydra.compose("config", overrides=[*overrides, f"model={model}"])
-        except (HydraException, OmegaConfBaseException) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"task.models has {model!r}: {reason}") from error
-        # What depends on where the job runs has been resolved in `cfg`.
-        config.paths = OmegaConf.create(build.plain(cfg.paths))
-        found.append(config)
-    return found
-
-
-def folder_name(saes: list[str]) -> str:
-    """A folder for the figures of these SAEs (names in the store)."""
-    if len(saes) == 1:
-        return saes[0]
-    words = "+".join(name.split("-")[0] for name in saes)
-    return f"{words}-{hashlib.sha256(' '.join(saes).encode()).hexdigest()[:8]}"

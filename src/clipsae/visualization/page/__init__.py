@@ -1,5 +1,6 @@
-"""A dictionary as a static page: a folder that opens from disk or from any web host."""
+"""One or several dictionaries as a static page: a folder that opens from disk or from any web
+host."""
 
-from clipsae.visualization.page.write import make_page
+from clipsae.visualization.page.write import examine, write_page
 
-__all__ = ["make_page"]
+__all__ = ["examine", "write_page"]

@@ -1,34 +1,17 @@
-"""Decoder rows of a dictionary: which are alike, how they lie, which words they point to.
+"""Decoder rows of a dictionary: which are alike, and how they lie.
 
-M latents, A those that are alive, d width, e embedding size, W words.
+M latents, A those that are alive, d width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from clipsae.clip import FrozenCLIP
 from clipsae.evaluation.ranking import top_latents
 from clipsae.sae.dense import without_tf32
 
 _ROWS = 1024  # compared with all others at a time
-
-
-@dataclass(frozen=True)
-class Words:
-    """Words that latents are compared with.
-
-    Attributes:
-        names: W words.
-        best: LongTensor [M, n], the words that each latent's direction aligns with most.
-        scores: [M, n], how well.
-    """
-
-    names: list[str]
-    best: Tensor
-    scores: Tensor
 
 
 @without_tf32()
@@ -37,26 +20,32 @@ def nearest(
     alive: Tensor,
     n: int,
     *,
+    among: Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
     """Each latent's nearest among those that are alive, by the cosine of decoder rows.
 
     Args:
         rows: [M, d].
-        alive: BoolTensor [M].
+        alive: BoolTensor [M], or of the rows of `among`.
+        among: rows of another SAE, of whose latents the nearest are wanted; None: the others of the
+            same one.
         progress: called with (rows done, M).
 
     Returns:
-        LongTensor [M, n'] and cosines float32 [M, n'], descending; n' = min(n, A - 1), at least 0.
+        LongTensor [M, n'] and cosines float32 [M, n'], descending; n' = min(n, A - 1), at least 0,
+        and min(n, A) among those of another SAE.
     """
     unit = nn.functional.normalize(rows.float(), dim=-1)
+    others = unit if among is None else nn.functional.normalize(among.float(), dim=-1)
     kept = alive.nonzero().squeeze(1)
-    n = max(0, min(n, len(kept) - 1))
+    n = max(0, min(n, len(kept) - (among is None)))
     place = torch.full((len(rows),), -1, device=rows.device)
-    place[kept] = torch.arange(len(kept), device=rows.device)
+    if among is None:
+        place[kept] = torch.arange(len(kept), device=rows.device)
     found, cosines = [], []
     for part in torch.arange(len(rows), device=rows.device).split(_ROWS):
-        cosine = unit[part] @ unit[kept].T
+        cosine = unit[part] @ others[kept].T
         itself = place[part]
         cosine[itself >= 0, itself[itself >= 0]] = -torch.inf
         best = top_latents(cosine, n)
@@ -88,41 +77,12 @@ def layout(rows: Tensor, alive: Tensor) -> Tensor:
 
 
 @without_tf32()
-def word_scores(clip: FrozenCLIP, rows: Tensor, words: Tensor) -> Tensor | None:
-    """How well each latent's direction aligns with each word, cosines float32 [M, W].
-
-    The tail of CLIP is not linear: there is no text that a row "means". What is taken is its direct
-    path: the row, centred and weighted as the last layer norm would, times the projection. All
-    texts have a large part in common, which says nothing: words are compared after subtracting
-    their mean. None where the embedding is no linear map of a normed token (SigLIP's is pooled by
-    attention). At the hook "embedding" it is no approximation.
-
-    This is a logit lens (nostalgebraist 2020): the blocks behind the SAE's layer are left out, and
-    at inner layers its words are known to mislead (Belrose et al., "Eliciting Latent Predictions
-    from Transformers with the Tuned Lens", 2023, arXiv 2303.08112).
-
-    Args:
-        rows: decoder rows [M, d].
-        words: text embeddings [W, e].
-    """
-    direct = clip.direct(rows)
-    if direct is None:
-        return None
-    words = nn.functional.normalize(words.float(), dim=-1)
-    words = nn.functional.normalize(words - words.mean(dim=0), dim=-1)
-    return nn.functional.normalize(direct, dim=-1) @ words.T
-
-
-def best_words(
-    clip: FrozenCLIP, rows: Tensor, names: list[str], embeddings: Tensor | None, n: int
-) -> Words:
-    """The n words that each decoder row [M, d] aligns with most; none without embeddings [W, e], or
-    where latents have no direct path to texts."""
-    scores = None
-    if embeddings is not None:
-        scores = word_scores(clip, rows, embeddings.to(rows.device))
-    if scores is None:
-        nothing = torch.zeros(len(rows), 0)
-        return Words([], nothing.long(), nothing)
-    best = top_latents(scores, min(n, len(names)))
-    return Words(names, best.cpu(), scores.gather(1, best).cpu())
+def by_chance(rows: Tensor) -> float:
+    """The cosine with the nearest of some rows [A, d] that 95 % of random directions stay below."""
+    if not len(rows):
+        return 1.0
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(_ROWS, rows.shape[1], generator=generator)
+    unit = nn.functional.normalize(rows.float().cpu(), dim=-1)
+    cosine = (nn.functional.normalize(drawn, dim=-1) @ unit.T).amax(dim=1)
+    return cosine.quantile(0.95).item()

@@ -1,84 +1,111 @@
-"""Computes the page and writes it: static files, and the data as scripts.
+"""Computes the page of one or several dictionaries and writes it: static files, and the data as
+scripts.
 
 A page that is opened from disk may not fetch files, but it may load scripts: each piece of data is
-a script that passes an object to the page, `clipsae.data("latents/3", {...})`, and is loaded when
-it is first needed. Columns over all latents are base64 of little-endian arrays.
+a script that passes an object to the page, `clipsae.data("0/latents/3", {...})`, and is loaded when
+it is first needed. Columns over all latents are base64 of little-endian arrays; what the pages of
+latents show is compressed. What all SAEs share is in `data/meta.js`, what is of the first alone in
+`data/0/`.
 
-M latents, K reference images, P patches, C classes, W words.
+M latents, K reference images, R sampled images, P patches, C classes.
 """
 
 import base64
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.evaluation.passes import evenly_spaced
+from clipsae.naming.names import Names
 from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.visualization.collector import NAMED
-from clipsae.visualization.page.dictionary import Words, best_words, layout, nearest
+from clipsae.visualization.page.dictionary import by_chance, layout, nearest
 from clipsae.visualization.page.images import Effects, ImageActivations, collect_activations
+from clipsae.visualization.page.meaning import compressed
 from clipsae.visualization.references import BIN_EDGES, References
 
 CHUNK = 64  # latents of a script
 MAP_LEVELS = 64  # of a patch in a heat map: one character
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+_LETTERS = np.frombuffer(ALPHABET.encode(), np.uint8)
 THUMBNAIL = 112  # pixels of a side
-VIEWS = ("list", "latent", "concepts", "steer", "images", "map")
+VIEWS = ("kept", "meaning", "list", "latent", "concepts", "steer", "images", "compare", "map")
 ASSETS = ("page.css", "app.js", *(f"{name}.js" for name in VIEWS))
-_WORDS = 6  # of a latent
 _CLASSES = 5  # that a latent helps, hurts or is kept for
 _NEGLIGIBLE = 0.01  # a change of a logit
 _TEMPLATE = Path(__file__).parent / "template"
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What the page shows of one SAE.
+
+    Attributes:
+        about: facts by name, for the page's "About".
+        references: of the same images for all SAEs of a page.
+        rows: decoder rows, float32 [M, d], on the CPU.
+        neighbours: of `dictionary.nearest`.
+        effects, images: of `collect_activations`.
+        ranking: class -> its latents in the order in which top-n evaluation keeps them, the classes
+            that were evaluated alone; None: there was no evaluation.
+        names: what its latents are called; None: nobody has named them.
+    """
+
+    about: Mapping[str, Any]
+    references: References
+    rows: Tensor
+    neighbours: tuple[Tensor, Tensor]
+    effects: Effects | None
+    images: list[ImageActivations]
+    ranking: Mapping[int, Sequence[int]] | None = None
+    names: Names | None = None
+
+
 @torch.no_grad()
-def make_page(
+def examine(
     folder: Path,
     clip: FrozenCLIP,
     sae: SAE,
     dataset: Any,
     references: References,
     *,
-    title: str,
     about: Mapping[str, Any],
     classifier: Tensor | None = None,
-    words: tuple[list[str], Tensor | None] = ([], None),
     ranking: Mapping[int, Sequence[int]] | None = None,
-    names: Sequence[str] | None = None,
+    names: Names | None = None,
     pages: int = 200,
     effect_images: int = 4,
     neighbours: int = 8,
     thumbnails: bool = True,
     batch_size: int = 32,
     num_workers: int = 0,
-) -> None:
-    """Compute the page of a dictionary and write it into a folder, which exists.
+) -> Examined:
+    """Compute what the page shows of an SAE, and write the pictures into a folder, which exists.
 
     Args:
         sae: on the device of `clip`.
         dataset: that the references come from.
-        about: facts by name, for the page's "About".
+        about, ranking, names: see `Examined`.
         classifier: text embeddings [C, e]; None: nothing is predicted.
-        words: W words that latents are compared with, and their embeddings [W, e].
-        ranking: class -> its latents in the order in which top-n evaluation keeps them, the classes
-            that were evaluated alone; None: there was no evaluation.
-        names: the images' files; None: images have no names but their index.
         pages: images with a page of their own, evenly spaced over the classes.
         effect_images: see `collect_activations`.
         neighbours: nearest latents that are listed.
         thumbnails: False: no pictures of the dataset.
     """
-    rows, alive = sae.decoder_rows().float(), references.alive.to(clip.device)
+    rows, alive = sae.decoder_rows().detach().float(), references.alive.to(clip.device)
     with_page = evenly_spaced(dataset.labels, pages) if pages else []
     large = set(with_page)
 
@@ -101,23 +128,16 @@ def make_page(
         )
     with Bar("nearest latents") as progress:
         near = nearest(rows, alive, neighbours, progress=progress)
-    shown = sorted({*with_page, *references.index[references.index >= 0].tolist()})
-    with Bar("writing the page") as progress:
-        write_page(
-            folder,
-            title=title,
-            about=about,
-            references=references,
-            neighbours=tuple(x.cpu() for x in near),
-            places=layout(rows, alive).cpu(),
-            words=best_words(clip, rows, *words, n=_WORDS),
-            effects=effects,
-            ranking=ranking,
-            images=images,
-            thumbnails=thumbnails,
-            names=None if names is None else {index: names[index] for index in shown},
-            progress=progress,
-        )
+    return Examined(
+        about=about,
+        references=references,
+        rows=rows.cpu(),
+        neighbours=(near[0].cpu(), near[1].cpu()),
+        effects=effects,
+        images=images,
+        ranking=ranking,
+        names=names,
+    )
 
 
 def write_pictures(folder: Path, index: int, pixels: Tensor, *, own_page: bool) -> None:
@@ -138,75 +158,75 @@ def write_pictures(folder: Path, index: int, pixels: Tensor, *, own_page: bool) 
 
 def write_page(
     folder: Path,
+    models: Mapping[str, Examined],
     *,
     title: str,
-    about: Mapping[str, Any],
-    references: References,
-    neighbours: tuple[Tensor, ...],
-    places: Tensor,
-    words: Words,
-    effects: Effects | None,
-    ranking: Mapping[int, Sequence[int]] | None,
-    images: list[ImageActivations],
     thumbnails: bool,
-    names: Mapping[int, str] | None = None,
+    names: Sequence[str] | Mapping[int, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write everything but the pictures.
 
     Args:
-        neighbours: of `dictionary.nearest`.
-        places: of `dictionary.layout`, [M, 2].
-        effects, images: of `collect_activations`.
+        models: by name, the SAE that is shown first at the first place.
         thumbnails: whether pictures lie in the folder.
-        names: of the images that are shown, by index; None: they have none but their index.
+        names: of the images, by index; None: they have none but their index.
         progress: called with (scripts written, scripts in all).
     """
-    source = references.source
+    first = next(iter(models.values()))
+    source, base = first.references.source, first.references.base
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE), autoescape=True, keep_trailing_newline=True
     )
     page = environment.get_template("index.html.j2").render(
-        title=title, assets=ASSETS, concepts=bool(source.concepts)
+        title=title, assets=ASSETS, concepts=bool(source.concepts), saes=list(models)
     )
     (folder / "index.html").write_text(page)
     for name in ASSETS:
         (folder / name).write_bytes((_TEMPLATE / name).read_bytes())
+    shown = {look.index for look in first.images}
+    for one in models.values():
+        for index in (one.references.index, one.references.sample_index):
+            shown |= set(index[index >= 0].tolist())
     meta = {
         "title": title,
-        "about": about,
-        "latents": references.latents,
+        "saes": [{"name": name, "about": one.about} for name, one in models.items()],
         "chunk": CHUNK,
         "grid": source.grid,
         "images": source.images,
         "classnames": source.classnames,
         "concepts": source.concepts,
-        "base": [] if references.base is None else _significant(references.base.tolist()),
+        "base": [] if base is None else _significant(base.tolist()),
         "named": NAMED,
-        "words": words.names,
         "edges": _significant(BIN_EDGES.tolist()),
         "alphabet": ALPHABET,
         "thumbnails": thumbnails,
-        "names": names or {},
+        "names": {} if names is None else {index: names[index] for index in sorted(shown)},
         "looks": [
             {"index": i.index, "label": i.label, "said": i.clip[0][0] if i.clip else None}
-            for i in images
+            for i in first.images
         ],
-        "leading": _leading(references),
-        "columns": _columns(references, places, words, effects),
     }
     _script(folder, "meta", meta)
-    roles = _roles(references.latents, effects, ranking)
-    starts = range(0, references.latents, CHUNK)
-    for done, start in enumerate(starts):
-        chunk: list[dict[str, Any] | None] = []
-        for m in range(start, min(start + CHUNK, references.latents)):
-            alive = bool(references.alive[m])
-            chunk.append(_latent(m, references, neighbours, words) | roles[m] if alive else None)
-        _script(folder, f"latents/{start // CHUNK}", chunk)
-        progress(done + 1, len(starts))
-    for image in images:
-        _script(folder, f"looks/{image.index}", _image(image))
+    done, total = 0, sum(-(-one.references.latents // CHUNK) for one in models.values())
+    for at, one in enumerate(models.values()):
+        references = one.references
+        _script(folder, f"{at}/dictionary", _dictionary(one))
+        if one.names is not None:
+            _script(folder, f"{at}/meaning", _meaning(one.names))
+        roles = _roles(references.latents, one.effects, one.ranking)
+        for start in range(0, references.latents, CHUNK):
+            chunk: list[dict[str, Any] | None] = []
+            for m in range(start, min(start + CHUNK, references.latents)):
+                alive = bool(references.alive[m])
+                chunk.append(_latent(m, one) | roles[m] if alive else None)
+            _script(folder, f"{at}/latents/{start // CHUNK}", _compressed(chunk))
+            done += 1
+            progress(done, total)
+        for image in one.images:
+            _script(folder, f"{at}/looks/{image.index}", image_content(image))
+    for (at, one), (to, other) in permutations(enumerate(models.values()), 2):
+        _script(folder, f"{at}/match{to}", _match(one, other))
 
 
 def _script(folder: Path, name: str, content: Any) -> None:
@@ -214,6 +234,12 @@ def _script(folder: Path, name: str, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     path.write_text(f'clipsae.data("{name}",{text});\n')
+
+
+def _compressed(content: Any) -> str:
+    """Base64 of zlib's compression of JSON: of maps, most of which is 0, a quarter stays."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _leading(references: References) -> list[list[list[float]]]:
@@ -224,13 +250,14 @@ def _leading(references: References) -> list[list[list[float]]]:
     return [_pairs(latents[latents >= 0], share[latents >= 0]) for latents, share in concepts]
 
 
-def _columns(
-    references: References, places: Tensor, words: Words, effects: Effects | None
-) -> dict[str, list[str]]:
-    """Name -> type ("f" or "i") and base64 of the array."""
+def _dictionary(one: Examined) -> dict[str, Any]:
+    """What all views of an SAE need of its latents."""
+    references, names = one.references, one.names
     nothing = torch.full_like(references.top_label, -1)
     nan = torch.full_like(references.frequency, torch.nan)
-    helps, gain = _most_helped(references.latents, effects)
+    helps, gain = _most_helped(references.latents, one.effects)
+    places = layout(one.rows, references.alive)
+    texts = [] if names is None else sorted({text for text in names.text if text})
     columns = {
         "frequency": references.frequency,
         "tokens": references.token_frequency,
@@ -243,19 +270,62 @@ def _columns(
         "certainty": references.concept_score,
         "covered": references.concept_covered,
         "image": references.index[:, 0],
-        "word": words.best[:, 0] if words.best.shape[1] else nothing,
         "helps": helps,
         "gain": gain,
         "x": places[:, 0],
         "y": places[:, 1],
+        "name": nothing,
     }
-    packed = {}
-    for name, column in columns.items():
-        values = nan if column is None else column
-        kind, array = ("f", values.float()) if values.is_floating_point() else ("i", values.int())
-        raw = array.cpu().contiguous().numpy().astype(f"<{kind}4").tobytes()
-        packed[name] = [kind, base64.b64encode(raw).decode()]
-    return packed
+    if names is not None:
+        place = {text: i for i, text in enumerate(texts)}
+        columns["name"] = torch.tensor([place.get(text, -1) for text in names.text])
+        columns |= {key: getattr(names, key) for key in ("score", "low", "high", "control")}
+    return {
+        "latents": references.latents,
+        "leading": _leading(references),
+        "names": texts,
+        "naming": None
+        if names is None
+        else {
+            **{key: getattr(names, key) for key in ("source", "judge")},
+            "threshold": names.threshold,
+            "words": names.vocabulary.words,
+        },
+        "columns": {key: _packed(nan if x is None else x) for key, x in columns.items()},
+    }
+
+
+def _packed(values: Tensor) -> list[str]:
+    """The type ("f", "i" or "b", of 4, 4 and 1 bytes) and base64 of an array."""
+    if values.dtype == torch.int8:
+        kind, array = "b", values
+    elif values.is_floating_point():
+        kind, array = "f", values.float()
+    else:
+        kind, array = "i", values.int()
+    raw = array.cpu().contiguous().numpy()
+    return [kind, base64.b64encode(raw.astype(raw.dtype.newbyteorder("<")).tobytes()).decode()]
+
+
+def _meaning(names: Names) -> dict[str, Any]:
+    """The words of the vocabulary and the latents as vectors whose products are cosines."""
+    words, latents = compressed(names)
+    parts = {"words": words.values, "wordScales": words.scales}
+    parts |= {"latents": latents.values, "latentScales": latents.scales}
+    return {"size": words.values.shape[1]} | {key: _packed(x) for key, x in parts.items()}
+
+
+def _match(one: Examined, other: Examined) -> dict[str, Any]:
+    """Each latent's counterpart in another SAE: the latent whose decoder row is nearest."""
+    alive = other.references.alive
+    found, cosine = nearest(one.rows, alive, 1, among=other.rows)
+    if not found.shape[1]:
+        found, cosine = found.new_full((len(found), 1), -1), cosine.new_zeros(len(found), 1)
+    return {
+        "latent": _packed(found[:, 0]),
+        "cosine": _packed(cosine[:, 0]),
+        "chance": round(by_chance(other.rows[alive]), 3),
+    }
 
 
 def _most_helped(latents: int, effects: Effects | None) -> tuple[Tensor, Tensor]:
@@ -269,21 +339,35 @@ def _most_helped(latents: int, effects: Effects | None) -> tuple[Tensor, Tensor]
     return helps, gain
 
 
-def _latent(
-    m: int, references: References, neighbours: tuple[Tensor, ...], words: Words
-) -> dict[str, Any]:
+def _latent(m: int, one: Examined) -> dict[str, Any]:
     """What the page of a latent shows."""
-    n = int((references.index[m] >= 0).sum())
-    return {
-        "images": references.index[m, :n].tolist(),
-        "labels": references.label[m, :n].tolist(),
-        "values": _significant(references.values[m, :n].tolist()),
-        "scales": _significant(references.scale[m, :n].tolist()),
-        "class": _significant(references.class_token[m, :n].tolist()),
-        "maps": [heat_text(heat) for heat in references.maps[m, :n]],
+    references, names = one.references, one.names
+    said = {
+        **_examples(m, references, ""),
+        "range": _examples(m, references, "sample_"),
         "histogram": references.histogram[m].tolist(),
-        "near": _pairs(neighbours[0][m], neighbours[1][m]),
-        "words": _pairs(words.best[m], words.scores[m]),
+        "near": _pairs(one.neighbours[0][m], one.neighbours[1][m]),
+    }
+    if names is not None:
+        kept = names.best[m] >= 0
+        said["words"] = _pairs(names.best[m, kept], names.best_scores[m, kept])
+    return said
+
+
+def _examples(m: int, references: References, kind: str) -> dict[str, Any]:
+    """Example images of a latent, of the kind "" or "sample_"."""
+    index, label, values, scale, class_token, maps = (
+        getattr(references, kind + name)[m]
+        for name in ("index", "label", "values", "scale", "class_token", "maps")
+    )
+    n = int((index >= 0).sum())
+    return {
+        "images": index[:n].tolist(),
+        "labels": label[:n].tolist(),
+        "values": _significant(values[:n].tolist()),
+        "scales": _significant(scale[:n].tolist()),
+        "class": _significant(class_token[:n].tolist()),
+        "maps": [heat_text(heat) for heat in maps[:n]],
     }
 
 
@@ -318,11 +402,12 @@ def heat_text(heat: Tensor) -> str:
 
     Only what is 0 has level 0: what is active stays visible.
     """
-    levels = (heat.long() * (MAP_LEVELS - 1) + 254) // 255
-    return "".join(ALPHABET[level] for level in levels.tolist())
+    levels = (heat.int() * (MAP_LEVELS - 1) + 254) // 255
+    return _LETTERS[levels.numpy()].tobytes().decode()
 
 
-def _image(image: ImageActivations) -> dict[str, Any]:
+def image_content(image: ImageActivations) -> dict[str, Any]:
+    """What the page of an image shows of one SAE, as JSON values."""
     content = asdict(image)
     content["tokens"] = [[latents, _significant(codes)] for latents, codes in image.tokens]
     content["means"] = _significant(image.means)

@@ -5,8 +5,10 @@
   const state = { search: "", wrong: false };
   const why = { measure: "margin", rival: null }; // how a prediction's reasons are measured; null: the runner-up
   const REASONS = 16;
+  const own = {}; // a picture of one's own, as the server saw it
 
-  clipsae.views.images = () => {
+  clipsae.views.images = (_, link) => {
+    if (link.has("q") || link.has("wrong")) { state.search = link.get("q") || ""; state.wrong = link.has("wrong"); }
     const meta = clipsae.meta;
     const search = el("input", { type: "search", placeholder: Object.keys(meta.names).length ? "Search: class, file" : "Search: class, number", "aria-label": "Search", value: state.search });
     const wrong = el("input", { type: "checkbox", checked: state.wrong });
@@ -22,16 +24,24 @@
         return words.every((word) => text.includes(word)) && !(state.wrong && right(look));
       });
       count.textContent = `${found.length} of ${meta.looks.length}`;
-      grid.replaceChildren(...found.map((look) => el("a", { class: "picture", href: `#/image/${look.index}` },
+      if (current && current.element === element) remember("images", { q: state.search, wrong: state.wrong });
+      grid.replaceChildren(...found.map((look) => el("a", { class: "picture", href: to(`image/${look.index}`) },
         el("div", { class: "framed" }, thumbnail(look.index)),
         el("div", { class: "caption" }, meta.classnames[look.label]), file(look.index),
         right(look) ? null : el("div", { class: "caption bad" }, `CLIP: ${meta.classnames[look.said]}`))));
     }
     search.addEventListener("input", renew);
     wrong.addEventListener("change", renew);
+    const drop = clipsae.explains() ? clipsae.dropzone((look, address, name) => {
+      Object.assign(own, { look, address, name, sae: clipsae.here.name });
+      go(to("image/own"));
+    }) : null;
+    const element = el("div", {}, el("div", { class: "tools" }, search, meta.looks.some((look) => look.said !== null) ? el("label", {}, wrong, "named wrongly by CLIP") : null, count),
+      el("div", { class: "page" }, drop, grid));
     renew();
     return {
-      element: el("div", {}, el("div", { class: "tools" }, search, meta.looks.some((look) => look.said !== null) ? el("label", {}, wrong, "named wrongly by CLIP") : null, count), el("div", { class: "page" }, grid)),
+      element,
+      enter: renew,
       keys(event) { if (event.key !== "/") return false; search.select(); return true; },
     };
   };
@@ -43,33 +53,51 @@
       bars(list.map(([k, p]) => [el("span", { class: k === label ? "good" : "" }, meta.classnames[k]), p, percent(p)]), 1));
   }
 
-  clipsae.views.image = async ([text]) => {
-    const meta = clipsae.meta;
-    const at = meta.looks.findIndex((look) => String(look.index) === text);
-    if (at < 0) throw new Error(`Image ${text} has no page.`);
-    const of = await clipsae.load(`looks/${text}`);
-    const [rows, cols] = meta.grid;
-    const patches = rows * cols;
-    const first = of.tokens.length - patches;
-    // Where each latent fires: latent -> codes of the patches.
-    const where = new Map();
+  // Where each latent is active on an image: latent -> codes of the patches.
+  clipsae.where = (of) => {
+    const [rows, cols] = clipsae.meta.grid;
+    const first = of.tokens.length - rows * cols;
+    const found = new Map();
     of.tokens.forEach(([latents, codes], token) => {
       if (token < first) return; // no patch
       latents.forEach((m, k) => {
-        if (!where.has(m)) where.set(m, new Float32Array(patches));
-        where.get(m)[token - first] = codes[k];
+        if (!found.has(m)) found.set(m, new Float32Array(rows * cols));
+        found.get(m)[token - first] = codes[k];
       });
     });
+    return found;
+  };
+
+  clipsae.views.image = async ([text], link) => {
+    const meta = clipsae.meta;
+    const mine = text === "own";
+    const at = meta.looks.findIndex((look) => String(look.index) === text);
+    if (mine ? own.sae !== clipsae.here.name : at < 0) throw new Error(mine ? "No picture has been given to this SAE: drop one under Images." : `Image ${text} has no page.`);
+    const of = mine ? own.look : await clipsae.load(`${clipsae.here.at}/looks/${text}`);
+    const name = mine ? own.name : nameOf(of.index);
+    const label = mine ? "Your picture" : meta.classnames[of.label];
+    why.measure = link.get("by") || why.measure;
+    why.rival = link.get("over") === null ? why.rival : Number(link.get("over"));
+    const [rows, cols] = meta.grid;
+    const patches = rows * cols;
+    const first = of.tokens.length - patches;
+    const where = clipsae.where(of);
     const levels = (m) => {
       const codes = where.get(m);
       if (!codes) return null;
       const most = Math.max(...codes);
       return Array.from(codes, (code) => code / most);
     };
-    const steer = clipsae.live() ? clipsae.steering(of.index, of.clip, () => mark()) : null;
+    const steer = clipsae.live() && !mine ? clipsae.steering(of.index, of.clip, link.get("set"), () => { mark(); linked(); }) : null;
+    // What is chosen: the latent or patch that is pinned, the measure, and the latents that are set.
+    function linked() {
+      if (!current || current.element !== element) return;
+      remember(`image/${text}`, { latent: pinned?.latent, patch: pinned?.patch, show: order === start ? "" : order,
+        ...(reasons ? { by: why.measure === "margin" ? "" : why.measure, over: why.measure === "margin" && why.rival !== null ? why.rival : "" } : {}), set: steer?.asLink() });
+    }
     const mark = () => list.querySelectorAll("button.off").forEach((b) => b.setAttribute("aria-pressed", String(steer.off(Number(b.dataset.of)))));
     const canvas = el("canvas");
-    const image = meta.thumbnails ? el("img", { src: `images/${of.index}.jpg`, alt: `${nameOf(of.index)}: ${meta.classnames[of.label]}` }) : null;
+    const image = meta.thumbnails || mine ? el("img", { src: mine ? own.address : `images/${of.index}.jpg`, alt: `${name}: ${label}` }) : null;
     const frame = el("div", { class: "framed", tabindex: 0, role: "img", "aria-label": "Patches: hover or use the arrow keys" }, image, canvas);
     const said = el("p", { class: "soft", role: "status" });
     const list = el("tbody");
@@ -105,13 +133,14 @@
     const rests = () => reasons.latents.map((m, i) => [m, reasons.means[i], i])
       .sort((a, b) => Math.abs(effect(b[2])) - Math.abs(effect(a[2])) || a[0] - b[0]).slice(0, REASONS);
     const strongest = of.latents.map((m, k) => [m, of.means[k], place.get(m) ?? null]);
-    let order = reasons ? "why" : "strongest";
+    const start = reasons ? "why" : "strongest";
+    let order = link.get("show") === "strongest" ? "strongest" : start;
     const ofImage = () => (order === "why" ? rests() : strongest);
     const column = el("th", {});
     const measures = [["margin", "margin over"], ["logit", "logit"], ["probability", "probability"]];
-    const over = reasons ? el("select", { "aria-label": "Compared with", onchange: () => { why.rival = Number(over.value); tell(pinned); } },
+    const over = reasons ? el("select", { "aria-label": "Compared with", onchange: () => { why.rival = Number(over.value); tell(pinned); linked(); } },
       ...reasons.classes.slice(1).map((k, i) => el("option", { value: k, selected: i + 1 === rival() }, meta.classnames[k]))) : null;
-    const by = reasons ? el("select", { "aria-label": "Measured by", onchange: () => { why.measure = by.value; tell(pinned); } },
+    const by = reasons ? el("select", { "aria-label": "Measured by", onchange: () => { why.measure = by.value; tell(pinned); linked(); } },
       ...measures.slice(reasons.classes.length < 2 ? 1 : 0).map(([name, text]) => el("option", { value: name, selected: name === measure() }, text))) : null;
     const measured = reasons ? el("div", { class: "row measure" }, el("span", { class: "soft" }, "measured by"), by, over) : null;
     function explain() {
@@ -121,7 +150,7 @@
       return `By how many percentage points the probability of "${predicted}" (${percent(Math.exp(reasons.logits[0] - reasons.normaliser))}) is higher with each latent than without it.`;
     }
     const orders = [["why", "Why this class"], ["strongest", "Strongest"]].filter(([name]) => name !== "why" || reasons).map(([name, text]) => el("button", {
-      type: "button", "data-order": name, onclick: () => { order = name; pinned = null; tell(null); light(null); },
+      type: "button", "data-order": name, onclick: () => { order = name; pinned = null; tell(null); light(null); linked(); },
     }, text));
     function tell(what) {
       const patch = what && what.patch != null ? what.patch : null;
@@ -142,8 +171,8 @@
         onmouseleave: () => light(pinned),
         onclick: (event) => { if (event.target.tagName !== "A") pin({ latent: m }); },
       },
-      el("td", {}, thumbnail(clipsae.columns.image[m])),
-      el("td", {}, el("a", { href: `#/latent/${m}` }, String(m))),
+      el("td", {}, thumbnail(clipsae.here.columns.image[m])),
+      el("td", {}, el("a", { href: to(`latent/${m}`) }, String(m))),
       el("td", {}, meaning(m)),
       el("td", { class: "number code" }, digits(value)),
       el("td", { class: `number ${off === null ? "" : effect(off) > 0 ? "good" : "bad"}` }, off === null ? "" : signed(effect(off))),
@@ -156,6 +185,7 @@
       pinned = same ? null : what;
       if (!what || what.latent == null || same) tell(pinned);
       light(pinned);
+      linked();
     }
     const patchAt = (event) => {
       const box = frame.getBoundingClientRect();
@@ -174,31 +204,34 @@
     });
     frame.addEventListener("pointerleave", () => { last = null; if (!pinned) { tell(null); light(null); } });
     frame.addEventListener("click", (event) => pin({ patch: patchAt(event) }));
-    const go = (by) => { const next = meta.looks[at + by]; if (next) location.hash = `#/image/${next.index}`; };
+    const next = (by) => { const other = meta.looks[at + by]; if (other && !mine) go(to(`image/${other.index}`)); };
     const heat = heatButtons(() => [frame]);
-    const head = el("div", { class: "row" }, el("h1", {}, meta.classnames[of.label]), el("span", { class: "soft file-name" }, nameOf(of.index)),
-      steps("image", go));
+    const head = el("div", { class: "row" }, el("h1", {}, label), el("span", { class: "soft file-name" }, name),
+      meta.saes.length > 1 && !mine ? el("a", { href: to(`compare/${of.index}`) }, "both SAEs") : null, mine ? null : steps("image", next));
     const table = el("table", { class: "table" },
       el("thead", {}, el("tr", {}, el("th", {}), el("th", {}, "Latent"), el("th", {}, "Meaning"), el("th", { class: "code" }, "Code"),
         ...(reasons ? [column, el("th", {}, "Without it")] : []))), list);
-    tell(null);
-    light(null);
+    if (link.has("latent")) pinned = { latent: Number(link.get("latent")) };
+    else if (link.has("patch")) pinned = { patch: Math.max(0, Math.min(patches - 1, Number(link.get("patch")) || 0)) };
+    tell(pinned);
+    light(pinned);
     const element = el("div", { class: "page" }, head,
       el("div", { class: "look", style: "margin-top:12px" },
         el("div", { class: "left" }, frame, el("p", { style: "margin:8px 0" }), heat,
-          predictions("CLIP says", of.clip, of.label), steer ? steer.element : null, predictions("CLIP on the SAE's reconstruction says", of.sae, of.label, "later")),
+          predictions("CLIP says", of.clip, mine ? null : of.label), steer ? steer.element : null, predictions("CLIP on the SAE's reconstruction says", of.sae, mine ? null : of.label, "later")),
         el("div", {}, el("div", { class: "row", role: "group", "aria-label": "Which latents" }, ...orders), measured, said, table)));
     return {
       element,
       theme: () => light(pinned),
+      enter() { if (steer) steer.start(); },
       keys(event) {
         if (event.target === frame && event.key.startsWith("Arrow")) {
           const from = pinned && pinned.patch != null ? pinned.patch : 0;
           const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -cols, ArrowDown: cols }[event.key];
-          const to = pinned && pinned.patch != null ? from + by : 0;
-          if (to >= 0 && to < patches) { pinned = { patch: to }; tell(pinned); light(pinned); }
-        } else if (event.key === "ArrowLeft") go(-1);
-        else if (event.key === "ArrowRight") go(1);
+          const target = pinned && pinned.patch != null ? from + by : 0;
+          if (target >= 0 && target < patches) { pinned = { patch: target }; tell(pinned); light(pinned); }
+        } else if (event.key === "ArrowLeft") next(-1);
+        else if (event.key === "ArrowRight") next(1);
         else if (event.key === "h") heat.next();
         else return false;
         return true;

@@ -1,4 +1,4 @@
-// The page of one latent.
+// The page of one latent, and of two beside each other.
 "use strict";
 
 (() => {
@@ -49,35 +49,75 @@
     return el("section", {}, el("h2", {}, title, note ? el("small", {}, note) : null), content);
   }
 
-  clipsae.views.latent = async ([text]) => {
+  const state = { shown: "" }; // "range": examples across the range, not the strongest
+
+  // A latent that exists, by its text in a link.
+  function number(text, of) {
     const m = Number(text);
-    const meta = clipsae.meta;
-    if (!Number.isInteger(m) || m < 0 || m >= meta.latents || text === "") {
-      throw new Error(`There is no latent ${text}: expected 0 to ${meta.latents - 1}.`);
+    if (!Number.isInteger(m) || m < 0 || m >= of.latents || text === "" || text === undefined) {
+      throw new Error(`There is no latent ${text}: expected 0 to ${of.latents - 1}.`);
     }
-    const c = clipsae.columns;
-    const chunk = await clipsae.load(`latents/${Math.floor(m / meta.chunk)}`);
-    const of = chunk[m % meta.chunk];
-    const go = (by) => { const next = clipsae.beside(m, by); if (next !== null) location.hash = `#/latent/${next}`; };
+    return m;
+  }
+
+  function factsOf(m, of) {
+    const c = of.columns;
+    return el("dl", { class: "facts" }, ...[
+      ...(of.naming ? [["Name", trusted(m, of) ? calledOf(m, of) : "no name"]] : []),
+      ...(clipsae.meta.concepts.length ? [["Concept", conceptOf(m, of) || "none stands out"]] : []),
+      ["Active on images", percent(c.frequency[m])], ["on tokens", percent(c.tokens[m])], ["Strength", digits(c.strength[m])],
+      ["Label", labelOf(m, of)], ["Label entropy", digits(c.entropy[m], 2)], ["MonoSemanticity", digits(c.monosemanticity[m], 2)],
+    ].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+  }
+
+  // How far its name is to be trusted.
+  function told(m, of) {
+    const c = of.columns;
+    if (!of.naming || !Number.isFinite(c.score[m])) return null;
+    return el("p", { class: "soft name-score", style: "margin:8px 0 0" },
+      `Of all words “${calledOf(m, of)}” fits best. It tells images that this latent is active on from others with ${digits(c.score[m], 2)} (95 %: ${digits(c.low[m], 2)} to ${digits(c.high[m], 2)}; 0.5 is chance), names of other latents in its place with ${digits(c.control[m], 2)}. `
+      + (trusted(m, of) ? "The name can be trusted." : `No name, as the low end is not above ${digits(of.naming.threshold, 2)}, which 95 % of other latents' names stay below.`));
+  }
+
+  // Its examples: the strongest, or some of all.
+  function pictures(data, frames, onchange = () => {}) {
+    const kinds = [["", "Strongest", data], ["range", "Across its range", data.range]].filter(([, , of]) => of.images.length);
+    const place = el("div", {});
+    const buttons = kinds.map(([kind, said]) => el("button", { type: "button", "data-kind": kind, onclick: () => { state.shown = kind; renew(); onchange(); } }, said));
+    function renew() {
+      const [kind, , of] = kinds.find(([name]) => name === state.shown) || kinds[0];
+      frames.length = 0;
+      buttons.forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.kind === kind)));
+      place.replaceChildren(examples(of, frames));
+    }
+    if (kinds.length) renew();
+    return [el("div", { class: "row", role: "group", "aria-label": "Which examples" }, ...buttons), place];
+  }
+
+  clipsae.views.latent = async ([text], link) => {
+    const of = clipsae.here;
+    const m = number(text, of);
+    const meta = clipsae.meta;
+    state.shown = link.get("examples") || state.shown;
+    const c = of.columns;
+    const data = await clipsae.latent(m, of);
+    const next = (by) => { const other = clipsae.beside(m, by); if (other !== null) go(to(`latent/${other}`)); };
     const head = el("div", { class: "row" },
       el("h1", {}, `Latent ${m}`),
       el("span", { class: "soft" }, meaning(m)),
-      steps("latent", go));
+      steps("latent", next));
+    const kept = clipsae.kept.tools(m, data);
     const keys = (event) => {
-      if (event.key === "ArrowLeft" || event.key === "k") go(-1);
-      else if (event.key === "ArrowRight" || event.key === "j") go(1);
+      if (event.key === "ArrowLeft" || event.key === "k") next(-1);
+      else if (event.key === "ArrowRight" || event.key === "j") next(1);
+      else if (event.key === "n") kept.mark();
       else if (event.key === "h" && heat) heat.next();
       else return false;
       return true;
     };
     let heat = null;
-    if (!of) return { element: el("div", { class: "page" }, head, el("p", {}, "Dead: no token of these images makes it active.")), keys };
+    if (!data) return { element: el("div", { class: "page" }, head, el("p", {}, "Dead: no token of these images makes it active.")), keys };
 
-    const facts = el("dl", { class: "facts" }, ...[
-      ["Active on images", percent(c.frequency[m])], ["on tokens", percent(c.tokens[m])], ["Strength", digits(c.strength[m])],
-      ...(meta.concepts.length ? [["Concept", conceptOf(m) || "none stands out"]] : []),
-      ["Label", labelOf(m)], ["Label entropy", digits(c.entropy[m], 2)], ["MonoSemanticity", digits(c.monosemanticity[m], 2)],
-    ].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
     const k = c.concept[m];
     const [attribute, value] = conceptOf(m).split("=");
     const rows = ["position", "count"].includes(attribute) ? "images" : "patches";
@@ -86,44 +126,85 @@
       + `${percent(c.covered[m])} of all its activation lies on ${rows} with a ${attribute}.`);
     const leads = leadsOf(m).map(([k, rank, precision]) => el("div", {},
       el("dt", {}, meta.concepts[k]), el("dd", {}, against(k, precision), el("span", { class: "soft" }, rank ? `, number ${rank + 1}` : ", the first"))));
-    const pages = new Set(meta.looks.map((look) => look.index));
     const frames = [];
-    const pictures = el("div", { class: "pictures" }, ...of.images.map((index, k) => {
-      const label = meta.classnames[of.labels[k]];
-      const frame = framed(index, unpack(of.maps[k]), `${nameOf(index)}: ${label}`);
-      frames.push(frame);
-      const spots = of.scales[k] > 0 ? "" : ", class token only";
-      const said = [el("div", { class: "caption", title: label }, label), file(index),
-        el("div", { class: "caption soft" }, `${digits(of.values[k])}${spots}`)];
-      return pages.has(index) ? el("a", { class: "picture", href: `#/image/${index}` }, frame, ...said) : el("div", { class: "picture" }, frame, ...said);
-    }));
+    const [which, shown] = pictures(data, frames, () => remember(`latent/${m}`, { examples: state.shown }));
     heat = heatButtons(() => frames);
-    const effects = (of.helps || []).concat(of.hurts || []);
+    const effects = (data.helps || []).concat(data.hurts || []);
     const largest = Math.max(...effects.map(([, v]) => Math.abs(v)), 1e-9);
     const images = (n) => `${n} image${n === 1 ? "" : "s"}`;
     const classes = (list, kind) => (list.length
       ? bars(list.map(([k, v, n]) => [el("span", { class: "counted", title: meta.classnames[k] }, el("span", {}, meta.classnames[k]), el("span", { class: "soft" }, images(n))), v, signed(v)]), largest, kind)
       : el("p", { class: "soft" }, "none"));
-    const kept = (list) => (list.length
+    const top = (list) => (list.length
       ? el("ul", { class: "bars" }, ...list.map(([k, n]) => el("li", {}, el("span", { class: "name", title: meta.classnames[k] }, meta.classnames[k]), el("span"), el("span", { class: "number" }, `n ≥ ${n}`))))
       : el("p", { class: "soft" }, "no class"));
-    const near = el("div", { class: "near" }, ...of.near.map(([k, cosine]) => el("a", { href: `#/latent/${k}` },
-      el("div", { class: "framed" }, thumbnail(c.image[k])),
+    const card = (k, cosine, link, whose) => el("a", { href: link },
+      el("div", { class: "framed" }, thumbnail(whose.columns.image[k])),
       el("div", {}, `${k} `, el("span", { class: "soft" }, cosine.toFixed(2))),
-      el("div", { class: "caption soft", title: meaning(k) }, meaning(k)))));
-    const recipe = `${of.images.length} of ${meta.images.toLocaleString("en")} images`;
-    const element = el("div", { class: "page" }, head, facts, explained,
+      el("div", { class: "caption soft", title: meaning(k, whose) }, meaning(k, whose)));
+    const near = el("div", { class: "near" }, ...data.near.map(([k, cosine]) => card(k, cosine, to(`latent/${k}`), of)));
+    const other = el("input", { type: "number", min: 0, max: of.latents - 1, placeholder: "latent", "aria-label": "Latent to show beside this one", style: "width:104px", value: data.near.length ? data.near[0][0] : "" });
+    const beside = el("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (other.value !== "") go(to(`beside/${m}/${Number(other.value)}`)); } },
+      el("span", { class: "soft" }, "beside latent"), other, el("button", { type: "submit" }, "compare"));
+    const counterparts = [];
+    for (const sae of meta.saes) {
+      if (sae.name === of.name) continue;
+      const whose = await clipsae.dictionary(sae.name);
+      const { latent, cosine, chance } = await clipsae.match(of, whose);
+      if (latent[m] >= 0) {
+        counterparts.push(section(`In ${sae.name}`, cosine[m] > chance ? "the latent with the nearest decoder row" : `no counterpart: the nearest is no nearer than random directions (${digits(chance, 2)})`,
+          el("div", { class: "near" }, card(latent[m], cosine[m], to(`beside/${m}/${latent[m]}`, { other: sae.name }), whose))));
+      }
+    }
+    const recipe = `of ${meta.images.toLocaleString("en")} images`;
+    const element = el("div", { class: "page" }, head, kept.element, factsOf(m, of), told(m, of), explained,
       leads.length ? section("Leads", "the concepts that few say more about; the share of its activation, and of chance", el("dl", { class: "facts" }, ...leads)) : null,
-      section("Reference images", recipe, el("div", {}, heat, el("p", { style: "margin:0;height:8px" }), pictures)),
+      section("Images", recipe, el("div", {}, el("div", { class: "row" }, which, heat), el("p", { style: "margin:0;height:8px" }), shown)),
       el("div", { class: "columns" },
-        section("Codes", "of all tokens, above zero", histogram(of.histogram)),
-        of.words.length ? section("Words", "its direct path points to", el("div", {},
-          el("p", { class: "soft" }, "A logit lens: the blocks of CLIP that follow are left out, and at inner layers such words are known to mislead."),
-          bars(of.words.map(([k, v]) => [meta.words[k], v, v.toFixed(2)]), 1))) : null,
-        of.helps ? section("Helps", `with it the true class's margin is larger by this; seen on ${images(of.seen)}`, classes(of.helps, "good")) : null,
-        of.hurts ? section("Hurts", "with it the true class's margin is smaller by this", classes(of.hurts, "bad")) : null,
-        of.kept ? section("Top-n", "on_n keeps it for", kept(of.kept)) : null),
-      of.near.length ? section("Nearest", "by the cosine of decoder rows", near) : null);
-    return { element, keys };
+        section("Codes", "of all tokens, above zero", histogram(data.histogram)),
+        data.words && data.words.length ? section("Words", "that its examples are nearest to; soft-WPMI in nats", bars(data.words.map(([k, v]) => [of.naming.words[k], v - Math.min(...data.words.map(([, w]) => w), 0), v.toFixed(2)]), Math.max(...data.words.map(([, v]) => v)) - Math.min(...data.words.map(([, v]) => v), 0))) : null,
+        data.helps ? section("Helps", `with it the true class's margin is larger by this; seen on ${images(data.seen)}`, classes(data.helps, "good")) : null,
+        data.hurts ? section("Hurts", "with it the true class's margin is smaller by this", classes(data.hurts, "bad")) : null,
+        data.kept ? section("Top-n", "on_n keeps it for", top(data.kept)) : null),
+      data.near.length ? section("Nearest", "by the cosine of decoder rows", near) : null, ...counterparts,
+      el("p", {}), beside);
+    return { element, keys, enter: () => { if (state.shown) remember(`latent/${m}`, { examples: state.shown }); } };
+  };
+
+  // Two latents, of one SAE or of two (`other`).
+  clipsae.views.beside = async ([a, b], link) => {
+    const mine = clipsae.here;
+    const theirs = link.get("other") ? await clipsae.dictionary(link.get("other")) : mine;
+    const pair = [[number(a, mine), mine], [number(b, theirs), theirs]];
+    const data = await Promise.all(pair.map(([m, of]) => clipsae.latent(m, of)));
+    state.shown = link.get("examples") || state.shown;
+    const frames = [[], []];
+    const told_ = () => remember(`beside/${a}/${b}`, { other: theirs === mine ? "" : theirs.name, examples: state.shown });
+    const parts = [];
+    const sides = pair.map(([m, of], i) => {
+      const title = el("h1", {}, el("a", { href: to(`latent/${m}`, {}, of) }, clipsae.meta.saes.length > 1 ? `${of.name} ${m}` : `Latent ${m}`));
+      if (!data[i]) return el("section", { class: "side" }, title, el("p", {}, "Dead: no token of these images makes it active."));
+      const place = el("div", {});
+      parts.push(() => { const [which, shown] = pictures(data[i], frames[i], () => { parts.forEach((part) => part()); told_(); }); place.replaceChildren(which, el("p", { style: "margin:0;height:8px" }), shown); });
+      parts.at(-1)();
+      return el("section", { class: "side" }, title, el("p", { class: "soft", style: "margin:4px 0" }, meaning(m, of)), clipsae.kept.tools(m, data[i], of).element,
+        factsOf(m, of), told(m, of), el("h2", {}, "Images"), place, el("h2", {}, "Codes", el("small", {}, "of all tokens, above zero")), histogram(data[i].histogram),
+        ...["helps", "hurts"].filter((role) => data[i][role]).flatMap((role) => [el("h2", {}, role === "helps" ? "Helps" : "Hurts"),
+          data[i][role].length ? bars(data[i][role].map(([k, v]) => [clipsae.meta.classnames[k], v, signed(v)]), Math.max(...data[i][role].map(([, v]) => Math.abs(v))), role === "helps" ? "good" : "bad") : el("p", { class: "soft" }, "none")]));
+    });
+    let alike = null;
+    if (theirs !== mine) {
+      const { latent, cosine, chance } = await clipsae.match(mine, theirs);
+      const [m, k] = [pair[0][0], pair[1][0]];
+      if (latent[m] === k) alike = `Cosine of the decoder rows ${digits(cosine[m], 2)}; 95 % of random directions stay below ${digits(chance, 2)}.`;
+    } else if (data[0]) {
+      const found = data[0].near.find(([k]) => k === pair[1][0]);
+      if (found) alike = `Cosine of the decoder rows ${digits(found[1], 2)}.`;
+    }
+    const common = data[0] && data[1] ? data[0].images.filter((index) => data[1].images.includes(index)).length : 0;
+    const heat = heatButtons(() => frames.flat());
+    const element = el("div", { class: "page" }, el("div", { class: "row" }, heat, el("span", { class: "soft" }, alike, ` ${common} of their strongest images are the same.`)),
+      el("div", { class: "two" }, ...sides));
+    return { element, keys: (event) => { if (event.key !== "h") return false; heat.next(); return true; } };
   };
 })();

@@ -12,13 +12,13 @@
   const hash = (k) => `hsl(${(k * 137.508) % 360} 62% ${46 + 12 * (k % 3 - 1)}%)`;
 
   function colouring(kind) {
-    const c = clipsae.columns;
+    const c = clipsae.here.columns;
     const meta = clipsae.meta;
     if (kind === "frequency") {
       const at = (x) => Math.max(0, Math.min(1, 1 + Math.log10(Math.max(x, 1e-4)) / 4));
       return { of: (m) => ramp(at(c.frequency[m])), legend: [0.0001, 0.001, 0.01, 0.1, 1].map((x) => [ramp(at(x)), percent(x)]) };
     }
-    if (kind === "monosemanticity" || kind === "entropy") {
+    if (["monosemanticity", "entropy", "score"].includes(kind)) {
       const known = Array.from(c[kind]).filter(Number.isFinite);
       const low = Math.min(...sample(known)), high = Math.max(...sample(known));
       const at = (x) => (x - low) / (high - low || 1);
@@ -27,7 +27,7 @@
     }
     if (kind === "label") {
       const many = new Map();
-      for (let m = 0; m < meta.latents; m++) if (alive(m)) many.set(c.label[m], (many.get(c.label[m]) || 0) + 1);
+      for (let m = 0; m < clipsae.here.latents; m++) if (alive(m)) many.set(c.label[m], (many.get(c.label[m]) || 0) + 1);
       const top = [...many.keys()].filter((k) => k >= 0).sort((a, b) => many.get(b) - many.get(a) || a - b).slice(0, 24);
       return { of: (m) => (c.label[m] < 0 ? "#888" : hash(c.label[m])), legend: top.map((k) => [hash(k), meta.classnames[k]]) };
     }
@@ -40,13 +40,18 @@
   }
   const sample = (values) => (values.length > 20000 ? values.filter((_, i) => i % Math.ceil(values.length / 20000) === 0) : values);
 
-  clipsae.views.map = () => {
+  // The link has the place that is in the middle, in units of the map.
+  clipsae.views.map = (_, link) => {
+    if (link.get("colour")) state.colour = link.get("colour");
+    let middle = null;
+    if (link.get("zoom")) { state.zoom = Number(link.get("zoom")) || 1; middle = [Number(link.get("x")), Number(link.get("y"))]; }
+    let timer = 0;
     const meta = clipsae.meta;
-    const c = clipsae.columns;
+    const c = clipsae.here.columns;
     const latents = [];
-    for (let m = 0; m < meta.latents; m++) if (alive(m) && Number.isFinite(c.x[m])) latents.push(m);
+    for (let m = 0; m < clipsae.here.latents; m++) if (alive(m) && Number.isFinite(c.x[m])) latents.push(m);
     const attributes = [...new Set(meta.concepts.map((name) => name.split("=")[0]))];
-    if (!state.colour) { // what most latents have
+    if (!["frequency", "label", "entropy", "monosemanticity", "score", ...attributes].includes(state.colour)) { // what most latents have
       const many = (a) => latents.filter((m) => conceptOf(m).startsWith(`${a}=`)).length;
       state.colour = attributes.length ? attributes.reduce((a, b) => (many(b) > many(a) ? b : a)) : "frequency";
     }
@@ -55,14 +60,14 @@
     const field = el("div", { class: "field" }, canvas, tip);
     const legend = el("div", { class: "legend" });
     const select = el("select", { "aria-label": "Colour by", onchange: () => { state.colour = select.value; draw(); } },
-      ...["frequency", "label", "entropy", "monosemanticity", ...attributes].map((name) => el("option", { value: name, selected: state.colour === name }, name)));
+      ...["frequency", "label", "entropy", "monosemanticity", ...(clipsae.here.naming ? ["score"] : []), ...attributes].map((name) => el("option", { value: name, selected: state.colour === name }, name)));
     const button = (text, said, act) => el("button", { type: "button", "aria-label": said, onclick: act }, text);
     const zoom = (by, px = 0, py = 0) => {
-      const to = Math.max(1, Math.min(60, state.zoom * by));
-      state.x = px - (px - state.x) * (to / state.zoom);
-      state.y = py - (py - state.y) * (to / state.zoom);
-      state.zoom = to;
-      if (to === 1) state.x = state.y = 0;
+      const next = Math.max(1, Math.min(60, state.zoom * by));
+      state.x = px - (px - state.x) * (next / state.zoom);
+      state.y = py - (py - state.y) * (next / state.zoom);
+      state.zoom = next;
+      if (next === 1) state.x = state.y = 0;
       draw();
     };
     const element = el("div", { class: "map" },
@@ -96,6 +101,10 @@
       pen.scale(dots, dots);
       const colour = colouring(state.colour);
       if (grouped !== state.colour) group(colour);
+      const side = state.zoom * (Math.min(canvas.clientWidth, canvas.clientHeight) / 2 - 12);
+      if (middle) { [state.x, state.y] = [-middle[0] * side, middle[1] * side]; middle = null; }
+      clearTimeout(timer); // a browser takes only so many changes of a link
+      timer = setTimeout(() => remember("map", { colour: state.colour, ...(state.zoom > 1 ? { zoom: digits(state.zoom), x: digits(-state.x / side), y: digits(state.y / side) } : {}) }), 200);
       const [w, h, place] = view();
       const size = Math.max(1.4, Math.min(6, 110 / Math.sqrt(latents.length) * Math.sqrt(state.zoom)));
       for (const [of, members] of groups) {
@@ -130,7 +139,7 @@
     canvas.addEventListener("pointerup", (event) => {
       drag = null;
       const [m] = nearest(event);
-      if (!moved && m !== null) location.hash = `#/latent/${m}`;
+      if (!moved && m !== null) go(to(`latent/${m}`));
     });
     canvas.addEventListener("pointermove", (event) => {
       if (drag) {
@@ -155,7 +164,7 @@
     return {
       element,
       enter() { resized.observe(canvas); },
-      leave() { resized.disconnect(); cancelAnimationFrame(frame); },
+      leave() { resized.disconnect(); cancelAnimationFrame(frame); clearTimeout(timer); },
       theme: draw,
       keys(event) {
         const steps = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60] };
