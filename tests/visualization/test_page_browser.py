@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from clipsae.evaluation.interventions import Reasons
 from clipsae.visualization.page.dictionary import Words
 from clipsae.visualization.page.images import Effects, ImageActivations
-from clipsae.evaluation.interventions import Reasons
 from clipsae.visualization.page.serve import PageServer
 from clipsae.visualization.page.write import write_page, write_pictures
 from clipsae.visualization.references import BINS, References, Source

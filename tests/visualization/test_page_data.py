@@ -12,10 +12,10 @@ import torch
 
 from clipsae.clip import FrozenCLIP
 from clipsae.clip.towers import Tower
+from clipsae.evaluation.interventions import Interventions
 from clipsae.visualization.page import make_page
 from clipsae.visualization.page.dictionary import layout, nearest, word_scores
 from clipsae.visualization.page.images import collect_activations
-from clipsae.evaluation.interventions import Interventions
 from clipsae.visualization.page.write import ALPHABET, MAP_LEVELS, heat_text
 
 

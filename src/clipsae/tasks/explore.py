@@ -17,6 +17,7 @@ from clipsae.clip.text import text_classifier
 from clipsae.data import ImageDataset
 from clipsae.data.scenes import KINDS
 from clipsae.errors import ConfigError
+from clipsae.evaluation.interventions import Interventions, likely
 from clipsae.evaluation.truth import has_truth
 from clipsae.rules import where
 from clipsae.sae import SAE
@@ -29,7 +30,6 @@ from clipsae.tasks.table import terminal
 from clipsae.tasks.tracking import Run
 from clipsae.training.logging import log_page, log_sae
 from clipsae.visualization import References, page
-from clipsae.evaluation.interventions import Interventions, likely
 from clipsae.visualization.page.serve import ADDRESS, PageServer
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.passes import covered, in_eval_mode, pool_codes, whole_codes
-from clipsae.evaluation.ranking import top_latents
-from clipsae.sae import SAE
 from clipsae.evaluation.interventions import (
     Interventions,
     Reasons,
@@ -25,6 +22,9 @@ from clipsae.evaluation.interventions import (
     reasons_of,
     strongest_other,
 )
+from clipsae.evaluation.passes import covered, in_eval_mode, pool_codes, whole_codes
+from clipsae.evaluation.ranking import top_latents
+from clipsae.sae import SAE
 from clipsae.visualization.references import References
 
 PER_TOKEN, PER_IMAGE = 24, 40  # latents that are kept
