@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clipsae.data.scenes import (
+    BACKGROUNDS,
     COLOURS,
     KINDS,
     PATTERNS,
@@ -20,7 +21,7 @@ from clipsae.data.scenes.renderer import render
 from clipsae.data.scenes.shapes import SHAPE_DISTANCE
 from clipsae.data.scenes.world import IMAGE_SIZE, MIXED, SINGLE, sample_scenes, uniforms
 
-ALL_KINDS = [*KINDS, "all"]
+ALL_KINDS = [*KINDS, "all", "spurious"]
 
 
 def singles(n: int, **fixed: int):
@@ -110,6 +111,7 @@ def test_labels_say_what_the_attributes_say(kind):
         "background": truth["background"],
         "count": truth["count"] - 1,
         "all": truth["count"] - 1,
+        "spurious": truth["shape"][:, 0],  # 0 and 1 are the two shapes
     }
     label = expected[kind] if kind in expected else truth[kind][:, 0]
     assert torch.equal(dataset.labels, label)
@@ -123,6 +125,22 @@ def test_labels_say_what_the_attributes_say(kind):
         for i in range(0, 320, 37):
             colour, shape = list(COLOURS)[truth["colour"][i, 0]], SHAPES[truth["shape"][i, 0]]
             assert names[i] == f"{colour} {shape}"
+
+
+def test_a_shape_is_tied_to_its_background_in_the_training_images_alone():
+    shares = {}
+    for split in ("train", "test"):
+        data = ScenesDataset("spurious", split, 2000)
+        truth = data.attributes(range(2000))
+        assert data.groupnames[3] == "square on water"
+        shape, background = data.groups // 2, data.groups % 2
+        assert torch.equal(shape, data.labels)
+        assert [SHAPES[i] for i in truth["shape"][:2, 0]] == data.classnames == ["circle", "square"]
+        on = [data.confounder.index(BACKGROUNDS[b]) for b in truth["background"].tolist()]
+        assert background.tolist() == on
+        assert truth["radius"][:, 0].max() < 9  # of 64 pixels
+        shares[split] = float((shape == background).double().mean())
+    assert shares == pytest.approx({"train": 0.95, "test": 0.5}, abs=0.02)
 
 
 def test_size_is_independent_of_position():

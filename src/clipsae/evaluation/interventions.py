@@ -1,18 +1,20 @@
 """CLIP's output when latents are taken out of an image's token stream, or set.
 
-T tokens of an image, d width, M latents, C classes, V versions of an image, n latents that are taken
-out, k classes that are kept.
+T tokens of an image, d width, M latents, C classes, V versions of an image, n latents that are
+taken out, k classes that are kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.clip.changes import Changes
-from clipsae.evaluation.passes import covered, whole_codes
+from clipsae.data.loader import image_batches
+from clipsae.evaluation.passes import covered, in_eval_mode, whole_codes
 from clipsae.evaluation.ranking import top_latents
 from clipsae.sae import SAE
 
@@ -106,6 +108,103 @@ class Versions:
         parts = (x[kept] for x in (of, self.latent, self.level, self.rows))
         return Versions(*parts, len(versions))
 
+    def changing(self, codes: Tensor) -> Tensor:
+        """The versions in which an image's codes [T, M] are others, LongTensor, ascending."""
+        return self.version[(self.level[:, None] != codes[:, self.latent].T).any(dim=1)].unique()
+
+
+def embeddings_of(
+    clip: FrozenCLIP,
+    sae: SAE,
+    stream: Tensor,
+    codes: Tensor,
+    versions: Versions,
+    context: Tensor | None = None,
+) -> Tensor:
+    """An image's embeddings [V, e] in each version, not normalised.
+
+    Tokens that the SAE has no codes for stay as they are. The tail is computed for many versions
+    together.
+
+    Args:
+        sae: in eval mode, on the device of `clip`.
+        stream: the image's tokens as they are, [T, d].
+        codes: of them, [T, M].
+        context: [T, d] or None, as of `FrozenCLIP.tail`.
+    """
+    there, scale = covered(clip, sae, stream[None]), sae.input_scale(stream)
+    found = [stream.new_zeros(0, clip.embed_dim)]
+    for part in torch.arange(versions.count, device=stream.device).split(_STREAMS):
+        some = versions.chosen(part)
+        change = some.level[:, None] - codes[:, some.latent].T  # [n, T]
+        if there is not None:
+            change = change * there[0]
+        pair, token = change.nonzero(as_tuple=True)
+        added = change[pair, token, None] * some.rows[pair] * scale[token]
+        # A token that several latents of a version change is one change.
+        where = some.version[pair] * len(stream) + token
+        where, place = where.unique(return_inverse=True)
+        added = added.new_zeros(len(where), added.shape[1]).index_add_(0, place, added)
+        version = torch.div(where, len(stream), rounding_mode="floor")
+        changes = Changes(stream, version, where % len(stream), added, some.count)
+        found.append(clip.tail_of_changes(changes, context))
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """An image in the versions that change its codes.
+
+    Attributes:
+        index: in the dataset.
+        before: its embedding as it is, [e], not normalised.
+        versions: LongTensor [n], ascending.
+        after: its embedding in each of them, [n, e].
+    """
+
+    index: int
+    before: Tensor
+    versions: Tensor
+    after: Tensor
+
+
+@torch.no_grad()
+def changed_images(
+    clip: FrozenCLIP,
+    sae: SAE,
+    dataset: Any,
+    versions: Versions,
+    indices: Sequence[int],
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> Iterator[Changed]:
+    """Images of a dataset in the versions that change them: their tokens and codes are computed
+    once.
+
+    Args:
+        sae: of `clip`'s layer, on its device.
+        indices: the images, in this order; those that cannot be read are left out where the dataset
+            skips them.
+
+    Raises:
+        ValueError: a transcoder, whose codes are no part of the tokens that it reads.
+    """
+    if sae.config["target_layer"] is not None:
+        raise ValueError("a transcoder has no part in the tokens that it reads: use another SAE")
+    with in_eval_mode([sae]):
+        for pixels, _, at in image_batches(dataset, batch_size, num_workers, indices):
+            streams, contexts = clip.prefix(clip.normalize(pixels), with_context=True)
+            before = clip.tail(streams, contexts)
+            for i, index in enumerate(at.tolist()):
+                codes = whole_codes(clip, sae, streams[i : i + 1])[0]
+                active, context = versions.changing(codes), None
+                if contexts is not None:
+                    context = contexts[i]
+                some = versions.chosen(active)
+                after = embeddings_of(clip, sae, streams[i], codes, some, context)
+                yield Changed(index, before[i], active, after)
+
 
 @dataclass(frozen=True)
 class Interventions:
@@ -122,40 +221,11 @@ class Interventions:
     sae: SAE
     classifier: Tensor
 
-    def embeddings_of(
-        self, stream: Tensor, codes: Tensor, versions: Versions, context: Tensor | None = None
-    ) -> Tensor:
-        """The image's embeddings [V, e] in each version, not normalised.
-
-        Tokens that the SAE has no codes for stay as they are. The tail is computed for many
-        versions together.
-
-        Args:
-            codes: of the stream as it is, [T, M].
-        """
-        there, scale = covered(self.clip, self.sae, stream[None]), self.sae.input_scale(stream)
-        found = [stream.new_zeros(0, self.clip.embed_dim)]
-        for part in torch.arange(versions.count, device=stream.device).split(_STREAMS):
-            some = versions.chosen(part)
-            change = some.level[:, None] - codes[:, some.latent].T  # [n, T]
-            if there is not None:
-                change = change * there[0]
-            pair, token = change.nonzero(as_tuple=True)
-            added = change[pair, token, None] * some.rows[pair] * scale[token]
-            # A token that several latents of a version change.
-            where = some.version[pair] * len(stream) + token
-            where, place = where.unique(return_inverse=True)
-            added = added.new_zeros(len(where), added.shape[1]).index_add_(0, place, added)
-            version = torch.div(where, len(stream), rounding_mode="floor")
-            changes = Changes(stream, version, where % len(stream), added, some.count)
-            found.append(self.clip.tail_of_changes(changes, context))
-        return torch.cat(found)
-
     def logits_of(
         self, stream: Tensor, codes: Tensor, versions: Versions, context: Tensor | None = None
     ) -> Tensor:
-        """The logits [V, C] in each version; arguments as of `embeddings_of`."""
-        embeddings = self.embeddings_of(stream, codes, versions, context)
+        """The logits [V, C] in each version; other arguments as of `embeddings_of`."""
+        embeddings = embeddings_of(self.clip, self.sae, stream, codes, versions, context)
         return self.clip.logits_of(embeddings, self.classifier)
 
     def logits_without(

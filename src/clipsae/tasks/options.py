@@ -299,7 +299,27 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "folder": TEXT,
     },
     "name": {"sae": or_null(TEXT), "split": SPLIT, "rows": whole(0)},
+    "spurious": {
+        "sae": or_null(TEXT),
+        "split": one_of("train"),
+        "words": or_null(list_of(TEXT, least=1)),
+        "counts": list_of(whole(1), least=1),
+        "draws": whole(0),
+        "images": whole(1),
+    },
     "status": {"json": FLAG, "sweep_dir": TEXT},
+    "steer": {
+        "sae": or_null(TEXT),
+        "split": SPLIT,
+        "latents": either(
+            Rule("alive", lambda v: v == "alive"),
+            either(whole(1), list_of(either(whole(0), list_of(whole(0), least=1)), least=1)),
+        ),
+        "strengths": list_of(number(least=0), least=1),
+        "images": whole(2),
+        "random": whole(0),
+        "rows": whole(0),
+    },
     "visualize": {
         "sae": or_null(TEXT),
         "images": list_of(TEXT),
