@@ -112,7 +112,7 @@
       const shown = look.latents.slice(0, 12);
       return el("section", { class: "side" }, el("h2", {}, el("a", { href: to(`image/${index}`, {}, of) }, of.name),
         el("small", {}, look.sae.length ? `with its reconstruction CLIP says ${meta.classnames[look.sae[0][0]]} (${percent(look.sae[0][1])})` : "its strongest latents")),
-      el("div", { class: "pictures small" }, ...shown.map((m, i) => {
+      el("div", { class: "pictures small" }, ...shown.map((m) => {
         const codes = where.get(m);
         const most = codes ? Math.max(...codes) : 1;
         const frame = framed(Number(index), codes ? Array.from(codes, (code) => code / most) : null, "");
@@ -121,7 +121,7 @@
         const known = pair >= 0 && match.cosine[m] > match.chance;
         return el("a", { class: "picture", href: known ? to(`beside/${m}/${pair}`, { other: other.name }, of) : to(`latent/${m}`, {}, of), "data-latent": m }, frame,
           el("div", { class: "caption" }, el("b", {}, String(m)), ` ${brief(m, of)}`),
-          el("div", { class: "caption soft" }, known ? `⇄ ${pair} (${digits(match.cosine[m], 2)})` : "no counterpart", ` · ${digits(look.means[i])}`));
+          el("div", { class: "caption soft" }, known ? `⇄ ${pair} (${digits(match.cosine[m], 2)})` : "⇄ none"));
       })));
     }));
     const heat = heatButtons(() => frames);

@@ -159,7 +159,7 @@
     const recipe = `of ${meta.images.toLocaleString("en")} images`;
     const element = el("div", { class: "page" }, head, kept.element, factsOf(m, of), told(m, of), explained,
       leads.length ? section("Leads", "the concepts that few say more about; the share of its activation, and of chance", el("dl", { class: "facts" }, ...leads)) : null,
-      section("Images", recipe, el("div", {}, el("div", { class: "row" }, which, heat), el("p", { style: "margin:0;height:8px" }), shown)),
+      section("Images", recipe, el("div", {}, el("div", { class: "row apart" }, which, heat), el("p", { style: "margin:0;height:8px" }), shown)),
       el("div", { class: "columns" },
         section("Codes", "of all tokens, above zero", histogram(data.histogram)),
         data.words && data.words.length ? section("Words", "that its examples are nearest to; soft-WPMI in nats", bars(data.words.map(([k, v]) => [of.naming.words[k], v - Math.min(...data.words.map(([, w]) => w), 0), v.toFixed(2)]), Math.max(...data.words.map(([, v]) => v)) - Math.min(...data.words.map(([, v]) => v), 0))) : null,

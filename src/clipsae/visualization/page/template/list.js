@@ -137,7 +137,7 @@
       ...heads.filter(([key]) => key && (key !== "score" || of.naming)).map(([key, said]) => el("option", { value: key, selected: sorted() === key }, `by ${said.toLowerCase()}`)));
     const ways = of.naming ? el("span", { class: "ways", role: "group", "aria-label": "How to search" }, ...[["", "by text"], ["meaning", "by meaning"]].map(([way, said]) => el("button", {
       type: "button", "data-by": way, "aria-pressed": String(state.by === way), onclick: async () => { state.by = way; await think(); renew(); } }, said))) : null;
-    const filters = el("details", { class: "filters", open: ["alive", "concept", "low", "high", "ms", "score", "named", "kept"].some((key) => state[key]) }, el("summary", {}, "Filters"),
+    const filters = el("details", { class: "filters", open: ["alive", "concept", "low", "high", "ms", "score", "kept"].some((key) => state[key]) }, el("summary", {}, "Filters"),
       el("div", { class: "tools" },
         select("alive", "Which latents", [["", "active"], ["dead", `dead (${dead.toLocaleString("en")})`], ["all", "all"]]),
         meta.concepts.length ? select("concept", "Concept", [["", "any concept"], ...attributes.flatMap((a) => [[a, `any ${a}`],
@@ -145,10 +145,10 @@
         el("label", {}, "frequency", number("low", "Lowest frequency in percent", "0"), "to", number("high", "Highest frequency in percent", "100"), "%"),
         measured() ? el("label", {}, "MonoSemanticity from", number("ms", "Lowest MonoSemanticity", "0", 0.05)) : null,
         of.naming ? el("label", {}, "score from", number("score", "Lowest score of the name", "0.5", 0.05)) : null,
-        of.naming ? check("named", "with a name") : null,
         check("kept", "on the shortlist"),
         el("button", { type: "button", onclick: () => { Object.assign(state, CHOSEN, { q: state.q, by: state.by, sort: state.sort, up: state.up }); go(to("latents", { sort: sorted(), q: state.q, by: state.by, up: state.up })); } }, "clear")));
-    const tools = el("div", { class: "tools" }, search, ways, sorter, count, best);
+    const trustworthy = Array.from({ length: of.latents }, (_, m) => m).filter((m) => trusted(m)).length;
+    const tools = el("div", { class: "tools" }, search, ways, of.naming ? check("named", `trusted names (${trustworthy.toLocaleString("en")})`) : null, sorter, count, best);
     const buttons = heads.map(([key, said, name]) => (key
       ? el("button", { type: "button", class: name, "data-key": key, onclick: () => sortBy(key) }, said) : el("span")));
     const spacer = el("div", { style: "position:relative" });

@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const state = { colour: "", zoom: 1, x: 0, y: 0 };
+  const state = { colour: "", zoom: 1, x: 0, y: 0 }; // x, y: what is in the middle
 
   function ramp(t) { // from blue over green to yellow, readable on light and dark
     t = Math.round(64 * t) / 64; // few colours are drawn faster
@@ -40,11 +40,9 @@
   }
   const sample = (values) => (values.length > 20000 ? values.filter((_, i) => i % Math.ceil(values.length / 20000) === 0) : values);
 
-  // The link has the place that is in the middle, in units of the map.
   clipsae.views.map = (_, link) => {
     if (link.get("colour")) state.colour = link.get("colour");
-    let middle = null;
-    if (link.get("zoom")) { state.zoom = Number(link.get("zoom")) || 1; middle = [Number(link.get("x")), Number(link.get("y"))]; }
+    if (link.get("zoom")) for (const key of ["zoom", "x", "y"]) state[key] = Number(link.get(key)) || (key === "zoom" ? 1 : 0);
     let timer = 0;
     const meta = clipsae.meta;
     const c = clipsae.here.columns;
@@ -64,8 +62,9 @@
     const button = (text, said, act) => el("button", { type: "button", "aria-label": said, onclick: act }, text);
     const zoom = (by, px = 0, py = 0) => {
       const next = Math.max(1, Math.min(60, state.zoom * by));
-      state.x = px - (px - state.x) * (next / state.zoom);
-      state.y = py - (py - state.y) * (next / state.zoom);
+      const moved = (1 / unit() / state.zoom - 1 / unit() / next); // what is at (px, py) from the middle stays there
+      state.x += px * moved;
+      state.y -= py * moved;
       state.zoom = next;
       if (next === 1) state.x = state.y = 0;
       draw();
@@ -74,11 +73,12 @@
       el("div", { class: "tools" }, el("label", {}, "colour by", select), button("+", "Zoom in", () => zoom(1.5)), button("−", "Zoom out", () => zoom(1 / 1.5)),
         el("span", { class: "soft wide" }, "two principal components of the decoder rows; drag, scroll, click a latent")), legend, field);
     let frame = 0;
+    const unit = () => Math.max(1, Math.min(canvas.clientWidth, canvas.clientHeight) / 2 - 12); // pixels, at zoom 1
     // Where a latent is: [width, height, its place], asked of the page once for all latents.
     const view = () => {
       const [w, h] = [canvas.clientWidth, canvas.clientHeight];
-      const side = state.zoom * (Math.min(w, h) / 2 - 12);
-      return [w, h, (m) => [w / 2 + state.x + side * c.x[m], h / 2 + state.y - side * c.y[m]]];
+      const side = state.zoom * unit();
+      return [w, h, (m) => [w / 2 + side * (c.x[m] - state.x), h / 2 - side * (c.y[m] - state.y)]];
     };
     let groups = []; // [colour, latents]
     let grouped = "";
@@ -101,10 +101,8 @@
       pen.scale(dots, dots);
       const colour = colouring(state.colour);
       if (grouped !== state.colour) group(colour);
-      const side = state.zoom * (Math.min(canvas.clientWidth, canvas.clientHeight) / 2 - 12);
-      if (middle) { [state.x, state.y] = [-middle[0] * side, middle[1] * side]; middle = null; }
       clearTimeout(timer); // a browser takes only so many changes of a link
-      timer = setTimeout(() => remember("map", { colour: state.colour, ...(state.zoom > 1 ? { zoom: digits(state.zoom), x: digits(-state.x / side), y: digits(state.y / side) } : {}) }), 200);
+      timer = setTimeout(() => remember("map", { colour: state.colour, ...(state.zoom > 1 ? { zoom: digits(state.zoom), x: digits(state.x), y: digits(state.y) } : {}) }), 200);
       const [w, h, place] = view();
       const size = Math.max(1.4, Math.min(6, 110 / Math.sqrt(latents.length) * Math.sqrt(state.zoom)));
       for (const [of, members] of groups) {
@@ -133,6 +131,10 @@
       }
       return [best, px, py];
     }
+    function pan(dx, dy) { // pixels
+      state.x -= dx / unit() / state.zoom;
+      state.y += dy / unit() / state.zoom;
+    }
     let drag = null;
     let moved = false;
     canvas.addEventListener("pointerdown", (event) => { drag = [event.clientX, event.clientY]; moved = false; canvas.setPointerCapture(event.pointerId); });
@@ -144,7 +146,7 @@
     canvas.addEventListener("pointermove", (event) => {
       if (drag) {
         const [dx, dy] = [event.clientX - drag[0], event.clientY - drag[1]];
-        if (moved || Math.abs(dx) + Math.abs(dy) > 4) { moved = true; state.x += dx; state.y += dy; drag = [event.clientX, event.clientY]; draw(); }
+        if (moved || Math.abs(dx) + Math.abs(dy) > 4) { moved = true; pan(dx, dy); drag = [event.clientX, event.clientY]; draw(); }
         return;
       }
       const [m, px, py] = nearest(event);
@@ -170,7 +172,7 @@
         const steps = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60] };
         if (event.key === "+" || event.key === "=") zoom(1.5);
         else if (event.key === "-") zoom(1 / 1.5);
-        else if (event.key in steps && event.target.tagName !== "SELECT") { state.x += steps[event.key][0]; state.y += steps[event.key][1]; draw(); }
+        else if (event.key in steps && event.target.tagName !== "SELECT") { pan(...steps[event.key]); draw(); }
         else return false;
         return true;
       },
