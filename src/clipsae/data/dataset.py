@@ -52,6 +52,10 @@ class ImageDataset(Protocol):
         """uint8 [3, S, S] and the label."""
         ...
 
+    def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """A caption of each image; only SAEs of both towers need it."""
+        ...
+
 
 class ImageList(Dataset):
     """A dataset that is a list of image files with labels.
@@ -67,9 +71,14 @@ class ImageList(Dataset):
             it; "skip" counts and reports it, and goes on.
         as_seen: see `read_image`; False for published datasets.
 
+    Attributes:
+        prompt: what a class's name is put in for `captions`.
+
     Raises:
         ValueError: no files, labels beyond the class names, an unknown `on_bad_image`.
     """
+
+    prompt = "a photo of a {}."
 
     def __init__(
         self,
@@ -146,6 +155,11 @@ class ImageList(Dataset):
         """
         image = read_image(self.root / self.files[index], self.image_size, as_seen=self.as_seen)
         return image, int(self.labels[index])
+
+    def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """A caption of each image: the name of its class in `prompt`."""
+        labels = self.labels[torch.as_tensor(indices, dtype=torch.long)].tolist()
+        return [self.prompt.format(self.classnames[label]) for label in labels]
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

@@ -379,6 +379,7 @@ def check_metrics(
         "embeddings": bool(_several(image_encoder)),
         "truth": has_truth(dataset),
         "patch_truth": has_patch_truth(dataset),
+        "captions": clip.has_captions and hasattr(dataset, "captions"),
         "patches": clip.has_patches and tokens != "cls",
         "predictions": classifier,
     }

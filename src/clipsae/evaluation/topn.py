@@ -266,6 +266,8 @@ class TopN:
         contexts = [image.context for image in batch if image.context is not None]
         context = torch.stack(contexts) if contexts else None
         bias = self.sae.decoder_bias
+        if bias is not None and bias.ndim == 2:
+            bias = bias[: scale.shape[1]]  # an image without its caption is the first position
         nothing = torch.zeros_like(scale) if bias is None else bias * scale
 
         def add(setting: str, n: int, tokens: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
+from clipsae.data.captions import texts_of
 from clipsae.errors import ConfigError
 from clipsae.evaluation import Evaluation, check_metrics, check_topn_options, evaluate, topn
 from clipsae.evaluation.encoders import image_encoder
@@ -45,11 +46,18 @@ def measures(cfg: DictConfig) -> bool:
 
 def metric_names(cfg: DictConfig) -> list[str]:
     """The metrics by name, so that one which is new is measured on finished work, too: null is all
-    there are but those of other runs' plugins in this process."""
+    there are but those of other runs' plugins in this process, and those of captions where the
+    tokens are of images alone."""
     plugins.load(cfg)
     if cfg.measurement.metrics is not None:
         return list(cfg.measurement.metrics)
-    return [name for name, metric in METRICS.items() if not plugins.of_others(cfg, metric)]
+    of_images = cfg.clip.get("hook") != "towers"
+    return [
+        name
+        for name, metric in METRICS.items()
+        if not plugins.of_others(cfg, metric)
+        and not (of_images and "captions" in getattr(metric, "needs", ()))
+    ]
 
 
 def encoder_names(cfg: DictConfig, dataset: ImageDataset) -> list[str]:
@@ -128,8 +136,9 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset, *, finished
     Raises:
         ConfigError: a backbone without a text tower or a tokenizer; `heldout` where both splits
             are the same images: nothing would be held out; metrics that lack what they need; an
-            image encoder that cannot be had.
+            image encoder that cannot be had; images without captions where the SAE reads them.
     """
+    texts_of(clip, test_set)
     if measures(cfg) and not finished:
         options, encoders = cfg.measurement, encoder_names(cfg, test_set)
         metrics = build.user_error(
