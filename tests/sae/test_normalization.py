@@ -177,6 +177,9 @@ def test_positions_are_those_of_whole_images(tmp_path):
             call(x[:, 0])
     with pytest.raises(ValueError, match="means of 5 positions"):
         sae.decode(sae.encode(x)[:, :3])
+    first = sae.encode(x)[:, :1]  # alone, as of images without their captions
+    torch.testing.assert_close(sae.encode(x[:, :1]), first)
+    torch.testing.assert_close(sae.decode(first), sae(x).reconstruction[:, :1])
     sae.float().save(tmp_path)
     loaded = SAE.load(tmp_path)
     assert torch.equal(loaded.encode(x.float()), sae.encode(x.float()))

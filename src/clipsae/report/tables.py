@@ -518,7 +518,7 @@ def metric_tables(selection: Selection, dataset: str) -> list[Table]:
         ("towers", False, "", ""),
         f"towers_{on}",
         f"Images and captions on {title}",
-        "SAEs of both towers. {} Floor and ceiling of retrieval: chance, and CLIP's own embeddings; "
+        "SAEs of both towers. {} Floor and ceiling of retrieval: chance, and CLIP's embeddings; "
         "floor of the bridge score: captions shuffled among the images. Ours only.",
     )
     label, name = ("Table 6", "table_06") if paper else ("As Table 6", f"monosemanticity_{on}")
