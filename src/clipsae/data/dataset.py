@@ -30,6 +30,9 @@ def check_choice(option: str, value: str, *choices: str) -> None:
 class ImageDataset(Protocol):
     """One split of a dataset. Classes are keyed by index: names may repeat.
 
+    SAEs of both towers (`clip.hook=towers`) also need `captions(indices) -> list[str]`, a caption of
+    each of these images.
+
     Attributes:
         classnames: C names.
         templates: prompts, or None for the 80 of OpenAI's ImageNet ensemble.
@@ -50,10 +53,6 @@ class ImageDataset(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """uint8 [3, S, S] and the label."""
-        ...
-
-    def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
-        """A caption of each image; only SAEs of both towers need it."""
         ...
 
 
