@@ -198,6 +198,8 @@ def test_an_untrained_twin_has_the_statistics_of_the_sae():
     torch.testing.assert_close(twin.normalization.mean, sae.normalization.mean.mean(dim=0))
     assert torch.equal(twin.normalization.whitening, sae.normalization.whitening)
     assert twin.encode_sparse(x[:, 0].float()).shape == (8, M)  # a patch without its image
+    alone = untrained(sae, x[:, :1].float())  # of images without their captions
+    torch.testing.assert_close(alone.normalization.mean, sae.normalization.mean[0])
 
 
 def test_half_precision_keeps_the_statistics():

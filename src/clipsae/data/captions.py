@@ -15,7 +15,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.errors import ConfigError
 
 COLUMNS = ("file", "caption")
-_COMPARED = 64  # captions that show whether they differ at all
+_COMPARED = 64  # evenly spaced
 
 Texts = Callable[[Tensor], Tensor]
 """Indices of images, LongTensor [B] -> their tokenised captions [B, context]."""
@@ -26,7 +26,7 @@ def texts_of(clip: FrozenCLIP, dataset: Any) -> Texts | None:
     for any other.
 
     Raises:
-        ConfigError: a dataset without captions, or whose captions are all the same.
+        ConfigError: a dataset without captions.
     """
     if not clip.has_captions:
         return None
@@ -35,13 +35,15 @@ def texts_of(clip: FrozenCLIP, dataset: Any) -> Texts | None:
             f"clip.hook=towers: {type(dataset).__name__} has no captions: give it a method "
             "captions(indices), or use clip.hook=embedding"
         )
-    some = dataset.captions(torch.linspace(0, len(dataset) - 1, _COMPARED).long())
-    if len(dataset) > 1 and len(set(some)) == 1:
-        raise ConfigError(
-            f"clip.hook=towers: every image has the caption {some[0]!r}: use a dataset of several "
-            "classes, or of dataset=image_folder give a file of captions by dataset.captions"
-        )
     return lambda indices: clip.tokenizer(dataset.captions(indices))
+
+
+def captions_differ(dataset: Any) -> bool:
+    """Whether a dataset's images have captions, and not all the same: by `_COMPARED` of them."""
+    if not hasattr(dataset, "captions"):
+        return False
+    some = torch.linspace(0, len(dataset) - 1, _COMPARED).long()
+    return len(set(dataset.captions(some))) > 1
 
 
 def with_texts(images: Tensor, indices: Tensor, texts: Texts | None) -> Any:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.cache import Cache, CacheLoader, Caches, TokenLayout, TokenLoader
-from clipsae.data.captions import Texts, texts_of, with_texts
+from clipsae.data.captions import Texts, captions_differ, texts_of, with_texts
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.loader import Batch, ResumableLoader, image_batches, joined, split
 from clipsae.data.prefetch import prefetched
+from clipsae.errors import ConfigError
 
 
 class FeatureDataModule(LightningDataModule):
@@ -53,7 +54,8 @@ class FeatureDataModule(LightningDataModule):
 
     Raises:
         ValueError: an invalid size; embeddings of images whose tokens are mixed with others'.
-        ConfigError: tokens or layers that the CLIP does not have; no captions where it reads them.
+        ConfigError: tokens or layers that the CLIP does not have; no captions where it reads them,
+            or all the same.
     """
 
     def __init__(
@@ -96,6 +98,12 @@ class FeatureDataModule(LightningDataModule):
         others = [] if self.target_layer is None else [self.target_layer]
         self.read_layers = sorted({*self.layers, *others})
         self.texts = texts_of(clip, train_dataset)
+        if self.texts is not None and not captions_differ(train_dataset):
+            raise ConfigError(
+                "clip.hook=towers: all images of the training have the same caption: train on "
+                "several classes, or give those of dataset=image_folder captions of their own by "
+                "dataset.captions"
+            )
         self._cut = {layer: clip.at(layer) for layer in self.read_layers}
         self._train_loader: ResumableLoader | None = None
         self._loader()  # refuses invalid sizes

@@ -30,8 +30,8 @@ def check_choice(option: str, value: str, *choices: str) -> None:
 class ImageDataset(Protocol):
     """One split of a dataset. Classes are keyed by index: names may repeat.
 
-    SAEs of both towers (`clip.hook=towers`) also need `captions(indices) -> list[str]`, a caption of
-    each of these images.
+    SAEs of both towers (`clip.hook=towers`) also need `captions(indices) -> list[str]`, a caption
+    of each of these images.
 
     Attributes:
         classnames: C names.

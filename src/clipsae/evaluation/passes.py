@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data.captions import texts_of
+from clipsae.data.captions import Texts, texts_of
 from clipsae.data.loader import image_batches
 from clipsae.evaluation.floors import RandomDirections, untrained
 from clipsae.evaluation.truth import (
@@ -145,6 +145,11 @@ class Stream:
         }
 
     @cached_property
+    def texts(self) -> Texts | None:
+        """What gives the images' captions to `clip`."""
+        return texts_of(self.clip, self.dataset)
+
+    @cached_property
     def distinct(self) -> Tensor:
         """Which images have a caption that none before them has, BoolTensor [N] in the order of
         `indices`."""
@@ -252,9 +257,9 @@ class Images:
 
     @cached_property
     def captions(self) -> Tensor:
-        texts = texts_of(self.stream.clip, self.stream.dataset)
-        assert texts is not None
-        return self.stream.clip.encode_text(texts(self.indices), normalize=True)
+        assert self.stream.texts is not None
+        texts = self.stream.texts(self.indices)
+        return self.stream.clip.encode_text(texts, normalize=True)
 
     def split(self, sae: SAE) -> Iterator["Batch"]:
         """Groups of images whose dense codes fit in memory."""

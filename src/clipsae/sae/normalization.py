@@ -162,10 +162,11 @@ class Normalization(FullPrecision):
             self.whitening.copy_((vectors * gain) @ vectors.T)
             self.coloring.copy_((vectors / gain) @ vectors.T)
 
-    def forget_positions(self) -> None:
-        """The mean of all positions in place of that of each, for tokens without a position."""
+    def forget_positions(self, count: int) -> None:
+        """The mean of the first `count` positions in place of that of each, for tokens of which no
+        more is known than that they are at one of these."""
         if self.mean is not None and self.mean.ndim == 2:
-            self.mean = _like(self.mean, self.mean.detach().mean(dim=0))
+            self.mean = _like(self.mean, self.mean.detach()[:count].mean(dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [..., d] -> y, of their shape and dtype.

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
-from clipsae.data.captions import texts_of
 from clipsae.errors import ConfigError
 from clipsae.evaluation import Evaluation, check_metrics, check_topn_options, evaluate, topn
 from clipsae.evaluation.encoders import image_encoder
@@ -136,9 +135,8 @@ def check(cfg: DictConfig, clip: FrozenCLIP, test_set: ImageDataset, *, finished
     Raises:
         ConfigError: a backbone without a text tower or a tokenizer; `heldout` where both splits
             are the same images: nothing would be held out; metrics that lack what they need; an
-            image encoder that cannot be had; images without captions where the SAE reads them.
+            image encoder that cannot be had.
     """
-    texts_of(clip, test_set)
     if measures(cfg) and not finished:
         options, encoders = cfg.measurement, encoder_names(cfg, test_set)
         metrics = build.user_error(
