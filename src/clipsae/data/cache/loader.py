@@ -80,6 +80,8 @@ class CacheLoader(ResumableLoader):
     def read_parts(self, parts: Sequence[Tensor]) -> list[Batch]:
         """What is kept of the images at several lists of positions, with their texts."""
         found = self.cache.read_parts(parts, pin_memory=self.pin_memory)
+        if self.texts is None:
+            return found
         sources = (self.cache.sources[part] for part in parts)
         return [with_texts(*both, self.texts) for both in zip(found, sources, strict=True)]
 
