@@ -51,6 +51,21 @@ def test_a_cell_is_ours_published_and_their_difference(store):
     assert [row.labels for row in table.rows][3] == ("TopK (k = 32)",)
 
 
+def test_retrieval_stands_between_chance_and_clip(store):
+    values = {"shared_latents": 0.25, "bridge_same": 0.4, "bridge_same_shuffled": 0.1}
+    values |= {"image_to_text_1": 0.6, "image_to_text_1_random": 0.1, "image_to_text_1_codes": 0.3}
+    store.measurement("topk", "scenes", values | {"image_to_text_1_embedding": 0.9})
+    (table,) = metric_tables(store.selection(), "scenes")
+    assert (table.name, [c.key for c in table.columns]) == (
+        "towers_scenes",
+        ["shared_latents", "bridge_same", "image_to_text_1", "image_to_text_1_codes"],
+    )
+    row = cells(table)["topk"]
+    assert (row["bridge_same"].floor, row["bridge_same"].gap) == (0.1, None)
+    assert row["image_to_text_1"].gap == pytest.approx((0.6 - 0.1) / (0.9 - 0.1))
+    assert row["image_to_text_1_codes"].gap == pytest.approx((0.3 - 0.1) / (0.9 - 0.1))
+
+
 def test_a_dataset_that_the_paper_does_not_have_has_ours_only(store):
     accuracy = {"no_sae": 99.0, "on_20": 3.0, "off_20": 7.0}
     store.evaluation("relu", "mine", accuracy, classes=5, competing=1000)

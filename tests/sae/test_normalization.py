@@ -214,6 +214,9 @@ def test_positions_are_those_of_whole_images(tmp_path):
             call(x[:, 0])
     with pytest.raises(ValueError, match="means of 5 positions"):
         sae.decode(sae.encode(x)[:, :3])
+    first = sae.encode(x)[:, :1]  # alone, as of images without their captions
+    torch.testing.assert_close(sae.encode(x[:, :1]), first)
+    torch.testing.assert_close(sae.decode(first), sae(x).reconstruction[:, :1])
     sae.float().save(tmp_path)
     loaded = SAE.load(tmp_path)
     assert torch.equal(loaded.encode(x.float()), sae.encode(x.float()))
@@ -232,6 +235,8 @@ def test_an_untrained_twin_has_the_statistics_of_the_sae():
     torch.testing.assert_close(twin.normalization.mean, sae.normalization.mean.mean(dim=0))
     assert torch.equal(twin.normalization.whitening, sae.normalization.whitening)
     assert twin.encode_sparse(x[:, 0].float()).shape == (8, M)  # a patch without its image
+    alone = untrained(sae, x[:, :1].float())  # of images without their captions
+    torch.testing.assert_close(alone.normalization.mean, sae.normalization.mean[0])
 
 
 def test_half_precision_keeps_the_statistics():

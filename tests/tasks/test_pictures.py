@@ -229,6 +229,11 @@ def test_unusable_words_are_refused(tmp_path, content, words):
         (visualize, ["task.sae=nowhere", "task.models=[topk]"], "expected one of them"),
         (visualize, ["logger.upload_sae=true"], "task=visualize uploads nothing"),
         (visualize, ["clip.hook=embedding"], "the image embedding has none; task=explore"),
+        (
+            visualize,
+            ["clip.hook=towers"],
+            "clip.hook=towers: task=visualize draws on which patches",
+        ),
     ],
 )
 def test_invalid_options_are_refused(task, overrides, words):

@@ -110,6 +110,7 @@ DATASET = {
     "on_bad_image": one_of("error", "skip"),
     "ignored": list_of(whole(0)),
     "download": FLAG,
+    "captions": or_null(TEXT),
     "kind": TEXT,
     "seed": whole(0),
     "size": either(
