@@ -222,19 +222,23 @@ class SAE(nn.Module):
 
     # --- from tokens to codes and back ---
 
-    def input_scale(self, x: Tensor) -> Tensor:
+    def input_scale(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """||x|| of tokens [..., d] as [..., 1] with `normalize="unit"`, else ones; 1 for a token
-        of norm 0."""
+        of norm 0.
+
+        Args:
+            norm: ||x|| [...], where it is known.
+        """
         if self.normalize != "unit":
             return torch.ones_like(x[..., :1])
-        norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
-        return torch.where(norm > 0, norm, 1).to(x.dtype)
+        norm = self._norm(x) if norm is None else norm
+        return torch.where(norm > 0, norm, 1).to(x.dtype)[..., None]
 
-    def _scale(self, x: Tensor) -> Tensor:
+    def _scale(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """Between y and what the architecture sees (`clipsae.sae.normalization`): the norms of
         tokens [..., d], or ones, [..., 1]; or the deviation [1]."""
         deviation = self.normalization.deviation
-        return self.input_scale(x) if deviation is None else deviation.to(x.dtype)
+        return self.input_scale(x, norm) if deviation is None else deviation.to(x.dtype)
 
     def _encoded(self, x: Tensor) -> Tensor:
         """Tokens [..., d] as the architecture sees them."""
@@ -244,10 +248,16 @@ class SAE(nn.Module):
         """The norms [...] of tokens as they come."""
         return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
 
-    def kept(self, x: Tensor) -> Tensor | None:
+    def kept(self, x: Tensor, norm: Tensor | None = None) -> Tensor | None:
         """Which of the tokens [..., d] have codes, BoolTensor [...]; None: all (see
-        `max_norm_ratio`)."""
-        return None if self.norm_limit is None else self._norm(x) <= self.norm_limit
+        `max_norm_ratio`).
+
+        Args:
+            norm: ||x|| [...], where it is known.
+        """
+        if self.norm_limit is None:
+            return None
+        return (self._norm(x) if norm is None else norm) <= self.norm_limit
 
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """Tokens [..., d] -> scores [..., M], before the activation.
@@ -269,10 +279,13 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [..., d] -> codes [..., M], as in evaluation."""
-        scores = self.scores(x)
-        codes = self.apply_threshold(scores, self.threshold(scores))
-        kept = self.kept(x)
+        codes, kept = self._encode(x), self.kept(x)
         return codes if kept is None else codes * kept[..., None]
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Codes of all tokens, those that are left out, too."""
+        scores = self.scores(x)
+        return self.apply_threshold(scores, self.threshold(scores))
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCodes:
@@ -288,7 +301,7 @@ class SAE(nn.Module):
         shape = (*x.shape[:-1], self.latents)
         dictionary = self._dictionary(x)
         if dictionary is None or not x.numel():
-            return SparseCodes.from_dense(self.encode(x))
+            return SparseCodes.from_dense(self._encode(x))
         thresholds: list[Tensor] = []
 
         def choose(scores: Tensor) -> Chosen:
@@ -366,13 +379,15 @@ class SAE(nn.Module):
             if embeddings is None and "embeddings" in self.needs:
                 raise ValueError("embeddings=None: an objective of this SAE needs the images' own")
             return self._train_forward(tokens, target, embeddings)
-        y, scale = self.normalization(tokens), self._scale(tokens)
+        norm = self._norm(tokens)
+        y, scale = self.normalization(tokens), self._scale(tokens, norm)
         scores = self.architecture.scores(y / scale)
         codes = self.apply_threshold(scores, self.threshold(scores))
         rebuilt = self.architecture(codes) * scale
         whole = self.normalization.inverse(rebuilt)
         goal, compared = (y, tokens) if target is None else (target, target)
-        norm, kept = self._norm(compared), self.kept(tokens)
+        kept = self.kept(tokens, norm)
+        norm = norm if target is None else self._norm(target)
         if kept is not None:
             codes = codes * kept[..., None]
             whole = torch.where(kept[..., None], whole, compared)
@@ -412,12 +427,14 @@ class SAE(nn.Module):
         x = batch.flatten(0, -2)  # gradients of views would not be added up in place
         y = self.normalization(batch).flatten(0, -2)
         compared = x if target is None else target.flatten(0, -2)  # as it comes
-        goal, norm = y if target is None else compared, self._norm(compared)
-        kept, all_y = self.kept(batch), y
+        own = self._norm(x)
+        goal, norm = (y, own) if target is None else (compared, self._norm(compared))
+        kept, all_y = self.kept(x, own), y
         if kept is not None:
-            rows = kept.flatten().nonzero()[:, 0]  # (A GPU is waited for.)
-            x, y, goal, norm = x[rows], y[rows], goal[rows], norm[rows]
-        scale = self._scale(x)
+            rows = kept.nonzero()[:, 0]  # (A GPU is waited for.)
+            x, own, y, goal, norm = x[rows], own[rows], y[rows], goal[rows], norm[rows]
+            kept = kept.view(batch.shape[:-1])
+        scale = self._scale(x, own)
         scores: Tensor | SparseCodes
         if dictionary is None:
             scores = self.architecture.scores(y / scale)
