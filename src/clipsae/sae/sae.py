@@ -67,8 +67,7 @@ class SAE(nn.Module):
             "none", too. Tokens are then whole images, [..., T, d].
         reconstruction_weight: of the reconstruction loss (see `clipsae.sae.losses`); the released
             Sparsemax SAE has 10.
-        auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none. Only
-            where an activation suppresses scores above 0.
+        auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none.
         auxk_k: latents of a token in that loss; None: d / 2. Not without auxk.
         dead_after: a latent is dead when it was silent for this many tokens.
         freeze: what the training leaves as it was initialised, for baselines ("Sanity Checks for
@@ -134,11 +133,10 @@ class SAE(nn.Module):
         require("target_layer", target_layer, rules.or_null(rules.whole()))
         if auxk_k is not None and not auxk:
             raise ValueError(f"auxk_k={auxk_k} does nothing while auxk is 0: set both or neither")
-        if auxk and not ACTIVATIONS[activation].supports_auxk:
+        if auxk and not ARCHITECTURES[architecture].scores_all:
             raise ValueError(
-                f"auxk={auxk} does nothing with activation={activation}, whose silent latents have "
-                "no score above 0 to learn from: set it to 0. How many stay dead is measured as "
-                "dead_fraction"
+                f"auxk={auxk} does nothing with architecture={architecture}, whose silent latents "
+                "have no score to learn from: set it to 0"
             )
         architecture_options, activation_options, objective_options = _part_options(
             architecture, activation, options
@@ -435,11 +433,12 @@ class SAE(nn.Module):
             x, own, y, goal, norm = x[rows], own[rows], y[rows], goal[rows], norm[rows]
             kept = kept.view(batch.shape[:-1])
         scale = self._scale(x, own)
+        encoded = y / scale
         scores: Tensor | SparseCodes
         if dictionary is None:
-            scores = self.architecture.scores(y / scale)
+            scores = self.architecture.scores(encoded)
         else:
-            query = self.architecture.query(y / scale)
+            query = self.architecture.query(encoded)
             at_once = self.activation.across_tokens
             support = support or self.activation.support
             scores = dictionary.find(query, support, at_once=at_once, wait=False)
@@ -467,6 +466,9 @@ class SAE(nn.Module):
             codes,
             max(1, len(y)),
             self.architecture,
+            self.activation,
+            encoded,
+            self.dead,
             decode,
             shape=batch.shape[:-1],
             target=goal,
