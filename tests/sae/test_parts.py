@@ -28,7 +28,10 @@ INF, NAN = float("inf"), float("nan")
         ({"reconstruction_weight": -1}, "reconstruction_weight=-1"),
         ({"auxk": "x"}, "auxk='x'"),
         ({"auxk_k": 4}, "auxk_k=4 does nothing while auxk is 0"),
-        ({"auxk": 0.1}, r"auxk=0\.1 does nothing with activation=relu"),
+        (
+            {"architecture": "matching_pursuit", "auxk": 0.1, "k": 2},
+            r"auxk=0\.1 does nothing with architecture=matching_pursuit",
+        ),
         ({"activation": "topk", "k": 2, "auxk": 0.1, "auxk_k": 0}, "auxk_k=0"),
         (
             {"architecture": "lienar"},

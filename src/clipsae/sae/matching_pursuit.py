@@ -39,6 +39,8 @@ class MatchingPursuit(Linear):
         bias_init: of b_dec, as in `Linear`.
     """
 
+    scores_all = False
+
     def __init__(
         self,
         d: int,

@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clipsae.rules import check_layers
+from clipsae.rules import EMBEDDINGS, check_layers
 from clipsae.tasks import options
 
 
@@ -50,7 +50,7 @@ class Composer:
         if config is None:
             config = self._load(self._command, list(overrides))
         options.check(config, overrides)
-        if config.together and config.clip.get("hook") == "embedding":
+        if config.together and config.clip.get("hook") in EMBEDDINGS:
             self._layers.add(config.clip.layer)
             check_layers(config.clip.hook, self._layers)
         return config
