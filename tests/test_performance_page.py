@@ -41,7 +41,9 @@ def test_every_part_is_measured_and_one_alone_leaves_the_others(tmp_path):
     assert sparse["active"] == pytest.approx(0.02, abs=0.01)
     for row in first["costs"]["values"]:
         assert row["l0"] == 32
-        assert row["ours"]["ratio"] == pytest.approx(row["ours"]["seconds"] / row["topk"]["seconds"])
+        assert row["ours"]["ratio"] == pytest.approx(
+            row["ours"]["seconds"] / row["topk"]["seconds"]
+        )
     assert "| topk, `nested_k=[8, 16, 32]` | 32 | " in page
     assert first["memory"]["values"][0]["peak_gb"] > 0.05
     found = first["evaluation"]["values"]

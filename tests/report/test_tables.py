@@ -178,7 +178,13 @@ def test_table_5_shows_both_codes_beside_the_published_figures(store):
 def test_one_number_of_each_kind_stands_beside_the_others_with_what_it_must_beat(store):
     ends = {"patch_concepts_found_untrained": 0.1, "patch_concepts_found_probe": 0.9}
     for k, found in ((4, 0.5), (8, 0.3)):
-        known = {"l0": k, "fvu": 0.2, "fvu_per_token": 0.1, "dead_fraction": 0.0}
+        known = {
+            "l0": k,
+            "zero_fraction": 0.9,
+            "fvu": 0.2,
+            "fvu_per_token": 0.1,
+            "dead_fraction": 0.0,
+        }
         numbers = known | ends | {"patch_concepts_found": found, "monosemanticity_mean": 0.3}
         store.measurement("topk", "scenes", numbers, k=k)
     numbers = {"monosemanticity_mean": 0.2}

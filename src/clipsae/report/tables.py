@@ -490,9 +490,9 @@ def headline_table(selection: Selection, dataset: str) -> Table:
     return Table(
         f"headlines_{slug(dataset)}",
         f"{title}: at a glance",
-        "What the tables below explain, one number of each. Compare SAEs at about the same L0. Where "
-        "a floor and a ceiling stand below a number, they are what an untrained SAE of the same "
-        "shape and a supervised probe reach on the same rows. Ours only.",
+        "What an SAE is chosen by; the tables below explain it. Compare SAEs of about the same "
+        "L0. A floor and a ceiling below a number are what an untrained SAE of the same shape and "
+        "a supervised probe reach on the same rows. Ours only.",
         columns,
         tuple(rows.values()),
     )
