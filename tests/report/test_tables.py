@@ -16,6 +16,7 @@ from clipsae.report.tables import (
     average_table,
     compared,
     fidelity_table,
+    headline_table,
     metric_tables,
     rank_table,
     recovery_tables,
@@ -187,6 +188,29 @@ def test_table_5_shows_both_codes_beside_the_published_figures(store):
     assert [c.label for c in patches.columns] == ["concepts found"]
     assert [c.label for c in images.columns] == ["AUROC"]
     assert cells(images)["topk"]["image_auroc"].ours == 0.75
+
+
+def test_one_number_of_each_kind_stands_beside_the_others_with_what_it_must_beat(store):
+    ends = {"patch_concepts_found_untrained": 0.1, "patch_concepts_found_probe": 0.9}
+    for k, found in ((4, 0.5), (8, 0.3)):
+        known = {
+            "l0": k,
+            "zero_fraction": 0.9,
+            "fvu": 0.2,
+            "fvu_per_token": 0.1,
+            "dead_fraction": 0.0,
+        }
+        numbers = known | ends | {"patch_concepts_found": found, "monosemanticity_mean": 0.3}
+        store.measurement("topk", "scenes", numbers, k=k)
+    numbers = {"monosemanticity_mean": 0.2}
+    store.measurement("topk", "scenes", numbers, k=4, image_encoder="another")
+    table = headline_table(store.selection(), "scenes")
+    row = cells(table)["topk"]
+    assert row["patch_concepts_found"].ours == 0.5
+    assert row["patch_concepts_found"].gap == pytest.approx((0.5 - 0.1) / (0.9 - 0.1))
+    assert row["monosemanticity_mean"].ours == 0.3
+    assert {"l0", "fvu", "dead_fraction"} < {column.key for column in table.columns}
+    assert "fvu_per_token" not in {column.key for column in table.columns}
 
 
 def test_decoders_of_all_seeds_are_compared_both_ways_and_what_is_missing_is_said(store):

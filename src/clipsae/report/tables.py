@@ -479,6 +479,25 @@ def fidelity_table(selection: Selection) -> Table:
 # --- measured numbers ---
 
 
+def headline_table(selection: Selection, dataset: str) -> Table:
+    """The headline of each kind of number measured on one dataset, beside each other: what an SAE
+    is chosen by. MonoSemanticity is by the first image encoder and pooling."""
+    figures = selection.metrics[selection.metrics.dataset == dataset]
+    figures = figures.drop_duplicates(["line", "k", "metric"])
+    columns = tuple(n for n in NUMBERS if n.headline and n.key in set(figures.metric))
+    rows = _rows(selection, figures, columns, {})
+    title = dataset_title(dataset)
+    return Table(
+        f"headlines_{slug(dataset)}",
+        f"{title}: at a glance",
+        "What an SAE is chosen by; the tables below explain it. Compare SAEs of about the same "
+        "L0. A floor and a ceiling below a number are what an untrained SAE of the same shape and "
+        "a supervised probe reach on the same rows. Ours only.",
+        columns,
+        tuple(rows.values()),
+    )
+
+
 def metric_tables(selection: Selection, dataset: str) -> list[Table]:
     """Table 5 of one dataset, of the codes as selected and of the code without its selection;
     Table 6, one for each pooling and image encoder that was used; probes and maps; both towers.
