@@ -156,3 +156,17 @@ def check_layer(name: str, layer: int, blocks: int, option: str = "clip.layer") 
             f"{option}={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
             f"(from the end) or 0..{blocks - 1}"
         )
+
+
+def check_layers(hook: str, layers: Iterable[int]) -> None:
+    """Refuse several layers where they make no difference.
+
+    Raises:
+        ConfigError: several layers of the hook "embedding".
+    """
+    if hook == "embedding" and len(set(layers)) > 1:
+        raise ConfigError(
+            "clip.hook=embedding: the image embedding is the same for every layer, so there is "
+            "nothing to read at several or to write at another: give one clip.layer, and "
+            "model.target_layer=null"
+        )

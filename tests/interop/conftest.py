@@ -26,6 +26,13 @@ KINDS = {
         "normalize": "whiten",
         "whitening": 0.5,
     },
+    "abs_topk": {"activation": "abs_topk", "k": 5, "normalize": "mean_std"},
+    "matching_pursuit": {
+        "architecture": "matching_pursuit",
+        "activation": "relu",
+        "l1_coefficient": 0.0,
+        "k": 6,
+    },
     "learned_query": {
         "activation": "topk",
         "k": 3,

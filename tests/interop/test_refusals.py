@@ -38,6 +38,7 @@ OF_SAELENS = [
     ({"architecture": "topk"}, "k=None"),
     ({"architecture": "topk", "k": M + 1}, f"k={M + 1} is more than the {M} latents"),
     ({"architecture": "topk", "k": 3, "activation_fn_kwargs": {"k": 4}}, "k=3"),
+    ({"architecture": "abstopk", "k": M + 1}, f"k={M + 1} is more than the {M} latents"),
     ({"architecture": "batchtopk", "k": 3}, "holds no topk_threshold"),
     ({"architecture": "gated"}, "holds no b_gate"),
     ({"architecture": "gated", "activation_fn": "topk"}, "activation_fn='topk' has no counterpart"),
@@ -186,7 +187,8 @@ def test_a_training_of_several_layers_says_which_folders_it_holds(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "mp_sae.MpSAE"}, "holds overcomplete's MpSAE, which has no counterpart here"),
+        ({"kind": "omp_sae.OMPSAE"}, "holds overcomplete's OMPSAE, which has no counterpart here"),
+        ({"kind": "mp_sae.MpSAE"}, "encoder='MLPEncoder' has no counterpart here: expected Ident"),
         ({"encoder": "modules.IdentityEncoder"}, "encoder='IdentityEncoder' has no counterpart"),
         ({"norm": torch.nn.LayerNorm(M)}, "1='LayerNorm' has no counterpart here"),
         ({"blocks": torch.nn.ModuleList([torch.nn.Linear(D, D)])}, "hidden layers have no"),

@@ -3,6 +3,7 @@ sentence that names it."""
 
 import copy
 import inspect
+import re
 import subprocess
 import sys
 from functools import cache
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf, open_dict
 from clipsae.errors import ConfigError
 from clipsae.overrides import with_bases
 from clipsae.tasks import build, options
-from clipsae.tasks.stages import sae
+from clipsae.tasks.stages import evaluation, sae
 from run import ROOT  # (and the resolvers that the configs use)
 from tests.warm import run_py
 
@@ -244,7 +245,7 @@ def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
             "model.target_l0=most",
             "model.target_l0=most: expected a number above 0, or auto",
         ),
-        ("optimizer.sparsity_warmup_steps=3", "sparsity_warmup_steps=3 does nothing"),
+        ("optimizer.sparsity_warmup_steps=3", "optimizer.sparsity_warmup_steps=3 does nothing"),
         ("optimizer.sparsity_warmup_steps=-3", "sparsity_warmup_steps=-3: expected an integer"),
         ("optimizer.decay=cosin", "optimizer.decay=cosin: expected constant, cosine or linear"),
         ("evaluation.count_share=0", "evaluation.count_share=0: expected a share above 0"),
@@ -286,7 +287,9 @@ def test_what_is_out_of_range_or_unknown(composed, override, expected):
 
 def test_a_penalty_that_would_never_reach_its_strength(composed):
     said = refusal(composed("model=relu", "trainer.max_steps=120"))
-    assert said.startswith("sparsity_warmup_steps=120: in a training of max_steps=120 the sparsity")
+    assert said.startswith(
+        "optimizer.sparsity_warmup_steps=120: in a training of max_steps=120 the"
+    )
     for override in ("optimizer.sparsity_warmup_steps=119", "optimizer.sparsity_warmup_steps=0"):
         check(composed("model=relu", "trainer.max_steps=120", override))
     check(composed("model=relu", "trainer.max_steps=0"))
@@ -296,6 +299,13 @@ def test_a_penalty_that_would_never_reach_its_strength(composed):
 def test_metrics_without_a_measurement_are_refused(composed):
     found = refusal(composed("measurement=none", "measurement.metrics=[cknna]"))
     assert "measurement.metrics=[cknna] with measurement=none, which measures nothing" in found
+
+
+def test_a_number_is_not_a_metric(composed):
+    said = "fvu is one of the numbers of metric sparsity: write measurement.metrics=[sparsity]"
+    cfg = composed("measurement.metrics=[fvu]")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        evaluation.check_options(cfg)
 
 
 def test_what_fitted_saes_refuse(composed):
@@ -311,6 +321,12 @@ def test_what_fitted_saes_refuse(composed):
         ("pca", "+model.normalize=whiten", "model.normalize=whiten: model=pca has no such option"),
     ):
         assert expected in refusal(composed(f"model={model}", override))
+
+
+def test_another_layer_of_the_image_embedding_is_refused(composed):
+    command = "clip.hook=embedding", "clip.layer=-2", "model.target_layer=-1"
+    said = "clip.hook=embedding: the image embedding is the same for every layer"
+    assert said in refusal(composed(*command))
 
 
 def test_mixed_tokens_have_no_position(composed):
@@ -401,6 +417,11 @@ def test_a_block_that_is_not_there(composed, name, layer, blocks):
             ["model.k=16"],
             "it is an option of model=abs_topk, batch_topk, matching_pursuit, matryoshka, topk",
         ),
+        (
+            ["model=pca", "model.freeze=decoder"],
+            "model=pca is fitted, not trained; it is an option of",
+        ),
+        (["hydra.sweeper.only=[main]"], "only=[main]: this command runs one config, and no sweep"),
         (["resources.cpuz=1"], "did you mean resources.cpus?"),
         (["features=cached", "features.cache.shard_bg=1"], "did you mean features.cache.shard_gb?"),
         (["hydra.launcher.foo=1", "hydra/launcher=slurm"], "hydra.launcher has account"),

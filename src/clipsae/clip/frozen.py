@@ -27,7 +27,7 @@ from clipsae.clip.changes import Changes
 from clipsae.clip.sources import HUB, cache_alone_if_offline, weights_file
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
-from clipsae.rules import CLIP_PRECISION, TOKENS, check_layer, require
+from clipsae.rules import CLIP_PRECISION, TOKENS, check_layer, check_layers, require
 
 
 class FrozenCLIP(nn.Module):
@@ -264,17 +264,12 @@ class FrozenCLIP(nn.Module):
         return {layer: tokens for layer, (tokens, _) in found.items()}
 
     def check_layers(self, layers: Iterable[int]) -> None:
-        """Refuse several layers where they make no difference.
+        """Refuse several layers where they make no difference (`rules.check_layers`).
 
         Raises:
             ConfigError: several layers of the hook "embedding".
         """
-        if self.hook == "embedding" and len(set(layers)) > 1:
-            raise ConfigError(
-                "clip.hook=embedding: the image embedding is the same for every layer, so there is "
-                "nothing to read at several or to write at another: give one clip.layer, and "
-                "model.target_layer=null"
-            )
+        check_layers(self.hook, layers)
 
     def at(self, layer: int, option: str = "clip.layer") -> "FrozenCLIP":
         """The same model cut after another block; the weights are shared.

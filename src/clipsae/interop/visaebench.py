@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
-from clipsae.interop.plain import TRAINING_LOST, Imported, Plain, just_below, write_files
+from clipsae.interop.plain import (
+    PURSUIT,
+    TRAINING_LOST,
+    Imported,
+    Plain,
+    just_below,
+    write_files,
+)
 from clipsae.sae import SAE
 
 NAME = "visaebench"
@@ -95,12 +102,13 @@ def write(sae: SAE, folder: Path) -> list[str]:
         What could not be carried over, a sentence each.
 
     Raises:
-        ValueError: sparsemax, gated, `normalize="unit"` or means of positions, which have no
-            counterpart in its files; but for the last `VisaebenchSAE` can be measured all the same.
+        ValueError: sparsemax, gated, AbsTopK, matching pursuit, `normalize="unit"` or means of
+            positions, which have no counterpart in its files; but for the last `VisaebenchSAE` can
+            be measured all the same.
     """
     plain = Plain.of(sae, NAME)
-    if plain.rule == "gated" or plain.normalize:
-        what = "activation=gated" if plain.rule == "gated" else "normalize=unit"
+    if plain.rule in ("gated", "abs_topk", PURSUIT) or plain.normalize:
+        what = "normalize=unit" if plain.normalize else plain.rule
         raise ValueError(
             f"{what} cannot be written for visaebench's files, which have no counterpart: measure "
             "clipsae.interop.visaebench.VisaebenchSAE(sae) there instead"

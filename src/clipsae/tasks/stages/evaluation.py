@@ -116,6 +116,13 @@ def check_options(cfg: DictConfig) -> None:
         asked = options.ns, options.protocol, options.settings, options.ranking
         build.user_error(check_topn_options, *asked)
     for name in cfg.measurement.metrics or ():
+        if name not in METRICS:
+            for metric, measured in METRICS.items():
+                if any(number.key == name for number in measured.numbers):
+                    raise ConfigError(
+                        f"measurement.metrics=[{name}]: {name} is one of the numbers of metric "
+                        f"{metric}: write measurement.metrics=[{metric}]"
+                    )
         build.user_error(METRICS.__getitem__, name)
 
 
