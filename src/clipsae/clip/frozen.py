@@ -356,18 +356,19 @@ class FrozenCLIP(nn.Module):
     def tail_of_changes(self, changes: Changes, context: Tensor | None = None) -> Tensor:
         """The tail of versions of one image's tokens [T, d] -> embedding [V, e].
 
-        With the default layer the work is by the changes, not by the tokens of all versions, but
-        at "attn_out".
+        With the default layer the work is by the changes, not by the tokens of all versions.
 
         Args:
             context: of the image, [T, d], as for `tail`.
         """
-        if self.hook in ("attn_out", "embedding"):
-            several = None if context is None else context.expand(changes.versions, -1, -1)
-            return self.tail(changes.streams(), several)
-        # What is added to the output of the MLP is added to the stream.
-        changes = replace(changes, stream=self._stream(changes.stream, context))
-        changes = changes.to(self.compute_dtype)
+        if self.hook == "embedding":
+            return self.tail(changes.streams())
+        stream, change = self._stream(changes.stream, context), changes.change
+        if self.hook == "attn_out":  # which the MLP reads: what it adds to the same token changes
+            at = changes.token
+            beside = None if context is None else context[at]
+            change = self._stream(changes.stream[at] + change, beside) - stream[at]
+        changes = replace(changes, stream=stream, change=change).to(self.compute_dtype)
         return _at_least_fp32(self.tower.tail_of_changes(changes, self.blocks + self.layer))
 
     def direct(self, rows: Tensor) -> Tensor | None:
