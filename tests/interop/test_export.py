@@ -21,7 +21,8 @@ def close(codes, reconstruction, sae, x):
 
 
 def in_visaebenchs_files(sae) -> bool:
-    other = sae.config["activation"] in ("gated", "abs_topk") or sae.normalize == "unit"
+    other = sae.config["activation"] in ("gated", "abs_topk")
+    other |= sae.normalize in ("unit", "layer_norm")
     return not other and sae.config["architecture"] != "matching_pursuit"
 
 
@@ -67,6 +68,8 @@ def test_the_real_saelens_is_read_without_it(tmp_path, x, name):
     more = {"k": 4, "rescale_acts_by_decoder_norm": True} if name.endswith("topk") else {}
     if name == "matching_pursuit":
         more = {"residual_threshold": 2.0}  # up to d steps, none with a latent again
+    if name in ("gated", "topk"):
+        more["normalize_activations"] = "layer_norm"
     theirs = cls(config(d_in=12, d_sae=40, apply_b_dec_to_input=name != "jumprelu", **more))
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -167,6 +170,8 @@ def test_the_interface_of_visaebench(make, x, name):
     assert torch.equal(wrapped.encode(x) != 0, sae.encode(x) != 0)
     with pytest.raises(ValueError, match="decoder bias"):
         visaebench.VisaebenchSAE(make(activation="relu", normalize="unit"))
+    with pytest.raises(ValueError, match="normalize=layer_norm with a decoder bias or means of"):
+        visaebench.VisaebenchSAE(make(activation="relu", normalize="layer_norm"))
     if name == "fvu":
         metrics = pytest.importorskip("visaebench.metrics", reason="visaebench is not installed")
         found = metrics.METRIC_REGISTRY["fvu"]().compute(wrapped, x, device="cpu")

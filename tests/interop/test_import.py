@@ -90,6 +90,17 @@ def naive_sparsemax(scores: Tensor) -> Tensor:
 # Formulas: (tensors in float64, x) -> codes, reconstruction.
 
 
+def layer_normed(formula):
+    """The formula, of tokens of mean 0 and deviation 1."""
+
+    def whole(w, x):
+        mean, deviation = x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
+        codes, u = formula(w, (x - mean) / (deviation + 1e-5))
+        return codes, u * deviation + mean
+
+    return whole
+
+
 def linear(rule, names=("W_enc", "b_enc", "W_dec", "b_dec"), centred=True, unit=False, rows=False):
     """rule((x - b_dec) W_enc + b_enc) W_dec + b_dec, without the first b_dec unless `centred`; of
     tokens of norm sqrt(d) where `unit`; with codes times the norms of decoder rows where `rows`."""
@@ -251,6 +262,16 @@ CASES = {
         },
         {"model_name": "clip", "hook_name": "blocks.10"},
     ),
+    "SAELens, layer norm": Case(
+        foreign.saelens,
+        {**MATRICES, "threshold": (M,)},
+        layer_normed(linear(jumprelu(), centred=False)),
+        {
+            "architecture": "jumprelu",
+            "normalize_activations": "layer_norm",
+            "apply_b_dec_to_input": False,
+        },
+    ),
     "SAELens's abstopk": Case(
         foreign.saelens,
         MATRICES,
@@ -346,6 +367,9 @@ CASES |= {
         linear(topk),
         {"model_name": "gpt2-small", "layer": 8, "input_unit_norm": False, "dtype": "float32"},
         {"model_name": "gpt2-small", "layer": 8},
+    ),
+    "BatchTopK's topk of tokens standardised one by one": Case(
+        foreign.batchtopk, NO_BIAS, layer_normed(linear(topk)), {"input_unit_norm": True}
     ),
     "BatchTopK's topk, with b_enc": Case(
         foreign.batchtopk, MATRICES, linear(topk), {"use_encoder_bias": True}
@@ -647,9 +671,9 @@ def test_vit_prismas_own_config_object(tmp_path, monkeypatch, x):
     found = read(foreign.container(tmp_path, cfg, state))
     w = {key: t.double() for key, t in state.items()}
     agree(found.sae, x, *linear(topk)(w, x.double()))
-    cfg.normalize_activations = "layer_norm"
-    with pytest.raises(ValueError, match="normalize_activations='layer_norm'"):
-        read(foreign.container(tmp_path, cfg, state))
+    cfg.normalize_activations = "layer_norm"  # its default
+    found = read(foreign.container(tmp_path, cfg, state))
+    agree(found.sae, x, *layer_normed(linear(topk))(w, x.double()))
 
 
 def test_saelens_by_name_needs_the_library(monkeypatch):

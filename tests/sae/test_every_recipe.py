@@ -250,6 +250,8 @@ OTHER = {
     "max_activation_frequency": None,
     "encoder_init": {"tied": "independent", "independent": "tied"},
     "unit_decoder": False,
+    "residual_threshold": 0.1,
+    "stop_on_repeat": True,
     "bias_init": "tokens",
     "subtract_bias": False,
     "query": "learned",

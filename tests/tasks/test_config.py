@@ -217,7 +217,7 @@ def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
         ("model.monosemanticity=-1", "monosemanticity=-1: expected a number of at least 0"),
         ("model.orthogonality=-1", "orthogonality=-1: expected a number of at least 0"),
         ("model.p_end=0.5", "p_end=0.5: architecture=attention with activation=sparsemax has no"),
-        ("model.normalize=layer_norm", "model.normalize=layer_norm: expected none, unit, mean_std"),
+        ("model.normalize=l2", "model.normalize=l2: expected none, unit, layer_norm, mean_std"),
         ("model.whitening=1.5", "model.whitening=1.5: expected a number from 0 to 1"),
         ("model.whitening=0.5", "model.whitening=0.5 does nothing with normalize=unit"),
         ("model.position_mean=1", "model.position_mean=1: expected true or false"),

@@ -66,7 +66,8 @@ class Plain:
         tau: the threshold of "batch_topk" at inference.
         theta: [M], the thresholds of "jumprelu"; 0 or less is 0, as no negative code is let pass.
         b_gate, b_mag, r_mag: [M], of "gated".
-        normalize: x / ||x|| is encoded, and x_hat is multiplied by ||x||.
+        normalize: "unit": x / ||x|| is encoded, and x_hat is multiplied by ||x||; "layer_norm": as
+            `clipsae.sae.normalization` has it; "none".
     """
 
     rule: str
@@ -80,7 +81,7 @@ class Plain:
     b_gate: Any = None
     b_mag: Any = None
     r_mag: Any = None
-    normalize: bool = False
+    normalize: str = "none"
     residual_threshold: float = 0.0
     stop_on_repeat: bool = False
 
@@ -172,8 +173,7 @@ class Plain:
             ValueError: an invalid k.
         """
         options: dict[str, Any] = {"d": self.d, "latents": self.latents, "activation": self.rule}
-        normalize = "unit" if self.normalize else "none"
-        options |= {"normalize": normalize, "unit_decoder": False, "bias_init": "zero"}
+        options |= {"normalize": self.normalize, "unit_decoder": False, "bias_init": "zero"}
         names = ["W_enc", "W_dec", "b_dec", *(["b_enc"] if self.rule != "gated" else [])]
         if self.rule == PURSUIT:
             names = ["W_dec", "b_dec"]
@@ -222,11 +222,11 @@ class Plain:
             )
         if architecture == PURSUIT and rule == "relu":
             rule = PURSUIT
-            if sae.normalize != "none":
+            if sae.normalize not in ("none", "layer_norm"):
                 raise ValueError(
                     f"normalize={sae.normalize} of matching pursuit cannot be written for "
                     f"{target}: its steps are of scaled tokens, as no matrix of unscaled ones can "
-                    "make them: train with normalize=none"
+                    "make them: train with normalize=none or layer_norm"
                 )
         theta = None
         if rule not in (*RULES, PURSUIT):
@@ -249,6 +249,9 @@ class Plain:
             )
         theta = state.get("theta", theta)
         tau = state.get("inference_threshold")
+        own: dict[str, Any] = {name: state.get(name) for name in GATE}
+        if rule == PURSUIT:
+            own |= {name: sae.config[name] for name in STOPS}
         plain = cls(
             rule,
             W_enc,
@@ -258,9 +261,8 @@ class Plain:
             k=sae.config.get("k"),
             tau=None if tau is None else tau.item(),
             theta=theta,
-            **{name: state.get(name) for name in GATE},
-            **{name: sae.config[name] for name in STOPS if rule == PURSUIT},
-            normalize=sae.normalize == "unit",
+            **own,
+            normalize=sae.normalize if sae.normalize in ("unit", "layer_norm") else "none",
         )
         if not sae.config.get("subtract_bias", True):
             plain.shift_input(1)  # while b_dec is that of what is encoded

@@ -256,12 +256,14 @@ def _finetuned(config: Config, tensors: Tensors, parts: dict[str, Any]) -> None:
 
 
 def _normalisation(config: Config, plain: Plain) -> None:
-    allowed = ("none",) if plain.rule == PURSUIT else ("none", "constant_norm_rescale")
+    allowed = ("none", "layer_norm", "constant_norm_rescale")[: 2 if plain.rule == PURSUIT else 3]
     name = config.get("normalize_activations", False)
     if isinstance(name, bool):  # as the first versions had it
         name = "expected_average_only_in" if name else "none"
-    if name in allowed[1:]:
-        plain.scale_input(plain.d**0.5).normalize = True
+    if name in allowed[2:]:
+        plain.scale_input(plain.d**0.5).normalize = "unit"
+    elif name == "layer_norm":
+        plain.normalize = name
     elif name == "expected_average_only_in":
         raise ValueError(
             f"{config.where}: normalize_activations={name!r}: its tokens were scaled to a mean "
@@ -278,7 +280,7 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> 
 
     BatchTopK becomes JumpReLU with its threshold, ReLU "standard", AbsTopK "abstopk", attention the
     two matrices that it is the product of; `normalize="unit"` is `constant_norm_rescale` there,
-    means, deviations and whitening are folded into the matrices.
+    "layer_norm" has its name; means, deviations and whitening are folded into the matrices.
 
     Args:
         metadata: model_name, hook_name, ...: what is known of the tokens.
@@ -304,7 +306,9 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> 
         # From 6.0 on a config is taken as it is.
         "metadata": {"sae_lens_version": "6.0.0", "trained_with": "clipsae", **(metadata or {})},
     }
-    if plain.normalize:
+    if plain.normalize == "layer_norm":
+        cfg["normalize_activations"] = "layer_norm"
+    elif plain.normalize == "unit":
         plain.scale_input(plain.d**-0.5)
         cfg["normalize_activations"] = "constant_norm_rescale"
         lost.append("There a token of norm 0 gives NaN; here it gives codes of 0.")

@@ -32,7 +32,7 @@ from clipsae.sae.losses import (
     summed,
 )
 from clipsae.sae.nested import Nested
-from clipsae.sae.normalization import Moments, Normalization
+from clipsae.sae.normalization import LAYER_NORM_EPSILON, Moments, Normalization, own_mean
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES, OBJECTIVES
 from clipsae.sae.sparse_ops import Chooser, Dictionary, positions_above
 
@@ -59,9 +59,11 @@ class SAE(nn.Module):
         activation: a name in `ACTIVATIONS`: "relu", "jumprelu", "gated", "topk", "batch_topk",
             "sparsemax", "abs_topk".
         normalize: what is done to tokens before they are encoded, and undone to the reconstruction
-            (see `clipsae.sae.normalization`): "none"; "unit": divided by their norm; "mean_std":
-            their mean is taken out, and they are divided by their deviation; "whiten": their
-            principal components are scaled towards equal variance, too.
+            (see `clipsae.sae.normalization`): "none"; "unit": divided by their norm;
+            "layer_norm": of each token the mean of its d numbers is taken out, and it is divided by
+            their deviation; "mean_std": the tokens' mean is taken out, and they are divided by
+            their deviation; "whiten": their principal components are scaled towards equal variance,
+            too.
         whitening: how far, from 0 (as "mean_std") to 1 (equal).
         position_mean: the mean that is taken out is that of each position of an image; with
             "none", too. Tokens are then whole images, [..., T, d].
@@ -195,7 +197,7 @@ class SAE(nn.Module):
                 f"target_layer={target_layer} with architecture={architecture}: the decoder's bias "
                 f"is of other tokens than those that are encoded: {how}"
             )
-        if self.normalization.learned:
+        if self.normalization.learned or self.normalize == "layer_norm":
             raise ValueError(
                 f"target_layer={target_layer}: the statistics of normalize={self.normalize} and "
                 "position_mean are of the tokens that are read, not of those that are "
@@ -223,18 +225,22 @@ class SAE(nn.Module):
     # --- from tokens to codes and back ---
 
     def input_scale(self, x: Tensor) -> Tensor:
-        """||x|| of tokens [..., d] as [..., 1] with `normalize="unit"`, else ones; 1 for a token
-        of norm 0."""
+        """What `decode` needs of tokens [..., d] beside their codes: [..., 1], ||x|| with
+        `normalize="unit"`, 1 for a token of norm 0, else ones; with "layer_norm" [..., 2], a
+        token's deviation and its mean."""
+        if self.normalize == "layer_norm":
+            deviation = at_least_float32(x).std(dim=-1, keepdim=True) + LAYER_NORM_EPSILON
+            return torch.cat((deviation.to(x.dtype), own_mean(x)), dim=-1)
         if self.normalize != "unit":
             return torch.ones_like(x[..., :1])
         norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
         return torch.where(norm > 0, norm, 1).to(x.dtype)
 
     def _scale(self, x: Tensor) -> Tensor:
-        """Between y and what the architecture sees (`clipsae.sae.normalization`): the norms of
-        tokens [..., d], or ones, [..., 1]; or the deviation [1]."""
+        """Between y and what the architecture sees (`clipsae.sae.normalization`): the norms or
+        deviations of tokens [..., d], or ones, [..., 1]; or the deviation [1]."""
         deviation = self.normalization.deviation
-        return self.input_scale(x) if deviation is None else deviation.to(x.dtype)
+        return self.input_scale(x)[..., :1] if deviation is None else deviation.to(x.dtype)
 
     def _encoded(self, x: Tensor) -> Tensor:
         """Tokens [..., d] as the architecture sees them."""
@@ -318,7 +324,8 @@ class SAE(nn.Module):
         """Codes [..., M] -> tokens [..., d]: scale * (codes @ decoder_rows + decoder_bias).
 
         Args:
-            scale: `input_scale(x)`; it may be left out where `normalize` is not "unit".
+            scale: `input_scale(x)`; it may be left out where `normalize` is neither "unit" nor
+                "layer_norm".
             latents: the codes are dense [..., n] of these: LongTensor [n] or [B, n].
         """
         if isinstance(codes, SparseCodes) and (
@@ -326,7 +333,10 @@ class SAE(nn.Module):
             or len(codes.values) > most_pairs(codes.values, codes.tokens, codes.latents)
         ):
             codes = codes.dense()
-        y = self.architecture(codes, latents) * scale
+        y = self.architecture(codes, latents)
+        if self.normalize == "layer_norm" and isinstance(scale, Tensor):
+            return y * scale[..., :1] + scale[..., 1:]
+        y = y * scale
         if self.normalization.deviation is not None:
             y = y * self.normalization.deviation.to(y.dtype)
         return self.normalization.inverse(y)
@@ -370,7 +380,7 @@ class SAE(nn.Module):
         scores = self.architecture.scores(y / scale)
         codes = self.apply_threshold(scores, self.threshold(scores))
         rebuilt = self.architecture(codes) * scale
-        whole = self.normalization.inverse(rebuilt)
+        whole = self.normalization.inverse(rebuilt, of=tokens)
         goal, compared = (y, tokens) if target is None else (target, target)
         norm, kept = self._norm(compared), self.kept(tokens)
         if kept is not None:
@@ -469,7 +479,7 @@ class SAE(nn.Module):
             all_rebuilt = all_y.index_copy(0, rows, rebuilt.to(all_y.dtype))
             all_codes = _among(codes, rows, kept.numel())
         # (Of whole images, as positions have means of their own.)
-        whole = self.normalization.inverse(all_rebuilt.view(batch.shape))
+        whole = self.normalization.inverse(all_rebuilt.view(batch.shape), of=batch)
         if kept is not None:
             whole = torch.where(kept[..., None], whole, compared.view(batch.shape).to(whole.dtype))
         out = SAEOutput(

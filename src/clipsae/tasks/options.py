@@ -143,7 +143,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "initial_images": whole(1),
         "statistics_images": whole(1),
         "compile": FLAG,
-        "normalize": one_of("none", "unit", "mean_std", "whiten"),
+        "normalize": one_of("none", "unit", "layer_norm", "mean_std", "whiten"),
         "whitening": share("a number from 0 to 1"),
         "position_mean": FLAG,
         "target_layer": or_null(whole()),

@@ -426,7 +426,8 @@ class ConceptRecovery(WithFloors):
             x[patch].double() @ probe["weights"][:-1] + probe["weights"][-1] >= probe["threshold"]
         )
         images = x.view(-1, self.options.tokens, self.d)
-        target = images / sae.input_scale(images)
+        scale = sae.input_scale(images)
+        target = (images - scale[..., 1:].sum(dim=-1, keepdim=True)) / scale[..., :1]
         if sae.decoder_bias is not None:
             target = target - sae.decoder_bias
         target = target.flatten(0, 1)[patch]

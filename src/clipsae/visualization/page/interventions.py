@@ -67,7 +67,7 @@ class Interventions:
         self, stream: Tensor, codes: Tensor, latents: Tensor, context: Tensor | None = None
     ) -> Tensor:
         """The logits [n, C] without each latent of `latents` [n] alone; codes [T, M]."""
-        sae, scale = self.sae, self.sae.input_scale(stream)
+        sae, scale = self.sae, self.sae.input_scale(stream)[..., :1]
         found = [self.classifier.new_zeros(0, len(self.classifier))]
         for part in latents.split(_STREAMS):
             version, token = codes[:, part].T.nonzero(as_tuple=True)
@@ -102,7 +102,7 @@ class Interventions:
             if there is not None:
                 change = change * there[0, :, None]
             rows = self.sae.decoder_rows(chosen)
-            stream = stream + (change @ rows) * self.sae.input_scale(stream)
+            stream = stream + (change @ rows) * self.sae.input_scale(stream)[..., :1]
         return self.clip.logits(stream[None], self.classifier, context)[0]
 
     def first_order_effects(
@@ -110,7 +110,8 @@ class Interventions:
     ) -> Tensor:
         """What each latent adds to the logits of classes to first order: gradient times
         contribution, [classes, M]. One backward pass a class."""
-        scale, rows, found = self.sae.input_scale(stream), self.sae.decoder_rows(), []
+        scale = self.sae.input_scale(stream)[..., :1]
+        rows, found = self.sae.decoder_rows(), []
         with torch.enable_grad():
             tokens = stream.detach().requires_grad_(True)
             beside = None if context is None else context[None]
