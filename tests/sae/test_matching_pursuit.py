@@ -99,6 +99,9 @@ def test_steps_end_early(stops):
     torch.testing.assert_close(sae.architecture.W_dec.grad, rows.grad)
     torch.testing.assert_close(sae.architecture.b_dec.grad, bias.grad)
     torch.testing.assert_close(sae.eval().encode(x), z)
+    if "stop_on_repeat" in stops:  # one token, which repeats at once: two steps in place of nine
+        alone = sae.decoder_bias + sae.decoder_rows()[:1]
+        assert sae.architecture.choose(alone - sae.decoder_bias).shape[1] < 9
 
 
 @pytest.mark.parametrize(

@@ -89,15 +89,20 @@ class MatchingPursuit(Linear):
 
     @torch.no_grad()
     def choose(self, x: Tensor) -> Tensor:
-        """The latents of the k steps, LongTensor [N, k], of centred tokens [N, d]."""
+        """The latents of the k steps, LongTensor [N, k], of centred tokens [N, d]; of fewer, where
+        those of all tokens have ended by a repeat."""
         m, rows = len(self.W_dec), self.W_dec.detach().to(x.dtype)
         # Products of x with all rows, less those of the chosen rows with all.
         gram = rows @ rows.T if m <= min(GRAM, self.k * len(x)) else None
         scores, chosen = x @ rows.T, []
+        ended = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
         for t in range(self.k):
             code, latent = scores.max(dim=-1, keepdim=True)
+            if self.stop_on_repeat:
+                for earlier in chosen:
+                    ended |= earlier == latent
             chosen.append(latent)
-            if t + 1 == self.k:
+            if t + 1 == self.k or (self.stop_on_repeat and bool(ended.all())):
                 break
             step = torch.relu(code)
             if gram is not None:
