@@ -289,6 +289,8 @@ def test_every_option_changes_something(recipe):
         given["scale"] = 3.0
     if "p_end" in given:
         given["p_end"] = 0.6
+    if "stop_on_repeat" in given:
+        given["k"] = 12  # steps, among which one chooses a latent again
     names = set(SAE(d=D, **given).config) - {"d", "latents", "architecture", "activation"}
     # They have tests of their own; these three are in test_chosen_tokens.py.
     names -= {name for objective in OBJECTIVES for name in OBJECTIVES.options(objective)}
