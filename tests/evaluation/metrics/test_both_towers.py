@@ -150,5 +150,5 @@ def test_the_measurement_on_scenes(clip):
 def test_images_alone_have_nothing_to_compare(clip):
     cut = FrozenCLIP(clip.model, name=clip.name, hook="embedding")
     sae = SAE(clip.width, 8, "linear", "topk", k=2)
-    with pytest.raises(ValueError, match=r"'towers' needs clip\.hook=towers, and a dataset with"):
+    with pytest.raises(ValueError, match=r"'towers' needs clip\.hook=towers, and a dataset whose"):
         evaluate(cut, {"a": sae}, ScenesDataset("all", "test", 4), metrics=["towers"])

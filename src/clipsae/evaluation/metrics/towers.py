@@ -33,7 +33,8 @@ def image_shares(images: Tensor, captions: Tensor) -> Tensor:
     (captions alone) to 1 (images alone); NaN where it is never active.
 
     Args:
-        images, captions: codes [n, M].
+        images: codes [n, M].
+        captions: the same of their captions.
     """
     of_images, of_captions = (
         codes.abs().sum(dim=0, dtype=torch.float64) for codes in (images, captions)
@@ -51,7 +52,8 @@ def bridge(images: Tensor, captions: Tensor, rows: Tensor) -> dict[str, Tensor]:
     what the latents add to an image's reconstruction and to its caption's.
 
     Args:
-        images, captions: codes [n, M], row by row of one pair.
+        images: codes [n, M].
+        captions: those of their captions, row by row.
         rows: decoder rows [M, e].
 
     Returns:
