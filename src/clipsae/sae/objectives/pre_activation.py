@@ -25,7 +25,8 @@ from clipsae.sae.registry import OBJECTIVES
 class PreActivation(Objective):
     """weight * mean over tokens of the sum over dead latents of relu(tau - s) ||w||.
 
-    A step costs products of the tokens with the dead latents alone.
+    A step costs products of the tokens with the dead latents alone. On a GPU it waits for which of
+    them are dead.
 
     Args:
         latents: M.
@@ -52,7 +53,7 @@ class PreActivation(Objective):
             )
 
     def losses(self, inputs: LossInputs) -> dict[str, Tensor]:
-        dead = inputs.dead.nonzero()[:, 0]  # (A GPU is waited for.)
+        dead = inputs.dead.nonzero()[:, 0]
         scores = inputs.architecture.scores(inputs.encoded, dead)
         tau = per_latent(inputs.activation.threshold(scores), len(inputs.dead), dead)
         below = torch.relu(at_least_float32(tau - scores)).sum(dim=0)
