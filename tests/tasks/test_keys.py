@@ -27,6 +27,12 @@ def name(tmp_path_factory):
         yield of
 
 
+@pytest.fixture(scope="module")
+def plain(name):
+    """The SAE's name without an override."""
+    return name()
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -45,8 +51,8 @@ def name(tmp_path_factory):
         *("optimizer.reference_latents=64", "optimizer.decay_fraction=0.5"),
     ],
 )
-def test_what_may_change_the_weights_is_in_the_key(name, override):
-    assert name(override) != name()
+def test_what_may_change_the_weights_is_in_the_key(name, plain, override):
+    assert name(override) != plain
 
 
 @pytest.mark.parametrize(
@@ -67,8 +73,8 @@ def test_what_may_change_the_weights_is_in_the_key(name, override):
         *("evaluation.ns=[2]", "measurement=none", "evaluation.count_threshold=0.7"),
     ],
 )
-def test_what_does_not_is_not(name, override):
-    assert name(override) == name()
+def test_what_does_not_is_not(name, plain, override):
+    assert name(override) == plain
 
 
 def test_the_models_own_image_size_is_not_in_the_key(name):
