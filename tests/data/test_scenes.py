@@ -309,6 +309,22 @@ def test_captions_are_grammatical_and_true():
     assert again.texts == captions.texts[100:110]
 
 
+def test_a_dataset_captions_its_images_in_any_batch():
+    data, other = (ScenesDataset("all", split, 200) for split in ("train", "test"))
+    texts = data.captions(range(200))
+    assert [*data.captions([7, -1]), *data.captions(torch.tensor([30]))] == [
+        *(texts[7], texts[199], texts[30])
+    ]
+    truth = data.attributes(range(200))
+    for i, text in enumerate(texts):
+        for names, column in ((SHAPES, truth["shape"]), (tuple(COLOURS), truth["colour"])):
+            for k, name in enumerate(names):
+                assert text.replace(",", " ").split().count(name) <= int((column[i] == k).sum())
+    # What is stated is drawn anew in each split.
+    ends = [[" against " in text for text in data.captions(range(200))] for data in (data, other)]
+    assert 60 < sum(a == b for a, b in zip(*ends, strict=True)) < 140
+
+
 def _sentence_is_true(scenes, captions, i: int, j: int) -> bool:
     """Is the caption of scene j, one object, true of scene i, one object? From the words alone."""
     words = captions.texts[j].split()

@@ -256,7 +256,8 @@ class Interventions:
     ) -> Tensor:
         """What each latent adds to the logits of classes to first order: gradient times
         contribution, [classes, M]. One backward pass a class."""
-        scale, rows, found = self.sae.input_scale(stream), self.sae.decoder_rows(), []
+        scale = self.sae.input_scale(stream)[..., :1]
+        rows, found = self.sae.decoder_rows(), []
         with torch.enable_grad():
             tokens = stream.detach().requires_grad_(True)
             beside = None if context is None else context[None]

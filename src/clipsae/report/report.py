@@ -124,6 +124,7 @@ def _dataset_section(selection: Selection, found: Collected, dataset: str) -> Se
     measured = tables.metric_tables(selection, dataset)
     recovery = tables.recovery_tables(selection, dataset)
     in_paper = dataset == tables.MEASURED_ON
+    headlines = [t for t in [tables.headline_table(selection, dataset)] if not t.empty]
     drawn = (
         plots.accuracy_plot(selection, dataset),
         plots.sparsity_plot(selection, dataset),
@@ -132,7 +133,7 @@ def _dataset_section(selection: Selection, found: Collected, dataset: str) -> Se
     return Section(
         f"dataset-{slug(dataset)}",
         dataset_title(dataset) + (f" (Table {number})" if number else ""),
-        [accuracy, *(measured if in_paper else []), *recovery],
+        [accuracy, *(measured if in_paper else headlines), *recovery],
         [plot for plot in drawn if plot is not None],
         others if in_paper else [*others, *measured],
     )

@@ -12,6 +12,7 @@ from clipsae.data import ImageDataset
 from clipsae.data.images import read_image
 from clipsae.errors import ConfigError
 from clipsae.evaluation.passes import evenly_spaced
+from clipsae.rules import EMBEDDINGS
 from clipsae.sae import SAE
 from clipsae.store import Store
 from clipsae.tasks import build, pictures, precision
@@ -104,9 +105,9 @@ def check(cfg: DictConfig) -> None:
     for file in cfg.task.images:
         if not Path(file).expanduser().is_file():
             raise ConfigError(f"task.images has {file}: no such file")
-    if cfg.clip.get("hook") == "embedding":
+    if (hook := cfg.clip.get("hook")) in EMBEDDINGS:
         raise ConfigError(
-            "clip.hook=embedding: task=visualize draws on which patches latents are active, and "
+            f"clip.hook={hook}: task=visualize draws on which patches latents are active, and "
             "the image embedding has none; task=explore shows the images of each latent"
         )
     if cfg.logger.get("upload_sae"):

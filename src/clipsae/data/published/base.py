@@ -178,6 +178,7 @@ class PublishedDataset(ImageList):
             on_bad_image=on_bad_image,
             as_seen=False,
         )
+        self.prompt = self.about.prompt
         self._compare_classes(listed.raw, labels)
         for difference in self.differences:
             log.warning("%s, %s: %s", self.about.name, split, difference)

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from clipsae.data.dataset import check_choice
-from clipsae.data.scenes.grammar import KINDS, Kind, Template
+from clipsae.data.scenes.grammar import KINDS, Kind, Template, make_captions
 from clipsae.data.scenes.renderer import patch_coverage, render
 from clipsae.data.scenes.world import (
     BACKGROUNDS,
@@ -117,13 +117,17 @@ class ScenesDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def scenes(self, indices: Sequence[int] | Tensor) -> Scenes:
-        """What the images show, before it is drawn."""
+    def _index(self, indices: Sequence[int] | Tensor) -> Tensor:
         index = torch.as_tensor(indices, dtype=torch.int64)
         # A negative index counts from the end, as in a list.
         index = torch.where(index < 0, index + len(self.labels), index)
         if bool(((index < 0) | (index >= len(self.labels))).any()):
             raise IndexError(f"index out of range for {len(self)} images of {self.name}")
+        return index
+
+    def scenes(self, indices: Sequence[int] | Tensor) -> Scenes:
+        """What the images show, before it is drawn."""
+        index = self._index(indices)
         fixed: dict[str, Tensor] = {}
         if self.kind == SPURIOUS:
             return self._spurious_scenes(index)
@@ -170,6 +174,12 @@ class ScenesDataset(Dataset):
         """The same for many, drawn together; a DataLoader calls this with a whole batch."""
         images, labels = self.images(indices)
         return list(zip(images.unbind(), labels.tolist(), strict=True))
+
+    def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """A caption of each image, true of it: some of its attributes, chosen at random, in the
+        words that the built-in CLIP was trained on."""
+        drawn = self._index(indices) + (self._stream << 32)  # other words in each kind and split
+        return make_captions(self.scenes(indices), self.seed, drawn).texts
 
     def attributes(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
         """Ground truth of images.
