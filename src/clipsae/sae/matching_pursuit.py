@@ -96,7 +96,7 @@ class MatchingPursuit(Linear):
         m, rows = len(self.W_dec), self.W_dec.detach().to(x.dtype)
         # Products of x with all rows, less those of the chosen rows with all.
         gram = rows @ rows.T if m <= min(GRAM, self.k * len(x)) else None
-        scores, chosen = x @ rows.T, []
+        scores, chosen = x @ rows.T, list[Tensor]()
         ended = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
         for t in range(self.k):
             code, latent = scores.max(dim=-1, keepdim=True)
