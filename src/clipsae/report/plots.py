@@ -154,9 +154,8 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
             style = _style(selection, line) | {"linestyle": "-", "linewidth": 1, "elinewidth": 1}
             points = wide.xs(line, level="line").sort_index()
             value, std = points["value"], points["std"]
-            swept = len(value) > 1
-            label = line.title if swept else selection.title(line)  # with its k
-            axes.errorbar(value.l0, value.fvu, xerr=std.l0, yerr=std.fvu, **style, label=label)
+            axes.errorbar(value.l0, value.fvu, xerr=std.l0, yerr=std.fvu, **style, label=line.title)
+            swept = len(value) > 1  # one k is in the tables
             for k, point in value.iterrows() if swept else ():
                 side: Any = {"xytext": (4, 4), "ha": "left", "va": "bottom"}
                 if not above:
