@@ -133,7 +133,7 @@ def measure_costs(setup: Setup, report: Callable[[str], None]) -> list[Row]:
     sizes = setup.sizes
     for name, changes in sizes.cost_rows:
         topk = options_of("topk", sizes.latents)
-        options = options_of(name, sizes.latents) | changes
+        options = {**options_of(name, sizes.latents), **changes}
         of_topk = ours(*prepared(topk, None, setup), setup)
         sae, x = prepared(options, topk["k"] / sizes.latents, setup)
         with torch.no_grad():

@@ -132,6 +132,18 @@ def test_rows_and_datasets(store):
     assert store.selection(datasets=("dtd",)).datasets == ("dtd",)
 
 
+def test_a_dataset_that_was_measured_alone_lacks_no_accuracy(store):
+    store.evaluation("topk", "a", {"on_5": 1.0})
+    store.measurement("topk", "scenes", {"l0": 4.0})
+    selection = store.selection(models=("topk",))
+    assert (selection.datasets, selection.classified) == (("a", "scenes"), ("a",))
+    report = store.report(models=("topk",))
+    assert {gap.dataset for gap in report.missing} <= {"a"}
+    assert [t.name for t in report.tables if t.name.startswith(("accuracy", "average"))] == [
+        "accuracy_a"
+    ]
+
+
 def test_metrics_of_0_1_have_todays_names_and_meanings(store):
     store.measurement("topk", "scenes", {"l0": 0.75, "active": 32.0}, k=32)
     metrics = store.selection().metrics.set_index("metric").value

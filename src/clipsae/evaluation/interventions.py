@@ -132,7 +132,7 @@ def embeddings_of(
         codes: of them, [T, M].
         context: [T, d] or None, as of `FrozenCLIP.tail`.
     """
-    there, scale = covered(clip, sae, stream[None]), sae.input_scale(stream)
+    there, scale = covered(clip, sae, stream[None]), sae.input_scale(stream)[..., :1]
     found = [stream.new_zeros(0, clip.embed_dim)]
     for part in torch.arange(versions.count, device=stream.device).split(_STREAMS):
         some = versions.chosen(part)

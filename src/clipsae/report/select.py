@@ -87,6 +87,12 @@ class Selection:
         return self.eleven + self.others
 
     @property
+    def classified(self) -> tuple[str, ...]:
+        """Datasets whose accuracies are there or lacking: all but those measured alone."""
+        alone = set(self.metrics.dataset) - set(self.cells.dataset) - set(self.eleven)
+        return tuple(name for name in self.datasets if name not in alone)
+
+    @property
     def models(self) -> tuple[str, ...]:
         """Of the lines."""
         return tuple(dict.fromkeys(line.model for line in self.lines))

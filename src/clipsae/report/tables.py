@@ -28,6 +28,10 @@ MEASURED_ON = "imagenet"  # our reading of Tables 5 and 6, which do not say it
 LARGEST = 8192  # latents; from there comparing two seeds takes minutes without a GPU
 BELOW = "Not learned, or only in part"
 ABOVE = "Ceiling"
+GLANCE = (
+    *("l0", "fvu", "dead_fraction", "patch_concepts_found", "monosemanticity_mean"),
+    *("sparse_probing_auc", "cknna"),
+)
 _COUNTED = {
     "paper": "latents counted on the evaluated images themselves",
     "heldout": "latents counted on the training split",
@@ -449,7 +453,7 @@ def fidelity_table(selection: Selection) -> Table:
     rows, runs = {}, selection.runs
     for line in (*selection.shown(selection.cells), *selection.below(selection.cells)):
         cells = {}
-        for dataset in selection.datasets:
+        for dataset in selection.classified:
             figures = selection.of(line, dataset).set_index("metric")
             if not {"no_sae", "on_all"} <= set(figures.index):
                 continue
@@ -463,7 +467,7 @@ def fidelity_table(selection: Selection) -> Table:
             std = statistics.stdev(map(float, each)) if len(each) > 1 else None
             cells[dataset] = Cell(float(value), std, len(each))
         rows[line] = _row(selection, line, cells)
-    columns = tuple(Number(name, dataset_title(name)) for name in selection.datasets)
+    columns = tuple(Number(name, dataset_title(name)) for name in selection.classified)
     gaps = _close_gaps(selection, rows, columns, lambda line, row: 1.0, "1")
     return Table(
         "fidelity",
@@ -480,11 +484,12 @@ def fidelity_table(selection: Selection) -> Table:
 
 
 def headline_table(selection: Selection, dataset: str) -> Table:
-    """The headline of each kind of number measured on one dataset, beside each other: what an SAE
-    is chosen by. MonoSemanticity is by the first image encoder and pooling."""
+    """A number of each kind that was measured on one dataset (`GLANCE`): what an SAE is chosen by.
+    MonoSemanticity is by the first image encoder and pooling."""
     figures = selection.metrics[selection.metrics.dataset == dataset]
     figures = figures.drop_duplicates(["line", "k", "metric"])
-    columns = tuple(n for n in NUMBERS if n.headline and n.key in set(figures.metric))
+    known = {n.key: n for n in NUMBERS}
+    columns = tuple(known[key] for key in GLANCE if key in set(figures.metric))
     rows = _rows(selection, figures, columns, {})
     title = dataset_title(dataset)
     return Table(
