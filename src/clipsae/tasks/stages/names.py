@@ -31,7 +31,11 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
             place for the word, regions where there are no patches, a judge that does not know the
             images.
     """
-    clip.require_text()
+    if not clip.has_text:
+        raise ConfigError(
+            f"clip.name={clip.name!r} has no text tower, so its latents cannot be compared with "
+            "words: task=name needs a CLIP"
+        )
     vocabulary(cfg, dataset)
     if cfg.naming.regions and not clip.has_patches:
         raise ConfigError(
