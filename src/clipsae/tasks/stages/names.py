@@ -31,11 +31,15 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
             place for the word, regions where there are no patches, a judge that does not know the
             images.
     """
-    clip.require_text()
+    if not clip.has_text:
+        raise ConfigError(
+            f"clip.name={clip.name!r} has no text tower, so its latents cannot be compared with "
+            "words: task=name needs a CLIP"
+        )
     vocabulary(cfg, dataset)
     if cfg.naming.regions and not clip.has_patches:
         raise ConfigError(
-            "naming.regions=true with clip.hook=embedding: the latents of an image embedding act on "
+            "naming.regions=true with clip.hook=embedding: latents of an image embedding act on "
             "whole images: leave it out"
         )
     if cfg.naming.judge == "truth" and not has_truth(dataset):
