@@ -15,6 +15,7 @@ for name in (
     "matplotlib.pyplot",
     "open_clip",
     "torchmetrics",
+    "wandb.sdk.launch.inputs.internal",  # a run asks for it as it begins
     "clipsae.tasks.experiment",
     "clipsae.tasks.explore",
     "clipsae.tasks.report",

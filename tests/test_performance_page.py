@@ -12,6 +12,7 @@ from tests.benchmarks.setup import Setup, Sizes, options_of, prepared
 
 TITLES = {  # of what is measured on a CPU
     "steps": "A training step",
+    "costs": "What each variant costs",
     "growth": "How it grows",
     "memory": "Memory",
     "evaluation": "Evaluation",
@@ -38,6 +39,12 @@ def test_every_part_is_measured_and_one_alone_leaves_the_others(tmp_path):
     dense, sparse = first["steps"]["values"]
     assert dense["active"] == pytest.approx(0.5, abs=0.1)
     assert sparse["active"] == pytest.approx(0.02, abs=0.01)
+    for row in first["costs"]["values"]:
+        assert row["l0"] == 32
+        assert row["ours"]["ratio"] == pytest.approx(
+            row["ours"]["seconds"] / row["topk"]["seconds"]
+        )
+    assert "| topk, `nested_k=[8, 16, 32]` | 32 | " in page
     assert first["memory"]["values"][0]["peak_gb"] > 0.05
     found = first["evaluation"]["values"]
     assert found["equal_settings"] == found["settings"] == 7

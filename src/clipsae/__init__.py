@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from clipsae.data import read_image
     from clipsae.interop import load, push_to_hub
     from clipsae.sae import SAE
+    from clipsae.tasks.dictionary import load_dictionary
 
 __version__ = "0.1.0"
-__all__ = ["SAE", "FrozenCLIP", "load", "push_to_hub", "read_image"]
+__all__ = ["SAE", "FrozenCLIP", "load", "load_dictionary", "push_to_hub", "read_image"]
 
 _WHERE = {
     "FrozenCLIP": "clipsae.clip",
     "SAE": "clipsae.sae",
     "load": "clipsae.interop",
+    "load_dictionary": "clipsae.tasks.dictionary",
     "push_to_hub": "clipsae.interop",
     "read_image": "clipsae.data",
 }

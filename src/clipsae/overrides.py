@@ -94,6 +94,8 @@ def _unknown(key: str, conf: Path) -> str:
             hint = near(part, known, group)
             if others := _choices_with(conf, group, part):
                 hint = f"it is an option of {group}={', '.join(others)}"
+                if node.get("fit"):
+                    hint = f"model={node.name} is fitted, not trained; {hint}"
             return f"{_given(key)}: there is no such option; {hint}"
         node = node._get_node(part)
     return f"{_given(key)}: there is no such option"

@@ -106,7 +106,8 @@ PRECISIONS = {
     "tf32": ("bf16-mixed", "tf32"),
     "bf16": ("bf16-mixed", "bf16-mixed"),
 }
-HOOKS = ("resid", "attn_out", "mlp_out", "embedding")  # where in a block or behind it the SAE reads
+EMBEDDINGS = ("embedding", "towers")  # hooks behind all blocks: of no layer, and without patches
+HOOKS = ("resid", "attn_out", "mlp_out", *EMBEDDINGS)  # where in a block or behind it the SAE reads
 TOKENS = one_of("all", "patches", "cls")  # of an image, that an SAE is of
 NORM_RATIO = or_null(number(least=1))  # above which a token's norm, in medians, leaves it out
 
@@ -115,6 +116,8 @@ def where(layer: int, hook: str = "resid") -> str:
     """Where in the tower an SAE reads, in words."""
     if hook == "embedding":
         return "image embedding"
+    if hook == "towers":
+        return "image and caption embeddings"
     return f"layer {layer}" + f", {hook}" * (hook != "resid")
 
 
@@ -155,4 +158,18 @@ def check_layer(name: str, layer: int, blocks: int, option: str = "clip.layer") 
         raise ConfigError(
             f"{option}={layer}: {name} has {blocks} blocks, so expected {-blocks}..{-1} "
             f"(from the end) or 0..{blocks - 1}"
+        )
+
+
+def check_layers(hook: str, layers: Iterable[int]) -> None:
+    """Refuse several layers where they make no difference.
+
+    Raises:
+        ConfigError: several layers of the hooks "embedding" and "towers".
+    """
+    if hook in EMBEDDINGS and len(set(layers)) > 1:
+        raise ConfigError(
+            f"clip.hook={hook}: the image embedding is the same for every layer, so there is "
+            "nothing to read at several or to write at another: give one clip.layer, and "
+            "model.target_layer=null"
         )

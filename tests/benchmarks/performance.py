@@ -31,11 +31,12 @@ from tests.benchmarks.feeding import measure_feeding
 from tests.benchmarks.passes import measure_evaluation
 from tests.benchmarks.setup import GPU_ROWS, QUICK, Setup, Sizes
 from tests.benchmarks.sources import measure_features
-from tests.benchmarks.steps import measure_growth, measure_memory, measure_steps
+from tests.benchmarks.steps import measure_costs, measure_growth, measure_memory, measure_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS: dict[str, Callable[[Setup, Callable[[str], None]], Any]] = {
     "steps": measure_steps,
+    "costs": measure_costs,
     "crossing": measure_crossing,
     "growth": measure_growth,
     "memory": measure_memory,
@@ -44,8 +45,8 @@ SECTIONS: dict[str, Callable[[Setup, Callable[[str], None]], Any]] = {
     "feeding": measure_feeding,
 }
 USUAL = {
-    "cpu": ("steps", "growth", "memory", "evaluation", "features"),
-    "cuda": ("steps", "crossing", "growth", "memory", "evaluation", "feeding"),
+    "cpu": ("steps", "costs", "growth", "memory", "evaluation", "features"),
+    "cuda": ("steps", "costs", "crossing", "growth", "memory", "evaluation", "feeding"),
 }
 PRECISIONS = {"cpu": ("float32",), "cuda": ("tf32", "bf16")}  # all for steps, else the first
 FORMAT = 1  # of the JSON

@@ -31,6 +31,7 @@ class Sizes:
         d, latents, tokens: width, M, tokens per step.
         rounds: how often each measurement is repeated.
         step_rows: recipes and densities (None: as initialised) of the table of steps.
+        cost_rows: recipes and options that are compared with TopK at equal L0.
         memory_rows, memory_tokens: the same for peak memory, and tokens per step there.
         grow: what a step's cost is measured against, and the values.
         crossing_tokens, crossing_shares: of the steps that find where dense products are faster.
@@ -56,6 +57,12 @@ class Sizes:
         ("sparsemax", 0.021),
         ("attention_relu", 0.02),
         ("linear_sparsemax", 0.021),
+    )
+    cost_rows: tuple[tuple[str, Mapping[str, Any]], ...] = (
+        *((name, {}) for name in ("relu", "jumprelu", "gated", "batch_topk", "sparsemax")),
+        *((name, {}) for name in ("attention_relu", "linear_sparsemax")),
+        *((name, {}) for name in ("matryoshka", "abs_topk", "matching_pursuit")),
+        ("topk", {"nested_k": [8, 16, 32]}),
     )
     memory_rows: tuple[tuple[str, float | None], ...] = (
         ("relu", None),
@@ -104,6 +111,7 @@ QUICK = Sizes(
     tokens=64,
     rounds=1,
     step_rows=(("relu", None), ("sparsemax", 0.02)),
+    cost_rows=(("matryoshka", {}), ("topk", {"nested_k": [8, 16, 32]})),
     memory_rows=(("topk", None),),
     memory_tokens=128,
     grow={"latents": (512, 1024), "tokens": (32, 64), "k": (4, 8), "support": (0.01, 0.05)},

@@ -126,6 +126,29 @@ def measure_steps(setup: Setup, report: Callable[[str], None]) -> list[Row]:
     return rows
 
 
+def measure_costs(setup: Setup, report: Callable[[str], None]) -> list[Row]:
+    """A row for each variant: our step with about as many active latents as TopK has, in turns with
+    TopK's on the same tokens."""
+    rows = []
+    sizes = setup.sizes
+    for name, changes in sizes.cost_rows:
+        topk = options_of("topk", sizes.latents)
+        options = {**options_of(name, sizes.latents), **changes}
+        of_topk = ours(*prepared(topk, None, setup), setup)
+        sae, x = prepared(options, topk["k"] / sizes.latents, setup)
+        with torch.no_grad():
+            l0 = sae(x).fired().sum().item() / sizes.tokens
+        times = setup.interleaved({"ours": ours(sae, x, setup), "topk": of_topk})
+        del sae, of_topk
+        said = ", ".join(f"`{option}={value}`" for option, value in changes.items())
+        row = {"recipe": f"{name}, {said}" if said else name, "l0": l0}
+        row["ours"] = row_of(times["ours"], times["topk"], sizes.tokens)
+        row["topk"] = row_of(times["topk"], times["topk"], sizes.tokens)
+        rows.append(row)
+        report(f"{row['recipe']}, L0 {l0:.1f}: {_said(row)}")
+    return rows
+
+
 def measure_growth(setup: Setup, report: Callable[[str], None]) -> list[Row]:
     """Our step beside its dense product as M, tokens and active latents grow."""
     rows = []

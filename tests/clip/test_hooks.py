@@ -20,14 +20,14 @@ POST_NORM = TIMM | {"between": "mlp"}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 3}
 
 
-def of_timm(name: str, **options) -> FrozenCLIP:
+def of_timm(name: str, hook: str = "resid", **options) -> FrozenCLIP:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=0, **{**SMALL, **options}).eval()
         for parameter in model.parameters():  # some layer scales begin at 1e-5
             if parameter.ndim == 1:
                 torch.nn.init.uniform_(parameter, 0.3, 0.9)
-    return FrozenCLIP(model, name=f"timm:{name}")
+    return FrozenCLIP(model, name=f"timm:{name}", hook=hook)
 
 
 KINDS = {
@@ -196,7 +196,7 @@ def test_what_cannot_be_is_refused(register):
         clip.tail(tokens)
     with pytest.raises(ValueError, match=r"context \(2, 17, 32\) of tokens \(1, 17, 32\)"):
         clip.tail(tokens, tokens.expand(2, -1, -1))
-    with pytest.raises(ConfigError, match="expected resid, attn_out, mlp_out or embedding"):
+    with pytest.raises(ConfigError, match="expected resid, attn_out, mlp_out, embedding or towers"):
         load_random(clip.name, hook="hook_mlp_out")
     # Two attentions, and two MLPs, beside each other.
     parallel = of_timm("vit_tiny_patch16_224", block_fn=ParallelThingsBlock)
@@ -216,11 +216,34 @@ def test_several_layers_in_one_pass_are_each_as_alone(register, hook):
         assert torch.equal(clip.prefixes(images, [layer])[layer], alone)
 
 
-def test_an_embedding_is_of_no_layer_and_has_no_parts(register):
-    clip = FrozenCLIP(load_random(register()).model, name="small", hook="embedding")
+@torch.no_grad()
+def test_pairs_are_the_embeddings_of_images_and_captions(register):
+    whole = load_random(register())
+    clip = at(whole, 0, "towers")
+    images = clip.normalize(some_images(clip))
+    texts = torch.randint(1, 49408, (len(images), 16))
+    pairs = clip.pairs(images, texts)
+    for position, of in ((0, whole.encode_image(images)), (1, whole.model.encode_text(texts))):
+        expected = of / of.square().sum(dim=-1, keepdim=True).sqrt()
+        torch.testing.assert_close(pairs[:, position], expected)
+    tokens, context = clip.prefix(images, with_context=True)  # of images without captions
+    assert torch.equal(tokens, pairs[:, :1])
+    assert context is None
+    assert torch.equal(clip.tail(2 * tokens), 2 * tokens[:, 0])
+    assert (clip.tokens, clip.positions, clip.width) == (1, 2, clip.embed_dim)
+    assert (whole.tokens, whole.has_captions) == (whole.positions, False)
+    with pytest.raises(ConfigError, match=r"clip\.hook=resid: the tokens are of images alone"):
+        whole.pairs(images, texts)
+    with pytest.raises(ConfigError, match="no text tower, so captions have no embeddings"):
+        of_timm("vit_small_patch14_reg4_dinov2", hook="towers")
+
+
+@pytest.mark.parametrize("hook", ["embedding", "towers"])
+def test_an_embedding_is_of_no_layer_and_has_no_parts(register, hook):
+    clip = FrozenCLIP(load_random(register()).model, name="small", hook=hook)
     with pytest.raises(ConfigError, match="the same for every layer"):
         clip.check_layers([-1, -2])
     clip.check_layers([-1])
     for tokens in ("cls", "patches"):
-        with pytest.raises(ConfigError, match=r"at clip\.hook=embedding an image is one token"):
+        with pytest.raises(ConfigError, match=rf"at clip\.hook={hook} an image is one token"):
             clip.token_slice(tokens)

@@ -32,6 +32,7 @@ class Counting(nn.Module):
 
     device = torch.device("cpu")
     hook = "resid"
+    tokens, has_captions = T, False
 
     def __init__(self, layer: int = -1) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clipsae.data.scenes import (
+    BACKGROUNDS,
     COLOURS,
     KINDS,
     PATTERNS,
@@ -20,7 +21,7 @@ from clipsae.data.scenes.renderer import render
 from clipsae.data.scenes.shapes import SHAPE_DISTANCE
 from clipsae.data.scenes.world import IMAGE_SIZE, MIXED, SINGLE, sample_scenes, uniforms
 
-ALL_KINDS = [*KINDS, "all"]
+ALL_KINDS = [*KINDS, "all", "spurious"]
 
 
 def singles(n: int, **fixed: int):
@@ -110,6 +111,7 @@ def test_labels_say_what_the_attributes_say(kind):
         "background": truth["background"],
         "count": truth["count"] - 1,
         "all": truth["count"] - 1,
+        "spurious": truth["shape"][:, 0],  # 0 and 1 are the two shapes
     }
     label = expected[kind] if kind in expected else truth[kind][:, 0]
     assert torch.equal(dataset.labels, label)
@@ -123,6 +125,22 @@ def test_labels_say_what_the_attributes_say(kind):
         for i in range(0, 320, 37):
             colour, shape = list(COLOURS)[truth["colour"][i, 0]], SHAPES[truth["shape"][i, 0]]
             assert names[i] == f"{colour} {shape}"
+
+
+def test_a_shape_is_tied_to_its_background_in_the_training_images_alone():
+    shares = {}
+    for split in ("train", "test"):
+        data = ScenesDataset("spurious", split, 2000)
+        truth = data.attributes(range(2000))
+        assert data.groupnames[3] == "square on water"
+        shape, background = data.groups // 2, data.groups % 2
+        assert torch.equal(shape, data.labels)
+        assert [SHAPES[i] for i in truth["shape"][:2, 0]] == data.classnames == ["circle", "square"]
+        on = [data.confounder.index(BACKGROUNDS[b]) for b in truth["background"].tolist()]
+        assert background.tolist() == on
+        assert truth["radius"][:, 0].max() < 9  # of 64 pixels
+        shares[split] = float((shape == background).double().mean())
+    assert shares == pytest.approx({"train": 0.95, "test": 0.5}, abs=0.02)
 
 
 def test_size_is_independent_of_position():
@@ -289,6 +307,22 @@ def test_captions_are_grammatical_and_true():
     assert len(set(captions.texts)) > 400
     again = make_captions(scenes[100:110], 0, torch.arange(100, 110))
     assert again.texts == captions.texts[100:110]
+
+
+def test_a_dataset_captions_its_images_in_any_batch():
+    data, other = (ScenesDataset("all", split, 200) for split in ("train", "test"))
+    texts = data.captions(range(200))
+    assert [*data.captions([7, -1]), *data.captions(torch.tensor([30]))] == [
+        *(texts[7], texts[199], texts[30])
+    ]
+    truth = data.attributes(range(200))
+    for i, text in enumerate(texts):
+        for names, column in ((SHAPES, truth["shape"]), (tuple(COLOURS), truth["colour"])):
+            for k, name in enumerate(names):
+                assert text.replace(",", " ").split().count(name) <= int((column[i] == k).sum())
+    # What is stated is drawn anew in each split.
+    ends = [[" against " in text for text in data.captions(range(200))] for data in (data, other)]
+    assert 60 < sum(a == b for a, b in zip(*ends, strict=True)) < 140
 
 
 def _sentence_is_true(scenes, captions, i: int, j: int) -> bool:

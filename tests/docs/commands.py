@@ -23,6 +23,7 @@ SMALL = {
     "features.num_workers": "0",
     "evaluation.ns": "[1,5]",
     "measurement.sample_tokens": "200",
+    "measurement.sample_images": "4",
 }
 SCENES = 24  # images of each split, trained on in batches of 4
 

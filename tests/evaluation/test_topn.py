@@ -249,6 +249,7 @@ VARIANTS = {
     "gated": (lambda: real("linear", "gated"), 0.2),
     "topk": (topk, 0.2),
     "topk of unit tokens": (lambda: topk(normalize="unit"), 0.02),
+    "topk of layer-normed tokens": (lambda: topk(normalize="layer_norm"), 0.0),
     "topk of whitened tokens": (whitened, 0.2),
     "batch_topk": (lambda: real("linear", "batch_topk", k=6), 0.2),
     "sparsemax": (lambda: real("attention", "sparsemax", normalize="unit"), 0.0),

@@ -20,6 +20,12 @@ def close(codes, reconstruction, sae, x):
     torch.testing.assert_close(reconstruction, found.reconstruction, atol=1e-4, rtol=1e-4)
 
 
+def in_visaebenchs_files(sae) -> bool:
+    other = sae.config["activation"] in ("gated", "abs_topk")
+    other |= sae.normalize in ("unit", "layer_norm")
+    return not other and sae.config["architecture"] != "matching_pursuit"
+
+
 def test_files_and_back(tmp_path, sae, x):
     lost = saelens.write(sae, tmp_path / "a", {"model_name": "ViT", "hook_name": "resblocks.10"})
     assert all(sentence.endswith(".") for sentence in lost)
@@ -27,7 +33,7 @@ def test_files_and_back(tmp_path, sae, x):
     close(found.sae(x).codes, found.sae(x).reconstruction, sae, x)
     assert found.format == "SAELens"
     assert found.reads["hook_name"] == "resblocks.10"
-    if sae.normalize == "unit" or sae.config["activation"] == "gated":
+    if not in_visaebenchs_files(sae):
         with pytest.raises(ValueError, match="VisaebenchSAE"):
             visaebench.write(sae, tmp_path / "b")
         return
@@ -52,12 +58,18 @@ def test_the_real_saelens_encodes_and_decodes_alike(tmp_path, sae, x):
     close(back.sae(x).codes, back.sae(x).reconstruction, sae, x)
 
 
-@pytest.mark.parametrize("name", ["standard", "topk", "jumprelu", "gated"])
+@pytest.mark.parametrize(
+    "name", ["standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit"]
+)
 def test_the_real_saelens_is_read_without_it(tmp_path, x, name):
     sae_lens = pytest.importorskip("sae_lens", reason="extra peers: not installed")
     torch.manual_seed(2)
     cls, config = sae_lens.saes.sae.get_sae_class(name)
-    more = {"k": 4, "rescale_acts_by_decoder_norm": True} if name == "topk" else {}
+    more = {"k": 4, "rescale_acts_by_decoder_norm": True} if name.endswith("topk") else {}
+    if name == "matching_pursuit":
+        more = {"residual_threshold": 2.0}  # up to d steps, none with a latent again
+    if name in ("gated", "topk"):
+        more["normalize_activations"] = "layer_norm"
     theirs = cls(config(d_in=12, d_sae=40, apply_b_dec_to_input=name != "jumprelu", **more))
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -121,6 +133,12 @@ def test_a_plugin_with_fixed_thresholds_is_jumprelu(tmp_path, make, monkeypatch,
         saelens.write(make(activation="shrinking"), tmp_path)
 
 
+def test_matching_pursuit_of_scaled_tokens_is_refused(tmp_path, make):
+    sae = make(**{**KINDS["matching_pursuit"], "normalize": "mean_std"})
+    with pytest.raises(ValueError, match="normalize=mean_std of matching pursuit cannot be writ"):
+        saelens.write(sae, tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ["attention", "linear"])
 def test_sparsemax_is_refused_in_one_sentence(tmp_path, make, architecture):
     sae = make(architecture=architecture, activation="sparsemax", normalize="unit")
@@ -135,7 +153,7 @@ def test_sparsemax_is_refused_in_one_sentence(tmp_path, make, architecture):
 
 def test_the_real_visaebench_loads_its_files(tmp_path, sae, x):
     hub = pytest.importorskip("visaebench.hub", reason="visaebench is not installed")
-    if sae.normalize == "unit" or sae.config["activation"] == "gated":
+    if not in_visaebenchs_files(sae):
         pytest.skip("not for its files")
     visaebench.write(sae, tmp_path)
     theirs = hub.load_sae(str(tmp_path), device="cpu")
@@ -152,6 +170,8 @@ def test_the_interface_of_visaebench(make, x, name):
     assert torch.equal(wrapped.encode(x) != 0, sae.encode(x) != 0)
     with pytest.raises(ValueError, match="decoder bias"):
         visaebench.VisaebenchSAE(make(activation="relu", normalize="unit"))
+    with pytest.raises(ValueError, match="normalize=layer_norm with a decoder bias or means of"):
+        visaebench.VisaebenchSAE(make(activation="relu", normalize="layer_norm"))
     if name == "fvu":
         metrics = pytest.importorskip("visaebench.metrics", reason="visaebench is not installed")
         found = metrics.METRIC_REGISTRY["fvu"]().compute(wrapped, x, device="cpu")

@@ -177,7 +177,7 @@ def test_evaluations_with_other_settings_are_rows_of_their_own(tmp_path, make):
     assert "| x (5 images, evaluation.count_threshold=0.5) | 2.00 |" in card
 
 
-@pytest.mark.parametrize("hook", ["resid", "attn_out", "embedding"])
+@pytest.mark.parametrize("hook", ["resid", "attn_out", "embedding", "towers"])
 def test_the_cards_example_runs(hook, tmp_path):
     """Its lines, on an SAE of the built-in CLIP."""
     sae = clipsae.SAE(d=128, latents=64, activation="topk", k=4).eval()

@@ -49,6 +49,30 @@ def topk(w: dict[str, Tensor], scores: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def abs_topk(w: dict[str, Tensor], scores: Tensor) -> Tensor:
+    least = [row.abs().sort(descending=True).values[K - 1] for row in scores]
+    return torch.where(scores.abs() >= torch.stack(least)[:, None], scores, 0)
+
+
+def pursuit(steps, threshold=0.0, repeats=True, rows="W_dec", bias="b_dec"):
+    """Matching pursuit, a token at a time."""
+
+    def formula(w, x):
+        bias_, codes = w.get(bias, torch.zeros(D)), torch.zeros(len(x), M).double()
+        for token, code in zip(x, codes, strict=True):
+            left = token - bias_
+            for _ in range(steps):
+                best = (w[rows] @ left).argmax().item()
+                value, again = (w[rows][best] @ left).clamp(min=0), code[best] != 0
+                code[best] += value
+                left = left - value * w[rows][best]
+                if left.norm() < threshold or (again and not repeats):
+                    break
+        return codes, codes @ w[rows] + bias_
+
+    return formula
+
+
 def jumprelu(name: str = "threshold"):
     return lambda w, scores: scores.clamp(min=0) * (scores > w[name])
 
@@ -64,6 +88,17 @@ def naive_sparsemax(scores: Tensor) -> Tensor:
 
 
 # Formulas: (tensors in float64, x) -> codes, reconstruction.
+
+
+def layer_normed(formula):
+    """The formula, of tokens of mean 0 and deviation 1."""
+
+    def whole(w, x):
+        mean, deviation = x.mean(dim=1, keepdim=True), x.std(dim=1, keepdim=True)
+        codes, u = formula(w, (x - mean) / (deviation + 1e-5))
+        return codes, u * deviation + mean
+
+    return whole
 
 
 def linear(rule, names=("W_enc", "b_enc", "W_dec", "b_dec"), centred=True, unit=False, rows=False):
@@ -165,6 +200,10 @@ GATE = {"decoder_bias": (D,), "r_mag": (M,), "gate_bias": (M,), "mag_bias": (M,)
 COUNTS = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(-1.0)}
 HOOK = {"hook_point": "blocks.9.hook_resid_post"}
 OF_TOPK = {"activation_fn_kwargs": {"k": K}}
+UNIT_ROWS = {
+    "W_dec": torch.nn.functional.normalize(weights(W_dec=(M, D))["W_dec"]),
+    "b_dec": (D,),
+}
 V6 = {"sae_lens_version": "6.5.0", "model_name": "clip", "hook_name": "blocks.10"}
 CASES = {
     "AutoEncoder": learnt(
@@ -222,6 +261,40 @@ CASES = {
             "l1_coefficient": 5,
         },
         {"model_name": "clip", "hook_name": "blocks.10"},
+    ),
+    "SAELens, layer norm": Case(
+        foreign.saelens,
+        {**MATRICES, "threshold": (M,)},
+        layer_normed(linear(jumprelu(), centred=False)),
+        {
+            "architecture": "jumprelu",
+            "normalize_activations": "layer_norm",
+            "apply_b_dec_to_input": False,
+        },
+    ),
+    "SAELens's abstopk": Case(
+        foreign.saelens,
+        MATRICES,
+        linear(abs_topk, rows=True),
+        {"architecture": "abstopk", "k": K, "rescale_acts_by_decoder_norm": True},
+    ),
+    "SAELens's matching pursuit": Case(
+        foreign.saelens,
+        UNIT_ROWS,
+        pursuit(D, 1.5, repeats=False),
+        {"architecture": "matching_pursuit", "residual_threshold": 1.5, "dtype": "float32"},
+    ),
+    "SAELens's matching pursuit without stops": Case(
+        foreign.saelens,
+        UNIT_ROWS | {"b_dec": torch.zeros(D)},
+        pursuit(9),
+        {
+            "architecture": "matching_pursuit",
+            "max_iterations": 9,
+            "residual_threshold": 0.0,
+            "stop_on_duplicate_support": False,
+            "apply_b_dec_to_input": False,
+        },
     ),
     "SAELens before 6": Case(
         foreign.saelens,
@@ -294,6 +367,9 @@ CASES |= {
         linear(topk),
         {"model_name": "gpt2-small", "layer": 8, "input_unit_norm": False, "dtype": "float32"},
         {"model_name": "gpt2-small", "layer": 8},
+    ),
+    "BatchTopK's topk of tokens standardised one by one": Case(
+        foreign.batchtopk, NO_BIAS, layer_normed(linear(topk)), {"input_unit_norm": True}
     ),
     "BatchTopK's topk, with b_enc": Case(
         foreign.batchtopk, MATRICES, linear(topk), {"use_encoder_bias": True}
@@ -418,7 +494,7 @@ def test_codes_and_reconstruction_are_those_of_its_library(name, tmp_path, x):
     for sentence, part in zip(found.lost, case.lost, strict=True):
         assert part in sentence
     assert not found.sae.training
-    if "k" in found.sae.config:
+    if "topk" in found.sae.config["activation"]:
         assert found.sae.config["k"] == K
 
 
@@ -520,6 +596,12 @@ def of_overcomplete(monkeypatch, name):
         for mix, relax in zip(w64["mix"].clamp(min=0), w64["relax"], strict=True):
             rows.append(mix / mix.sum() @ w64["points"] + relax * min(1, 1 / relax.norm().item()))
         D_ = torch.stack(rows)
+    elif name == "MpSAE":
+        kind, more = "mp_sae.MpSAE", {"k": K, "dropout": None}
+        own |= {"_weights": w["D"], "multiplier": torch.tensor(0.0)}
+        l2 = foreign.instance(monkeypatch, "overcomplete.sae.dictionary.normalize_l2")
+        vars(dictionary).update(training=True, normalization=type(l2))
+        D_ = D_ / D_.norm(dim=1, keepdim=True)
     encoder = make(
         "modules.MLPEncoder",
         {},
@@ -532,7 +614,9 @@ def of_overcomplete(monkeypatch, name):
         norm_layer=torch.nn.Identity,
         nb_blocks=0,
     )
-    if name == "BatchTopKSAE, tied":
+    if name == "MpSAE":
+        encoder = make("modules.IdentityEncoder", input_size=D)
+    elif name == "BatchTopKSAE, tied":
         encoder = make("modules.TieableEncoder", {"weight": None, "bias": w["b"]})
         vars(encoder)["_modules"] = {"tied_to": dictionary}
         W, kind = D_, "batchtopk_sae.BatchTopKSAE"
@@ -549,6 +633,7 @@ def of_overcomplete(monkeypatch, name):
         ("JumpSAE, batch normalised, in training mode", lambda w, s: s * (s >= w["b"].exp())),
         ("RATopKSAE in training mode", topk),
         ("BatchTopKSAE, tied", lambda w, s: s * (s >= 1.5)),
+        ("MpSAE", None),
     ],
 )
 def test_a_whole_sae_of_overcomplete(tmp_path, monkeypatch, x, name, rule):
@@ -557,10 +642,13 @@ def test_a_whole_sae_of_overcomplete(tmp_path, monkeypatch, x, name, rule):
         torch.save(sae, tmp_path / "sae.pth")
     found = read(tmp_path / "sae.pth")
     assert "overcomplete" not in sys.modules or hasattr(sys.modules["overcomplete"], "__file__")
-    codes = rule(w, x.double() @ W.T + b)
+    if name == "MpSAE":
+        codes, _ = pursuit(K, rows="D")({"D": D_}, x.double())
+    else:
+        codes = rule(w, x.double() @ W.T + b)
     agree(found.sae, x, codes, codes @ D_)
     assert found.format == "overcomplete"
-    assert found.lost == () or "whole batch" in found.lost[0]
+    assert found.lost == () or "whole batch" in found.lost[0] or "positive product" in found.lost[0]
 
 
 def test_vit_prismas_own_config_object(tmp_path, monkeypatch, x):
@@ -583,9 +671,9 @@ def test_vit_prismas_own_config_object(tmp_path, monkeypatch, x):
     found = read(foreign.container(tmp_path, cfg, state))
     w = {key: t.double() for key, t in state.items()}
     agree(found.sae, x, *linear(topk)(w, x.double()))
-    cfg.normalize_activations = "layer_norm"
-    with pytest.raises(ValueError, match="normalize_activations='layer_norm'"):
-        read(foreign.container(tmp_path, cfg, state))
+    cfg.normalize_activations = "layer_norm"  # its default
+    found = read(foreign.container(tmp_path, cfg, state))
+    agree(found.sae, x, *layer_normed(linear(topk))(w, x.double()))
 
 
 def test_saelens_by_name_needs_the_library(monkeypatch):

@@ -50,6 +50,16 @@ def test_overcomplete(tmp_path, x, name, options, training):
     agree(read(tmp_path / "sae.pt").sae, x, codes.detach(), reconstruction.detach())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_overcompletes_matching_pursuit(tmp_path, x, training):
+    library = pytest.importorskip("overcomplete.sae", reason="overcomplete is not installed")
+    theirs = randomised(library.MpSAE(D, nb_concepts=M, k=K, dropout=0.1).train())
+    theirs.train(training)
+    torch.save(theirs, tmp_path / "sae.pt")
+    _, codes, reconstruction = theirs.eval()(x)
+    agree(read(tmp_path / "sae.pt").sae, x, codes.detach(), reconstruction.detach())
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_overcompletes_other_encoders(tmp_path, x, tied, bias):

@@ -114,19 +114,34 @@ def test_the_tables_k_is_that_with_most_datasets_ties_to_the_smallest(store):
 
 
 def test_rows_and_datasets(store):
-    """The six and others found, but not the ablation's; the eleven once one has a result."""
-    for model in ("mine", "attention_relu", "relu"):
+    """The six and others found, in one order; the eleven once one has a result, and the ablation's
+    two then in its table alone."""
+    for model in ("mine", "abs_topk", "matryoshka", "attention_relu", "relu"):
         store.evaluation(model, "my_photos", {"on_5": 1.0})
     six = ("relu", "jumprelu", "gated", "topk", "batch_topk", "sparsemax")
     selection = store.selection()
-    assert selection.models == (*six, "mine")
+    others = ("matryoshka", "abs_topk", "mine")
+    assert selection.models == (*six, "attention_relu", *others)
     assert selection.expected == six
     assert selection.datasets == ("my_photos",)
     assert store.selection(models=("mine",)).models == ("mine",)
     store.evaluation("relu", "dtd", {"on_5": 1.0})
     assert len(store.selection().eleven) == 11
+    assert store.selection().models == (*six, *others)
     assert store.selection().others == ("my_photos",)
     assert store.selection(datasets=("dtd",)).datasets == ("dtd",)
+
+
+def test_a_dataset_that_was_measured_alone_lacks_no_accuracy(store):
+    store.evaluation("topk", "a", {"on_5": 1.0})
+    store.measurement("topk", "scenes", {"l0": 4.0})
+    selection = store.selection(models=("topk",))
+    assert (selection.datasets, selection.classified) == (("a", "scenes"), ("a",))
+    report = store.report(models=("topk",))
+    assert {gap.dataset for gap in report.missing} <= {"a"}
+    assert [t.name for t in report.tables if t.name.startswith(("accuracy", "average"))] == [
+        "accuracy_a"
+    ]
 
 
 def test_metrics_of_0_1_have_todays_names_and_meanings(store):

@@ -16,6 +16,7 @@ from clipsae.report.tables import (
     average_table,
     compared,
     fidelity_table,
+    headline_table,
     metric_tables,
     rank_table,
     recovery_tables,
@@ -49,6 +50,21 @@ def test_a_cell_is_ours_published_and_their_difference(store):
     assert row["on_10"].difference is None
     assert cells(table)["sparsemax"]["on_1"].printed == "10.929"
     assert [row.labels for row in table.rows][3] == ("TopK (k = 32)",)
+
+
+def test_retrieval_stands_between_chance_and_clip(store):
+    values = {"shared_latents": 0.25, "bridge_same": 0.4, "bridge_same_shuffled": 0.1}
+    values |= {"image_to_text_1": 0.6, "image_to_text_1_random": 0.1, "image_to_text_1_codes": 0.3}
+    store.measurement("topk", "scenes", values | {"image_to_text_1_embedding": 0.9})
+    (table,) = metric_tables(store.selection(), "scenes")
+    assert (table.name, [c.key for c in table.columns]) == (
+        "towers_scenes",
+        ["shared_latents", "bridge_same", "image_to_text_1", "image_to_text_1_codes"],
+    )
+    row = cells(table)["topk"]
+    assert (row["bridge_same"].floor, row["bridge_same"].gap) == (0.1, None)
+    assert row["image_to_text_1"].gap == pytest.approx((0.6 - 0.1) / (0.9 - 0.1))
+    assert row["image_to_text_1_codes"].gap == pytest.approx((0.3 - 0.1) / (0.9 - 0.1))
 
 
 def test_a_dataset_that_the_paper_does_not_have_has_ours_only(store):
@@ -172,6 +188,29 @@ def test_table_5_shows_both_codes_beside_the_published_figures(store):
     assert [c.label for c in patches.columns] == ["concepts found"]
     assert [c.label for c in images.columns] == ["AUROC"]
     assert cells(images)["topk"]["image_auroc"].ours == 0.75
+
+
+def test_one_number_of_each_kind_stands_beside_the_others_with_what_it_must_beat(store):
+    ends = {"patch_concepts_found_untrained": 0.1, "patch_concepts_found_probe": 0.9}
+    for k, found in ((4, 0.5), (8, 0.3)):
+        known = {
+            "l0": k,
+            "zero_fraction": 0.9,
+            "fvu": 0.2,
+            "fvu_per_token": 0.1,
+            "dead_fraction": 0.0,
+        }
+        numbers = known | ends | {"patch_concepts_found": found, "monosemanticity_mean": 0.3}
+        store.measurement("topk", "scenes", numbers, k=k)
+    numbers = {"monosemanticity_mean": 0.2}
+    store.measurement("topk", "scenes", numbers, k=4, image_encoder="another")
+    table = headline_table(store.selection(), "scenes")
+    row = cells(table)["topk"]
+    assert row["patch_concepts_found"].ours == 0.5
+    assert row["patch_concepts_found"].gap == pytest.approx((0.5 - 0.1) / (0.9 - 0.1))
+    assert row["monosemanticity_mean"].ours == 0.3
+    assert {"l0", "fvu", "dead_fraction"} < {column.key for column in table.columns}
+    assert "fvu_per_token" not in {column.key for column in table.columns}
 
 
 def test_decoders_of_all_seeds_are_compared_both_ways_and_what_is_missing_is_said(store):

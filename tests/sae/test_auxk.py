@@ -21,7 +21,9 @@ def plain(x, x_hat, a, dead, k, rows, scale):
     return left / ((e - e.mean(0)) ** 2).sum()
 
 
-@pytest.mark.parametrize("model", ["topk", "batch_topk", "sparsemax", "linear_sparsemax"])
+@pytest.mark.parametrize(
+    "model", ["topk", "batch_topk", "sparsemax", "linear_sparsemax", "relu", "gated"]
+)
 @pytest.mark.parametrize(("dead", "k"), [(1, 3), (3, 3), (20, 3), (M - 1, M)])
 def test_value_and_gradients(model, dead, k):
     changes = {"max_activation_frequency": None} if "sparsemax" in model else {}
@@ -30,6 +32,10 @@ def test_value_and_gradients(model, dead, k):
     with torch.no_grad():
         sae(x)
         # Latents that this batch does not use, as many as there are, are called dead.
+        if model in ("relu", "gated"):  # all act: the first ones' scores are taken below 0
+            lowered = sae.architecture.b_enc if model == "relu" else sae.activation.b_gate
+            lowered[:dead] = -100 if model == "gated" else -sae.scores(x)[:, :dead].amax(0) - 0.1
+            sae(x)
         idle = (sae.tokens_since_fired > 0).nonzero().flatten()[:dead]
     if len(idle) == 0:
         pytest.skip("all latents act")
@@ -43,7 +49,7 @@ def test_value_and_gradients(model, dead, k):
 
     sae.load_state_dict(state)
     sae.zero_grad()
-    a = torch.relu(sae.scores(x))
+    a = sae.scores(x) if model in ("relu", "gated") else torch.relu(sae.scores(x))
     expected = 0.3 * plain(
         x, out.reconstruction, a, is_dead, k, sae.decoder_rows(), sae.input_scale(x)
     )

@@ -164,6 +164,10 @@ def test_auxk_is_of_the_target_s_residual():
             {"target_layer": -1, "subtract_bias": False, "normalize": "mean_std"},
             "the statistics of normalize=mean_std and position_mean",
         ),
+        (
+            {"target_layer": -1, "subtract_bias": False, "normalize": "layer_norm"},
+            "the statistics of normalize=layer_norm and position_mean",
+        ),
         ({"max_norm_ratio": 3.0, "monosemanticity": 0.1}, "compares images by the codes of all"),
         ({"target_layer": 1.5}, "target_layer=1.5: "),
         ({"tokens": "some"}, "tokens='some': expected all, patches or cls"),

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from clipsae.sae import ACTIVATIONS, SAE, engine
+from clipsae.sae import SAE, engine
 from clipsae.sae.codes import SparseCodes
 from clipsae.sae.engine import gpu
 from clipsae.sae.engine.switch import DENSE_FROM
@@ -38,7 +38,7 @@ def no_numbers(monkeypatch):
 
 def build(recipe: str, device: str) -> SAE:
     options = options_of(recipe, latents=LATENTS)
-    if ACTIVATIONS[options["activation"]].supports_auxk:
+    if recipe != "matching_pursuit":
         options["auxk"] = 0.1
     with torch.device(device):
         return SAE(WIDTH, **options)

@@ -3,12 +3,18 @@
 import pytest
 import torch
 
-from clipsae.interop.plain import Plain
 from clipsae.sae import SAE, matching_pursuit
 from tests.sae.conftest import D, build, tokens
 
 
-def plain(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, k: int):
+def plain(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    residual_threshold: float = 0.0,
+    stop_on_repeat: bool = False,
+):
     """Codes [N, M], the reconstruction, and how often a latent was chosen again."""
     codes, again = torch.zeros(len(x), len(rows), dtype=x.dtype), 0
     found = []
@@ -20,10 +26,13 @@ def plain(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, k: int):
             best = max(range(len(rows)), key=lambda m: products[m].item())
             if products[best] <= 0:
                 break
-            again += best in chosen
+            repeats = best in chosen
+            again += repeats
             chosen.add(best)
             code[best] = code[best] + products[best]
             left = left - products[best] * rows[best]
+            if left.norm() < residual_threshold or (stop_on_repeat and repeats):
+                break
         codes[n] = torch.stack(code).detach()
         found.append(torch.stack(code))
     z = torch.stack(found)
@@ -69,17 +78,38 @@ def test_more_steps_leave_less_over():
     assert left[0] > left[1] > left[2]
 
 
-def test_it_has_no_form_of_other_libraries():
-    with pytest.raises(ValueError, match="architecture=matching_pursuit cannot be written for X"):
-        Plain.of(build("matching_pursuit"), "X")
-    with pytest.raises(ValueError, match="activation=abs_topk cannot be written for X"):
-        Plain.of(build("abs_topk"), "X")
+@pytest.mark.parametrize(
+    "stops",
+    [{"stop_on_repeat": True}, {"residual_threshold": 0.8}, {"residual_threshold": 0.5}],
+)
+def test_steps_end_early(stops):
+    torch.manual_seed(0)
+    options = {"l1_coefficient": 0.0, "k": 9, **stops}
+    sae = SAE(3, 9, "matching_pursuit", "relu", **options).double()
+    x = tokens(9, 3, dtype=torch.float64)
+    rows, bias = (
+        p.detach().clone().requires_grad_() for p in (sae.decoder_rows(), sae.decoder_bias)
+    )
+    z, x_hat, again = plain(x, rows, bias, 9, **stops)
+    assert again < plain(x, rows, bias, 9)[-1]
+    ((x_hat - x).square().sum(-1) / x.norm(dim=-1)).mean().div(3).backward()
+    out = sae(x)
+    out.loss.backward()
+    torch.testing.assert_close(out.codes, z)
+    torch.testing.assert_close(sae.architecture.W_dec.grad, rows.grad)
+    torch.testing.assert_close(sae.architecture.b_dec.grad, bias.grad)
+    torch.testing.assert_close(sae.eval().encode(x), z)
+    if "stop_on_repeat" in stops:  # one token, which repeats at once: two steps in place of nine
+        alone = sae.decoder_bias + sae.decoder_rows()[:1]
+        assert sae.architecture.choose(alone - sae.decoder_bias).shape[1] < 9
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"k": 0}, "k=0: expected an integer from 1 to latents=20"),
+        ({"k": 3, "residual_threshold": -1.0}, r"residual_threshold=-1\.0: expected"),
+        ({"k": 3, "stop_on_repeat": 1}, "stop_on_repeat=1: expected"),
         ({"encoder_init": "tied"}, "has no such option"),
         ({"activation": "topk"}, "option 'k' is declared twice"),
     ],

@@ -96,6 +96,43 @@ def test_codes_loss_and_gradients_are_those_of_the_formula(way):
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"activation": "topk", "k": 3, "auxk": 1.0}])
+def test_layer_norm_is_of_each_token_by_itself(options):
+    """And is SAELens's: its deviation has d - 1 in it, and 1e-5 beside it."""
+    sae, x = fitted({"normalize": "layer_norm"}, dead_after=1, **options), images(6, seed=1)
+    x = x * torch.arange(1, 7)[:, None, None]
+    with torch.no_grad():
+        sae.architecture.b_dec += 0.3
+    p = {n: q.detach().clone().requires_grad_() for n, q in sae.architecture.named_parameters()}
+    mean = x.sum(dim=-1, keepdim=True) / D
+    s = ((x - mean).square().sum(dim=-1, keepdim=True) / (D - 1)).sqrt() + 1e-5
+    scores = torch.relu(((x - mean) / s - p["b_dec"]) @ p["W_enc"].T + p["b_enc"])
+    z = scores * (scores >= scores.topk(3, dim=-1).values[..., -1:]) if options else scores
+    x_hat = s * (z @ p["W_dec"] + p["b_dec"]) + mean
+    loss = ((x_hat - x).square().mean(-1) / x.norm(dim=-1)).mean()
+    out = sae.train()(x)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(out.codes, z, **close)
+    torch.testing.assert_close(out.reconstruction, x_hat, **close)
+    torch.testing.assert_close(out.losses["reconstruction"], loss, **close)
+    loss.backward()
+    out.losses["reconstruction"].backward()
+    for name, q in sae.architecture.named_parameters():
+        torch.testing.assert_close(q.grad, p[name].grad, **close)
+    evaluated = sae.eval()(x)
+    torch.testing.assert_close(evaluated.reconstruction, x_hat, **close)
+    torch.testing.assert_close(evaluated.losses["reconstruction"], loss, **close)
+    codes, scale, few = sae.encode(x), sae.input_scale(x), torch.tensor([7, 3])
+    torch.testing.assert_close(sae.decode(codes, scale), x_hat, **close)
+    torch.testing.assert_close(sae.encode_sparse(x).dense(), codes, **close)
+    torch.testing.assert_close(sae.decode(sae.encode_sparse(x), scale), x_hat, **close)
+    kept = sae.decode(codes[..., few].contiguous(), scale, few)
+    expected = s * (codes[..., few] @ sae.decoder_rows(few) + sae.decoder_bias) + mean
+    torch.testing.assert_close(kept, expected, **close)
+    half = sae.bfloat16()(x.bfloat16()).reconstruction.double()
+    assert (half - x_hat).norm() < 0.02 * x_hat.norm()
+
+
 def test_dead_latents_reconstruct_what_is_left_of_the_normalised_token():
     way = {"normalize": "whiten", "whitening": 0.5}
     options = {"activation": "topk", "k": 3, "auxk": 1.0, "dead_after": 1000, "auxk_k": 2}
@@ -177,6 +214,9 @@ def test_positions_are_those_of_whole_images(tmp_path):
             call(x[:, 0])
     with pytest.raises(ValueError, match="means of 5 positions"):
         sae.decode(sae.encode(x)[:, :3])
+    first = sae.encode(x)[:, :1]  # alone, as of images without their captions
+    torch.testing.assert_close(sae.encode(x[:, :1]), first)
+    torch.testing.assert_close(sae.decode(first), sae(x).reconstruction[:, :1])
     sae.float().save(tmp_path)
     loaded = SAE.load(tmp_path)
     assert torch.equal(loaded.encode(x.float()), sae.encode(x.float()))
@@ -195,6 +235,8 @@ def test_an_untrained_twin_has_the_statistics_of_the_sae():
     torch.testing.assert_close(twin.normalization.mean, sae.normalization.mean.mean(dim=0))
     assert torch.equal(twin.normalization.whitening, sae.normalization.whitening)
     assert twin.encode_sparse(x[:, 0].float()).shape == (8, M)  # a patch without its image
+    alone = untrained(sae, x[:, :1].float())  # of images without their captions
+    torch.testing.assert_close(alone.normalization.mean, sae.normalization.mean[0])
 
 
 def test_half_precision_keeps_the_statistics():
@@ -229,10 +271,11 @@ def test_an_sae_with_the_old_option_loads(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalize": "layer_norm"}, "expected one of none, unit, mean_std, whiten"),
+        ({"normalize": "l2"}, "expected one of none, unit, layer_norm, mean_std, whiten"),
         ({"normalize": "whiten", "whitening": 1.5}, r"whitening=1\.5: expected a number from 0 to"),
         ({"normalize": "mean_std", "whitening": 0.5}, "whitening=0.5 does nothing with"),
         ({"normalize": "unit", "position_mean": True}, "normalize=unit divides each token"),
+        ({"normalize": "layer_norm", "position_mean": True}, "normalize=layer_norm divides each"),
         ({"position_mean": "yes"}, "position_mean='yes': expected true or false"),
         ({"normalize_input": True}, "normalize_input=True: .* now normalize: normalize='unit'"),
     ],

@@ -24,11 +24,14 @@ INF, NAN = float("inf"), float("nan")
         ({"latents": "many"}, "latents='many': expected an integer of at least 1"),
         ({"latents": 2.5}, r"latents=2\.5"),
         ({"dead_after": 1.5}, r"dead_after=1\.5"),
-        ({"normalize": "yes"}, "expected one of none, unit, mean_std, whiten"),
+        ({"normalize": "yes"}, "expected one of none, unit, layer_norm, mean_std, whiten"),
         ({"reconstruction_weight": -1}, "reconstruction_weight=-1"),
         ({"auxk": "x"}, "auxk='x'"),
         ({"auxk_k": 4}, "auxk_k=4 does nothing while auxk is 0"),
-        ({"auxk": 0.1}, r"auxk=0\.1 does nothing with activation=relu"),
+        (
+            {"architecture": "matching_pursuit", "auxk": 0.1, "k": 2},
+            r"auxk=0\.1 does nothing with architecture=matching_pursuit",
+        ),
         ({"activation": "topk", "k": 2, "auxk": 0.1, "auxk_k": 0}, "auxk_k=0"),
         (
             {"architecture": "lienar"},

@@ -27,13 +27,13 @@ HARD = {
 OPTIONS = {
     "attention_relu": [{"l1_coefficient": 0.03}],
     "relu": [
-        {"l1_coefficient": 0.03},
+        {"l1_coefficient": 0.03, "auxk": 0.3, "auxk_k": 3},
         {"l1_coefficient": 0.03, "unit_decoder": False, "normalize": "unit"},
     ],
-    "gated": [{"l1_coefficient": 0.03}],
+    "gated": [{"l1_coefficient": 0.03, "auxk": 0.3}],
     "jumprelu": [
         {"l0_coefficient": 0.02, "bandwidth": 0.7, "target_l0": None},
-        {"l0_coefficient": 0.1, "target_l0": 3.0, "auxk": 0.3},
+        {"l0_coefficient": 0.1, "target_l0": 3.0, "auxk": 0.3, "pre_activation": 0.2},
     ],
     "topk": [{"auxk": 0.3, "auxk_k": 3}, {"k": M}, {"k": 1, "encoder_init": "independent"}],
     "batch_topk": [{"auxk": 0.3, "auxk_k": 3}, {"k": 20}],

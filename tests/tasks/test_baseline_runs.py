@@ -23,6 +23,7 @@ SMALL = [
     "dataset.size=20",
     "evaluation.ns=[1]",
     "measurement.sample_tokens=200",
+    "measurement.sample_images=4",
     "logger=none",
 ]
 

@@ -29,6 +29,7 @@ def test_one_multirun_and_one_report_over_data_in_the_real_layouts(tmp_path):
         "features.batch_size=4",
         "trainer.max_steps=6",
         "measurement.sample_tokens=200",
+        "measurement.sample_images=4",
     )
     assert said.count("training topk-clipsae-tiny-imagenet") == 1
     said = run("task=report", "clip=tiny", "model=topk")

@@ -83,6 +83,18 @@ def test_hydra_composes_once_for_each_choice_of_groups(launcher):
     assert configs[2].model.k != 3
 
 
+def test_image_embeddings_are_of_no_layer(launcher):
+    """Which SAEs that train together would read them after."""
+    jobs = [["clip.hook=embedding", f"clip.layer={i}", "together=true"] for i in (-2, -3)]
+    composer = Composer(launcher)
+    for _ in range(2):
+        composer.config(jobs[0])
+    with pytest.raises(ConfigError, match="the image embedding is the same for every layer"):
+        composer.config(jobs[1])
+    for job in jobs:
+        composer.config([*job[:2], "together=false"])
+
+
 def test_what_does_not_compose_or_is_invalid_is_said_as_by_hydra(launcher):
     composer = Composer(launcher)
     for wrong in (

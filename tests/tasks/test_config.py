@@ -3,6 +3,7 @@ sentence that names it."""
 
 import copy
 import inspect
+import re
 import subprocess
 import sys
 from functools import cache
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf, open_dict
 from clipsae.errors import ConfigError
 from clipsae.overrides import with_bases
 from clipsae.tasks import build, options
-from clipsae.tasks.stages import sae
+from clipsae.tasks.stages import evaluation, sae
 from run import ROOT  # (and the resolvers that the configs use)
 from tests.warm import run_py
 
@@ -119,7 +120,7 @@ def test_every_model_with_every_clip(composed, clip):
         assert cfg.model.latents == own.get(model, 512 if clip == "tiny" else 49152)
         # Gradients are clipped where the source clips them.
         rivals = ("relu", "jumprelu", "gated", "topk", "batch_topk")
-        rivals += ("matryoshka", "abs_topk", "matching_pursuit") if clip == "tiny" else ()
+        rivals += ("matryoshka", "abs_topk", "matching_pursuit")
         clipped = {"vit_b_16": 0.02, "tiny": 0.3}.get(clip) if model in rivals else None
         assert cfg.trainer.gradient_clip_val == clipped or clip == "vit_l_14"
 
@@ -151,7 +152,8 @@ def test_sweeps_are_chosen_by_name_and_their_axes_exist(composed):
             models = str(axes.get("model", "topk")).split(",")
             for key, values in axes.items():
                 more = [f"model={models[0]}"] if key.startswith("model.") else []
-                tried |= {(*more, f"{key}={value}") for value in str(values).split(",")}
+                each = re.split(r",(?![^\[]*\])", str(values))  # not within a list
+                tried |= {(*more, f"{key}={value}") for value in each}
     for overrides in tried:
         composed(*overrides)
 
@@ -215,8 +217,9 @@ def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
         ("model.nested_k_weights=revers", "expected uniform or reverse, or a list"),
         ("model.monosemanticity=-1", "monosemanticity=-1: expected a number of at least 0"),
         ("model.orthogonality=-1", "orthogonality=-1: expected a number of at least 0"),
+        ("model.pre_activation=-1", "pre_activation=-1: expected a number of at least 0"),
         ("model.p_end=0.5", "p_end=0.5: architecture=attention with activation=sparsemax has no"),
-        ("model.normalize=layer_norm", "model.normalize=layer_norm: expected none, unit, mean_std"),
+        ("model.normalize=l2", "model.normalize=l2: expected none, unit, layer_norm, mean_std"),
         ("model.whitening=1.5", "model.whitening=1.5: expected a number from 0 to 1"),
         ("model.whitening=0.5", "model.whitening=0.5 does nothing with normalize=unit"),
         ("model.position_mean=1", "model.position_mean=1: expected true or false"),
@@ -244,7 +247,7 @@ def test_only_the_baselines_rates_decay_and_only_penalties_warm_up(composed):
             "model.target_l0=most",
             "model.target_l0=most: expected a number above 0, or auto",
         ),
-        ("optimizer.sparsity_warmup_steps=3", "sparsity_warmup_steps=3 does nothing"),
+        ("optimizer.sparsity_warmup_steps=3", "optimizer.sparsity_warmup_steps=3 does nothing"),
         ("optimizer.sparsity_warmup_steps=-3", "sparsity_warmup_steps=-3: expected an integer"),
         ("optimizer.decay=cosin", "optimizer.decay=cosin: expected constant, cosine or linear"),
         ("evaluation.count_share=0", "evaluation.count_share=0: expected a share above 0"),
@@ -286,7 +289,9 @@ def test_what_is_out_of_range_or_unknown(composed, override, expected):
 
 def test_a_penalty_that_would_never_reach_its_strength(composed):
     said = refusal(composed("model=relu", "trainer.max_steps=120"))
-    assert said.startswith("sparsity_warmup_steps=120: in a training of max_steps=120 the sparsity")
+    assert said.startswith(
+        "optimizer.sparsity_warmup_steps=120: in a training of max_steps=120 the"
+    )
     for override in ("optimizer.sparsity_warmup_steps=119", "optimizer.sparsity_warmup_steps=0"):
         check(composed("model=relu", "trainer.max_steps=120", override))
     check(composed("model=relu", "trainer.max_steps=0"))
@@ -296,6 +301,13 @@ def test_a_penalty_that_would_never_reach_its_strength(composed):
 def test_metrics_without_a_measurement_are_refused(composed):
     found = refusal(composed("measurement=none", "measurement.metrics=[cknna]"))
     assert "measurement.metrics=[cknna] with measurement=none, which measures nothing" in found
+
+
+def test_a_number_is_not_a_metric(composed):
+    said = "fvu is one of the numbers of metric sparsity: write measurement.metrics=[sparsity]"
+    cfg = composed("measurement.metrics=[fvu]")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        evaluation.check_options(cfg)
 
 
 def test_what_fitted_saes_refuse(composed):
@@ -311,6 +323,12 @@ def test_what_fitted_saes_refuse(composed):
         ("pca", "+model.normalize=whiten", "model.normalize=whiten: model=pca has no such option"),
     ):
         assert expected in refusal(composed(f"model={model}", override))
+
+
+def test_another_layer_of_the_image_embedding_is_refused(composed):
+    command = "clip.hook=embedding", "clip.layer=-2", "model.target_layer=-1"
+    said = "clip.hook=embedding: the image embedding is the same for every layer"
+    assert said in refusal(composed(*command))
 
 
 def test_mixed_tokens_have_no_position(composed):
@@ -401,6 +419,11 @@ def test_a_block_that_is_not_there(composed, name, layer, blocks):
             ["model.k=16"],
             "it is an option of model=abs_topk, batch_topk, matching_pursuit, matryoshka, topk",
         ),
+        (
+            ["model=pca", "model.freeze=decoder"],
+            "model=pca is fitted, not trained; it is an option of",
+        ),
+        (["hydra.sweeper.only=[main]"], "only=[main]: this command runs one config, and no sweep"),
         (["resources.cpuz=1"], "did you mean resources.cpus?"),
         (["features=cached", "features.cache.shard_bg=1"], "did you mean features.cache.shard_gb?"),
         (["hydra.launcher.foo=1", "hydra/launcher=slurm"], "hydra.launcher has account"),

@@ -31,6 +31,13 @@ SHORT = (
     "measurement.sample_images=100",
     "logger=csv",
 )
+# Probes and localization take most of a measurement: they are frozen for one SAE of each
+# architecture.
+WHOLE = ("topk", "sparsemax")
+FEW = (
+    "measurement.metrics="
+    "[sparsity,dense,cknna,orthogonality,monosemanticity,recovery,spatial_coherence,support]"
+)
 
 
 def machine() -> dict[str, str]:
@@ -46,7 +53,8 @@ def machine() -> dict[str, str]:
 
 def results_of(model: str, folder: Path) -> dict[str, Any]:
     """Losses by step, accuracies by setting and n, measured numbers by name."""
-    done = run_py(f"model={model}", f"paths.output_dir={folder}", *SHORT)
+    measured = () if model in WHOLE else (FEW,)
+    done = run_py(f"model={model}", f"paths.output_dir={folder}", *SHORT, *measured)
     assert done.returncode == 0, done.stderr
     (curves,) = folder.glob("runs/*/metrics.csv")
     (rows,) = map(pd.read_csv, folder.glob("evaluation/*/results.csv"))

@@ -50,6 +50,7 @@ ALL = [
     "dataset=scenes_colour",
     "dataset.size=60",
     "evaluation.settings=[no_sae,on]",
+    "measurement.sample_images=4",
 ]
 KINDS = ("features", "sae", "classifier", "evaluation")
 # What is killed -> the kinds of stages in which, the last of them in the end; overrides.

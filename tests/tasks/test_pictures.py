@@ -219,6 +219,11 @@ def test_a_taken_port_is_refused_before_anything_begins():
         (explore, ["task=explore", "task.sae=x", "task.models=[topk]"], "expected one of them"),
         (visualize, ["logger.upload_sae=true"], "task=visualize uploads nothing"),
         (visualize, ["clip.hook=embedding"], "the image embedding has none; task=explore"),
+        (
+            visualize,
+            ["clip.hook=towers"],
+            "clip.hook=towers: task=visualize draws on which patches",
+        ),
     ],
 )
 def test_invalid_options_are_refused(task, overrides, words):

@@ -23,6 +23,7 @@ OVERRIDES = [
     "dataset=scenes_colour",
     "dataset.size=40",
     "evaluation.settings=[no_sae,on]",
+    "measurement=none",
     "logger=none",
 ]
 

@@ -12,18 +12,28 @@ from tests.training.test_penalties import Stream
 T, B = 5, 4
 
 
+LAYERS = (-1, -2)
+
+
 class Counting(Stream):
-    """Notes for how many images it is asked."""
+    """Of two layers; notes for how many images it is asked."""
 
     asked: list[int] = []  # noqa: RUF012
 
     def first_batches(self, images: int):
         self.asked.append(images)
-        return iter(torch.cat(self.batches)[:images].split(B))
+        whole = {i: torch.cat([b[i] for b in self.batches])[:images] for i in LAYERS}
+        for at in range(0, images, B):
+            yield {i: x[at : at + B] for i, x in whole.items()}
+
+    def first_batch(self, images: int):
+        return {i: x[:images] for i, x in self.batches[0].items()}
 
 
 def test_of_the_first_images_once_for_all_that_train_together(tmp_path):
+    """At whatever layers."""
     batches = [tokens(B, T, D, seed=i) + torch.arange(T)[:, None] for i in range(6)]
+    batches = [{-1: x, -2: 2 * x.flip(-1) + 1} for x in batches]
     ways = [
         {"normalize": "mean_std"},
         {"normalize": "whiten", "whitening": 0.5, "position_mean": True},
@@ -34,7 +44,14 @@ def test_of_the_first_images_once_for_all_that_train_together(tmp_path):
         torch.manual_seed(0)
         sae = SAE(D, M, activation="topk", k=3, **way)
         members.append(
-            SAEModule(sae, learning_rate=0.01, statistics_images=10, initial_images=2, max_steps=6)
+            SAEModule(
+                sae,
+                learning_rate=0.01,
+                statistics_images=10,
+                initial_images=2,
+                max_steps=6,
+                layer=LAYERS[len(members) % 2],
+            )
         )
     data = Counting(batches)
     trainer = Trainer(
@@ -48,9 +65,9 @@ def test_of_the_first_images_once_for_all_that_train_together(tmp_path):
     )
     trainer.fit(SAEGroup(members), datamodule=data)
     assert data.asked == [10]
-    x = torch.cat(batches)[:10]
-    moments = Moments.of([x])
     for member, way in zip(members[:2], ways, strict=False):
+        x = torch.cat([batch[member.layer] for batch in batches])[:10]
+        moments = Moments.of([x])
         assert member.step == 6
         positions = way.get("position_mean", False)
         expected = x.double().mean(dim=0 if positions else (0, 1))

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from clipsae.evaluation.interventions import Reasons
 from clipsae.naming.names import Names
 from clipsae.naming.vocabulary import Vocabulary
 from clipsae.visualization.page.images import Effects, ImageActivations
-from clipsae.visualization.page.interventions import Reasons
 from clipsae.visualization.page.serve import PageServer
 from clipsae.visualization.page.write import Examined, image_content, write_page, write_pictures
 from clipsae.visualization.references import BINS, References, Source

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from clipsae.clip import FrozenCLIP
+from clipsae.evaluation.interventions import Interventions
 from clipsae.naming.names import Names
 from clipsae.naming.vocabulary import Vocabulary
+from clipsae.sae import SAE
 from clipsae.visualization.page import examine, write_page
 from clipsae.visualization.page.dictionary import by_chance, layout, nearest
 from clipsae.visualization.page.images import collect_activations
-from clipsae.visualization.page.interventions import Interventions
 from clipsae.visualization.page.meaning import compressed
 from clipsae.visualization.page.write import ALPHABET, MAP_LEVELS, heat_text
 
@@ -145,16 +146,23 @@ def test_nothing_is_predicted_without_texts(world):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", [-2, -3])
+@pytest.mark.parametrize("layer", [-2, -3, "layer_norm"])
 def test_a_latent_is_taken_out_of_the_stream_alone(world, layer):
+    sae = world.sae
+    if layer == "layer_norm":  # of which each token has a mean, too
+        torch.manual_seed(0)
+        layer, sae = -2, SAE(sae.d, 40, activation="topk", k=4, normalize="layer_norm").eval()
     clip = FrozenCLIP(world.clip.model, name=world.clip.name, layer=layer)
-    other = SimpleNamespace(**{**vars(world), "clip": clip})
+    other = SimpleNamespace(**{**vars(world), "clip": clip, "sae": sae})
     stream, codes = encoded(other, 0)
     active = (codes[0] > 0).any(dim=0).nonzero().squeeze(1)[:5]
-    interventions = Interventions(clip, world.sae, world.classifier)
+    interventions = Interventions(clip, sae, world.classifier)
     found = interventions.logits_without(stream[0], codes[0], active)
     for i, m in enumerate(active.tolist()):
-        assert found[i].tolist() == pytest.approx(logits_without(other, stream, codes, m), abs=1e-3)
+        without = logits_without(other, stream, codes, m)
+        assert found[i].tolist() == pytest.approx(without, abs=1e-3)
+        steered = interventions.steered_logits(world.dataset[0][0], {m: 0.0})
+        assert steered.tolist() == pytest.approx(without, abs=1e-3)
 
 
 @torch.no_grad()

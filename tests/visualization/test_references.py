@@ -12,13 +12,14 @@ from clipsae.evaluation.metrics.monosemanticity import monosemanticity
 from clipsae.evaluation.truth import (
     IMAGE_ATTRIBUTES,
     PATCH_ATTRIBUTES,
+    bits_over_chance,
     concept_names,
     image_concepts,
     patch_concepts,
 )
 from clipsae.sae import SAE
 from clipsae.visualization import References, collect_references
-from clipsae.visualization.collector import NAMED, Collector, bits_over_chance, draw
+from clipsae.visualization.collector import NAMED, Collector, draw
 from clipsae.visualization.references import BIN_EDGES, BINS, Source
 from tests.evaluation.made_up import batch_of, sizes
 

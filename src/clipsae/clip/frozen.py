@@ -9,6 +9,7 @@ is handed from `prefix` to `tail`, too.
 
 B images, T tokens of an image (class token first, then the patches row by row), d width,
 e embedding size, S image side. DINOv2 through timm is cut in the same way, though it has no texts.
+At the hook "towers" captions are read, too: `pairs` has an image's embedding and its caption's.
 """
 
 from collections.abc import Iterable
@@ -27,7 +28,14 @@ from clipsae.clip.changes import Changes
 from clipsae.clip.sources import HUB, cache_alone_if_offline, weights_file
 from clipsae.clip.towers import tower_of
 from clipsae.errors import ConfigError
-from clipsae.rules import CLIP_PRECISION, TOKENS, check_layer, require
+from clipsae.rules import (
+    CLIP_PRECISION,
+    EMBEDDINGS,
+    TOKENS,
+    check_layer,
+    check_layers,
+    require,
+)
 
 
 class FrozenCLIP(nn.Module):
@@ -44,8 +52,10 @@ class FrozenCLIP(nn.Module):
         blocks: number of blocks in the image tower.
         width: d.  tokens: T.  grid: (rows, columns) of patches.  embed_dim: e.
         prefix_tokens: tokens before the patches: 1 in CLIP, 0 in SigLIP, 5 with four registers.
-        has_patches: False at the hook "embedding", where the image is one token of width e:
-            T = 1, grid (1, 1), no prefix tokens.
+        has_patches: False at the hooks "embedding" and "towers", where the image is one token of
+            width e: T = 1, grid (1, 1), no prefix tokens.
+        has_captions: True at the hook "towers", where SAEs are trained on `pairs`.
+        positions: tokens of an image and its caption: T, at the hook "towers" T + 1.
         has_text: whether texts can be embedded beside images.
         image_size: S.  mean, std: the model's own normalisation, per channel, of values in [0, 1].
     """
@@ -74,11 +84,18 @@ class FrozenCLIP(nn.Module):
         self.layer = layer - tower.blocks if layer >= 0 else layer
         self.hook = hook
         self.has_text = hasattr(model, "encode_text")
-        self.has_patches = hook != "embedding"
+        self.has_patches = hook not in EMBEDDINGS
+        self.has_captions = hook == "towers"
+        if self.has_captions and not self.has_text:
+            raise ConfigError(
+                f"clip.hook=towers: clip.name={name!r} has no text tower, so captions have no "
+                "embeddings: use clip.hook=embedding"
+            )
         self.width = tower.width if self.has_patches else tower.embed_dim
         self.grid = tower.grid if self.has_patches else (1, 1)
         self.prefix_tokens = tower.prefix_tokens if self.has_patches else 0
         self.tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
+        self.positions = self.tokens + self.has_captions
         self.embed_dim = tower.embed_dim
         self.image_size = tower.image_size
         self.mean, self.std = tower.mean, tower.std
@@ -118,12 +135,14 @@ class FrozenCLIP(nn.Module):
             hook: what the tokens are. "resid": the residual stream after block `layer`; "attn_out",
                 "mlp_out": what the block's attention or MLP adds to the stream, with its layer
                 scale (in TransformerLens hook_resid_post, hook_attn_out and hook_mlp_out);
-                "embedding": the image's embedding [1, e], whatever the layer.
+                "embedding": the image's embedding [1, e], whatever the layer; "towers": the same,
+                of unit length, and in the training its caption's beside it (`pairs`).
 
         Raises:
             ConfigError: an unknown name, tag, precision or hook; a model that is no plain ViT;
                 weights trained with another activation, or not available; a layer out of range,
-                a hook that its blocks lack. None of this waits for a network that is down.
+                a hook that its blocks lack; "towers" without a text tower. None of this waits for
+                a network that is down.
         """
         require("precision", precision, CLIP_PRECISION)
         model = build_model(
@@ -210,7 +229,8 @@ class FrozenCLIP(nn.Module):
     def prefix(
         self, images: Tensor, *, with_context: bool = False
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Normalised images [B, 3, S, S] -> the tokens [B, T, d] at `hook` of block `layer`.
+        """Normalised images [B, 3, S, S] -> the tokens [B, T, d] at `hook` of block `layer`; at
+        "towers" their embeddings [B, 1, e], of unit length.
 
         Args:
             with_context: also returns what `tail` needs beside them: at "attn_out" and "mlp_out"
@@ -220,9 +240,30 @@ class FrozenCLIP(nn.Module):
             images = images.to(self.compute_dtype)
             tokens, context = self.tower.read(images, self.blocks + self.layer, self.hook)
         tokens = _at_least_fp32(tokens)
+        if self.has_captions:
+            tokens = nn.functional.normalize(tokens, dim=-1)
         if not with_context:
             return tokens
         return tokens, None if context is None else _at_least_fp32(context)
+
+    def pairs(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Images and their captions as an SAE of both towers is trained on them: the embeddings
+        [B, 2, e], of unit length, position 0 the image's and position 1 its caption's.
+
+        Args:
+            images: normalised, [B, 3, S, S].
+            texts: the tokenised captions [B, context].
+
+        Raises:
+            ConfigError: another hook than "towers".
+        """
+        if not self.has_captions:
+            raise ConfigError(
+                f"clip.hook={self.hook}: the tokens are of images alone; those of images and "
+                "captions are at clip.hook=towers"
+            )
+        captions = self.encode_text(texts, normalize=True)
+        return torch.cat((self.prefix(images), captions[:, None]), dim=1)
 
     @overload
     def prefixes(self, images: Tensor, layers: Iterable[int]) -> dict[int, Tensor]: ...
@@ -244,7 +285,7 @@ class FrozenCLIP(nn.Module):
             with_context: as for `prefix`.
 
         Raises:
-            ConfigError: several layers of the hook "embedding".
+            ConfigError: several layers of the hook "embedding" or "towers".
         """
         layers = sorted(set(layers))
         self.check_layers(layers)
@@ -264,17 +305,12 @@ class FrozenCLIP(nn.Module):
         return {layer: tokens for layer, (tokens, _) in found.items()}
 
     def check_layers(self, layers: Iterable[int]) -> None:
-        """Refuse several layers where they make no difference.
+        """Refuse several layers where they make no difference (`rules.check_layers`).
 
         Raises:
-            ConfigError: several layers of the hook "embedding".
+            ConfigError: several layers of the hook "embedding" or "towers".
         """
-        if self.hook == "embedding" and len(set(layers)) > 1:
-            raise ConfigError(
-                "clip.hook=embedding: the image embedding is the same for every layer, so there is "
-                "nothing to read at several or to write at another: give one clip.layer, and "
-                "model.target_layer=null"
-            )
+        check_layers(self.hook, layers)
 
     def at(self, layer: int, option: str = "clip.layer") -> "FrozenCLIP":
         """The same model cut after another block; the weights are shared.
@@ -294,12 +330,12 @@ class FrozenCLIP(nn.Module):
 
         Raises:
             ConfigError: other words; the class token of a model that has none; a part of the one
-                token at the hook "embedding".
+                token at the hooks "embedding" and "towers".
         """
         require("features.tokens", tokens, TOKENS)
         if tokens != "all" and not self.has_patches:
             raise ConfigError(
-                f"features.tokens={tokens}: at clip.hook=embedding an image is one token, its "
+                f"features.tokens={tokens}: at clip.hook={self.hook} an image is one token, its "
                 "embedding: use all"
             )
         if tokens == "cls" and not self.prefix_tokens:
@@ -361,24 +397,25 @@ class FrozenCLIP(nn.Module):
     def tail_of_changes(self, changes: Changes, context: Tensor | None = None) -> Tensor:
         """The tail of versions of one image's tokens [T, d] -> embedding [V, e].
 
-        With the default layer the work is by the changes, not by the tokens of all versions, but
-        at "attn_out".
+        With the default layer the work is by the changes, not by the tokens of all versions.
 
         Args:
             context: of the image, [T, d], as for `tail`.
         """
-        if self.hook in ("attn_out", "embedding"):
-            several = None if context is None else context.expand(changes.versions, -1, -1)
-            return self.tail(changes.streams(), several)
-        # What is added to the output of the MLP is added to the stream.
-        changes = replace(changes, stream=self._stream(changes.stream, context))
-        changes = changes.to(self.compute_dtype)
+        if self.hook in EMBEDDINGS:
+            return self.tail(changes.streams())
+        stream, change = self._stream(changes.stream, context), changes.change
+        if self.hook == "attn_out":  # which the MLP reads: what it adds to the same token changes
+            at = changes.token
+            beside = None if context is None else context[at]
+            change = self._stream(changes.stream[at] + change, beside) - stream[at]
+        changes = replace(changes, stream=stream, change=change).to(self.compute_dtype)
         return _at_least_fp32(self.tower.tail_of_changes(changes, self.blocks + self.layer))
 
     def direct(self, rows: Tensor) -> Tensor | None:
         """What rows [M, d], added to a token, add to the embedding [M, e] directly, to first order
         and up to a scale, the later blocks left out; None where the embedding is no linear map of a
-        normed token. At "embedding" the rows are that themselves."""
+        normed token. Of an embedding the rows are that themselves."""
         return self.tower.direct(rows) if self.has_patches else rows.float()
 
     def logits(self, tokens: Tensor, classifier: Tensor, context: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from clipsae.clip.changes import Changes, class_token_of_changes
 from clipsae.errors import ConfigError
-from clipsae.rules import check_layer
+from clipsae.rules import EMBEDDINGS, check_layer
 
 EXAMPLES = "ViT-B-16-quickgelu, ViT-B-16-SigLIP or timm:vit_small_patch14_dinov2"
 
@@ -100,7 +100,7 @@ class Tower:
         Args:
             hook: see `FrozenCLIP.load`.
         """
-        if hook == "embedding":
+        if hook in EMBEDDINGS:
             return self.whole(images)[:, None], None
         last = block if hook == "resid" else block - 1
         return self.added(self.prefix(images, last), block, hook)

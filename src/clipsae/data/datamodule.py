@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.cache import Cache, CacheLoader, Caches, TokenLayout, TokenLoader
+from clipsae.data.captions import Texts, captions_differ, texts_of, with_texts
 from clipsae.data.dataset import ImageDataset
-from clipsae.data.loader import Batch, ResumableLoader, image_batches, joined
+from clipsae.data.loader import Batch, ResumableLoader, image_batches, joined, split
 from clipsae.data.prefetch import prefetched
+from clipsae.errors import ConfigError
 
 
 class FeatureDataModule(LightningDataModule):
@@ -24,7 +26,8 @@ class FeatureDataModule(LightningDataModule):
     files for validation alone. On a GPU the next batch is prepared beside the step.
 
     Where SAEs need more, a batch is a dict: "tokens", with it "target" [B, T, d] or "embeddings"
-    [B, e]. With several layers it is a dict of the batches of each.
+    [B, e]. With several layers it is a dict of the batches of each. A CLIP with `has_captions`
+    gives the embeddings of images and of their captions, [B, 2, e] (`FrozenCLIP.pairs`).
 
     The CLIP lives here and not in the LightningModule: it is no part of a checkpoint.
 
@@ -51,7 +54,8 @@ class FeatureDataModule(LightningDataModule):
 
     Raises:
         ValueError: an invalid size; embeddings of images whose tokens are mixed with others'.
-        ConfigError: tokens or layers that the CLIP does not have.
+        ConfigError: tokens or layers that the CLIP does not have; no captions where it reads them,
+            or all the same.
     """
 
     def __init__(
@@ -93,6 +97,13 @@ class FeatureDataModule(LightningDataModule):
         self.embeds = "embeddings" in needs
         others = [] if self.target_layer is None else [self.target_layer]
         self.read_layers = sorted({*self.layers, *others})
+        self.texts = texts_of(clip, train_dataset)
+        if self.texts is not None and not captions_differ(train_dataset):
+            raise ConfigError(
+                "clip.hook=towers: all images of the training have the same caption: train on "
+                "several classes, or give those of dataset=image_folder captions of their own by "
+                "dataset.captions"
+            )
         self._cut = {layer: clip.at(layer) for layer in self.read_layers}
         self._train_loader: ResumableLoader | None = None
         self._loader()  # refuses invalid sizes
@@ -111,7 +122,13 @@ class FeatureDataModule(LightningDataModule):
     def val_dataloader(self) -> "ValidationLoader | list":
         if self.val_dataset is None:
             return []
-        return ValidationLoader(self.val_dataset, self.batch_size, self.num_workers, self._batch)
+        return ValidationLoader(
+            self.val_dataset,
+            self.batch_size,
+            self.num_workers,
+            self._batch,
+            texts_of(self.clip, self.val_dataset),
+        )
 
     def _loader(self, rank: int = 0, world_size: int = 1) -> ResumableLoader:
         on_gpu = self._on_gpu
@@ -124,13 +141,14 @@ class FeatureDataModule(LightningDataModule):
             "transform": partial(self._batch, embeds=self.embeds),
             "prefetch": partial(prefetched, device=self.clip.device) if on_gpu else None,
         }
-        if self.cache is None:
-            return ResumableLoader(
-                self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
-            )
-        if isinstance(self.cache.layout, TokenLayout):
+        if self.cache is not None and isinstance(self.cache.layout, TokenLayout):
             return TokenLoader(self.cache, self.batch_size, **self.reading, **options)
-        return CacheLoader(self.cache, self.batch_size, **options)
+        options["texts"] = self.texts
+        if self.cache is not None:
+            return CacheLoader(self.cache, self.batch_size, **options)
+        return ResumableLoader(
+            self.train_dataset, self.batch_size, num_workers=self.num_workers, **options
+        )
 
     @property
     def _on_gpu(self) -> bool:
@@ -157,7 +175,8 @@ class FeatureDataModule(LightningDataModule):
                 beside = [
                     context for _, context in (part[layer] for part in parts) if context is not None
                 ]
-                tail = self._cut[layer].tail(streams[layer], joined(beside) if beside else None)
+                images_alone = streams[layer][:, : self.clip.tokens]
+                tail = self._cut[layer].tail(images_alone, joined(beside) if beside else None)
                 batch["embeddings"] = nn.functional.normalize(tail, dim=-1)
             found[layer] = batch if len(batch) > 1 else batch["tokens"]
         return found if len(found) > 1 else found[self.layers[0]]
@@ -166,6 +185,10 @@ class FeatureDataModule(LightningDataModule):
         """Tokens [B, T, d], float32, of each layer that is read, of images or of a cache's; and
         what CLIP's tail needs beside them, which a cache does not have."""
         if not isinstance(part, Tensor):
+            if "texts" in part:
+                pixels = self.clip.normalize(self._moved(part["images"]))
+                pairs = self.clip.pairs(pixels, self._moved(part["texts"]))
+                return {self.read_layers[0]: (pairs, None)}
             return {layer: (self._moved(tokens).float(), None) for layer, tokens in part.items()}
         part = self._moved(part)
         if part.dtype != torch.uint8:
@@ -208,10 +231,11 @@ class FeatureDataModule(LightningDataModule):
         """What is read of the first n images, `batch_size` after another."""
         count = min(images, len(self.train_dataset))
         if self.cache is not None:
-            positions = self._loader().order(0)[:count]
-            return self.cache.read_parts(positions.split(self.batch_size))
-        loader = ResumableLoader(self.train_dataset, count, seed=self.seed)
-        return next(iter(loader)).split(self.batch_size)
+            loader = self._loader()
+            assert isinstance(loader, CacheLoader)
+            return loader.read_parts(loader.order(0)[:count].split(self.batch_size))
+        loader = ResumableLoader(self.train_dataset, count, seed=self.seed, texts=self.texts)
+        return split(next(iter(loader)), self.batch_size)
 
 
 class ValidationLoader:
@@ -222,6 +246,7 @@ class ValidationLoader:
         batch_size: B.
         num_workers: processes that read images.
         transform: images -> what SAEs are given of them.
+        texts: of the images; None: without captions.
     """
 
     def __init__(
@@ -230,11 +255,13 @@ class ValidationLoader:
         batch_size: int,
         num_workers: int,
         transform: Callable[[list[Batch]], Batch],
+        texts: Texts | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.transform = transform
+        self.texts = texts
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
@@ -242,5 +269,5 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(0))
         batches = image_batches(self.dataset, self.batch_size, self.num_workers, order.tolist())
-        for images, _, _ in batches:
-            yield self.transform([images])
+        for images, _, indices in batches:
+            yield self.transform([with_texts(images, indices, self.texts)])

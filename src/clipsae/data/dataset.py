@@ -30,6 +30,9 @@ def check_choice(option: str, value: str, *choices: str) -> None:
 class ImageDataset(Protocol):
     """One split of a dataset. Classes are keyed by index: names may repeat.
 
+    SAEs of both towers (`clip.hook=towers`) also need `captions(indices) -> list[str]`, a caption
+    of each of these images.
+
     Attributes:
         classnames: C names.
         templates: prompts, or None for the 80 of OpenAI's ImageNet ensemble.
@@ -67,9 +70,14 @@ class ImageList(Dataset):
             it; "skip" counts and reports it, and goes on.
         as_seen: see `read_image`; False for published datasets.
 
+    Attributes:
+        prompt: what a class's name is put in for `captions`.
+
     Raises:
         ValueError: no files, labels beyond the class names, an unknown `on_bad_image`.
     """
+
+    prompt = "a photo of a {}."
 
     def __init__(
         self,
@@ -146,6 +154,11 @@ class ImageList(Dataset):
         """
         image = read_image(self.root / self.files[index], self.image_size, as_seen=self.as_seen)
         return image, int(self.labels[index])
+
+    def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """A caption of each image: the name of its class in `prompt`."""
+        labels = self.labels[torch.as_tensor(indices, dtype=torch.long)].tolist()
+        return [self.prompt.format(self.classnames[label]) for label in labels]
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

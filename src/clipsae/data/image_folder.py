@@ -1,14 +1,19 @@
 """Any folder of class folders as a dataset."""
 
+import hashlib
 import logging
 from collections import Counter
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, cached_property
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Literal
 
+import torch
 from open_clip import IMAGENET_CLASSNAMES
+from torch import Tensor
 
+from clipsae.data.captions import read_captions
 from clipsae.data.class_folders import ClassFolders, find_class_folders, words
 from clipsae.data.dataset import ImageList, OnBadImage, check_choice
 from clipsae.data.listing import LeftOut, files_in, list_images
@@ -38,13 +43,16 @@ class ImageFolder(ImageList):
         classes: which compete where the folders are wnids: "all" 1,000, or those that are
             "present", with labels 0..C-1.
         on_bad_image: see `ImageList`.
+        captions: a CSV file with a caption of each image (`captions.read_captions`); None: the
+            names of the classes are their captions.
 
     Attributes:
         one_split: whether both splits are the same images.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: not a folder, no class folders in it, no images in them, an unknown option.
+        ValueError: not a folder, no class folders in it, no images in them, an unknown option,
+            images without a caption.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class ImageFolder(ImageList):
         classnames: Literal["clean", "raw"] = "clean",
         classes: Literal["all", "present"] = "all",
         on_bad_image: OnBadImage = "error",
+        captions: Path | str | None = None,
     ) -> None:
         check_choice("split", split, "train", "test")
         check_choice("classnames", classnames, "clean", "raw")
@@ -81,7 +90,22 @@ class ImageFolder(ImageList):
             root, files, labels, names, image_size=image_size, on_bad_image=on_bad_image
         )
         self.one_split = found.one_split
+        self.written = None if captions is None else read_captions(captions, root, self.files)
         _report(root, split, found, self, left_out)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the list of files; with captions of their own, of these, too."""
+        if self.written is None:
+            return super().fingerprint
+        digest = hashlib.sha256("\0".join(self.written).encode()).hexdigest()[:16]
+        return f"{super().fingerprint}-{digest}"
+
+    def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """A caption of each image: that of the file, or the name of its class."""
+        if self.written is None:
+            return super().captions(indices)
+        return [self.written[index] for index in torch.as_tensor(indices).tolist()]
 
 
 def _report(

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import open_clip
@@ -35,7 +36,7 @@ def preprocessing(image_size: int) -> Compose:
     return Compose(whole.transforms[:-2])
 
 
-def read_image(path: Path | str, image_size: int, *, as_seen: bool = True) -> Tensor:
+def read_image(path: Path | str | BinaryIO, image_size: int, *, as_seen: bool = True) -> Tensor:
     """Read an image file of any format and colour space that Pillow knows; of several frames the
     first.
 
@@ -43,7 +44,7 @@ def read_image(path: Path | str, image_size: int, *, as_seen: bool = True) -> Te
     Pillow's formulas; colour profiles are not applied.
 
     Args:
-        path: in any format that Pillow reads.
+        path: of a file in any format that Pillow reads, or such a file, opened.
         image_size: S; the short side is resized to it (bicubic) and the centre cropped.
         as_seen: as a person sees it in a viewer: turned as its EXIF tag says, transparent parts
             on white, palettes in colour before they are resized. False: as open_clip's transform
@@ -62,15 +63,19 @@ def read_image(path: Path | str, image_size: int, *, as_seen: bool = True) -> Te
             image.load()
             seen = _as_seen(image) if as_seen else _in_eight_bits(image)
             pixels = np.array(preprocessing(image_size)(seen))
-    except _Unusable as error:
-        raise BadImageError(f"{path}: {error}") from error
-    except FileNotFoundError as error:
-        raise BadImageError(f"{path}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise BadImageError(f"{path}: not an image that Pillow can read") from error
     except Exception as error:  # Pillow's decoders raise anything on broken data
-        raise BadImageError(f"{path}: cannot be decoded ({error})") from error
+        name = path if isinstance(path, Path | str) else "the picture"
+        raise BadImageError(f"{name}: {_reason(error)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow can read"
+    return str(error) if isinstance(error, _Unusable) else f"cannot be decoded ({error})"
 
 
 class _Unusable(ValueError):

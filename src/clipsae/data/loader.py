@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipsae.data.captions import Texts, with_texts
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.reader import BadImages, read_batches
 
 # What belongs to n images: [n, ...], or several such by name.
 Batch = Tensor | Mapping[Any, "Batch"]
-# (images of a block, several uint8 [B, 3, S, S], the seed of its mix) -> what batches are cut from.
-Transform = Callable[[list[Tensor], int], Batch]
+# (images of a block, several uint8 [B, 3, S, S], or those and their texts; the seed of its mix) ->
+# what batches are cut from.
+Transform = Callable[[list[Batch], int], Batch]
 # Batches without end -> the same, each begun while the one before is in use.
 Prefetch = Callable[[Iterator[Batch]], Iterator[Batch]]
 
@@ -50,6 +52,7 @@ class ResumableLoader:
         rank, world_size: this process among all: rank r reads blocks r, r + world_size, ...
         num_workers: processes that read images; 0: this one. No influence on the order.
         pin_memory: for faster copies to a GPU.
+        texts: of the images; None: they are read without captions.
         prefetch: such as `prefetched`; None: each batch is made when it is asked for.
 
     Raises:
@@ -68,6 +71,7 @@ class ResumableLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         transform: Transform | None = None,
+        texts: Texts | None = None,
         prefetch: Prefetch | None = None,
     ) -> None:
         if batch_size < 1:
@@ -92,6 +96,7 @@ class ResumableLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.transform = transform or (lambda images, seed: joined(images))
+        self.texts = texts
         self.prefetch = prefetch or (lambda batches: batches)
         self.epoch = 0
         self.position = 0
@@ -191,11 +196,11 @@ class ResumableLoader:
             number = block.number * self.world_size + self.rank
             yield from self._batches(block, images, mix(self.seed, block.epoch, number))
 
-    def _batches(self, block: Block, images: list[Tensor], seed: int) -> Iterator[Batch]:
+    def _batches(self, block: Block, images: list[Batch], seed: int) -> Iterator[Batch]:
         """A generator of its own, or two blocks would be held at once."""
         yield from split(self.transform(images, seed), self.batch_size)[block.part :]
 
-    def _read(self, epoch: int, position: int) -> Iterator[tuple[Block, list[Tensor]]]:
+    def _read(self, epoch: int, position: int) -> Iterator[tuple[Block, list[Batch]]]:
         """Blocks without end, with their images."""
         wanted = (
             chunk.tolist()
@@ -210,9 +215,12 @@ class ResumableLoader:
             replace=True,
             ahead=self.parts,  # the next block is read while this one is trained on
         )
-        reader = self._bad.checked(batches)
+        reader = (
+            with_texts(images, indices, self.texts)
+            for images, _, indices in self._bad.checked(batches)
+        )
         for block in self._blocks_from(epoch, position):
-            yield block, [next(reader)[0] for _ in range(len(block.indices) // self.batch_size)]
+            yield block, [next(reader) for _ in range(len(block.indices) // self.batch_size)]
 
 
 def image_batches(
@@ -245,8 +253,8 @@ def image_batches(
     bad.report()
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors one after another; a single one is not copied."""
+def joined(parts: Sequence[Any]) -> Any:
+    """Tensors one after another; a single part is not copied."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -49,7 +49,7 @@ def untrained(sae: SAE, images: Tensor, seed: int = 0) -> SAE:
         twin = SAE(**sae.config)
         # It has its statistics before the first step. (Metrics show it single patches, too.)
         twin.normalization.load_state_dict(sae.normalization.state_dict())
-        twin.normalization.forget_positions()
+        twin.normalization.forget_positions(images.shape[1])
         twin.to(images.device).initialize(images[:INITIAL_IMAGES])
         twin.estimate_statistics(images[:INITIAL_IMAGES])  # as with trainer.max_steps=0
     return twin.eval()

@@ -26,12 +26,13 @@ class Number:
         format: such as ".3f" or ".1%".
         better: "max", "min", or "" where neither end is better by itself.
         table: the report's table that has it: "sparsity" (the paper's Table 5), "interpretability"
-            (Table 6), "recovery", "probing"; "": none.
+            (Table 6), "recovery", "probing", "towers"; "": none.
         paper: its column in the paper's Table 5 or 6; "": the paper does not have it.
         headline: whether the terminal and the model card show it.
-        floor: key of the number that an untrained SAE reaches on the same rows; "": none.
-        ceiling: key of the number that a supervised probe reaches on the same rows; "": none. The
-            gap closed is (value - floor) / (ceiling - floor).
+        floor: key of the number that an untrained SAE, or chance, reaches on the same rows; "":
+            none.
+        ceiling: key of the number that a supervised probe, or CLIP itself, reaches on the same
+            rows; "": none. The gap closed is (value - floor) / (ceiling - floor).
     """
 
     key: str

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
+from clipsae.data.captions import Texts, texts_of
 from clipsae.data.loader import image_batches
 from clipsae.evaluation.floors import RandomDirections, untrained
 from clipsae.evaluation.truth import (
@@ -143,6 +144,19 @@ class Stream:
             "untrained": self.once(sae, lambda: untrained(sae, self.some_tokens, self.seed)),
         }
 
+    @cached_property
+    def texts(self) -> Texts | None:
+        """What gives the images' captions to `clip`."""
+        return texts_of(self.clip, self.dataset)
+
+    @cached_property
+    def distinct(self) -> Tensor:
+        """Which images have a caption that none before them has, BoolTensor [N] in the order of
+        `indices`."""
+        captions = self.dataset.captions(self.indices)
+        first = {one: i for i, one in reversed(list(enumerate(captions)))}
+        return torch.tensor([first[one] == i for i, one in enumerate(captions)])
+
     @property
     def embed_dim(self) -> int:
         """e of the encoder; 0 without one."""
@@ -241,6 +255,12 @@ class Images:
     def predictions(self) -> Tensor:
         return self.stream.predict(self.streams, self.context)
 
+    @cached_property
+    def captions(self) -> Tensor:
+        assert self.stream.texts is not None
+        texts = self.stream.texts(self.indices)
+        return self.stream.clip.encode_text(texts, normalize=True)
+
     def split(self, sae: SAE) -> Iterator["Batch"]:
         """Groups of images whose dense codes fit in memory."""
         size = self.tokens.shape[1] * sae.config["latents"] * self.tokens.element_size()
@@ -271,6 +291,7 @@ class Batch:
         streams: [B, T, d] with all tokens, in which reconstructions are put.
         context: what CLIP's tail needs beside the streams, [B, T, d] or None.
         embeddings: [B, e] of the separate image encoder.
+        captions: [B, e] of the images' captions by CLIP itself, of unit length.
         patch_truth: bool [B, P, V] of `patch_concept_names(dataset)`.
         patch_objects: LongTensor [B, P], which of the image's objects each patch shows; -1: none.
         image_truth: bool [B, V] of `concept_names(IMAGE_ATTRIBUTES)`.
@@ -284,6 +305,7 @@ class Batch:
     targets: Tensor = _of_images("targets")
     streams: Tensor = _of_images("streams")
     embeddings: Tensor = _of_images("embeddings")
+    captions: Tensor = _of_images("captions")
     patch_truth: Tensor = _of_images("patch_truth")
     patch_objects: Tensor = _of_images("patch_objects")
     image_truth: Tensor = _of_images("image_truth")

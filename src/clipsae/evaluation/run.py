@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipsae.clip import FrozenCLIP
+from clipsae.data.captions import captions_differ
 from clipsae.evaluation.encoders import image_encoder as encoder_by_name
 from clipsae.evaluation.encoders import judge
 from clipsae.evaluation.metrics import METRICS, Options
@@ -379,6 +380,7 @@ def check_metrics(
         "embeddings": bool(_several(image_encoder)),
         "truth": has_truth(dataset),
         "patch_truth": has_patch_truth(dataset),
+        "captions": clip.has_captions and captions_differ(dataset),
         "patches": clip.has_patches and tokens != "cls",
         "predictions": classifier,
     }

@@ -265,8 +265,8 @@ class TopN:
         scale = torch.stack([image.scale for image in batch])
         contexts = [image.context for image in batch if image.context is not None]
         context = torch.stack(contexts) if contexts else None
-        bias = self.sae.decoder_bias
-        nothing = torch.zeros_like(scale) if bias is None else bias * scale
+        no_codes = scale.new_zeros(*scale.shape[:-1], 0), scale, self.latents.new_zeros(0)
+        nothing = self.sae.decode(*no_codes)  # the bias
 
         def add(setting: str, n: int, tokens: Tensor) -> None:
             if setting in self.settings:

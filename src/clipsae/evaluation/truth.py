@@ -9,6 +9,7 @@ n images, P patches of an image, V concepts.
 """
 
 from collections.abc import Sequence
+from math import log
 from typing import Any
 
 import torch
@@ -93,6 +94,46 @@ def patch_coverage(dataset: Any, indices: Tensor, grid: int) -> Tensor:
 def patch_objects(dataset: Any, indices: Tensor, grid: int) -> Tensor:
     """Which of its image's objects covers enough of each patch: LongTensor [n, P], -1: none."""
     return dataset.patch_truth(indices.cpu(), grid=grid)["object"]
+
+
+def bits_over_chance(
+    mass: Tensor, total: Tensor, squares: Tensor, base: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How much of a latent's activation lies on a concept, and what that tells, in bits.
+
+    A concept is compared with its siblings: "size=large" with other sizes, and not with the
+    background, on which no latent of objects lies. With p the share of the latent's activation on
+    the rows (patches, images) with any size that lies on large ones, and b the share of those rows
+    that are large, the score is the divergence
+
+        D(p || b) = p log2(p / b) + (1 - p) log2((1 - p) / (1 - b))   where p > b,
+
+    the bits that the latent's activity tells of the concept. The lift p / b alone would prefer rare
+    concepts (20 % where chance gives 2 % to 95 % where it gives 15 %), and p - b common ones.
+    Unlike AUROC it does not depend on how often the latent is active: latents of a large dictionary
+    are rarer than their concepts.
+
+    Few observations count for less: of p the lower end of Wilson's interval (z = 2) is taken, with
+    Kish's effective number of observations, total^2 / squares.
+
+    Args:
+        mass: [M, V], activation summed over the rows that show the concept.
+        total, squares: [M, V], activation and its square summed over the rows that have the
+            concept's attribute.
+        base: [V], share of those rows that show the concept.
+
+    Returns:
+        p and the bits, float64 [M, V]; both 0 for latents that are never active there, the bits
+        for concepts that all or none of those rows have.
+    """
+    z2 = 4.0
+    p = mass / torch.where(total > 0, total, 1)
+    n = (total.square() / torch.where(squares > 0, squares, 1)).clamp(min=1e-9)
+    spread = (z2 * (p * (1 - p)).clamp(min=0) / n + z2**2 / (4 * n**2)).sqrt()
+    low = ((p + z2 / (2 * n) - spread) / (1 + z2 / n)).clamp(0, 1)
+    bits = (torch.xlogy(low, low / base) + torch.xlogy(1 - low, (1 - low) / (1 - base))) / log(2)
+    above_chance = (total > 0) & (low > base) & (base > 0) & (base < 1)
+    return p, torch.where(above_chance, bits, 0)
 
 
 class AttributeEncoder(nn.Module):

@@ -31,7 +31,7 @@ _UNUSED = names(
     top_k_aux wandb_project
     """
 )
-_ONLY = {"activation": ("relu",), "input_unit_norm": (False,)}
+_ONLY = {"activation": ("relu",)}
 
 
 def holds(cfg: Mapping[str, Any]) -> bool:
@@ -54,8 +54,8 @@ def convert(cfg: Mapping[str, Any], tensors: Tensors, where: Path) -> Imported:
     """From a config and the tensors beside it.
 
     Raises:
-        ValueError: another rule, one that depends on the batch, tokens standardised one by one; an
-            option or a tensor that is not understood, or does not fit.
+        ValueError: another rule, one that depends on the batch; an option or a tensor that is not
+            understood, or does not fit.
     """
     config = Config(cfg, where)
     kind = config.choice("sae_type", tuple(RULES))
@@ -71,6 +71,8 @@ def convert(cfg: Mapping[str, Any], tensors: Tensors, where: Path) -> Imported:
             "not 0: one of them is wrong"
         )
     config.known("use_encoder_bias")
+    if config.flag("input_unit_norm"):
+        plain.normalize = "layer_norm"
     for name, size in (("act_size", plain.d), ("dict_size", plain.latents)):
         config.check_size(name, size)
     lost = []

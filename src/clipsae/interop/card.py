@@ -19,6 +19,7 @@ _READ = {
     "attn_out": "the output of the attention of block {}",
     "mlp_out": "the output of the MLP of block {}",
     "embedding": "the image embedding",
+    "towers": "the unit-length embeddings of images and of their captions",
 }
 
 

@@ -2,9 +2,10 @@
 are read.
 
 https://github.com/KempnerInstitute/overcomplete: z = rule(relu(x W^T + b)), x_hat = z D, with a row
-per latent in both matrices. An object's class is the rule; the dictionary of one in training mode
-is normalised as the library's `eval()` does. A state_dict alone has neither k nor a threshold;
-beside visaebench's config it is read by `visaebench`.
+per latent in both matrices; MpSAE has D alone, and finds z by matching pursuit. An object's class
+is the rule; the dictionary of one in training mode is normalised as the library's `eval()` does. A
+state_dict alone has neither k nor a threshold; beside visaebench's config it is read by
+`visaebench`.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipsae.interop.files import Config, Inert, Tensors, names
-from clipsae.interop.plain import Imported, Plain, just_below
+from clipsae.interop.plain import PURSUIT, Imported, Plain, just_below
 
 NAME = "overcomplete"
 RULES = {
@@ -25,6 +26,7 @@ RULES = {
     "BatchTopKSAE": "batch_topk",
     "JumpSAE": "jumprelu",
     "RAJumpSAE": "jumprelu",
+    "MpSAE": PURSUIT,
 }
 _MODULES = {
     "base": "SAE",
@@ -66,7 +68,7 @@ CLASSES = (
 _UNUSED = names(
     """
     training nb_concepts top_k device fitted encoder dictionary bandwidth kernel_fn
-    threshold_momentum
+    threshold_momentum dropout
     in_dimensions nb_candidates input_size n_components hidden_dim nb_blocks hidden_activation
     output_activation norm_layer residual tied_to in_features out_features num_features eps momentum
     affine track_running_stats inplace
@@ -98,10 +100,20 @@ def convert(sae: Inert, path: Path) -> Imported:
         )
     whole = _Module(sae, path)
     D = _dictionary(whole.child("dictionary"))
-    W, b = _encoder(whole.child("encoder"), D)
+    W, b = D, torch.zeros(len(D))
+    if rule == PURSUIT:
+        whole.child("encoder").expect("IdentityEncoder").refuse_others()
+    else:
+        W, b = _encoder(whole.child("encoder"), D)
     plain = Plain(rule, W, D, b, torch.zeros(D.shape[1]))
     config, lost = whole.attributes, []
-    if rule == "topk":
+    if rule == PURSUIT:
+        plain.k = config.whole("k")
+        lost.append(
+            "Where no row has a positive product with what is left over, there a code is negative, "
+            "and here the steps end."
+        )
+    elif rule == "topk":
         plain.k = config.whole("top_k")
     elif rule == "batch_topk":
         plain.k, plain.tau = 1, just_below(torch.tensor(config.number("running_threshold"))).item()

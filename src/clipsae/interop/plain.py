@@ -20,8 +20,11 @@ from clipsae.interop.files import Config, Tensors
 from clipsae.sae import SAE
 from clipsae.sae.normalization import Normalization
 
-RULES = ("relu", "jumprelu", "gated", "topk", "batch_topk")
+RULES = ("relu", "jumprelu", "gated", "topk", "abs_topk", "batch_topk")
+PURSUIT = "matching_pursuit"
+WITH_K = ("topk", "abs_topk", "batch_topk", PURSUIT)
 GATE = ("b_gate", "b_mag", "r_mag")
+STOPS = ("residual_threshold", "stop_on_repeat")
 TRAINING_LOST = "Options of the training and counters of dead latents are left out."
 
 NESTED_LOST = "The nested groups matter in its training alone: here there is one group."
@@ -50,18 +53,21 @@ class Imported:
 
 @dataclass
 class Plain:
-    """A linear SAE. Attributes of other rules are None.
+    """A linear SAE, or matching pursuit. Attributes of other rules are None.
 
     Attributes:
-        rule: the activation's name, one of `RULES`.
+        rule: the activation's name, one of `RULES`, or `PURSUIT`, whose codes are those of
+            `clipsae.sae.matching_pursuit`: W_enc and b_enc are then unused.
         W_enc, W_dec: [M, d], a row per latent.
         b_enc: [M]; unused by "gated".
         b_dec: [d].
-        k: of "topk" and "batch_topk".
+        k: of "topk", "abs_topk", "batch_topk" and `PURSUIT`.
+        residual_threshold, stop_on_repeat: of `PURSUIT`.
         tau: the threshold of "batch_topk" at inference.
         theta: [M], the thresholds of "jumprelu"; 0 or less is 0, as no negative code is let pass.
         b_gate, b_mag, r_mag: [M], of "gated".
-        normalize: x / ||x|| is encoded, and x_hat is multiplied by ||x||.
+        normalize: "unit": x / ||x|| is encoded, and x_hat is multiplied by ||x||; "layer_norm": as
+            `clipsae.sae.normalization` has it; "none".
     """
 
     rule: str
@@ -75,7 +81,9 @@ class Plain:
     b_gate: Any = None
     b_mag: Any = None
     r_mag: Any = None
-    normalize: bool = False
+    normalize: str = "none"
+    residual_threshold: float = 0.0
+    stop_on_repeat: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -165,11 +173,15 @@ class Plain:
             ValueError: an invalid k.
         """
         options: dict[str, Any] = {"d": self.d, "latents": self.latents, "activation": self.rule}
-        normalize = "unit" if self.normalize else "none"
-        options |= {"normalize": normalize, "unit_decoder": False, "bias_init": "zero"}
+        options |= {"normalize": self.normalize, "unit_decoder": False, "bias_init": "zero"}
         names = ["W_enc", "W_dec", "b_dec", *(["b_enc"] if self.rule != "gated" else [])]
+        if self.rule == PURSUIT:
+            names = ["W_dec", "b_dec"]
+            options |= {"architecture": PURSUIT, "activation": "relu", "l1_coefficient": 0.0}
+            options |= {name: getattr(self, name) for name in STOPS}
+            del options["unit_decoder"]
         tensors = {f"architecture.{name}": getattr(self, name) for name in names}
-        if self.rule in ("topk", "batch_topk"):
+        if self.rule in WITH_K:
             options["k"] = self.k
         if self.rule == "batch_topk":
             tensors["activation.inference_threshold"] = torch.tensor(max(self.tau, 0.0))
@@ -193,8 +205,8 @@ class Plain:
 
         Raises:
             ValueError: an activation that is none of these, such as sparsemax; an architecture of a
-                plugin; means of positions; an SAE that leaves out tokens or reconstructs other
-                ones.
+                plugin; matching pursuit of scaled tokens; means of positions; an SAE that leaves
+                out tokens or reconstructs other ones.
         """
         for name in ("max_norm_ratio", "target_layer"):
             if sae.config[name] is not None:
@@ -208,8 +220,16 @@ class Plain:
                 f"position_mean=true cannot be written for {target}, where a token's codes do not "
                 "depend on its position in the image: train with position_mean=false"
             )
+        if architecture == PURSUIT and rule == "relu":
+            rule = PURSUIT
+            if sae.normalize not in ("none", "layer_norm"):
+                raise ValueError(
+                    f"normalize={sae.normalize} of matching pursuit cannot be written for "
+                    f"{target}: its steps are of scaled tokens, as no matrix of unscaled ones can "
+                    "make them: train with normalize=none or layer_norm"
+                )
         theta = None
-        if rule not in RULES:
+        if rule not in (*RULES, PURSUIT):
             rule, theta = "jumprelu", _fixed_thresholds(sae, target)
         state = {n.partition(".")[2]: t.detach().cpu() for n, t in sae.state_dict().items()}
         if architecture == "linear":
@@ -219,13 +239,19 @@ class Plain:
             query = W_K @ state["W_Q"].double().T if "W_Q" in state else W_K
             W_enc = C @ query / sae.architecture.scale
             W_dec, b_dec = C @ W_V, torch.zeros(sae.d)
+        elif rule == PURSUIT:
+            W_enc = W_dec = state["W_dec"]
+            b_dec = state["b_dec"]
         else:
             raise ValueError(
-                f"architecture={architecture} cannot be written for {target}: expected linear or "
-                "attention"
+                f"architecture={architecture} cannot be written for {target}: expected linear, "
+                "attention, or matching_pursuit with activation=relu"
             )
         theta = state.get("theta", theta)
         tau = state.get("inference_threshold")
+        own: dict[str, Any] = {name: state.get(name) for name in GATE}
+        if rule == PURSUIT:
+            own |= {name: sae.config[name] for name in STOPS}
         plain = cls(
             rule,
             W_enc,
@@ -235,8 +261,8 @@ class Plain:
             k=sae.config.get("k"),
             tau=None if tau is None else tau.item(),
             theta=theta,
-            **{name: state.get(name) for name in GATE},
-            normalize=sae.normalize == "unit",
+            **own,
+            normalize=sae.normalize if sae.normalize in ("unit", "layer_norm") else "none",
         )
         if not sae.config.get("subtract_bias", True):
             plain.shift_input(1)  # while b_dec is that of what is encoded

@@ -13,12 +13,30 @@ import torch
 
 from clipsae.interop import sparsify
 from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
-from clipsae.interop.plain import GATE, NESTED_LOST, TRAINING_LOST, Imported, Plain, write_files
+from clipsae.interop.plain import (
+    GATE,
+    NESTED_LOST,
+    PURSUIT,
+    TRAINING_LOST,
+    Imported,
+    Plain,
+    write_files,
+)
 from clipsae.sae import SAE
 
 NAME = "SAELens"
 WEIGHTS = "sae_weights.safetensors"
-ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
+ARCHITECTURES = (
+    "standard",
+    "topk",
+    "abstopk",
+    "jumprelu",
+    "gated",
+    "batchtopk",
+    "matryoshka_batchtopk",
+    PURSUIT,
+)
+_NAMES = {"relu": "standard", "batch_topk": "jumprelu", "abs_topk": "abstopk"}
 
 _MATRYOSHKA = names(
     """
@@ -134,20 +152,23 @@ def convert(
     architecture, k = _architecture(config)
     if architecture.endswith("batchtopk") and "topk_threshold" not in tensors:
         raise ValueError(f"{tensors.where} holds no topk_threshold: {architecture} encodes with it")
-    b_enc = None if architecture == "gated" else "b_enc"
-    parts = tensors.linear("W_enc.T", b_enc, "W_dec", "b_dec")
+    b_enc = None if architecture in ("gated", PURSUIT) else "b_enc"
+    W_enc = "W_dec" if architecture == PURSUIT else "W_enc.T"
+    parts = tensors.linear(W_enc, b_enc, "W_dec", "b_dec")
     m, d = parts["W_enc"].shape
     for name, size in (("d_in", d), ("d_sae", m)):
         config.check_size(name, size)
     if cfg.get("is_transcoder") is None:  # ViT-Prisma's d_out is that of its transcoders
         config.check_size("d_out", d)
-    if architecture == "topk" and k > m:
+    if architecture in ("topk", "abstopk") and k > m:
         raise ValueError(f"{where}: k={k} is more than the {m} latents of the SAE")
     _finetuned(config, tensors, parts)
     if architecture == "standard":
         plain = Plain("relu", **parts)
-    elif architecture == "topk":
-        plain = Plain("topk", **parts, k=k)
+    elif architecture in ("topk", "abstopk"):
+        plain = Plain("topk" if architecture == "topk" else "abs_topk", **parts, k=k)
+    elif architecture == PURSUIT:
+        plain = _pursuit(config, parts)
     elif architecture == "gated":
         gate: dict[str, Any] = {name: tensors.take(name, m) for name in GATE}
         tensors.ignore("b_enc")  # ViT-Prisma's have one that no forward pass reads
@@ -164,7 +185,10 @@ def convert(
             config.known(*_MATRYOSHKA)
             lost.append(NESTED_LOST)
     if not config.flag("apply_b_dec_to_input", True):
-        plain.shift_input(1)
+        if architecture == PURSUIT:  # which then does not add it either
+            plain.b_dec = torch.zeros_like(plain.b_dec)
+        else:
+            plain.shift_input(1)
     if architecture.endswith("topk") and config.flag("rescale_acts_by_decoder_norm"):
         plain.scale_codes_by_rows()
     _normalisation(config, plain)
@@ -188,19 +212,30 @@ def _architecture(config: Config) -> tuple[str, int]:
         function = config.choice(key, allowed, function)
     options = config.part("activation_fn_kwargs")
     k: Any = 1
-    if name == "topk" or function == "topk":
-        outside = name == "topk" or config.get("k") is not None
+    if name.startswith(("topk", "abstopk")) or function == "topk":
+        outside = name != "standard" or config.get("k") is not None
         if options.get("k") is None and outside:
             k = config.whole("k")
         else:
             k = options.whole("k")
             config.check_size("k", k)
-        name = "topk"
+        name = "topk" if name == "standard" else name
     elif name.endswith("batchtopk"):
         k = config.get("k")  # in training alone, where it may be a fraction
         k = max(1, round(k)) if isinstance(k, int | float) else 1
     options.refuse_others()
     return name, k
+
+
+def _pursuit(config: Config, parts: dict[str, Any]) -> Plain:
+    """Matching pursuit, whose steps end early by default, and are d at most."""
+    plain = Plain(PURSUIT, **parts, k=parts["W_dec"].shape[1], residual_threshold=1e-2)
+    if config.get("max_iterations") is not None:
+        plain.k = config.whole("max_iterations")
+    if config.get("residual_threshold") is not None:
+        plain.residual_threshold = max(config.number("residual_threshold"), 0.0)
+    plain.stop_on_repeat = config.flag("stop_on_duplicate_support", True)
+    return plain
 
 
 def _finetuned(config: Config, tensors: Tensors, parts: dict[str, Any]) -> None:
@@ -221,11 +256,14 @@ def _finetuned(config: Config, tensors: Tensors, parts: dict[str, Any]) -> None:
 
 
 def _normalisation(config: Config, plain: Plain) -> None:
+    allowed = ("none", "layer_norm", "constant_norm_rescale")[: 2 if plain.rule == PURSUIT else 3]
     name = config.get("normalize_activations", False)
     if isinstance(name, bool):  # as the first versions had it
         name = "expected_average_only_in" if name else "none"
-    if name == "constant_norm_rescale":
-        plain.scale_input(plain.d**0.5).normalize = True
+    if name in allowed[2:]:
+        plain.scale_input(plain.d**0.5).normalize = "unit"
+    elif name == "layer_norm":
+        plain.normalize = name
     elif name == "expected_average_only_in":
         raise ValueError(
             f"{config.where}: normalize_activations={name!r}: its tokens were scaled to a mean "
@@ -233,16 +271,16 @@ def _normalisation(config: Config, plain: Plain) -> None:
             "SAELens's fold_activation_norm_scaling_factor, and save it again"
         )
     else:
-        config.choice("normalize_activations", ("none", "constant_norm_rescale"), "none")
+        config.choice("normalize_activations", allowed, "none")
 
 
 def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> list[str]:
     """Write `cfg.json` and `sae_weights.safetensors`: there `SAE.load_from_disk(folder)` encodes
     and decodes as `sae` does, but for rounding.
 
-    BatchTopK becomes JumpReLU with its threshold, ReLU "standard", attention the two matrices
-    that it is the product of; `normalize="unit"` is `constant_norm_rescale` there, means,
-    deviations and whitening are folded into the matrices.
+    BatchTopK becomes JumpReLU with its threshold, ReLU "standard", AbsTopK "abstopk", attention the
+    two matrices that it is the product of; `normalize="unit"` is `constant_norm_rescale` there,
+    "layer_norm" has its name; means, deviations and whitening are folded into the matrices.
 
     Args:
         metadata: model_name, hook_name, ...: what is known of the tokens.
@@ -251,12 +289,13 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> 
         What could not be carried over, a sentence each.
 
     Raises:
-        ValueError: sparsemax or means of positions, which have no counterpart there.
+        ValueError: sparsemax, means of positions or matching pursuit of scaled tokens, which have
+            no counterpart there.
     """
     plain = Plain.of(sae, NAME)
     lost = [TRAINING_LOST]
     cfg: dict[str, Any] = {
-        "architecture": {"relu": "standard", "batch_topk": "jumprelu"}.get(plain.rule, plain.rule),
+        "architecture": _NAMES.get(plain.rule, plain.rule),
         "d_in": plain.d,
         "d_sae": plain.latents,
         "dtype": "float32",
@@ -267,14 +306,23 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> 
         # From 6.0 on a config is taken as it is.
         "metadata": {"sae_lens_version": "6.0.0", "trained_with": "clipsae", **(metadata or {})},
     }
-    if plain.normalize:
+    if plain.normalize == "layer_norm":
+        cfg["normalize_activations"] = "layer_norm"
+    elif plain.normalize == "unit":
         plain.scale_input(plain.d**-0.5)
         cfg["normalize_activations"] = "constant_norm_rescale"
         lost.append("There a token of norm 0 gives NaN; here it gives codes of 0.")
     names = GATE if plain.rule == "gated" else ("b_enc",)
     tensors = {name: getattr(plain, name) for name in ("W_dec", "b_dec", *names)}
     tensors["W_enc"] = plain.W_enc.T
-    if plain.rule == "topk":
+    if plain.rule == PURSUIT:
+        tensors = {name: tensors[name] for name in ("W_dec", "b_dec")}
+        cfg |= {
+            "max_iterations": plain.k,
+            "residual_threshold": plain.residual_threshold,
+            "stop_on_duplicate_support": plain.stop_on_repeat,
+        }
+    elif plain.rule in ("topk", "abs_topk"):
         cfg |= {"k": plain.k, "rescale_acts_by_decoder_norm": False}
     elif plain.rule == "jumprelu":
         tensors["threshold"] = plain.theta

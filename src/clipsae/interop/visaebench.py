@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from clipsae.interop.files import Config, Tensors, names, read_config, read_weights
-from clipsae.interop.plain import TRAINING_LOST, Imported, Plain, just_below, write_files
+from clipsae.interop.plain import (
+    PURSUIT,
+    TRAINING_LOST,
+    Imported,
+    Plain,
+    just_below,
+    write_files,
+)
 from clipsae.sae import SAE
 
 NAME = "visaebench"
@@ -95,12 +102,13 @@ def write(sae: SAE, folder: Path) -> list[str]:
         What could not be carried over, a sentence each.
 
     Raises:
-        ValueError: sparsemax, gated, `normalize="unit"` or means of positions, which have no
-            counterpart in its files; but for the last `VisaebenchSAE` can be measured all the same.
+        ValueError: sparsemax, gated, AbsTopK, matching pursuit, `normalize="unit"`, "layer_norm" or
+            means of positions, which have no counterpart in its files; but for the last two
+            `VisaebenchSAE` can be measured all the same.
     """
     plain = Plain.of(sae, NAME)
-    if plain.rule == "gated" or plain.normalize:
-        what = "activation=gated" if plain.rule == "gated" else "normalize=unit"
+    if plain.rule in ("gated", "abs_topk", PURSUIT) or plain.normalize != "none":
+        what = plain.rule if plain.normalize == "none" else f"normalize={plain.normalize}"
         raise ValueError(
             f"{what} cannot be written for visaebench's files, which have no counterpart: measure "
             "clipsae.interop.visaebench.VisaebenchSAE(sae) there instead"
@@ -137,8 +145,9 @@ class VisaebenchSAE:
     as our SAEs read tokens as they are.
 
     Raises:
-        ValueError: `normalize="unit"` with a decoder bias, which ||x|| multiplies, too; means of
-            positions, as its tokens have none.
+        ValueError: `normalize="unit"` with a decoder bias, which ||x|| multiplies, too, and
+            "layer_norm", whose means are not in the codes; means of positions, as its tokens have
+            none.
     """
 
     def __init__(self, sae: SAE) -> None:
@@ -147,10 +156,11 @@ class VisaebenchSAE:
                 "position_mean=true cannot be measured by visaebench, whose tokens have no "
                 "position: train with position_mean=false"
             )
-        if sae.normalize == "unit" and sae.decoder_bias is not None:
+        own_mean = sae.normalize == "layer_norm"
+        if own_mean or (sae.normalize == "unit" and sae.decoder_bias is not None):
             raise ValueError(
-                "normalize=unit with a decoder bias cannot be decoded from codes alone, as "
-                "visaebench does: expected an SAE without one of them"
+                f"normalize={sae.normalize} with a decoder bias or means of tokens cannot be "
+                "decoded from codes alone, as visaebench does: expected an SAE without one of them"
             )
         self.sae = sae.eval()
 

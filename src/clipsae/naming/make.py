@@ -5,6 +5,7 @@ M latents, K examples of each, N images, V names that differ, e embedding size.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +23,40 @@ from clipsae.naming.detection import (
     names_of_others,
 )
 from clipsae.naming.dissect import soft_wpmi
-from clipsae.naming.names import WORDS, Names
+from clipsae.naming.explain import Shown, describe, detect, leading
+from clipsae.naming.explainers import Explainer
+from clipsae.naming.names import DISSECT, WORDS, Names
 from clipsae.naming.regions import embed_examples
 from clipsae.naming.truth import truth_judge
 from clipsae.naming.vocabulary import PROMPTS, Vocabulary
 from clipsae.sae import SAE
 
-JUDGES = ("clip", "truth")
+
+@dataclass(frozen=True)
+class Explaining:
+    """Who names latents by looking at their examples, and what it is shown.
+
+    Attributes:
+        top, sample: of all latents, see `describe`.
+        requests: to a server, at most; None: any number. Those latents are named first that matter
+            most (`leading`).
+    """
+
+    explainer: Explainer
+    top: Shown
+    sample: Shown
+    requests: int | None = None
+
+    def latents(self, activity: Activity, judge: str) -> list[int]:
+        """The latents that the requests suffice for: a name each, and where the explainer judges a
+        detection with it and one with another's name."""
+        describing, detecting = self.explainer.requests
+        each = describing + (2 * detecting if judge == "explainer" else 0)
+        limited = self.requests is not None and each > 0
+        return leading(activity.codes, self.requests // each if limited else None)
+
+
+JUDGES = ("clip", "truth", "explainer")
 Judge = Callable[[Sequence[str]], Tensor]
 """V texts -> a score of each for each of N images, [V, N]: the larger, the truer."""
 
@@ -44,6 +72,7 @@ def name_latents(
     *,
     images: int | None = None,
     judge: str = "clip",
+    explaining: Explaining | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
     progress: Progress = lambda done, total, what: None,
@@ -59,7 +88,9 @@ def name_latents(
             None: the whole images.
         images: how many images names are scored on, evenly spaced over the classes, without a
             latent's own examples; None: all.
-        judge: "clip", by the cosine of text and image, or "truth", where the dataset has it.
+        judge: "clip", by the cosine of text and image; "truth", where the dataset has it;
+            "explainer", the one that names, on the latents that it has named.
+        explaining: who names instead, and how many latents; the others keep their word.
         progress: called with (done, total, what is being done).
 
     Raises:
@@ -95,16 +126,88 @@ def name_latents(
         "clip": lambda texts: clip_judge(clip, vocabulary, activity.embeddings, texts),
         "truth": lambda texts: truth_judge(dataset, activity.indices, texts),
     }
+    left_out, chosen = index, list[int]()
+    explained = None
+    if explaining is not None:
+        chosen = explaining.latents(activity, judge)
+        said_of = describe(
+            explaining.explainer,
+            chosen,
+            dataset,
+            clip.grid,
+            explaining.top,
+            explaining.sample,
+            said(progress, "names by the explainer"),
+        )
+        explained = torch.zeros(len(text), dtype=torch.bool)
+        explained[chosen] = True
+        text = [said_of.get(m, word) for m, word in enumerate(text)]
+        left_out = distinct(torch.cat((index, explaining.sample.index), dim=1))
+    if judge == "explainer":
+        assert explaining is not None
+        scores_of = by_explainer(
+            explaining.explainer,
+            text,
+            chosen,
+            dataset,
+            clip.grid,
+            activity,
+            left_out,
+            said(progress, "detection by the explainer"),
+        )
+    else:
+        scores_of = score_names(text, activity, left_out, judges[judge])
     return Names(
         vocabulary=vocabulary,
         best=best,
         best_scores=scores,
         text=text,
-        **score_names(text, activity, index, judges[judge]),
+        **scores_of,
         judge=judge,
-        source="clip-dissect",
+        source=DISSECT if explaining is None else explaining.explainer.source,
+        explained=explained,
         examples=mean_examples(shown.cpu(), place),
     )
+
+
+def distinct(index: Tensor) -> Tensor:
+    """Images of each latent, LongTensor [M, X], each once: -1 in place of those that come again."""
+    ordered, order = index.sort(dim=1, stable=True)
+    again = torch.zeros_like(index, dtype=torch.bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return torch.empty_like(index).scatter_(1, order, ordered.masked_fill(again, -1))
+
+
+def by_explainer(
+    explainer: Explainer,
+    text: Sequence[str],
+    latents: Sequence[int],
+    dataset: Any,
+    grid: tuple[int, int],
+    activity: Activity,
+    left_out: Tensor,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """What `score_names` returns, by `detect`; `left_out` has images of the dataset."""
+    area, low, high, control = detect(
+        explainer,
+        text,
+        latents,
+        dataset,
+        grid,
+        activity,
+        activity.places(left_out),
+        seed=0,
+        progress=progress,
+    )
+    known = control[control.isfinite()]
+    return {
+        "score": area.float(),
+        "low": low.float(),
+        "high": high.float(),
+        "control": control.float(),
+        "threshold": float(known.quantile(PERCENTILE)) if len(known) else 1.0,
+    }
 
 
 def said(progress: Progress, what: str) -> Callable[[int, int], None]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clipsae.evaluation.ranking import top_latents
 from clipsae.naming.vocabulary import Vocabulary
 
+DISSECT = "clip-dissect"
 WORDS = 5  # that are kept of each latent
 COLUMNS = ("score", "low", "high", "control")
 
@@ -37,7 +38,9 @@ class Names:
         control: float32 [M], the mean score of some other latents' names in the name's place.
         threshold: the 95th percentile of these scores, each by itself, over the dictionary.
         judge: who told the images: "clip", "truth" or "explainer".
-        source: who named: "clip-dissect", ...
+        source: who named: "clip-dissect", "oracle", "openai:MODEL", ...
+        explained: BoolTensor [M], the latents that `source` has named, where it is an explainer;
+            the others have the best word. None: all.
         examples: float32 [M, e], the mean of the embeddings of what a latent is most active on,
             of unit length; 0 without examples.
         numbers: of the names as a whole, such as the share that is right where the truth is known.
@@ -55,6 +58,7 @@ class Names:
     judge: str
     source: str
     examples: Tensor
+    explained: Tensor | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -145,7 +149,9 @@ class Names:
     def rows(self) -> list[dict[str, Any]]:
         """A row for each latent, as in `names.csv`: latent, name, score, low, high, control, named,
         judge, source, and its n best words with their soft-WPMI."""
-        named = self.named.tolist()
+        named, by = self.named.tolist(), [self.source] * len(self)
+        if self.explained is not None:
+            by = [self.source if one else DISSECT for one in self.explained.tolist()]
         columns = {name: getattr(self, name).tolist() for name in COLUMNS}
         best, scores = self.best.tolist(), self.best_scores.tolist()
         return [
@@ -155,7 +161,7 @@ class Names:
                 **{name: _rounded(values[latent]) for name, values in columns.items()},
                 "named": named[latent],
                 "judge": self.judge,
-                "source": self.source,
+                "source": by[latent],
                 **{
                     f"word_{i + 1}": f"{self.vocabulary.words[word]} {value:.3f}"
                     if word >= 0

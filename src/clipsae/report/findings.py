@@ -60,7 +60,7 @@ def _range(low: float, high: float, digits: int = 0) -> str:
 
 
 def _filled(selection: Selection, missing: list[Missing]) -> str:
-    pairs = {(m, d) for m in selection.expected for d in selection.datasets}
+    pairs = {(m, d) for m in selection.expected for d in selection.classified}
     empty = {(gap.model, gap.dataset) for gap in missing if gap.what == ALL} & pairs
     sentence = f"{len(pairs - empty)} of {len(pairs)} pairs of a model and a dataset have results"
     seeds = selection.cells.seeds[selection.cells.line.isin(selection.lines)]

@@ -52,13 +52,13 @@ class Commands:
 def missing_cells(selection: Selection, commands: Commands) -> list[Missing]:
     """Expected cells of the accuracy tables, the ablation and Tables 5 and 6 without a figure.
 
-    Expected are `selection.expected` on `selection.datasets`; with ImageNet, the ablation's two
+    Expected are `selection.expected` on `selection.classified`; with ImageNet, the ablation's two
     mixed models and the measurements of the models in Tables 5 and 6 on it. Of a model with several
     lines the first is to be filled, unless one as much like the usual settings has the figure.
     """
     expected = [
         (model, dataset, accuracy_columns(selection, [dataset]))
-        for dataset in selection.datasets
+        for dataset in selection.classified
         for model in selection.expected
     ]
     if published.ABLATED_ON in selection.eleven and selection.wanted.models is None:

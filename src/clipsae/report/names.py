@@ -42,6 +42,12 @@ def model_title(model: str) -> str:
     return _MODELS[model][0] if model in _MODELS else model
 
 
+def model_order(model: str) -> tuple[int, str]:
+    """Sort key of models: the paper's six, its ablation's two, others of ours; then by name."""
+    known = list(_MODELS)
+    return known.index(model) if model in known else len(known), model
+
+
 def model_style(model: str, models: Sequence[str]) -> tuple[str, str]:
     """Colour ("#rrggbb") and matplotlib marker of a model among the `models` of a report."""
     if model in _MODELS:

@@ -146,6 +146,7 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
     shown = [line for line in selection.lines if line in measured]
     if not shown:
         return None
+    wide = wide[wide.index.get_level_values("line").isin(shown)]
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(3.2)
         above = True  # curves of k lie near each other: their labels take different sides
@@ -154,13 +155,14 @@ def sparsity_plot(selection: Selection, dataset: str) -> Plot | None:
             points = wide.xs(line, level="line").sort_index()
             value, std = points["value"], points["std"]
             axes.errorbar(value.l0, value.fvu, xerr=std.l0, yerr=std.fvu, **style, label=line.title)
-            for k, point in value[value.index != NO_K].iterrows():
+            swept = len(value) > 1  # one k is in the tables
+            for k, point in value.iterrows() if swept else ():
                 side: Any = {"xytext": (4, 4), "ha": "left", "va": "bottom"}
                 if not above:
                     side = {"xytext": (-4, -4), "ha": "right", "va": "top"}
                 xy = point.l0, point.fvu
                 axes.annotate(f"k {k}", xy, textcoords="offset points", fontsize=8, **side)
-            above ^= any(value.index != NO_K)
+            above ^= swept
         l0 = wide["value"].l0
         axes.set_xscale("log")
         axes.set_xlim(max(l0.min(), 1e-3) / 1.3, max(l0.max(), 1e-3) * 1.3)
@@ -203,7 +205,9 @@ def concept_map(areas: pd.DataFrame) -> Figure:
             if value >= FOUND:
                 axes.plot(x, y, "o", color=INK_ON_LIGHT, markersize=3)
         axes.set_yticks(range(len(areas)), list(areas.index), fontsize=8)
-        axes.set_xticks(range(areas.shape[1]), list(areas), rotation=35, ha="right")
+        many = areas.shape[1] > 10
+        turned: Any = {"rotation": 90} if many else {"rotation": 35, "ha": "right"}
+        axes.set_xticks(range(areas.shape[1]), list(areas), **turned)
         axes.grid(visible=False)
         variants = [name for name in areas if name not in BESIDE]
         if len(variants) < areas.shape[1]:

@@ -97,7 +97,8 @@ def make_report(
 
 def _overview(selection: Selection) -> Section:
     """Averages and ranks over the eleven datasets, and over others."""
-    eleven, others = selection.eleven, selection.others
+    eleven = selection.eleven
+    others = tuple(name for name in selection.classified if name not in eleven)
     called = "the eleven" if len(eleven) == 11 else f"{len(eleven)} of the eleven"
     kinds = [
         (eleven, "", f"{called} datasets"),
@@ -120,10 +121,13 @@ def _overview(selection: Selection) -> Section:
 def _dataset_section(selection: Selection, found: Collected, dataset: str) -> Section:
     """Accuracy, sparsity and interpretability of one dataset."""
     number = table_numbers().get(dataset)
-    accuracy, *others = tables.accuracy_tables(selection, dataset)
+    accuracies = (
+        tables.accuracy_tables(selection, dataset) if dataset in selection.classified else []
+    )
     measured = tables.metric_tables(selection, dataset)
     recovery = tables.recovery_tables(selection, dataset)
     in_paper = dataset == tables.MEASURED_ON
+    headlines = [t for t in [tables.headline_table(selection, dataset)] if not t.empty]
     drawn = (
         plots.accuracy_plot(selection, dataset),
         plots.sparsity_plot(selection, dataset),
@@ -132,9 +136,9 @@ def _dataset_section(selection: Selection, found: Collected, dataset: str) -> Se
     return Section(
         f"dataset-{slug(dataset)}",
         dataset_title(dataset) + (f" (Table {number})" if number else ""),
-        [accuracy, *(measured if in_paper else []), *recovery],
+        [*accuracies[:1], *(measured if in_paper else headlines), *recovery],
         [plot for plot in drawn if plot is not None],
-        others if in_paper else [*others, *measured],
+        [*accuracies[1:], *([] if in_paper else measured)],
     )
 
 

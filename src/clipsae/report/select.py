@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from clipsae.report.collect import ENCODER, NO_K, Collected
-from clipsae.report.names import ELEVEN_NAMES, SIX, WITH_K, model_title
+from clipsae.report.names import ELEVEN_NAMES, SIX, WITH_K, model_order, model_title
 from clipsae.report.published import ablation_parts
 from clipsae.report.settings import FITTED, NOT_LEARNED, TRAINED, UNTRAINED, Line, like, set_apart
 from clipsae.rules import where
@@ -85,6 +85,12 @@ class Selection:
     @property
     def datasets(self) -> tuple[str, ...]:
         return self.eleven + self.others
+
+    @property
+    def classified(self) -> tuple[str, ...]:
+        """Datasets whose accuracies are there or lacking: all but those measured alone."""
+        alone = set(self.metrics.dataset) - set(self.cells.dataset) - set(self.eleven)
+        return tuple(name for name in self.datasets if name not in alone)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -180,8 +186,6 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     ways = ways.drop_duplicates(way, keep="last").sort_index()
 
     trained = newest[newest.learned.eq(TRAINED)]
-    models = {*trained.model} - set(SIX) - set(ablation_parts())
-    lines = _lines(wanted.models or (*SIX, *sorted(models)), trained)
     ablated = _lines(ablation_parts(), trained)
     baselines = _baselines(newest)
     if wanted.datasets is None:
@@ -191,6 +195,9 @@ def select(found: Collected, wanted: Wanted) -> Selection:
     else:
         eleven = tuple(name for name in ELEVEN_NAMES if name in wanted.datasets)
         others = tuple(name for name in wanted.datasets if name not in ELEVEN_NAMES)
+    # The paper has the ablation's two in a table of their own alone.
+    models = {*trained.model} - set(SIX) - set(ablation_parts() if eleven else ())
+    lines = _lines(wanted.models or (*SIX, *sorted(models, key=model_order)), trained)
     k = {line: _table_k(line, wanted, newest) for line in {*lines, *ablated, *baselines}}
     newest, cells, ways = (f.assign(tabled=f.k == f.line.map(k)) for f in (newest, cells, ways))
     used, of_ways = {*newest.folder}, {*ways.folder}
@@ -247,12 +254,10 @@ def _lines(models: Iterable[str], figures: pd.DataFrame) -> tuple[Line, ...]:
 def _baselines(figures: pd.DataFrame) -> tuple[Line, ...]:
     """Lines that are not trained in full: frozen in part first, then untrained, then fitted."""
     lines = {line for line in figures.line if line.learned != TRAINED}
-    order = (*SIX, *ablation_parts())
 
-    def place(line: Line) -> tuple[int, int, Line]:
-        at = order.index(line.model) if line.model in order else len(order)
+    def place(line: Line) -> tuple[int, tuple[int, str], Line]:
         kind = NOT_LEARNED.index(line.learned) + 1 if line.learned in NOT_LEARNED else 0
-        return kind, at, line
+        return kind, model_order(line.model), line
 
     return tuple(sorted(lines, key=place))
 

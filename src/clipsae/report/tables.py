@@ -28,6 +28,10 @@ MEASURED_ON = "imagenet"  # our reading of Tables 5 and 6, which do not say it
 LARGEST = 8192  # latents; from there comparing two seeds takes minutes without a GPU
 BELOW = "Not learned, or only in part"
 ABOVE = "Ceiling"
+GLANCE = (
+    *("l0", "fvu", "dead_fraction", "patch_concepts_found", "monosemanticity_mean"),
+    *("sparse_probing_auc", "cknna"),
+)
 _COUNTED = {
     "paper": "latents counted on the evaluated images themselves",
     "heldout": "latents counted on the training split",
@@ -449,7 +453,7 @@ def fidelity_table(selection: Selection) -> Table:
     rows, runs = {}, selection.runs
     for line in (*selection.shown(selection.cells), *selection.below(selection.cells)):
         cells = {}
-        for dataset in selection.datasets:
+        for dataset in selection.classified:
             figures = selection.of(line, dataset).set_index("metric")
             if not {"no_sae", "on_all"} <= set(figures.index):
                 continue
@@ -463,7 +467,7 @@ def fidelity_table(selection: Selection) -> Table:
             std = statistics.stdev(map(float, each)) if len(each) > 1 else None
             cells[dataset] = Cell(float(value), std, len(each))
         rows[line] = _row(selection, line, cells)
-    columns = tuple(Number(name, dataset_title(name)) for name in selection.datasets)
+    columns = tuple(Number(name, dataset_title(name)) for name in selection.classified)
     gaps = _close_gaps(selection, rows, columns, lambda line, row: 1.0, "1")
     return Table(
         "fidelity",
@@ -479,10 +483,30 @@ def fidelity_table(selection: Selection) -> Table:
 # --- measured numbers ---
 
 
+def headline_table(selection: Selection, dataset: str) -> Table:
+    """A number of each kind that was measured on one dataset (`GLANCE`): what an SAE is chosen by.
+    MonoSemanticity is by the first image encoder and pooling."""
+    figures = selection.metrics[selection.metrics.dataset == dataset]
+    figures = figures.drop_duplicates(["line", "k", "metric"])
+    known = {n.key: n for n in NUMBERS}
+    columns = tuple(known[key] for key in GLANCE if key in set(figures.metric))
+    rows = _rows(selection, figures, columns, {})
+    title = dataset_title(dataset)
+    return Table(
+        f"headlines_{slug(dataset)}",
+        f"{title}: at a glance",
+        "What an SAE is chosen by; the tables below explain it. Compare SAEs of about the same "
+        "L0. A floor and a ceiling below a number are what an untrained SAE of the same shape and "
+        "a supervised probe reach on the same rows. Ours only.",
+        columns,
+        tuple(rows.values()),
+    )
+
+
 def metric_tables(selection: Selection, dataset: str) -> list[Table]:
     """Table 5 of one dataset, of the codes as selected and of the code without its selection;
-    Table 6, one for each pooling and image encoder that was used. Those that have a figure, of
-    ImageNet the paper's in any case."""
+    Table 6, one for each pooling and image encoder that was used; probes and maps; both towers.
+    Those that have a figure, of ImageNet the paper's in any case."""
     paper = dataset == MEASURED_ON
     on, title = slug(dataset), dataset_title(dataset)
     metrics = selection.metrics[selection.metrics.dataset == dataset]
@@ -514,6 +538,13 @@ def metric_tables(selection: Selection, dataset: str) -> list[Table]:
         "What few latents, and all, tell of an image, and whether a latent's patches lie together "
         "and on a concept. {} Ours only.",
     )
+    both = (
+        ("towers", False, "", ""),
+        f"towers_{on}",
+        f"Images and captions on {title}",
+        "SAEs of both towers. {} Floor and ceiling of retrieval: chance, and CLIP's embeddings; "
+        "floor of the bridge score: captions shuffled among the images. Ours only.",
+    )
     label, name = ("Table 6", "table_06") if paper else ("As Table 6", f"monosemanticity_{on}")
     scores = metrics[metrics.image_encoder != ""]
     ways = sorted(set(zip(scores.image_encoder, scores.pooling, strict=True)))
@@ -532,7 +563,7 @@ def metric_tables(selection: Selection, dataset: str) -> list[Table]:
             )
         )
     found = []
-    for (kind, is_dense, encoder, pooling), *about in (selected, dense, *by_encoder, probed):
+    for (kind, is_dense, encoder, pooling), *about in (selected, dense, *by_encoder, probed, both):
         figures = metrics[metrics.image_encoder.eq(encoder) & metrics.pooling.eq(pooling)]
         table = _metric_table(selection, figures, kind, is_dense, paper, *about)
         if table.columns and (paper or not table.empty):

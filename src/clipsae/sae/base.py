@@ -64,6 +64,9 @@ class Architecture(nn.Module):
     keyword-only arguments. `encoder_bias` is False where the activation has its own.
     """
 
+    scores_all = True
+    """Whether a latent without a code has a score, from which a dead one can learn."""
+
     unit_rows = False
     """Whether decoder rows are kept at unit norm: a penalty on codes then needs no norms."""
 
@@ -134,7 +137,9 @@ class LossInputs:
         scores, codes: both [N, M], or both sparse codes of the same pairs. `.sum()`, and `*` with
             a factor for each latent [M], serve either.
         tokens: N, what sums over them are divided by; at least 1.
-        architecture: of the SAE.
+        architecture, activation: of the SAE.
+        encoded: the tokens [N, d] as the architecture sees them: its `scores` of them are these.
+        dead: BoolTensor [M], the latents that are dead before this step.
         decode: (codes like these, frozen=False) -> [N, d], in units of the target. Its gradients
             reach the codes and, unless frozen, the decoder.
         shape: of the tokens before they were flattened: (B, T) of images, or (B,). N is their
@@ -149,6 +154,9 @@ class LossInputs:
     codes: Tensor | SparseCodes
     tokens: int
     architecture: Architecture
+    activation: "Activation"
+    encoded: Tensor
+    dead: Tensor
     decode: Callable[..., Tensor]
     shape: tuple[int, ...]
     target: Tensor
@@ -191,12 +199,11 @@ class Activation(FullPrecision):
     by_size = False
     """Whether a token's codes are those with the largest scores, k of them."""
 
+    own_thresholds = False
+    """Whether `threshold` is the same for all scores: a number of each latent, or of all."""
+
     across_tokens = False
     """Whether a token's codes in training depend on the batch's other tokens."""
-
-    supports_auxk = True
-    """Whether a score above 0 can be without a code. Where none can, a dead latent has nothing to
-    give to AuxK, which is then refused."""
 
     world_size = 1
     """Processes that a training batch is spread over: see `SAE.world_size`."""
@@ -274,8 +281,9 @@ class Activation(FullPrecision):
         """After each optimizer's step."""
 
     def auxk_scores(self, scores: Tensor) -> Tensor:
-        """How strongly latents would act if none were suppressed, >= 0: AuxK keeps the largest of
-        the dead. Element by element, for scores of any shape and any latents."""
+        """How strongly latents would act if none were suppressed: AuxK keeps the largest of the
+        dead. Element by element, for scores of any shape and any latents. Scores below 0 are 0,
+        but where those of a dead latent are all below it, so that it would learn nothing."""
         return torch.relu(scores)
 
 

@@ -47,6 +47,7 @@ class JumpReLU(Activation):
 
     # The steps of theta are smaller than bfloat16 resolves.
     full_precision = ("theta",)
+    own_thresholds = True
     penalties = ("l0",)
 
     def __init__(

@@ -72,7 +72,7 @@ def dead_codes(scores: Tensor, dead: Tensor, k: int) -> Tensor:
         dead: BoolTensor [M]. Fewer than k: all of them.
     """
     # Without asking which are dead: on a GPU, the answer would have to be waited for.
-    masked = scores.detach().masked_fill(~dead, -1)  # below all scores
+    masked = scores.detach().masked_fill(~dead, -torch.inf)
     indices = masked.topk(min(k, dead.numel()), dim=-1, sorted=False).indices
     values = scores.gather(-1, indices) * dead[indices]
     return torch.zeros_like(scores).scatter(-1, indices, values)
@@ -96,7 +96,7 @@ def sparse_dead_codes(
         most = min(k, dead.numel())
         found = dictionary.find(
             query,
-            lambda s: largest_positions(s, most, auxk_scores(s).masked_fill(~dead, -1)),
+            lambda s: largest_positions(s, most, auxk_scores(s).masked_fill(~dead, -torch.inf)),
             wait=False,
         )
         assert isinstance(found, SparseCodes)

@@ -4,15 +4,18 @@
 
 The architecture maps u to u_hat; the reconstruction loss compares y with y_hat.
 
-| normalize  | mean        | W                                        | s                         |
-|------------|-------------|------------------------------------------|---------------------------|
-| "none"     | 0           | 1                                        | 1                         |
-| "unit"     | 0           | 1                                        | ||x|| of each token       |
-| "mean_std" | of tokens   | 1                                        | the deviation, one number |
-| "whiten"   | of tokens   | V diag(lambda^(-strength / 2)) V^T times | the deviation, one number |
-|            |             | a number, see `Normalization`            |                           |
+| normalize    | mean      | W                                        | s                         |
+|--------------|-----------|------------------------------------------|---------------------------|
+| "none"       | 0         | 1                                        | 1                         |
+| "unit"       | 0         | 1                                        | ||x|| of each token       |
+| "layer_norm" | of each   | 1                                        | the deviation of each     |
+|              | token's d |                                          | token's d numbers + 1e-5  |
+| "mean_std"   | of tokens | 1                                        | the deviation, one number |
+| "whiten"     | of tokens | V diag(lambda^(-strength / 2)) V^T times | the deviation, one number |
+|              |           | a number, see `Normalization`            |                           |
 
-With `position_mean` the mean is that of each position of an image (CLS, the first patch, ...).
+With `position_mean` the mean is that of each position of an image (CLS, the first patch, ...; of an
+SAE of both towers the image and its caption). A token alone, [..., 1, d], is at the first position.
 
 One deviation for all dimensions (the root of their mean variance), where others have one for each
 (visaebench): it changes the unit of the tokens and leaves their geometry as it is, so that the
@@ -32,7 +35,9 @@ from clipsae.sae.base import FullPrecision
 from clipsae.sae.checks import boolean, fraction, one_of
 from clipsae.sae.dense import at_least_float32
 
-KINDS = ("none", "unit", "mean_std", "whiten")
+KINDS = ("none", "unit", "layer_norm", "mean_std", "whiten")
+LAYER_NORM_EPSILON = 1e-5
+"""Added to a token's deviation, as SAELens and BatchTopK do."""
 LEAST_VARIANCE = 1e-6
 """Variances along principal components are at least this share of their mean, so that directions in
 which the tokens hardly vary are not blown up."""
@@ -117,11 +122,12 @@ class Normalization(FullPrecision):
                 f"whitening={strength} does nothing with normalize={kind}: set normalize to "
                 "whiten, or leave it out"
             )
-        if position_mean and kind == "unit":
+        if position_mean and kind in ("unit", "layer_norm"):
             raise ValueError(
-                "position_mean=True: normalize=unit divides each token by its norm as it is: set "
-                "normalize to none, mean_std or whiten"
+                f"position_mean=True: normalize={kind} divides each token by a number of its own "
+                "as it is: set normalize to none, mean_std or whiten"
             )
+        self.layer_norm = kind == "layer_norm"
         self.strength = float(strength)
         self.position_mean = position_mean
         self.fitted = False
@@ -161,10 +167,11 @@ class Normalization(FullPrecision):
             self.whitening.copy_((vectors * gain) @ vectors.T)
             self.coloring.copy_((vectors / gain) @ vectors.T)
 
-    def forget_positions(self) -> None:
-        """The mean of all positions in place of that of each, for tokens without a position."""
+    def forget_positions(self, count: int) -> None:
+        """The mean of the first `count` positions in place of that of each, for tokens of which no
+        more is known than that they are at one of these."""
         if self.mean is not None and self.mean.ndim == 2:
-            self.mean = _like(self.mean, self.mean.detach().mean(dim=0))
+            self.mean = _like(self.mean, self.mean.detach()[:count].mean(dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [..., d] -> y, of their shape and dtype.
@@ -172,32 +179,47 @@ class Normalization(FullPrecision):
         Raises:
             ValueError: with `position_mean`, tokens [..., d] of another number of positions.
         """
-        if self.mean is None:
-            return x
-        self._check_positions(x)
+        mean = self.mean_of(x)
+        if mean is None:
+            return x - own_mean(x) if self.layer_norm else x
         with torch.autocast(x.device.type, enabled=False):  # a difference of large numbers
-            y = at_least_float32(x) - self.mean
+            y = at_least_float32(x) - mean
             return (y if self.whitening is None else y @ self.whitening).to(x.dtype)
 
-    def inverse(self, y: Tensor, shifted: bool = True) -> Tensor:
-        """y [..., d] -> x; `shifted`: with the mean, as tokens have it and decoder rows do not."""
+    def inverse(self, y: Tensor, shifted: bool = True, of: Tensor | None = None) -> Tensor:
+        """y [..., d] -> x.
+
+        Args:
+            shifted: with the mean, as tokens have it and decoder rows do not.
+            of: the tokens [..., d] whose own mean it is with "layer_norm".
+        """
         if self.mean is None:
-            return y
+            return y + own_mean(of) if self.layer_norm and of is not None else y
         with torch.autocast(y.device.type, enabled=False):
             x = at_least_float32(y)
             x = x if self.coloring is None else x @ self.coloring
-            if shifted:
-                self._check_positions(y)
-                x = x + self.mean
+            mean = self.mean_of(y) if shifted else None
+            if mean is not None:
+                x = x + mean
             return x.to(y.dtype)
 
-    def _check_positions(self, x: Tensor) -> None:
-        if self.mean is not None and self.mean.ndim == 2 and x.shape[-2:] != self.mean.shape:
-            raise ValueError(
-                f"tokens of shape {tuple(x.shape)}: with position_mean=True the SAE has the means "
-                f"of {len(self.mean)} positions and takes whole images, [..., "
-                f"{len(self.mean)}, {self.mean.shape[1]}]"
-            )
+    def mean_of(self, x: Tensor) -> Tensor | None:
+        """The mean of tokens like x [..., d]: [d], or with `position_mean` [T, d], [1, d] of the
+        first position alone; None: 0.
+
+        Raises:
+            ValueError: with `position_mean`, tokens of another number of positions.
+        """
+        mean = self.mean
+        if mean is None or mean.ndim == 1 or x.shape[-2:] == mean.shape:
+            return mean
+        if x.shape[-2:] == mean[:1].shape:
+            return mean[:1]
+        raise ValueError(
+            f"tokens of shape {tuple(x.shape)}: with position_mean=True the SAE has the means of "
+            f"{len(mean)} positions and takes whole images, [..., {len(mean)}, {mean.shape[1]}], "
+            "or their first tokens alone"
+        )
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         mean = state.get(f"{prefix}mean")
@@ -205,6 +227,11 @@ class Normalization(FullPrecision):
             self.mean = _like(self.mean, mean.new_empty(mean.shape))  # [d] before it is fitted
         self.fitted = True
         super()._load_from_state_dict(state, prefix, *rest)
+
+
+def own_mean(x: Tensor) -> Tensor:
+    """The mean of the d numbers of each token [..., d], [..., 1]."""
+    return at_least_float32(x).mean(dim=-1, keepdim=True).to(x.dtype)
 
 
 def _constant(values: Tensor) -> nn.Parameter:

@@ -42,7 +42,7 @@ class Penalized(Activation):
         p_start_step: the step up to which p is 1; from there it falls linearly.
     """
 
-    supports_auxk = False
+    own_thresholds = True
     penalties = ("l1",)
     power: Tensor
     growth: Tensor
@@ -78,6 +78,9 @@ class Penalized(Activation):
         if self.p_end != 1:
             self.power[0] = self.power[1]
             self.power[1] = annealed_power(self.p_end, self.p_start_step, max_steps, step)
+
+    def auxk_scores(self, scores: Tensor) -> Tensor:
+        return scores
 
     def penalty(self, codes: Tensor | SparseCodes, inputs: LossInputs) -> dict[str, Tensor]:
         """The term "l1" of codes >= 0; none where its weight is 0."""

@@ -32,7 +32,7 @@ from clipsae.sae.losses import (
     summed,
 )
 from clipsae.sae.nested import Nested
-from clipsae.sae.normalization import Moments, Normalization
+from clipsae.sae.normalization import LAYER_NORM_EPSILON, Moments, Normalization, own_mean
 from clipsae.sae.registry import ACTIVATIONS, ARCHITECTURES, OBJECTIVES
 from clipsae.sae.sparse_ops import Chooser, Dictionary, positions_above
 
@@ -59,16 +59,17 @@ class SAE(nn.Module):
         activation: a name in `ACTIVATIONS`: "relu", "jumprelu", "gated", "topk", "batch_topk",
             "sparsemax", "abs_topk".
         normalize: what is done to tokens before they are encoded, and undone to the reconstruction
-            (see `clipsae.sae.normalization`): "none"; "unit": divided by their norm; "mean_std":
-            their mean is taken out, and they are divided by their deviation; "whiten": their
-            principal components are scaled towards equal variance, too.
+            (see `clipsae.sae.normalization`): "none"; "unit": divided by their norm;
+            "layer_norm": of each token the mean of its d numbers is taken out, and it is divided by
+            their deviation; "mean_std": the tokens' mean is taken out, and they are divided by
+            their deviation; "whiten": their principal components are scaled towards equal variance,
+            too.
         whitening: how far, from 0 (as "mean_std") to 1 (equal).
         position_mean: the mean that is taken out is that of each position of an image; with
             "none", too. Tokens are then whole images, [..., T, d].
         reconstruction_weight: of the reconstruction loss (see `clipsae.sae.losses`); the released
             Sparsemax SAE has 10.
-        auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none. Only
-            where an activation suppresses scores above 0.
+        auxk: weight of the loss that lets dead latents reconstruct the residual; 0: none.
         auxk_k: latents of a token in that loss; None: d / 2. Not without auxk.
         dead_after: a latent is dead when it was silent for this many tokens.
         freeze: what the training leaves as it was initialised, for baselines ("Sanity Checks for
@@ -134,11 +135,10 @@ class SAE(nn.Module):
         require("target_layer", target_layer, rules.or_null(rules.whole()))
         if auxk_k is not None and not auxk:
             raise ValueError(f"auxk_k={auxk_k} does nothing while auxk is 0: set both or neither")
-        if auxk and not ACTIVATIONS[activation].supports_auxk:
+        if auxk and not ARCHITECTURES[architecture].scores_all:
             raise ValueError(
-                f"auxk={auxk} does nothing with activation={activation}, whose silent latents have "
-                "no score above 0 to learn from: set it to 0. How many stay dead is measured as "
-                "dead_fraction"
+                f"auxk={auxk} does nothing with architecture={architecture}, whose silent latents "
+                "have no score to learn from: set it to 0"
             )
         architecture_options, activation_options, objective_options = _part_options(
             architecture, activation, options
@@ -195,7 +195,7 @@ class SAE(nn.Module):
                 f"target_layer={target_layer} with architecture={architecture}: the decoder's bias "
                 f"is of other tokens than those that are encoded: {how}"
             )
-        if self.normalization.learned:
+        if self.normalization.learned or self.normalize == "layer_norm":
             raise ValueError(
                 f"target_layer={target_layer}: the statistics of normalize={self.normalize} and "
                 "position_mean are of the tokens that are read, not of those that are "
@@ -222,19 +222,27 @@ class SAE(nn.Module):
 
     # --- from tokens to codes and back ---
 
-    def input_scale(self, x: Tensor) -> Tensor:
-        """||x|| of tokens [..., d] as [..., 1] with `normalize="unit"`, else ones; 1 for a token
-        of norm 0."""
+    def input_scale(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
+        """What `decode` needs of tokens [..., d] beside their codes: [..., 1], ||x|| with
+        `normalize="unit"`, 1 for a token of norm 0, else ones; with "layer_norm" [..., 2], a
+        token's deviation and its mean.
+
+        Args:
+            norm: ||x|| [...], where it is known.
+        """
+        if self.normalize == "layer_norm":
+            deviation = at_least_float32(x).std(dim=-1, keepdim=True) + LAYER_NORM_EPSILON
+            return torch.cat((deviation.to(x.dtype), own_mean(x)), dim=-1)
         if self.normalize != "unit":
             return torch.ones_like(x[..., :1])
-        norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
-        return torch.where(norm > 0, norm, 1).to(x.dtype)
+        norm = self._norm(x) if norm is None else norm
+        return torch.where(norm > 0, norm, 1).to(x.dtype)[..., None]
 
-    def _scale(self, x: Tensor) -> Tensor:
-        """Between y and what the architecture sees (`clipsae.sae.normalization`): the norms of
-        tokens [..., d], or ones, [..., 1]; or the deviation [1]."""
+    def _scale(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
+        """Between y and what the architecture sees (`clipsae.sae.normalization`): the norms or
+        deviations of tokens [..., d], or ones, [..., 1]; or the deviation [1]."""
         deviation = self.normalization.deviation
-        return self.input_scale(x) if deviation is None else deviation.to(x.dtype)
+        return self.input_scale(x, norm)[..., :1] if deviation is None else deviation.to(x.dtype)
 
     def _encoded(self, x: Tensor) -> Tensor:
         """Tokens [..., d] as the architecture sees them."""
@@ -244,10 +252,16 @@ class SAE(nn.Module):
         """The norms [...] of tokens as they come."""
         return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
 
-    def kept(self, x: Tensor) -> Tensor | None:
+    def kept(self, x: Tensor, norm: Tensor | None = None) -> Tensor | None:
         """Which of the tokens [..., d] have codes, BoolTensor [...]; None: all (see
-        `max_norm_ratio`)."""
-        return None if self.norm_limit is None else self._norm(x) <= self.norm_limit
+        `max_norm_ratio`).
+
+        Args:
+            norm: ||x|| [...], where it is known.
+        """
+        if self.norm_limit is None:
+            return None
+        return (self._norm(x) if norm is None else norm) <= self.norm_limit
 
     def scores(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """Tokens [..., d] -> scores [..., M], before the activation.
@@ -269,10 +283,13 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [..., d] -> codes [..., M], as in evaluation."""
-        scores = self.scores(x)
-        codes = self.apply_threshold(scores, self.threshold(scores))
-        kept = self.kept(x)
+        codes, kept = self._encode(x), self.kept(x)
         return codes if kept is None else codes * kept[..., None]
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Codes of all tokens, those that are left out, too."""
+        scores = self.scores(x)
+        return self.apply_threshold(scores, self.threshold(scores))
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCodes:
@@ -288,7 +305,7 @@ class SAE(nn.Module):
         shape = (*x.shape[:-1], self.latents)
         dictionary = self._dictionary(x)
         if dictionary is None or not x.numel():
-            return SparseCodes.from_dense(self.encode(x))
+            return SparseCodes.from_dense(self._encode(x))
         thresholds: list[Tensor] = []
 
         def choose(scores: Tensor) -> Chosen:
@@ -318,7 +335,8 @@ class SAE(nn.Module):
         """Codes [..., M] -> tokens [..., d]: scale * (codes @ decoder_rows + decoder_bias).
 
         Args:
-            scale: `input_scale(x)`; it may be left out where `normalize` is not "unit".
+            scale: `input_scale(x)`; it may be left out where `normalize` is neither "unit" nor
+                "layer_norm".
             latents: the codes are dense [..., n] of these: LongTensor [n] or [B, n].
         """
         if isinstance(codes, SparseCodes) and (
@@ -326,7 +344,10 @@ class SAE(nn.Module):
             or len(codes.values) > most_pairs(codes.values, codes.tokens, codes.latents)
         ):
             codes = codes.dense()
-        y = self.architecture(codes, latents) * scale
+        y = self.architecture(codes, latents)
+        if self.normalize == "layer_norm" and isinstance(scale, Tensor):
+            return y * scale[..., :1] + scale[..., 1:]
+        y = y * scale
         if self.normalization.deviation is not None:
             y = y * self.normalization.deviation.to(y.dtype)
         return self.normalization.inverse(y)
@@ -366,13 +387,15 @@ class SAE(nn.Module):
             if embeddings is None and "embeddings" in self.needs:
                 raise ValueError("embeddings=None: an objective of this SAE needs the images' own")
             return self._train_forward(tokens, target, embeddings)
-        y, scale = self.normalization(tokens), self._scale(tokens)
+        norm = self._norm(tokens)
+        y, scale = self.normalization(tokens), self._scale(tokens, norm)
         scores = self.architecture.scores(y / scale)
         codes = self.apply_threshold(scores, self.threshold(scores))
         rebuilt = self.architecture(codes) * scale
-        whole = self.normalization.inverse(rebuilt)
+        whole = self.normalization.inverse(rebuilt, of=tokens)
         goal, compared = (y, tokens) if target is None else (target, target)
-        norm, kept = self._norm(compared), self.kept(tokens)
+        kept = self.kept(tokens, norm)
+        norm = norm if target is None else self._norm(target)
         if kept is not None:
             codes = codes * kept[..., None]
             whole = torch.where(kept[..., None], whole, compared)
@@ -412,17 +435,20 @@ class SAE(nn.Module):
         x = batch.flatten(0, -2)  # gradients of views would not be added up in place
         y = self.normalization(batch).flatten(0, -2)
         compared = x if target is None else target.flatten(0, -2)  # as it comes
-        goal, norm = y if target is None else compared, self._norm(compared)
-        kept, all_y = self.kept(batch), y
+        own = self._norm(x)
+        goal, norm = (y, own) if target is None else (compared, self._norm(compared))
+        kept, all_y = self.kept(x, own), y
         if kept is not None:
-            rows = kept.flatten().nonzero()[:, 0]  # (A GPU is waited for.)
-            x, y, goal, norm = x[rows], y[rows], goal[rows], norm[rows]
-        scale = self._scale(x)
+            rows = kept.nonzero()[:, 0]  # (A GPU is waited for.)
+            x, own, y, goal, norm = x[rows], own[rows], y[rows], goal[rows], norm[rows]
+            kept = kept.view(batch.shape[:-1])
+        scale = self._scale(x, own)
+        encoded = y / scale
         scores: Tensor | SparseCodes
         if dictionary is None:
-            scores = self.architecture.scores(y / scale)
+            scores = self.architecture.scores(encoded)
         else:
-            query = self.architecture.query(y / scale)
+            query = self.architecture.query(encoded)
             at_once = self.activation.across_tokens
             support = support or self.activation.support
             scores = dictionary.find(query, support, at_once=at_once, wait=False)
@@ -450,6 +476,9 @@ class SAE(nn.Module):
             codes,
             max(1, len(y)),
             self.architecture,
+            self.activation,
+            encoded,
+            self.dead,
             decode,
             shape=batch.shape[:-1],
             target=goal,
@@ -469,7 +498,7 @@ class SAE(nn.Module):
             all_rebuilt = all_y.index_copy(0, rows, rebuilt.to(all_y.dtype))
             all_codes = _among(codes, rows, kept.numel())
         # (Of whole images, as positions have means of their own.)
-        whole = self.normalization.inverse(all_rebuilt.view(batch.shape))
+        whole = self.normalization.inverse(all_rebuilt.view(batch.shape), of=batch)
         if kept is not None:
             whole = torch.where(kept[..., None], whole, compared.view(batch.shape).to(whole.dtype))
         out = SAEOutput(

@@ -41,7 +41,8 @@ def run_task(cfg: DictConfig, task: Callable[[DictConfig], None] | None = None) 
     single = HydraConfig.get().mode == RunMode.RUN
     warn_in_one_line()
     try:
-        options.check(cfg, HydraConfig.get().overrides.task)
+        given = HydraConfig.get().overrides
+        options.check(cfg, given.task, of_sweep=given.hydra if single else ())
         plugins.load(cfg)
         if "torch" not in sys.modules and cfg.task._target_ not in LIGHT:
             log.info("importing torch and Lightning")  # seconds, on a cold disk a minute

@@ -16,6 +16,7 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.data.reader import leaves_out
 from clipsae.errors import ConfigError
+from clipsae.rules import EMBEDDINGS
 from clipsae.sae import SAE
 from clipsae.store.files import sha256
 from clipsae.tasks import precision
@@ -33,7 +34,7 @@ PLACE_KEYS = ("root", "download", "num_workers", "pin_memory")  # where and how 
 # What identifies a result is everything in its groups of the config, options of tomorrow, too, but
 # what is listed here: where things lie, how fast they are read, what is observed meanwhile.
 UNDECISIVE: dict[str, tuple[str, ...]] = {
-    "dataset": (*PLACE_KEYS, "on_bad_image"),
+    "dataset": (*PLACE_KEYS, "on_bad_image", "captions"),  # what they say is in the fingerprint
     "model": ("name", "fit", *TRAINING_KEYS),  # fit: stages/sae.py's key has it where it is set
     "features": ("num_workers", "pin_memory", "image_cache", "folder", "shard_gb"),
     "evaluation": ("batch_size",),
@@ -173,7 +174,7 @@ def clip_key(cfg: DictConfig) -> dict[str, Any]:
         key.pop("image_size", None)
     if key.get("hook") == "resid":  # as where it is not given
         key.pop("hook")
-    elif key.get("hook") == "embedding":  # of all layers alike
+    elif key.get("hook") in EMBEDDINGS:  # of all layers alike
         key.pop("layer")
     weights = FrozenCLIP.weights_file(key["name"], key["pretrained"])
     if weights is not None:

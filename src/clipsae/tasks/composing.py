@@ -16,6 +16,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from clipsae.rules import EMBEDDINGS, check_layers
 from clipsae.tasks import options
 
 
@@ -31,6 +32,7 @@ class Composer:
         self._load = launcher.hydra_context.config_loader.load_sweep_config
         self._groups = set(self._command.hydra.runtime.choices)
         self._chosen: dict[tuple[str, ...], DictConfig] = {}
+        self._layers: set[int] = set()  # of jobs that train together on image embeddings
         parser = OverridesParser.create()
         self._parse = cache(lambda text: parser.parse_override(text))
 
@@ -48,6 +50,9 @@ class Composer:
         if config is None:
             config = self._load(self._command, list(overrides))
         options.check(config, overrides)
+        if config.together and config.clip.get("hook") in EMBEDDINGS:
+            self._layers.add(config.clip.layer)
+            check_layers(config.clip.hook, self._layers)
         return config
 
     def _quick(self, overrides: Sequence[Override]) -> DictConfig | None:

@@ -75,7 +75,7 @@ def bring_in(
             f"{clip.width}: choose the clip=, clip.layer= and clip.hook= that it was trained on"
         )
     mean = found.sae.normalization.mean
-    positions = len(range(clip.tokens)[clip.token_slice(found.sae.config["tokens"])])
+    positions = len(range(clip.positions)[clip.token_slice(found.sae.config["tokens"])])
     if mean is not None and mean.ndim == 2 and len(mean) != positions:
         raise ConfigError(
             f"{cfg.task.sae} has position_mean=true with the means of {len(mean)} positions, and "

@@ -1,6 +1,7 @@
 """`task=explore`: a page to walk through a trained dictionary."""
 
 import hashlib
+import io
 import logging
 import os
 import shutil
@@ -8,12 +9,14 @@ import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from clipsae.clip import FrozenCLIP
-from clipsae.data import ImageDataset
+from clipsae.data import ImageDataset, read_image
 from clipsae.errors import ConfigError
+from clipsae.evaluation.interventions import Interventions, likely
 from clipsae.naming import Names
 from clipsae.progress import Bar
 from clipsae.rules import where
@@ -28,7 +31,7 @@ from clipsae.tasks.table import terminal
 from clipsae.tasks.tracking import Run
 from clipsae.training.logging import log_page, log_sae
 from clipsae.visualization import References, page
-from clipsae.visualization.page.interventions import Interventions, likely
+from clipsae.visualization.page.images import image_activations
 from clipsae.visualization.page.serve import ADDRESS, PageServer
 
 log = logging.getLogger(__name__)
@@ -217,8 +220,16 @@ def serve(
         precision.apply(config, clip)
         return likely(interventions.steered_logits(dataset[index][0], strengths))
 
+    def explain(name: str, picture: bytes) -> dict[str, Any]:
+        if name not in behind:
+            raise ValueError(f"SAE {name!r}: expected {' or '.join(behind)}")
+        config, interventions = behind[name]
+        precision.apply(config, clip)
+        pixels = read_image(io.BytesIO(picture), clip.image_size)
+        return page.image_content(image_activations(interventions, pixels))
+
     try:
-        server = PageServer(folder, steer, port=cfg.task.port)
+        server = PageServer(folder, steer, explain, port=cfg.task.port)
     except OSError as error:
         raise _port_error(cfg.task.port, error) from error
     with server:

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from clipsae.errors import ConfigError
 from clipsae.interop import hub, read, saelens, visaebench
+from clipsae.rules import EMBEDDINGS
 from clipsae.sae import SAE
 from clipsae.store import Store
 from clipsae.tasks import build, guidance, precision
@@ -74,7 +75,7 @@ def _write(sae: SAE, source: str, cfg: DictConfig, folder: Path) -> list[str]:
     if cfg.task.sae is None:
         block = f"visual.transformer.resblocks[{cfg.clip.layer}]"
         hook = cfg.clip.get("hook", "resid")
-        places = {"resid": block, "embedding": "visual"}
+        places = {"resid": block, **dict.fromkeys(EMBEDDINGS, "visual")}
         about = {
             "model_name": cfg.clip.name,
             "hook_name": places.get(hook, f"{block}.hook_{hook}"),

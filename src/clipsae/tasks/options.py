@@ -30,6 +30,7 @@ from clipsae.rules import (
     TOKENS,
     Rule,
     check_layer,
+    check_layers,
     either,
     is_whole,
     list_of,
@@ -109,6 +110,7 @@ DATASET = {
     "on_bad_image": one_of("error", "skip"),
     "ignored": list_of(whole(0)),
     "download": FLAG,
+    "captions": or_null(TEXT),
     "kind": TEXT,
     "seed": whole(0),
     "size": either(
@@ -142,7 +144,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "initial_images": whole(1),
         "statistics_images": whole(1),
         "compile": FLAG,
-        "normalize": one_of("none", "unit", "mean_std", "whiten"),
+        "normalize": one_of("none", "unit", "layer_norm", "mean_std", "whiten"),
         "whitening": share("a number from 0 to 1"),
         "position_mean": FLAG,
         "target_layer": or_null(whole()),
@@ -220,7 +222,13 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "prompts": or_null(list_of(TEXT, least=1)),
         "regions": FLAG,
         "images": whole(2),
-        "judge": one_of("clip", "truth"),
+        "judge": one_of("clip", "truth", "explainer"),
+        "explainer": or_null(one_of("openai", "oracle", "recording")),
+        "model": or_null(TEXT),
+        "address": TEXT,
+        "requests": whole(1),
+        "gated": FLAG,
+        "recording": or_null(TEXT),
     },
     "logger": {
         "_target_": TEXT,
@@ -269,6 +277,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "serve": FLAG,
         "port": whole(0, 65535),
     },
+    "explain": {"sae": or_null(TEXT), "split": SPLIT},
     "export": {
         "sae": or_null(TEXT),
         "to": one_of("clipsae", "saelens", "visaebench"),
@@ -292,7 +301,27 @@ TASKS: dict[str, Mapping[str, Any]] = {
         "folder": TEXT,
     },
     "name": {"sae": or_null(TEXT), "split": SPLIT, "rows": whole(0)},
+    "spurious": {
+        "sae": or_null(TEXT),
+        "split": one_of("train"),
+        "words": or_null(list_of(TEXT, least=1)),
+        "counts": list_of(whole(1), least=1),
+        "draws": whole(0),
+        "images": whole(1),
+    },
     "status": {"json": FLAG, "sweep_dir": TEXT},
+    "steer": {
+        "sae": or_null(TEXT),
+        "split": SPLIT,
+        "latents": either(
+            Rule("alive", lambda v: v == "alive"),
+            either(whole(1), list_of(either(whole(0), list_of(whole(0), least=1)), least=1)),
+        ),
+        "strengths": list_of(number(least=0), least=1),
+        "images": whole(2),
+        "random": whole(0),
+        "rows": whole(0),
+    },
     "visualize": {
         "sae": or_null(TEXT),
         "images": list_of(TEXT),
@@ -312,18 +341,25 @@ OPEN = ("", "trainer", "model", "dataset", "train_dataset")  # may have more key
 WITHOUT_DATASET = ("dashboard", "data", "gc", "report", "status")
 
 
-def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
+def check(cfg: DictConfig, overrides: Sequence[str] = (), *, of_sweep: Sequence[str] = ()) -> None:
     """Refuse values that no run can use, and unknown keys.
 
     Args:
         cfg: composed, as `run.py` has it.
         overrides: of the command line; a new key at the config's top (`+name=...`) is refused.
+        of_sweep: those of Hydra's own part where no sweep reads them: chosen grids are refused.
 
     Raises:
         ConfigError: the first, by its name: the value, what was expected.
     """
     # Hydra's own part, which a launcher's configs have, cannot be resolved before a job.
     cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    for override in of_sweep:
+        if override.lstrip("+").startswith("hydra.sweeper.only="):
+            raise ConfigError(
+                f"{override}: this command runs one config, and no sweep that has grids: add "
+                "sweeps=findings, or another, or leave it out"
+            )
     # What is missing first: an interpolation of it could not be resolved.
     target = str(OmegaConf.to_container(cfg.task, resolve=False).get("_target_"))
     task = target.removeprefix("clipsae.tasks.").removesuffix(".run")
@@ -356,6 +392,8 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             _check_group(group, values, rules, group not in OPEN)
     if blocks := _blocks(node["clip"]["name"]):
         check_layer(node["clip"]["name"], node["clip"]["layer"], blocks)
+    if (target := node["model"].get("target_layer")) is not None:
+        check_layers(node["clip"].get("hook", "resid"), (node["clip"]["layer"], target))
     _check_fit(node["model"])
     if is_whole(k := node["model"].get("k")):
         most = whole(1, node["model"]["latents"], "model.latents")

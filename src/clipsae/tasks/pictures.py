@@ -164,6 +164,13 @@ def names(dataset: ImageDataset) -> Sequence[str] | None:
     return getattr(dataset, "files", None)
 
 
+def name_of_file(path: Path) -> str:
+    """What is written about an image file is called: two may have the same name in different
+    folders."""
+    mark = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:4]
+    return f"{path.stem}-{mark}"
+
+
 def finished_sae(cfg: DictConfig, store: Store, clip: FrozenCLIP) -> Stage:
     """The trained SAE of a config.
 

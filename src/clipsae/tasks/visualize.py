@@ -1,6 +1,5 @@
 """`task=visualize`: figures of images through a trained SAE, or several (Figures 6-11)."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from clipsae.data import ImageDataset
 from clipsae.data.images import read_image
 from clipsae.errors import ConfigError
 from clipsae.evaluation.passes import evenly_spaced
+from clipsae.rules import EMBEDDINGS
 from clipsae.sae import SAE
 from clipsae.store import Store
 from clipsae.tasks import build, pictures, precision
@@ -105,9 +105,9 @@ def check(cfg: DictConfig) -> None:
     for file in cfg.task.images:
         if not Path(file).expanduser().is_file():
             raise ConfigError(f"task.images has {file}: no such file")
-    if cfg.clip.get("hook") == "embedding":
+    if (hook := cfg.clip.get("hook")) in EMBEDDINGS:
         raise ConfigError(
-            "clip.hook=embedding: task=visualize draws on which patches latents are active, and "
+            f"clip.hook={hook}: task=visualize draws on which patches latents are active, and "
             "the image embedding has none; task=explore shows the images of each latent"
         )
     if cfg.logger.get("upload_sae"):
@@ -127,9 +127,7 @@ def wanted_images(cfg: DictConfig, dataset: ImageDataset, image_size: int) -> li
     for file in cfg.task.images:
         path = Path(file).expanduser()
         pixels = build.user_error(read_image, path, image_size)
-        # Two files may have the same name in different folders.
-        mark = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:4]
-        found.append(Wanted(f"{path.stem}-{mark}", path.name, pixels))
+        found.append(Wanted(pictures.name_of_file(path), path.name, pixels))
     indices, files = cfg.task.indices, pictures.names(dataset)
     if indices is None:
         indices = [] if found else evenly_spaced(dataset.labels, DEFAULT_IMAGES)

@@ -357,9 +357,7 @@ class SAEGroup(LightningModule):
             if member.sae.normalization.learned:
                 of = member.statistics_images, member.layer
                 if of not in moments:
-                    log.info("normalising by the statistics of the tokens of %d images", of[0])
-                    batches = self.trainer.datamodule.first_batches(of[0])
-                    moments[of] = Moments.of(member.of(batch)["tokens"] for batch in batches)
+                    moments |= self._moments(of[0])
                 member.sae.normalization.fit(moments[of])
             inputs = member.of(fresh[images])
             member.sae.initialize(**inputs)
@@ -370,6 +368,18 @@ class SAEGroup(LightningModule):
         self._start = min(starts, key=lambda start: start[0], default=(0, {}))
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
         steps.ready = steps.completed = sum(member.step for member in self.members)
+
+    def _moments(self, images: int) -> dict[tuple[int, int | None], Moments]:
+        """Of the tokens of so many images, at each layer of a member that asks for them; one pass
+        over the images."""
+        log.info("normalising by the statistics of the tokens of %d images", images)
+        asking = [m for m in self.members if m.sae.normalization.learned]
+        readers = {m.layer: m for m in asking if m.statistics_images == images}
+        found = {(images, layer): Moments() for layer in readers}
+        for batch in self.trainer.datamodule.first_batches(images):
+            for layer, member in readers.items():
+                found[images, layer].add(member.of(batch)["tokens"])
+        return found
 
     def _checkpoint(self, member: SAEModule) -> dict[str, Any] | None:
         """What a member's training continues from, if there is a checkpoint."""

@@ -10,7 +10,7 @@ T tokens of an image, P = T - 1 patches, M latents, S image side.
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib as mpl
@@ -137,6 +137,7 @@ class Panel:
     references: References
     image_of: Callable[[int], Tensor]  # a reference image, uint8 [3, S, S], by its index
     names: Sequence[str] | None = None  # of the images, by index; None: they have none
+    about: Mapping[int, str] = field(default_factory=dict)  # more about latents, by their number
 
 
 def draw_image(
@@ -259,6 +260,8 @@ def _row(
     name = f"latent {latent}"
     _add_text(figure, MARGIN, top - 0.06, name, va="top", color=colour, weight="bold")
     facts = ", ".join(_facts(references, latent))
+    if latent in panel.about:
+        facts = f"{panel.about[latent]}; {facts}"
     _add_text(figure, left, top - 0.06, facts, va="top", color="#444444")
     _add_picture(figure, MARGIN, top - _TITLE, cell, darkened(image, patches, grid), colour)
     active = f"{int((patches > 0).sum())} of {len(patches)} patches"

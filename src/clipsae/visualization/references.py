@@ -69,7 +69,7 @@ class References:
         histogram: int64 [M, BINS], codes above zero of all tokens, by `BIN_EDGES`.
         monosemanticity: float32 [M], NaN for dead latents; None if not measured.
         concept: int64 [M], the concept that the latent's activity says most about, by
-            `collector.bits_over_chance` among the values of the same attribute (over patches; for
+            `truth.bits_over_chance` among the values of the same attribute (over patches; for
             position and count over images); -1 where none stands out.
         concept_score: float32 [M], the bits of the best concept, named or not.
         concept_precision: float32 [M], of the latent's activation on what has the attribute at all,

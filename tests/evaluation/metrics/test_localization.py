@@ -132,7 +132,7 @@ def test_floors_and_ceiling(merged):
         codes = sae.encode(x[part])
         metric.update(batch_of(codes, part.start, sae, tokens=x[part], patch_truth=truth[part]))
     floors = {"random": RandomDirections(x[:25]), "untrained": untrained(sae, x[:25])}
-    metrics[0]._floors = floors
+    metrics[0].floors = floors
     found = merged(*metrics)
     choosing = metrics[0].choosing.repeat_interleave(patches)
     for of, model in floors.items():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
+from clipsae.data.captions import texts_of
 from clipsae.data.dataset import ImageDataset
 from clipsae.data.loader import permutation
 from clipsae.data.reader import BadImages, read_batches
@@ -73,8 +74,13 @@ class Layout(ABC):
         """The images in the order in which they are written, LongTensor [N]."""
 
     @abstractmethod
-    def encode(self, clip: FrozenCLIP, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def encode(
+        self, clip: FrozenCLIP, images: Tensor, texts: Tensor | None, layers: Sequence[int]
+    ) -> list[Tensor]:
         """What is kept of images uint8 [B, 3, S, S]: `numbers` [B, *shape], of each layer.
+
+        Args:
+            texts: their tokenised captions [B, context], where the CLIP has them.
 
         Raises:
             ValueError: numbers that the dtype cannot hold.
@@ -167,9 +173,13 @@ class TokenLayout(Layout):
     def order(self) -> Tensor:
         return permutation(self.images, self.order_seed)
 
-    def encode(self, clip: FrozenCLIP, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def encode(
+        self, clip: FrozenCLIP, images: Tensor, texts: Tensor | None, layers: Sequence[int]
+    ) -> list[Tensor]:
         pixels = clip.normalize(images)
-        if len(layers) == 1:
+        if texts is not None:
+            streams = [clip.pairs(pixels, texts)]
+        elif len(layers) == 1:
             streams = [clip.prefix(pixels)]
         else:
             found = clip.prefixes(pixels, layers)
@@ -205,7 +215,9 @@ class ImageLayout(Layout):
     def order(self) -> Tensor:
         return torch.arange(self.images)
 
-    def encode(self, clip: FrozenCLIP, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def encode(
+        self, clip: FrozenCLIP, images: Tensor, texts: Tensor | None, layers: Sequence[int]
+    ) -> list[Tensor]:
         return [images for _ in layers]
 
 
@@ -247,6 +259,7 @@ def write_shard(
         replace=True,
     )
     folders = folder if isinstance(folder, Mapping) else {clip.layer: folder}
+    texts = texts_of(clip, dataset)
     sources, done = [], 0
     with ExitStack() as opened:
         names = [one / layout.file(shard) for one in folders.values()]
@@ -254,7 +267,9 @@ def write_shard(
         for file in files:
             file.write(layout.header(shard))
         for pixels, _, indices in bad.checked(reader):
-            for file, kept in zip(files, layout.encode(clip, pixels, list(folders)), strict=True):
+            said = None if texts is None else texts(indices)
+            encoded = layout.encode(clip, pixels, said, list(folders))
+            for file, kept in zip(files, encoded, strict=True):
                 file.write(_bytes(kept))
             sources.append(indices)
             done += len(indices)

@@ -4,7 +4,7 @@ of online training; tokens in permuted blocks, permuted again within a buffer.
 B images of a batch, N images of the cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby, islice
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from clipsae.data.cache.reader import Cache, Caches
-from clipsae.data.loader import Block, ResumableLoader, permutation
+from clipsae.data.captions import with_texts
+from clipsae.data.loader import Batch, Block, ResumableLoader, permutation
 
 
 def check_reading(block_images: int, buffer_images: int) -> None:
@@ -38,7 +39,7 @@ class CacheLoader(ResumableLoader):
         buffer_images: images that are read in one go, held in memory twice (the next are read
             meanwhile); rounded up to whole mixing blocks. The more, the more requests a disk
             answers at a time.
-        options: seed, shuffle_images, rank, world_size, pin_memory, transform, prefetch of
+        options: seed, shuffle_images, rank, world_size, pin_memory, transform, texts, prefetch of
             `ResumableLoader`.
 
     Raises:
@@ -54,7 +55,7 @@ class CacheLoader(ResumableLoader):
         # Mixing blocks of a buffer.
         self.window = max(1, -(-buffer_images // (self.parts * batch_size)))
 
-    def _read(self, epoch: int, position: int) -> Iterator[tuple[Block, list[Tensor]]]:
+    def _read(self, epoch: int, position: int) -> Iterator[tuple[Block, list[Batch]]]:
         """A thread reads the next buffer, after a resumption what is left of it."""
         blocks = self._blocks_from(epoch, position)
         by_buffer = groupby(blocks, lambda block: (block.epoch, block.number // self.window))
@@ -66,15 +67,23 @@ class CacheLoader(ResumableLoader):
                 ahead = reader.submit(self._read_buffer, following)
                 yield from found
 
-    def _read_buffer(self, blocks: list[Block]) -> list[tuple[Block, list[Tensor]]]:
+    def _read_buffer(self, blocks: list[Block]) -> list[tuple[Block, list[Batch]]]:
         """Each mixing block with what is kept of its images, batch by batch: large pieces of memory
         would go back to the system and be got anew each time."""
         batches = [block.indices.split(self.batch_size) for block in blocks]
-        found = iter(self.cache.read_parts(list(chain(*batches)), pin_memory=self.pin_memory))
+        found = iter(self.read_parts(list(chain(*batches))))
         return [
             (block, list(islice(found, len(parts))))
             for block, parts in zip(blocks, batches, strict=True)
         ]
+
+    def read_parts(self, parts: Sequence[Tensor]) -> list[Batch]:
+        """What is kept of the images at several lists of positions, with their texts."""
+        found = self.cache.read_parts(parts, pin_memory=self.pin_memory)
+        if self.texts is None:
+            return found
+        sources = (self.cache.sources[part] for part in parts)
+        return [with_texts(*both, self.texts) for both in zip(found, sources, strict=True)]
 
 
 class TokenLoader(CacheLoader):

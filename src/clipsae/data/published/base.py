@@ -71,6 +71,11 @@ class DatasetInfo:
     names: Mapping[str, str] = field(default_factory=dict)
     torchvision: str | None = None
 
+    @property
+    def free(self) -> bool:
+        """Whether its licence lets anyone pass its images on."""
+        return self.licence.startswith(("CC", "MIT"))
+
     def where(self) -> str:
         """What is expected and where to get it, as part of a sentence."""
         return f"expected {self.layout}; get it from {self.source} (licence: {self.licence})"
@@ -173,6 +178,7 @@ class PublishedDataset(ImageList):
             on_bad_image=on_bad_image,
             as_seen=False,
         )
+        self.prompt = self.about.prompt
         self._compare_classes(listed.raw, labels)
         for difference in self.differences:
             log.warning("%s, %s: %s", self.about.name, split, difference)

@@ -6,6 +6,7 @@ Nothing is stored: image i is drawn when asked for, from a hash of (seed, kind, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from clipsae.data.dataset import check_choice
-from clipsae.data.scenes.grammar import KINDS, Kind, Template
+from clipsae.data.scenes.grammar import KINDS, Kind, Template, make_captions
 from clipsae.data.scenes.renderer import patch_coverage, render
 from clipsae.data.scenes.world import (
     BACKGROUNDS,
@@ -28,11 +29,17 @@ from clipsae.data.scenes.world import (
     Distribution,
     Scenes,
     sample_scenes,
+    uniforms,
 )
 
 SPLITS = ("train", "test")
 ALL = "all"  # every kind of scene together; its label is the count
-_KIND_NAMES = (*KINDS, ALL)
+SPURIOUS = "spurious"  # two shapes, each tied to a background
+SPURIOUS_SHAPES, SPURIOUS_BACKGROUNDS = ("circle", "square"), ("grass", "water")
+TIED = {"train": 0.95, "test": 0.5}  # share of the images in which a shape is on its own background
+FAR = 0.75  # radius of their objects, as a share of a small one's
+_KIND_NAMES = (*KINDS, ALL, SPURIOUS)
+_TIES = 0x71E5  # the random stream of what background a shape is on
 _VERSION = 1  # of what the images look like: results of another version are other results
 _DEFAULT_SIZE = {"train": 32768, "test": 2048}
 _EQUAL_COUNTS = Distribution(counts=(1 / 3, 1 / 3, 1 / 3))
@@ -44,14 +51,19 @@ class ScenesDataset(Dataset):
     Args:
         kind: what the label is: shape, colour, pattern, background, shape_colour, count, size,
             position, or `all` (one to three objects, everything at random, labelled by count:
-            what SAEs are trained on). Kinds whose label is ambiguous with several objects show
-            one object.
+            what SAEs are trained on), or `spurious`: a small circle or square, the one on grass and
+            the other on water in `TIED` of the images. Kinds whose label is ambiguous with several
+            objects show one object.
         split: train or test. Splits and kinds are separate random streams.
         size: number of images, of each split ({"train": 4000, "test": 2000}) or of either.
         seed: another seed, other images.
         name: how results name the dataset; `scenes_<kind>` if not given.
         image_size: side in pixels. Scenes are drawn at 64, and enlarged for a CLIP that sees more
             (bicubic, as CLIP's own preprocessing does).
+
+    Attributes:
+        groups, groupnames, confounder: of the kind `spurious` alone, as of
+            `clipsae.data.published.groups.GroupedDataset`.
     """
 
     def __init__(
@@ -75,7 +87,9 @@ class ScenesDataset(Dataset):
         self.kind, self.split, self.seed = kind, split, seed
         self.name = name or ("scenes" if kind == ALL else f"scenes_{kind}")
         self.image_size = image_size
-        described: Kind = KINDS["count" if kind == ALL else kind]
+        described: Kind = KINDS[{ALL: "count", SPURIOUS: "shape"}.get(kind, kind)]
+        if kind == SPURIOUS:
+            described = replace(described, classnames=SPURIOUS_SHAPES)
         self.classnames: list[str] = list(described.classnames)
         self.templates: tuple[Template, ...] = described.templates
         self.labels: Tensor = torch.arange(length) % len(self.classnames)  # [N]
@@ -84,6 +98,10 @@ class ScenesDataset(Dataset):
         if kind == ALL:
             self._distribution = MIXED
             self.labels = self.scenes(torch.arange(length)).count - 1
+        if kind == SPURIOUS:
+            self.confounder = SPURIOUS_BACKGROUNDS
+            self.groups = 2 * self.labels + self._on_background(torch.arange(length))
+            self.groupnames = [f"{s} on {b}" for s in self.classnames for b in self.confounder]
 
     @property
     def concepts(self) -> dict[str, tuple[str, ...]]:
@@ -99,14 +117,20 @@ class ScenesDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def scenes(self, indices: Sequence[int] | Tensor) -> Scenes:
-        """What the images show, before it is drawn."""
+    def _index(self, indices: Sequence[int] | Tensor) -> Tensor:
         index = torch.as_tensor(indices, dtype=torch.int64)
         # A negative index counts from the end, as in a list.
         index = torch.where(index < 0, index + len(self.labels), index)
         if bool(((index < 0) | (index >= len(self.labels))).any()):
             raise IndexError(f"index out of range for {len(self)} images of {self.name}")
+        return index
+
+    def scenes(self, indices: Sequence[int] | Tensor) -> Scenes:
+        """What the images show, before it is drawn."""
+        index = self._index(indices)
         fixed: dict[str, Tensor] = {}
+        if self.kind == SPURIOUS:
+            return self._spurious_scenes(index)
         if self.kind == "shape_colour":
             label = self.labels[index]
             fixed = {"shape": label // len(COLOURS), "colour": label % len(COLOURS)}
@@ -115,6 +139,23 @@ class ScenesDataset(Dataset):
         elif self.kind != ALL:
             fixed = {self.kind: self.labels[index]}
         return sample_scenes(self.seed, self._stream, index, self._distribution, fixed)
+
+    def _on_background(self, index: Tensor) -> Tensor:
+        """Which of `SPURIOUS_BACKGROUNDS` images show, LongTensor [n]: mostly that of the label."""
+        tied = uniforms(self.seed, _TIES + self._stream, index, 1)[:, 0] < TIED[self.split]
+        label = self.labels[index]
+        return torch.where(tied, label, 1 - label)
+
+    def _spurious_scenes(self, index: Tensor) -> Scenes:
+        shapes = torch.tensor([SHAPES.index(name) for name in SPURIOUS_SHAPES])
+        backgrounds = torch.tensor([BACKGROUNDS.index(name) for name in SPURIOUS_BACKGROUNDS])
+        fixed = {
+            "shape": shapes[self.labels[index]],
+            "background": backgrounds[self._on_background(index)],
+            "size": torch.zeros_like(index),
+        }
+        scenes = sample_scenes(self.seed, self._stream, index, self._distribution, fixed)
+        return replace(scenes, radius=scenes.radius * FAR)
 
     def images(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Many images at once: [n, 3, S, S] uint8 and labels [n]; the fastest way."""
@@ -133,6 +174,12 @@ class ScenesDataset(Dataset):
         """The same for many, drawn together; a DataLoader calls this with a whole batch."""
         images, labels = self.images(indices)
         return list(zip(images.unbind(), labels.tolist(), strict=True))
+
+    def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """A caption of each image, true of it: some of its attributes, chosen at random, in the
+        words that the built-in CLIP was trained on."""
+        drawn = self._index(indices) + (self._stream << 32)  # other words in each kind and split
+        return make_captions(self.scenes(indices), self.seed, drawn).texts
 
     def attributes(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
         """Ground truth of images.

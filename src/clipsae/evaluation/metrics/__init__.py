@@ -11,7 +11,7 @@ from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
 
 MODULES = (  # as they are shown
     *("sparsity", "cknna", "orthogonality", "monosemanticity", "recovery"),
-    *("coherence", "localization", "probing", "support"),
+    *("coherence", "localization", "probing", "support", "towers"),
 )
 for _module in MODULES:
     import_module(f"{__name__}.{_module}")

@@ -38,7 +38,8 @@ METRICS = Registry("metric")
 NEEDS = {
     "embeddings": "an image_encoder, such as 'open_clip:ViT-B-32/openai'",
     "truth": "a dataset with ground truth, such as the built-in scenes",
-    "patches": "tokens that are patches: not clip.hook=embedding or features.tokens=cls",
+    "captions": "clip.hook=towers, and a dataset whose images have captions of their own",
+    "patches": "tokens that are patches: not clip.hook=embedding or towers, or features.tokens=cls",
     "patch_truth": "a dataset that knows what patches show, such as the scenes or one with masks",
     "predictions": "a classifier, the embeddings of the class names",
     "scores": "",

@@ -9,17 +9,15 @@ N patches, M latents, m latents of a block, V concepts.
 """
 
 import logging
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipsae.evaluation.floors import REFERENCES, RandomDirections, least_squares
+from clipsae.evaluation.floors import REFERENCES, least_squares
 from clipsae.evaluation.metrics.auroc import latent_blocks, starts_of_ties
-from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
-from clipsae.evaluation.metrics.sample import CodeSample, Draw
+from clipsae.evaluation.metrics.base import METRICS, Options
+from clipsae.evaluation.metrics.sample import CodeSample, WithFloors
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.ranking import top_latents
@@ -176,7 +174,7 @@ _number = partial(Number, table="probing")
 
 
 @METRICS.register("localization")
-class Localization(Measurement):
+class Localization(WithFloors):
     """`localize` on the patches of a sample of images, whose halves are drawn at random; beside it
     the same of random directions, of an untrained SAE, and of linear probes of the concepts (least
     squares on the half that chooses).
@@ -219,9 +217,6 @@ class Localization(Measurement):
 
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
-        self._floors: dict[str, RandomDirections | SAE] = {}
-        self._once: Callable[[Any, Callable[[], Any]], Any] = lambda key, make: make()
-        self.draw = Draw(options.images, 1, options.sample_images, options.seed)
         shuffled = torch.Generator().manual_seed(options.seed)
         self.choosing = torch.randperm(len(self.draw.drawn), generator=shuffled) % 2 == 0
         known = len(options.concepts) + 1
@@ -242,10 +237,9 @@ class Localization(Measurement):
         )
 
     def update(self, batch: Batch) -> None:
-        rows, numbers = self.draw.among(batch.positions)
+        rows, numbers = self.drawn(batch)
         if not len(rows):
             return
-        self._floors, self._once = batch.floors, batch.images.stream.once
         truth = batch.patch_truth[rows]
         patches = truth.shape[1]
         codes = batch.patch_codes(rows, patches).view(-1, self.latents)
@@ -292,8 +286,6 @@ class Localization(Measurement):
         beside, _ = self.tokens.compute()
         truth, half, x = beside.split([len(self.options.concepts), 1, self.d], dim=1)
         truth, half = truth > 0, half[:, 0] > 0
-        # Of the same patches it is the same for all SAEs.
-        same = int(self.tokens.halvings)
 
         def probe() -> dict[str, Tensor]:
             weights = least_squares(x[half], truth[half])
@@ -302,13 +294,10 @@ class Localization(Measurement):
                 scores = scores - scores.amin(dim=0) + 1  # `localize` takes thresholds above 0
             return localize(SparseCodes.from_dense(scores), truth, half)
 
-        others = {"probe": self._once(("localization", "probe", same), probe)}
-        if self._floors:
-            others["random"] = self._once(
-                ("localization", "random", same), lambda: self._floor("random", x, truth, half)
-            )
-            others["untrained"] = self._floor("untrained", x, truth, half)
-        return others
+        same = int(self.tokens.halvings)  # of the same patches
+        return self.others(
+            ("localization", same), probe, lambda of: self._floor(of, x, truth, half)
+        )
 
     def _floor(self, of: str, x: Tensor, truth: Tensor, half: Tensor) -> dict[str, Tensor]:
         """`localize` of a floor's codes; of a part of the patches, drawn from all of them, where
@@ -317,7 +306,7 @@ class Localization(Measurement):
         order = order.to(x.device)
         parts, pairs = [], 0
         for rows in order.split(_ROWS):
-            parts.append(self._floors[of].encode_sparse(x[rows]))
+            parts.append(self.floors[of].encode_sparse(x[rows]))
             pairs += len(parts[-1].values)
             if pairs > _REFERENCE:
                 break

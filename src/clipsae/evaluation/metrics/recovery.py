@@ -17,7 +17,7 @@ N rows (patches, objects or images), M latents, V concepts, d width.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from clipsae.evaluation.floors import REFERENCES as FLOORS
-from clipsae.evaluation.floors import RandomDirections, mean_rows
-from clipsae.evaluation.metrics.base import METRICS, Measurement, Options
+from clipsae.evaluation.floors import mean_rows
+from clipsae.evaluation.metrics.base import METRICS, Options
 from clipsae.evaluation.metrics.concepts import (
     PER_CONCEPT,
     SIZES,
@@ -34,7 +34,7 @@ from clipsae.evaluation.metrics.concepts import (
     concept_recovery,
     probe_recovery,
 )
-from clipsae.evaluation.metrics.sample import CodeSample, Draw
+from clipsae.evaluation.metrics.sample import CodeSample, WithFloors
 from clipsae.evaluation.numbers import Number
 from clipsae.evaluation.passes import Batch
 from clipsae.evaluation.truth import (
@@ -285,7 +285,7 @@ def _by_level(
 
 
 @METRICS.register("recovery")
-class ConceptRecovery(Measurement):
+class ConceptRecovery(WithFloors):
     """`concept_recovery` of a sample of images: by patches, objects and whole images.
 
     An object's code is the largest of its patches' codes, an image's is pooled by
@@ -301,9 +301,6 @@ class ConceptRecovery(Measurement):
     def __init__(self, sae: SAE, options: Options) -> None:
         super().__init__(sae, options)
         self._sae = (sae,)  # in a tuple it is no part of this module
-        self._floors: dict[str, RandomDirections | SAE] = {}
-        self._once: Callable[[Any, Callable[[], Any]], Any] = lambda key, make: make()
-        self.draw = Draw(options.images, 1, options.sample_images, options.seed)
         order = torch.Generator().manual_seed(options.seed)
         self.order = torch.randperm(len(self.draw.drawn), generator=order)
         patch, image = (len(concept_names(_ATTRIBUTES[level])) for level in ("patch", "image"))
@@ -317,10 +314,9 @@ class ConceptRecovery(Measurement):
         )
 
     def update(self, batch: Batch) -> None:
-        rows, numbers = self.draw.among(batch.positions)
+        rows, numbers = self.drawn(batch)
         if not len(rows):
             return
-        self._floors, self._once = batch.floors, batch.images.stream.once
         x = batch.tokens[rows].float()
         n, tokens = x.shape[:2]
         patches = batch.patch_objects.shape[1]  # the last tokens
@@ -345,27 +341,21 @@ class ConceptRecovery(Measurement):
         flat = x.flatten(0, 1)
         parts = (codes[i : i + _IMAGES] for i in range(0, len(x), _IMAGES))
         found = self._compare(parts, levels)
-        # Of the same images it is the same for all SAEs.
-        same = int(self.sample.halvings)
-        probes = self._once(
-            ("recovery", "probe", same),
-            lambda: {level: self._probe(level, x, rows) for level, rows in levels.items()},
-        )
-        tokenwise = codes.view(-1, self.latents)
-        found["patch"] |= self._absorption(
-            tokenwise, flat, levels["patch"], found["patch"], probes["patch"]
-        )
-        others = {"probe": probes}
         fewer = {**levels, "patch": _less_background(levels["patch"], levels["object"])}
 
         def compare(of: str) -> dict[str, dict[str, Tensor]]:
-            parts = (self._floors[of].encode_sparse(part) for part in x.split(_IMAGES))
+            parts = (self.floors[of].encode_sparse(part) for part in x.split(_IMAGES))
             return self._compare(parts, fewer, of)
 
-        if self._floors:
-            others["random"] = self._once(("recovery", "random", same), lambda: compare("random"))
-            others["untrained"] = compare("untrained")
-
+        others = self.others(
+            ("recovery", int(self.sample.halvings)),  # of the same images
+            lambda: {level: self._probe(level, x, rows) for level, rows in levels.items()},
+            compare,
+        )
+        tokenwise = codes.view(-1, self.latents)
+        found["patch"] |= self._absorption(
+            tokenwise, flat, levels["patch"], found["patch"], others["probe"]["patch"]
+        )
         values: dict[str, Tensor] = {}
         self.concepts = []
         for level in LEVELS:
@@ -436,7 +426,8 @@ class ConceptRecovery(Measurement):
             x[patch].double() @ probe["weights"][:-1] + probe["weights"][-1] >= probe["threshold"]
         )
         images = x.view(-1, self.options.tokens, self.d)
-        target = images / sae.input_scale(images)
+        scale = sae.input_scale(images)
+        target = (images - scale[..., 1:].sum(dim=-1, keepdim=True)) / scale[..., :1]
         if sae.decoder_bias is not None:
             target = target - sae.decoder_bias
         target = target.flatten(0, 1)[patch]

@@ -6,13 +6,17 @@ N rows (tokens, patches or images), M latents, p pairs of a row and a latent.
 import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from clipsae.sae import SparseCodes
+from clipsae.evaluation.floors import RandomDirections
+from clipsae.evaluation.metrics.base import Measurement, Options
+from clipsae.evaluation.passes import Batch
+from clipsae.sae import SAE, SparseCodes
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,45 @@ class Draw:
         numbers = torch.searchsorted(self.drawn, rows)
         found = (torch.searchsorted(self.drawn, rows, right=True) > numbers).nonzero()[:, 0]
         return found, numbers[found]
+
+
+class WithFloors(Measurement):
+    """A measurement on a sample of the images that is made of others, too, when the pass is over:
+    of a probe, of random directions and of an untrained SAE.
+
+    Attributes:
+        draw: the sample.
+        floors: `Batch.floors`; empty in a process without images of the sample.
+    """
+
+    def __init__(self, sae: SAE, options: Options) -> None:
+        super().__init__(sae, options)
+        self.draw = Draw(options.images, 1, options.sample_images, options.seed)
+        self.floors: dict[str, RandomDirections | SAE] = {}
+        self._once: Callable[[Any, Callable[[], Any]], Any] = lambda key, make: make()
+
+    def drawn(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The images of a batch that are in the sample, as `Draw.among` has them."""
+        rows, numbers = self.draw.among(batch.positions)
+        if len(rows):
+            self.floors, self._once = batch.floors, batch.images.stream.once
+        return rows, numbers
+
+    def others(
+        self, key: tuple[str, int], probe: Callable[[], Any], floor: Callable[[str], Any]
+    ) -> dict[str, Any]:
+        """What the measurement is of the others, by name.
+
+        Args:
+            key: the same for SAEs of which the probe's and the random directions' is the same.
+            probe: makes the probe's.
+            floor: makes that of a name in `floors`.
+        """
+        found = {"probe": self._once((*key, "probe"), probe)}
+        if self.floors:
+            found["random"] = self._once((*key, "random"), lambda: floor("random"))
+            found["untrained"] = floor("untrained")
+        return found
 
 
 class CodeSample(Metric):

@@ -255,29 +255,28 @@ def _by_latent(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs sorted by latent [p], their tokens [p], and where each latent's begin [M + 1]."""
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        order, begin = _sorted_by(codes.latent, codes.latents)
+        latent, order = torch.sort(codes.latent, stable=True)
+        begin = torch.searchsorted(latent, torch.arange(codes.latents + 1, device=latent.device))
         return order, codes.token[order], begin
 
     return codes.derived("by latent", make)
 
 
-def _by_tile(codes: SparseCodes) -> tuple[Tensor, Tensor, Tensor]:
+def _by_tile(codes: SparseCodes) -> tuple[Tensor | slice, Tensor, Tensor]:
     """Pairs sorted by tile of latents and token, their latents, where each tile's tokens begin
     [tiles, N + 1]."""
 
-    def make() -> tuple[Tensor, Tensor, Tensor]:
+    def make() -> tuple[Tensor | slice, Tensor, Tensor]:
         n, tiles = codes.tokens, -(-codes.latents // _TILE)
         tile = torch.div(codes.latent, _TILE, rounding_mode="floor")
-        order, begin = _sorted_by(tile * n + codes.token, tiles * n)
+        key = tile * n + codes.token
+        order: Tensor | slice = slice(None)
+        if (key.diff() < 0).any():  # one tile's pairs mostly come in order
+            key, order = torch.sort(key, stable=True)
+        begin = torch.searchsorted(key, torch.arange(tiles * n + 1, device=key.device))
         return order, codes.latent[order], begin.as_strided((tiles, n + 1), (n, 1))
 
     return codes.derived("by tile", make)
-
-
-def _sorted_by(key: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """The order by key [p], and where each of 0 ... keys begins in it [keys + 1]."""
-    ordered, order = torch.sort(key, stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(keys + 1, device=key.device))
 
 
 def _bags(index: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor:

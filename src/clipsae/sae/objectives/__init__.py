@@ -5,5 +5,6 @@ from clipsae.sae.objectives import (  # noqa: F401
     monosemanticity,
     nested_k,
     orthogonality,
+    pre_activation,
     prefixes,
 )

@@ -296,7 +296,7 @@ class Check:
                 for one in online
             )
             saved -= forecast.cache(job, "cache")
-            gb = 2e-9 * len(job.train_set) * job.clip.tokens * job.clip.width
+            gb = 2e-9 * len(job.train_set) * job.clip.positions * job.clip.width
             if saved > WORTH * now:
                 yield f"features=cached ({gb:,.1f} GB), of the time on one place at most", saved
             workers, waits = job.cfg.features.num_workers, forecast.waits(job)

@@ -11,6 +11,7 @@ from torch import Tensor
 from clipsae.clip import FrozenCLIP
 from clipsae.clip.text import text_classifier
 from clipsae.data import ImageDataset
+from clipsae.data.captions import texts_of
 from clipsae.data.loader import image_batches
 from clipsae.data.published import PublishedDataset
 from clipsae.data.reader import read_batches, skips
@@ -76,14 +77,16 @@ def dataset(
 def encoded(
     clip: FrozenCLIP, images: ImageDataset, batch: int, seconds: float
 ) -> tuple[Tensor, float]:
-    """Tokens [B, T, d] of a batch of images in random order, on the CLIP's device, and how many
-    images a second it makes them of."""
+    """Tokens [B, T, d] of a batch of images in random order (at clip.hook=towers with captions), on
+    the CLIP's device, and how many images a second it makes them of."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    pixels, _, _ = next(image_batches(images, batch, indices=order[:batch].tolist()))
+    pixels, _, there = next(image_batches(images, batch, indices=order[:batch].tolist()))
+    texts = texts_of(clip, images)
     rounds, begun = 0, 0.0
     with torch.no_grad():
         while rounds < 3 or now() - begun < seconds:  # the first one aside
-            tokens = clip.prefix(clip.normalize(pixels.to(clip.device)))
+            inputs = clip.normalize(pixels.to(clip.device))
+            tokens = clip.prefix(inputs) if texts is None else clip.pairs(inputs, texts(there))
             begun = now() if rounds == 0 else begun
             rounds += 1
     return tokens, (rounds - 1) * len(pixels) / (now() - begun)

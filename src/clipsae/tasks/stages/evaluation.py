@@ -45,11 +45,18 @@ def measures(cfg: DictConfig) -> bool:
 
 def metric_names(cfg: DictConfig) -> list[str]:
     """The metrics by name, so that one which is new is measured on finished work, too: null is all
-    there are but those of other runs' plugins in this process."""
+    there are but those of other runs' plugins in this process, and those of captions where the
+    tokens are of images alone."""
     plugins.load(cfg)
     if cfg.measurement.metrics is not None:
         return list(cfg.measurement.metrics)
-    return [name for name, metric in METRICS.items() if not plugins.of_others(cfg, metric)]
+    of_images = cfg.clip.get("hook") != "towers"
+    return [
+        name
+        for name, metric in METRICS.items()
+        if not plugins.of_others(cfg, metric)
+        and not (of_images and "captions" in getattr(metric, "needs", ()))
+    ]
 
 
 def encoder_names(cfg: DictConfig, dataset: ImageDataset) -> list[str]:
@@ -116,6 +123,13 @@ def check_options(cfg: DictConfig) -> None:
         asked = options.ns, options.protocol, options.settings, options.ranking
         build.user_error(check_topn_options, *asked)
     for name in cfg.measurement.metrics or ():
+        if name not in METRICS:
+            for metric, measured in METRICS.items():
+                if any(number.key == name for number in measured.numbers):
+                    raise ConfigError(
+                        f"measurement.metrics=[{name}]: {name} is one of the numbers of metric "
+                        f"{metric}: write measurement.metrics=[{metric}]"
+                    )
         build.user_error(METRICS.__getitem__, name)
 
 

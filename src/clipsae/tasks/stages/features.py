@@ -117,7 +117,7 @@ class _Cache:
         self.folder = Path(options.pop("folder"))
         options |= {"images": len(train_set)}
         if _kind(cfg) is TokenLayout:
-            options |= {"tokens": clip.tokens, "width": clip.width}
+            options |= {"tokens": clip.positions, "width": clip.width}
         else:
             options |= {"image_size": train_set.image_size}
         self.sizes: Layout = build.user_error(_kind(cfg).of_shards, **options)

@@ -2,6 +2,7 @@
 `names.safetensors`, `names.json`, `names.csv`, `config.yaml`."""
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from clipsae.clip import FrozenCLIP
 from clipsae.data import ImageDataset
 from clipsae.errors import ConfigError
 from clipsae.evaluation.truth import has_truth
-from clipsae.naming.make import name_latents
+from clipsae.naming.explain import Shown
+from clipsae.naming.explainers import Explainer, OpenAI, Oracle, Recording
+from clipsae.naming.make import Explaining, name_latents
 from clipsae.naming.truth import named_right
 from clipsae.naming.vocabulary import PROMPTS, Vocabulary, Words, digest, read_words, scenes_words
 from clipsae.progress import Bar
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store
+from clipsae.store.files import sha256
 from clipsae.tasks import build, precision
 from clipsae.visualization import References
 
@@ -37,6 +41,11 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
             "words: task=name needs a CLIP"
         )
     vocabulary(cfg, dataset)
+    explainer(cfg, Store(cfg.paths.output_dir), dataset)
+    if cfg.naming.judge == "explainer" and cfg.naming.explainer is None:
+        raise ConfigError(
+            "naming.judge=explainer without naming.explainer: choose openai, oracle or recording"
+        )
     if cfg.naming.regions and not clip.has_patches:
         raise ConfigError(
             "naming.regions=true with clip.hook=embedding: latents of an image embedding act on "
@@ -79,12 +88,49 @@ def vocabulary(cfg: DictConfig, dataset: ImageDataset) -> list[Words]:
     return [Words(words, tuple(prompts or PROMPTS))]
 
 
+def explainer(cfg: DictConfig, store: Store, dataset: ImageDataset) -> Explainer | None:
+    """Who names latents by looking at their examples; None: nobody.
+
+    Raises:
+        ConfigError: options that are missing or of no use, a dataset whose images may not be sent.
+    """
+    naming = cfg.naming
+    for option, owner in (("model", "openai"), ("recording", "recording")):
+        if (naming[option] is None) == (naming.explainer == owner):
+            raise ConfigError(
+                f"naming.{option}={naming[option] or 'null'} with naming.explainer="
+                f"{naming.explainer or 'null'}: naming.explainer={owner} needs it, and no other "
+                "has it"
+            )
+    if naming.explainer == "oracle":
+        return Oracle(dataset=dataset)
+    if naming.explainer == "recording":
+        return Recording(recording=naming.recording)
+    if naming.explainer is None:
+        return None
+    about = getattr(dataset, "about", None)
+    if about is not None and not about.free and not naming.gated:
+        raise ConfigError(
+            f"naming.explainer=openai would send images of {about.title} (licence: "
+            f"{about.licence}) to {naming.address}: naming.gated=true allows it"
+        )
+    file = re.sub(r"[^A-Za-z0-9.]+", "-", naming.model)
+    return OpenAI(
+        model=naming.model,
+        address=naming.address,
+        answers=store.root / "answers" / f"{file}.jsonl",
+        requests=naming.requests,
+    )
+
+
 def stage(cfg: DictConfig, store: Store, dataset: ImageDataset, pictures: Stage) -> Stage:
     """The place of the names: the pictures, the words in their prompts and the options of `naming`
     are in the key."""
-    options = build.plain(cfg.naming)
+    naming = cfg.naming
     key = {
-        **{name: options[name] for name in options if name not in ("vocabulary", "prompts")},
+        **{name: naming[name] for name in ("regions", "judge", "explainer", "model")},
+        "requests": naming.requests if naming.explainer == "openai" else None,
+        "recording": None if naming.recording is None else sha256(Path(naming.recording)),
         "images": _images(cfg),
         "words": digest(vocabulary(cfg, dataset)),
         "pictures": pictures.path.name,
@@ -113,7 +159,8 @@ def make_names(
         ConfigError: see `check`.
     """
     place = stage(cfg, store, dataset, pictures)
-    place.make(lambda folder: _make(cfg, clip, dataset, pictures, trained, place, folder))
+    looks = explainer(cfg, store, dataset)
+    place.make(lambda folder: _make(cfg, clip, dataset, pictures, trained, looks, place, folder))
     return place
 
 
@@ -128,6 +175,7 @@ def _make(
     dataset: ImageDataset,
     pictures: Stage,
     trained: Stage,
+    looks: Explainer | None,
     place: Stage,
     folder: Path,
 ) -> None:
@@ -137,6 +185,11 @@ def _make(
     with Bar("embedding the vocabulary", place.progress) as bar:
         words = Vocabulary.embed(clip, vocabulary(cfg, dataset), progress=bar)
     log.info("naming %s latents with %s words", f"{references.latents:,}", f"{len(words):,}")
+    explaining = None
+    if looks is not None:
+        top = Shown(references.index, references.values, references.maps)
+        sample = Shown(references.sample_index, references.sample_values, references.sample_maps)
+        explaining = Explaining(looks, top, sample, cfg.naming.requests)
     with Bar("naming latents", place.progress) as bar:
         names = build.user_error(
             name_latents,
@@ -148,6 +201,7 @@ def _make(
             references.maps if cfg.naming.regions else None,
             images=_images(cfg),
             judge=cfg.naming.judge,
+            explaining=explaining,
             batch_size=cfg.evaluation.batch_size,
             num_workers=cfg.features.num_workers,
             progress=bar,

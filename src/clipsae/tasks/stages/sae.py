@@ -119,7 +119,11 @@ def check_options(cfg: DictConfig) -> None:
         )
     with torch.device("meta"):
         sae = build.build_sae(cfg, d=64)  # any width
-        build.user_error(SAEModule, sae, **options, max_steps=cfg.trainer.max_steps)
+        try:
+            SAEModule(sae, **options, max_steps=cfg.trainer.max_steps)
+        except ValueError as error:  # which begins with an option's name
+            group = "optimizer." if str(error).partition("=")[0] in cfg.optimizer else ""
+            raise ConfigError(f"{group}{error}") from error
     try:
         build.call_target(cfg.trainer, logger=False, **TRAINER_OPTIONS, plugins=_plugins())
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:

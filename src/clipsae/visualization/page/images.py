@@ -14,10 +14,7 @@ from torch import Tensor
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.loader import image_batches
-from clipsae.evaluation.passes import covered, in_eval_mode, pool_codes, whole_codes
-from clipsae.evaluation.ranking import top_latents
-from clipsae.sae import SAE
-from clipsae.visualization.page.interventions import (
+from clipsae.evaluation.interventions import (
     Interventions,
     Reasons,
     likely,
@@ -25,6 +22,9 @@ from clipsae.visualization.page.interventions import (
     reasons_of,
     strongest_other,
 )
+from clipsae.evaluation.passes import covered, in_eval_mode, pool_codes, whole_codes
+from clipsae.evaluation.ranking import top_latents
+from clipsae.sae import SAE
 from clipsae.visualization.references import References
 
 PER_TOKEN, PER_IMAGE = 24, 40  # latents that are kept
@@ -107,7 +107,6 @@ def collect_activations(
         The images with a page, by ascending index; the effects, or None.
     """
     interventions = None
-    own = clip.token_slice(sae.config["tokens"])
     if classifier is not None:
         interventions = Interventions(clip, sae, classifier.to(clip.device))
     else:
@@ -156,24 +155,52 @@ def collect_activations(
                     if has_page:
                         reasons = reasons_of(logits, codes, latents, without, label, why)
                 if has_page:
-                    by_clip: list[tuple[int, float]] = []
-                    by_sae = by_clip
+                    said: tuple[list[tuple[int, float]], ...] = ([], [])
                     if interventions is not None:
-                        rebuilt, there = stream.clone(), covered(clip, sae, stream[None])
-                        rebuilt[own] = sae.decode(codes[own], sae.input_scale(stream[own]))
-                        if there is not None:
-                            rebuilt = torch.where(there[0, :, None], rebuilt, stream)
-                        by_clip = likely(logits)
-                        beside = None if context is None else context[None]
-                        through = clip.logits(rebuilt[None], interventions.classifier, beside)
-                        by_sae = likely(through[0])
+                        through = _through(interventions, stream, codes, context)
+                        said = (likely(logits), likely(through))
                     strongest = _strongest(codes)
-                    found.append(
-                        ImageActivations(index, label, *strongest, by_clip, by_sae, reasons)
-                    )
+                    found.append(ImageActivations(index, label, *strongest, *said, reasons))
                 done += 1
                 progress(done, len(encoded))
     return found, _averaged(measured) if effect_images else None
+
+
+@torch.no_grad()
+def image_activations(
+    interventions: Interventions, image: Tensor, *, why: int = 16
+) -> ImageActivations:
+    """One image through the SAE, of no dataset: index and label are -1.
+
+    Args:
+        image: uint8 [3, S, S].
+        why: as of `collect_activations`; chosen by effects to first order.
+    """
+    clip, sae = interventions.clip, interventions.sae
+    with in_eval_mode([sae]):
+        streams, contexts = clip.prefix(clip.normalize(image[None]), with_context=True)
+        stream, context = streams[0], None if contexts is None else contexts[0]
+        codes = whole_codes(clip, sae, streams)[0]
+        logits = clip.logits(streams, interventions.classifier, contexts)[0]
+        latents = interventions.likely_reasons(stream, codes, logits, why, context)
+        without = interventions.logits_without(stream, codes, latents, context)
+        reasons = reasons_of(logits, codes, latents, without, int(logits.argmax()), why)
+        through = _through(interventions, stream, codes, context)
+    return ImageActivations(-1, -1, *_strongest(codes), likely(logits), likely(through), reasons)
+
+
+def _through(
+    interventions: Interventions, stream: Tensor, codes: Tensor, context: Tensor | None
+) -> Tensor:
+    """The logits [C] of an image whose stream is replaced by the SAE's reconstruction."""
+    clip, sae = interventions.clip, interventions.sae
+    own = clip.token_slice(sae.config["tokens"])
+    rebuilt, there = stream.clone(), covered(clip, sae, stream[None])
+    rebuilt[own] = sae.decode(codes[own], sae.input_scale(stream[own]))
+    if there is not None:
+        rebuilt = torch.where(there[0, :, None], rebuilt, stream)
+    beside = None if context is None else context[None]
+    return clip.logits(rebuilt[None], interventions.classifier, beside)[0]
 
 
 def _strongest(
