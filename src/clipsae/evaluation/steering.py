@@ -144,7 +144,9 @@ def measure_steering(
         sums.add(one.versions, before, after)
         sums.done = position[one.index] + 1
         progress(sums.done, len(indices))
-        if scratch is not None and time.monotonic() - saved >= save_every_seconds:
+        # At the end of a batch: the same images are then in the batches that follow.
+        whole, late = sums.done % batch_size == 0, time.monotonic() - saved >= save_every_seconds
+        if scratch is not None and whole and late:
             sums.save(scratch)
             saved = time.monotonic()
     found = sums.compute()
