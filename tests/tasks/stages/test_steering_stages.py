@@ -94,9 +94,10 @@ def test_latents_by_name_by_score_and_at_random():
     names = SimpleNamespace(
         named=torch.tensor([True, True, False, True, True]),
         text=["water", "red", "grass", "grass", "water"],
-        score=torch.tensor([0.7, 0.9, 0.95, 0.8, 0.8]),
     )
-    assert groups.named_latents(names, ["grass", "water"]) == [3, 4, 0]  # 2 is not to be trusted
+    size = torch.tensor([0.7, 0.9, 0.95, 0.8, 0.8])
+    found = groups.named_latents(names, ["grass", "water"], size)
+    assert found == [3, 4, 0]  # 2 is not to be trusted
     codes = torch.zeros(8, 3)
     codes[::2, 2] = 1  # latent 2 is active on value 0, and 1 on all of one class
     codes[4:, 1] = 1
