@@ -77,12 +77,12 @@ def test_the_interval_covers():
 
 def test_the_control_has_other_latents_names():
     name = torch.tensor([0, 0, 0, 1, -1, 2])
-    drawn = names_of_others(name, draws=500)
+    drawn = names_of_others(name, draws=300)
     assert (drawn[:, 4] == -1).all()
     for latent in (0, 3, 5):
         assert (drawn[:, latent] != name[latent]).all()
     # By latents that have them: of three "0" and one "1", and of three "0" and one "2".
-    assert (drawn[:, 0] == 1).float().mean() == pytest.approx(0.5, abs=0.08)
-    assert (drawn[:, 5] == 0).float().mean() == pytest.approx(0.75, abs=0.08)
-    assert torch.equal(drawn, names_of_others(name, draws=500))
+    assert (drawn[:, 0] == 1).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert (drawn[:, 5] == 0).float().mean() == pytest.approx(0.75, abs=0.1)
+    assert torch.equal(drawn, names_of_others(name, draws=300))
     assert (names_of_others(torch.tensor([3, 3, -1])) == -1).all()

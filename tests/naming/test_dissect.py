@@ -48,7 +48,8 @@ def test_soft_wpmi_is_its_formula_in_blocks(monkeypatch, weight):
     words = normalize(torch.randn(7, 6, generator=generator), dim=1)
     index = torch.randint(9, (11, 4), generator=generator)
     index[3, 2:], index[5], index[10, 1:] = -1, -1, -1
-    monkeypatch.setattr(dissect, "_BLOCK_ELEMENTS", 3 * 4 * 7)  # three latents, and two in the end
+    monkeypatch.setattr(dissect, "_BLOCK_ELEMENTS", 3 * 7)  # three latents, and two in the end
+    monkeypatch.setattr(dissect, "_FACTORS", 3)
     done = []
     best, scores = soft_wpmi(
         examples, index, words, 7, weight=weight, progress=lambda *at: done.append(at)

@@ -179,13 +179,11 @@ class Sums:
     """
 
     def __init__(self, removed: Tensor, classes: int) -> None:
-        shape, options = (len(removed), classes), {"dtype": torch.float64, "device": removed.device}
         self.sign = torch.where(removed, -1.0, 1.0)
         self.images = torch.zeros(len(removed), dtype=torch.long, device=removed.device)
         self.flips = torch.zeros_like(self.images)
-        self.choosing = torch.zeros(shape, **options)
-        self.measured = torch.zeros(shape, **options)
-        self.squares = torch.zeros(shape, **options)
+        nothing = torch.zeros(len(removed), classes, dtype=torch.float64, device=removed.device)
+        self.choosing, self.measured, self.squares = nothing, nothing.clone(), nothing.clone()
         self.done = 0
 
     def add(self, active: Tensor, before: Tensor, after: Tensor) -> None:

@@ -2,10 +2,9 @@
 
 A judge gives each held-out image a score for the name: CLIP the cosine of image and text. The
 AUROC is the chance that an image on which the latent is active has a larger one than an image on
-which it is not (detection, or fuzzing's sibling, in "Automatically Interpreting Millions of
-Features in Large Language Models", arXiv 2410.13928). The images that the name was found on do not
-count. The same with the name of another latent is the control: what a name reaches that was not
-made for the latent.
+which it is not. (Detection, as in Paulo et al., "Automatically Interpreting Millions of Features in
+Large Language Models", 2024, arXiv 2410.13928, with a graded answer.) Images that the name was
+found on do not count. The names of other latents, in its place, are the control.
 
 N images, M latents, V names, X images that are left out, p pairs of an image and a latent that is
 active on it.

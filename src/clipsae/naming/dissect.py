@@ -11,7 +11,8 @@ of a latent shows what the latent stands for with probability p_k, so that
 
 where the second term is how well the word fits all latents: words that fit everywhere are no names.
 
-M latents, K examples of each, E examples in all, W words, e embedding size, m latents of a block.
+M latents, K examples of each, E examples in all, W words, e embedding size, m latents of a
+block.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ from clipsae.sae.dense import without_tf32
 FIRST, LAST = 0.998, 0.97
 SHARPNESS = 10.0  # a
 _TINY = 1e-7  # the released code adds it to each p
-_BLOCK_ELEMENTS = 2**23  # of float32 arrays [m, K, W]
+_BLOCK_ELEMENTS = 2**22  # of float32 arrays [m, W]
+_FACTORS = 10  # of 0.002 and more each: far from what float32 cannot hold
 
 
 @torch.no_grad()
@@ -92,13 +94,18 @@ def _log_likelihoods(
     examples: Tensor, index: Tensor, words: Tensor, sharpness: float
 ) -> Iterator[tuple[slice, Tensor]]:
     """log p(D | w) of one block of latents after the other, float32 [m, W]."""
-    latents, k = index.shape
-    shown = FIRST - (FIRST - LAST) * torch.arange(k, device=examples.device) / k
-    size = max(1, _BLOCK_ELEMENTS // (k * len(words)))
+    latents, total = index.shape
+    size = max(1, _BLOCK_ELEMENTS // len(words))
     for start in range(0, latents, size):
         rows = slice(start, min(start + size, latents))
-        chosen = index[rows]
-        p = (sharpness * (examples[chosen.clamp(min=0)] @ words.T)).softmax(dim=-1)
-        p = p.sub_(1).mul_(shown[:, None]).add_(1 + _TINY)
-        p.masked_fill_((chosen < 0)[:, :, None], 1)
-        yield rows, p.log_().sum(dim=1)
+        found = examples.new_zeros(rows.stop - start, len(words))
+        product = torch.ones_like(found)
+        for k, chosen in enumerate(index[rows].unbind(dim=1)):
+            shown = FIRST - (FIRST - LAST) * k / total
+            p = (sharpness * (examples[chosen.clamp(min=0)] @ words.T)).softmax(dim=-1)
+            p = p.sub_(1).mul_(shown).add_(1 + _TINY)
+            product.mul_(p.masked_fill_((chosen < 0)[:, None], 1))
+            if (k + 1) % _FACTORS == 0 or k + 1 == total:  # a logarithm of several at once
+                found += product.log_()
+                product.fill_(1)
+        yield rows, found

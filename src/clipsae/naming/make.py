@@ -64,9 +64,11 @@ def name_latents(
 
     Raises:
         ConfigError: `clip` has no text tower.
-        ValueError: no images.
+        ValueError: no images, or another judge.
     """
     clip.require_text()
+    if judge not in JUDGES:
+        raise ValueError(f"judge={judge!r}: expected one of {', '.join(JUDGES)}")
     reading = {"batch_size": batch_size, "num_workers": num_workers}
     shown, place = embed_examples(
         clip, dataset, index, maps, **reading, progress=said(progress, "examples")

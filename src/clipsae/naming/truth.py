@@ -46,9 +46,9 @@ def named_right(
 
     Returns:
         `right`: the share, over the concepts that have a latent; `right_shuffled`: the same with
-        the names of all latents that have one shuffled, the mean of 20 times; `right_ceiling`: with
-        each latent named by the truth, which is below 1 where a concept's latent says more about
-        another; `concepts`: how many have a latent. Shares are NaN without any.
+        the names of all latents that have one shuffled, the mean of 20 times; `right_oracle`: with
+        each latent named by the truth, after the concept that it says most about, which may be
+        another one; `concepts`: how many have a latent. Shares are NaN without any.
     """
     said = dict(zip(concept_names(IMAGE_ATTRIBUTES), concept_words(), strict=True))
     pairs = [(v, m) for v, m in enumerate(leading[:, 0].tolist()) if m >= 0]
@@ -61,11 +61,11 @@ def named_right(
         other = {m: text[named[i]] for m, i in zip(named, order, strict=True)}
         shuffled += sum(other.get(m) == words[v] for v, m in pairs)
     right = sum(text[m] == words[v] for v, m in pairs)
-    ceiling = sum(int(concept[m]) == v for v, m in pairs)
+    oracle = sum(int(concept[m]) == v for v, m in pairs)
     total = len(pairs) or float("nan")
     return {
         "right": right / total,
         "right_shuffled": shuffled / _SHUFFLES / total,
-        "right_ceiling": ceiling / total,
+        "right_oracle": oracle / total,
         "concepts": float(len(pairs)),
     }

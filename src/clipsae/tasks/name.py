@@ -85,6 +85,6 @@ def summary(names: Names) -> list[str]:
         lines.append(
             f"right       {numbers['right']:.1%} of {numbers['concepts']:.0f} concepts have their "
             f"name on their best latent (names shuffled {numbers['right_shuffled']:.1%}, named by "
-            f"the truth {numbers['right_ceiling']:.1%})"
+            f"the truth {numbers['right_oracle']:.1%})"
         )
     return lines

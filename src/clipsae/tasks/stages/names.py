@@ -28,10 +28,20 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
 
     Raises:
         ConfigError: a CLIP without texts, a vocabulary that cannot be read, a prompt without a
-            place for the word, a judge that does not know the images.
+            place for the word, regions where there are no patches, a judge that does not know the
+            images.
     """
-    clip.require_text()
+    if not clip.has_text:
+        raise ConfigError(
+            f"clip.name={clip.name!r} has no text tower, so its latents cannot be compared with "
+            "words: task=name needs a CLIP"
+        )
     vocabulary(cfg, dataset)
+    if cfg.naming.regions and not clip.has_patches:
+        raise ConfigError(
+            "naming.regions=true with clip.hook=embedding: latents of an image embedding act on "
+            "whole images: leave it out"
+        )
     if cfg.naming.judge == "truth" and not has_truth(dataset):
         raise ConfigError(
             f"naming.judge=truth: what the images of dataset={cfg.dataset.name} show is not known, "
@@ -135,7 +145,7 @@ def _make(
             dataset,
             words,
             references.index,
-            references.maps if cfg.naming.regions and clip.has_patches else None,
+            references.maps if cfg.naming.regions else None,
             images=_images(cfg),
             judge=cfg.naming.judge,
             batch_size=cfg.evaluation.batch_size,

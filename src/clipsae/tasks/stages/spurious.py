@@ -193,7 +193,7 @@ def measure(
     words, values = wanted_words(cfg, train), len(train.confounder)
     with Bar("codes of the training images", place.progress) as bar:
         activity = collect_activity(clip, sae, train, limit_images=limit, **reading, progress=bar)
-    size = activity.codes.totals() * sae.decoder_rows().norm(dim=1).cpu()
+    size = activity.codes.totals() * sae.decoder_rows().detach().norm(dim=1).cpu()
     named = named_latents(found, words, size)
     try:
         scored = scored_latents(activity, train.groups, values)
