@@ -144,7 +144,7 @@ class Names:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each latent, as in `names.csv`: latent, name, score, low, high, control, named,
-        judge, source, and its n best words with their soft-WPMI; None where a number is not defined."""
+        judge, source, and its n best words with their soft-WPMI. What is not defined is None."""
         named = self.named.tolist()
         columns = {name: getattr(self, name).tolist() for name in COLUMNS}
         best, scores = self.best.tolist(), self.best_scores.tolist()
