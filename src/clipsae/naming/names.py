@@ -148,15 +148,10 @@ class Names:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each latent, as in `names.csv`: latent, name, score, low, high, control, named,
-<<<<<<< HEAD
-        judge, source, and its n best words with their soft-WPMI."""
+        judge, source, and its n best words with their soft-WPMI. What is not defined is None."""
         named, by = self.named.tolist(), [self.source] * len(self)
         if self.explained is not None:
             by = [self.source if one else DISSECT for one in self.explained.tolist()]
-=======
-        judge, source, and its n best words with their soft-WPMI. What is not defined is None."""
-        named = self.named.tolist()
->>>>>>> naming
         columns = {name: getattr(self, name).tolist() for name in COLUMNS}
         best, scores = self.best.tolist(), self.best_scores.tolist()
         return [
