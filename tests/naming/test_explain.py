@@ -9,7 +9,7 @@ from clipsae.naming.explainers import Explainer
 from clipsae.naming.make import Explaining, distinct
 from clipsae.sae import SparseCodes
 
-N, M, GRID = 60, 5, (2, 2)
+N, M, GRID = 120, 5, (2, 2)
 
 
 class Images(list):
@@ -90,7 +90,7 @@ def test_detection_by_the_explainer(activity):
     assert score[:2].tolist() == [1.0, 1.0]
     assert score[2] < 0.8  # active on every fourth image, named after every seventh
     assert score[3:].isnan().all()  # no name; active on all images
-    assert (low[:2] < 1).all()  # twenty images are no proof
+    assert (low[:2] < 1).all()  # forty images are no proof
     assert (low[:2] > 0.7).all()
     assert (high[:2] == 1).all()
     assert (control[:3] < 1).all()

@@ -17,7 +17,7 @@ from clipsae.naming.regions import crop, regions
 from clipsae.sae import SparseCodes
 
 SHOWN = 5  # of the strongest images, and of the sample, that an explainer sees
-DETECTED = 10  # images on which a latent is active, and as many on which it is not
+DETECTED = 20  # images on which a latent is active, and as many on which it is not
 
 
 @dataclass(frozen=True)
