@@ -148,8 +148,7 @@ class Names:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each latent, as in `names.csv`: latent, name, score, low, high, control, named,
-        judge, source, and its n best words with their soft-WPMI. What is not defined is None: W&B
-        takes no texts in a column of numbers."""
+        judge, source, and its n best words with their soft-WPMI. What is not defined is None."""
         named, by = self.named.tolist(), [self.source] * len(self)
         if self.explained is not None:
             by = [self.source if one else DISSECT for one in self.explained.tolist()]

@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> None:
         if not (finished and logged.has_results()):
             log_table(logged.logger(), "names", names.rows(), names.numbers)
     console = terminal()
-    if cfg.task.rows:
+    if cfg.task.rows and names.named.any():
         console.print(table(names, cfg.task.rows))
     for line in summary(names):
         console.print(line, soft_wrap=True, highlight=False)

@@ -121,6 +121,9 @@ def test_what_cannot_be_named_is_refused(world, tmp_path):
     assert list(words.words) == ["a dog", "a cat"]
     with pytest.raises(ConfigError, match=r"naming\.judge=truth: what the images of"):
         names.check(composed("naming.judge=truth"), clip, Photos())
-    embedding = SimpleNamespace(has_patches=False, require_text=lambda: None)
+    embedding = SimpleNamespace(has_patches=False, has_text=True)
     with pytest.raises(ConfigError, match=r"naming\.regions=true with clip\.hook=embedding"):
         names.check(composed("naming.regions=true"), embedding, dataset)
+    silent = SimpleNamespace(name="timm:vit", has_text=False)
+    with pytest.raises(ConfigError, match=r"clip\.name='timm:vit' has no text tower"):
+        names.check(composed(), silent, dataset)

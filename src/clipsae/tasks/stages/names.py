@@ -35,7 +35,11 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
             place for the word, regions where there are no patches, a judge that does not know the
             images.
     """
-    clip.require_text()
+    if not clip.has_text:
+        raise ConfigError(
+            f"clip.name={clip.name!r} has no text tower, so its latents cannot be compared with "
+            "words: task=name needs a CLIP"
+        )
     vocabulary(cfg, dataset)
     explainer(cfg, Store(cfg.paths.output_dir), dataset)
     if cfg.naming.judge == "explainer" and cfg.naming.explainer is None:
