@@ -39,8 +39,8 @@ def explain(error: Exception, conf: Path) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: there is no such choice; {near(choice, error.options)}"
-    said = [str(one).strip() for one in (error, error.__cause__) if one is not None and str(one)]
-    said = said or [type(error).__name__]
+    causes = [str(one).strip() for one in (error, error.__cause__) if one is not None]
+    said = [text for text in causes if text] or [type(error).__name__]
     if match := re.match(r"Could not override '([^']+)'", said[0]):
         return _unknown(match[1].partition("@")[0], conf)
     if match := re.match(r"Could not append to config\. An item is already at '([^']+)'", said[0]):

@@ -10,11 +10,11 @@ from functools import cache
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf, open_dict
 
 from clipsae.errors import ConfigError
-from clipsae.overrides import with_bases
+from clipsae.overrides import explain, with_bases
 from clipsae.tasks import build, options
 from clipsae.tasks.stages import evaluation, sae
 from run import ROOT  # (and the resolvers that the configs use)
@@ -334,6 +334,27 @@ def test_another_layer_of_the_image_embedding_is_refused(composed):
 def test_mixed_tokens_have_no_position(composed):
     mixed = "model=topk", "model.position_mean=true", "features.shuffle_buffer_images=64"
     assert "tokens that are mixed have no position" in refusal(composed(*mixed))
+
+
+def test_options_that_would_do_nothing_are_refused(composed):
+    towers = "clip.hook=towers", "features.max_norm_ratio=3.0"
+    assert "max_norm_ratio=3.0: at clip.hook=towers all tokens have norm 1" in refusal(
+        composed(*towers)
+    )
+    alone = "features.batch_size=1", "model.monosemanticity=0.1"
+    assert "model.monosemanticity=0.1 compares the images of a step" in refusal(composed(*alone))
+
+
+def test_weights_of_other_prefixes_than_the_recipe_s(composed):
+    other = "model=matryoshka", "model.prefixes=drawn", "clip=tiny"
+    assert "each of the 10 prefixes, not all of them 0, or null, which" in refusal(composed(*other))
+
+
+def test_an_error_without_words_is_shown_by_what_caused_it():
+    error = HydraException("")
+    error.__cause__ = KeyError("no HOME")
+    assert explain(error, ROOT / "conf") == "'no HOME'"
+    assert explain(HydraException(""), ROOT / "conf") == "HydraException"
 
 
 def test_what_others_define_is_theirs(composed):

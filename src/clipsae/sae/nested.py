@@ -105,12 +105,15 @@ class _RunningErrors(torch.autograd.Function):
         return tuple(None if grad is None else grad.to(dtype) for grad, dtype in pairs)
 
 
-def check_weights(name: str, weights: Sequence[float], sizes: str, size: int) -> list[float]:
+def check_weights(
+    name: str, weights: Sequence[float], sizes: str, size: int, equal: str
+) -> list[float]:
     """Weights with the sum 1.
 
     Args:
         name: the option's.
         sizes: what there are `size` of, for the message.
+        equal: the option's value that weighs all alike, for the message.
 
     Raises:
         ValueError: not `size` numbers of at least 0 with a sum above 0.
@@ -118,6 +121,7 @@ def check_weights(name: str, weights: Sequence[float], sizes: str, size: int) ->
     require(name, weights, list_of(number(least=0)))
     if len(weights) != size or not sum(weights):
         raise ValueError(
-            f"{name}={weights}: expected a number for each of the {size} {sizes}, not all of them 0"
+            f"{name}={weights}: expected a number for each of the {size} {sizes}, not all of them "
+            f"0, or {equal}, which weighs all alike"
         )
     return [weight / sum(weights) for weight in weights]

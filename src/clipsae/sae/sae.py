@@ -762,7 +762,8 @@ def _part_options(
     if doubled:
         raise ValueError(
             f"architecture={architecture} and activation={activation}: option '{min(doubled)}' is "
-            "declared twice among them, the objectives and the SAE; rename one"
+            "declared twice among them, the objectives and the SAE: choose another architecture or "
+            "activation, or rename the option where it is yours"
         )
     unknown = min(set(given) - set(names), default=None)
     if unknown is not None:

@@ -68,11 +68,15 @@ def prepare(
             guidance.resolve(one, store)
         clip = build.build_clip(cfg)
     dataset = build.build_dataset(cfg.dataset, cfg.task.split, clip.image_size)
-    if cfg.features.tokens == "cls" or cfg.model.get("target_layer") is not None:
+    if cfg.features.tokens == "cls":
         raise ConfigError(
-            f"features.tokens={cfg.features.tokens} model.target_layer="
-            f"{cfg.model.get('target_layer')}: pictures show patches, and what changes where an "
-            "SAE reads: there are none of an SAE of the class token alone, or of a transcoder"
+            "features.tokens=cls: reference images show on which patches a latent is active, and "
+            "an SAE of the class token alone has none: choose one of all tokens or of patches"
+        )
+    if (target := cfg.model.get("target_layer")) is not None:
+        raise ConfigError(
+            f"model.target_layer={target}: what a latent does is shown where an SAE reads, and a "
+            "transcoder writes to another layer: choose an SAE that is none"
         )
     check(cfg, clip, dataset)
     if make is not None:

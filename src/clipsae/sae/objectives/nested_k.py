@@ -69,7 +69,8 @@ class NestedK(Nested):
         if isinstance(weights, str):
             one_of("nested_k_weights", weights, WEIGHTS)
             weights = [float(g - i if weights == "reverse" else 1) for i in range(g)]
-        self.weights = check_weights("nested_k_weights", weights, "numbers of codes", g)
+        name = "nested_k_weights"
+        self.weights = check_weights(name, weights, "numbers of codes", g, "uniform")
 
     def parts(self, codes: Tensor | SparseCodes, architecture: Architecture) -> Tensor:
         if isinstance(codes, SparseCodes):

@@ -69,7 +69,7 @@ class Prefixes(Nested):
             self.sizes = _sizes(prefixes, latents)
             self.count = len(self.sizes)
         given = [1.0] * self.count if prefix_weights is None else prefix_weights
-        self.weights = check_weights("prefix_weights", given, "prefixes", self.count)
+        self.weights = check_weights("prefix_weights", given, "prefixes", self.count, "null")
 
     def step_sizes(self) -> list[int]:
         """The prefixes of this step, ascending."""

@@ -117,6 +117,16 @@ def check_options(cfg: DictConfig) -> None:
             f"features.shuffle_buffer_images={mixed}: tokens that are mixed have no position, and "
             "model.position_mean=true needs it: leave out one of them"
         )
+    if (ratio := cfg.features.max_norm_ratio) is not None and cfg.clip.get("hook") == "towers":
+        raise ConfigError(
+            f"features.max_norm_ratio={ratio}: at clip.hook=towers all tokens have norm 1: set it "
+            "to null"
+        )
+    if cfg.features.batch_size == 1 and cfg.model.get("monosemanticity"):
+        raise ConfigError(
+            f"model.monosemanticity={cfg.model.monosemanticity} compares the images of a step: set "
+            "features.batch_size to 2 at least"
+        )
     with torch.device("meta"):
         sae = build.build_sae(cfg, d=64)  # any width
         try:
