@@ -213,8 +213,8 @@ def score_names(
     name = torch.tensor([place[one] for one in text])
     left_out = activity.places(index)
     if not texts:
-        nothing = torch.full((len(text),), torch.nan)
-        return {**dict.fromkeys(("score", "low", "high", "control"), nothing), "threshold": 1.0}
+        nothing = torch.full((len(text),), torch.nan, dtype=torch.float64)
+        return summary(nothing, torch.zeros_like(name), torch.zeros_like(name), nothing[None])
     ranks = mid_ranks(judge(texts))
     area, active, inactive = detection(activity.codes, left_out, ranks, name)
     others = torch.stack(

@@ -86,7 +86,7 @@ def summary(names: Names) -> list[str]:
             f"score       {score.mean():.3f} on average, judged by {names.judge}; with other "
             f"latents' names {control.mean():.3f}"
         )
-    if "right" in names.numbers:
+    if names.numbers.get("concepts"):
         numbers = names.numbers
         lines.append(
             f"right       {numbers['right']:.1%} of {numbers['concepts']:.0f} concepts have their "

@@ -38,7 +38,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
     if not clip.has_text:
         raise ConfigError(
             f"clip.name={clip.name!r} has no text tower, so its latents cannot be compared with "
-            "words: task=name needs a CLIP"
+            "words: choose a CLIP"
         )
     vocabulary(cfg, dataset)
     looks = explainer(cfg, Store(cfg.paths.output_dir), dataset)
