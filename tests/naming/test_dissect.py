@@ -77,6 +77,12 @@ def test_a_word_that_fits_all_latents_is_no_name():
     assert soft_wpmi(examples, index, words, 1)[0].flatten().tolist() == [1, 2, 3, 4]
 
 
+def test_a_dead_dictionary_has_no_words():
+    best, scores = soft_wpmi(torch.zeros(0, 5), torch.full((3, 2), -1), torch.eye(5), 2)
+    assert best.tolist() == [[-1, -1]] * 3
+    assert scores.isnan().all()
+
+
 def test_too_many_words_are_refused():
     with pytest.raises(ValueError, match="n=6: expected 1 to 5"):
         soft_wpmi(torch.eye(5), torch.zeros(1, 1, dtype=torch.long), torch.eye(5), 6)

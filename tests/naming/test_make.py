@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from clipsae.clip import FrozenCLIP
 from clipsae.data.scenes import ScenesDataset
@@ -99,6 +100,14 @@ def test_names_tell_held_out_images_and_those_of_others_do_not(planted, names, a
     assert score_names(names.text, activity, everything, texts)["score"].isnan().all()
     by_truth = score_names(names.text, activity, planted.references.index, texts)
     assert float(by_truth["score"].nanmean()) > 0.6
+
+
+def test_without_any_name_there_is_no_score(planted, activity, tmp_path):
+    index, latents = planted.references.index, planted.sae.latents
+    found = score_names([""] * latents, activity, index, lambda texts: pytest.fail("asked"))
+    assert found.pop("threshold") == 1.0
+    save_file(found, tmp_path / "scores.safetensors")  # none is another's memory
+    assert all(value.isnan().all() for value in found.values())
 
 
 def test_the_share_that_is_right(planted, names):

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+import wandb
 from torch.nn.functional import normalize
 
 from clipsae.naming import Names, Vocabulary
@@ -55,6 +56,9 @@ def test_names_are_kept_whole_and_written_as_a_table(names, tmp_path):
     assert (first["name"], first["score"], first["named"]) == ("dotted", "0.9", "True")
     assert (second["word_2"], second["named"]) == ("dotted 0.250", "False")
     assert (dead["name"], dead["score"], dead["word_1"]) == ("", "", "")
+    rows = names.rows()
+    table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    assert table.data[2][2] is None
 
 
 def test_latents_are_found_by_meaning(names):

@@ -71,6 +71,10 @@ def soft_wpmi(
     latents = len(index)
     index, words = index.to(examples.device), words.to(examples.device)
     there = (index >= 0).any(dim=1)
+    best = index.new_full((latents, n), -1)
+    scores = examples.new_full((latents, n), torch.nan)
+    if not there.any():  # a dictionary that is dead on these images
+        return best, scores
     common = torch.full((len(words),), -torch.inf, dtype=torch.float64, device=examples.device)
     if weight:
         for rows, found in _log_likelihoods(examples, index, words, sharpness):
@@ -79,8 +83,6 @@ def soft_wpmi(
             progress(rows.stop, 2 * latents)
         common -= log(max(int(there.sum()), 1))
     common = weight * common if weight else torch.zeros_like(common)
-    best = index.new_full((latents, n), -1)
-    scores = examples.new_full((latents, n), torch.nan)
     for rows, found in _log_likelihoods(examples, index, words, sharpness):
         found = found - common.float()
         top = top_latents(found, n)

@@ -50,11 +50,14 @@ class Shown:
 
 def leading(codes: SparseCodes, n: int | None) -> list[int]:
     """The n latents with the largest sum of codes over the images [N, M], those that a
-    reconstruction needs most; None: all that are active. Of equals the smaller first."""
-    mass = torch.zeros(codes.latents, dtype=torch.float64)
-    mass.index_add_(0, codes.latent.long(), codes.values.double())
+    reconstruction needs most; None: all that are active. Of equals the smaller first; latents that
+    are active on every image, whose name no image could disprove, come last."""
+    shown = codes.values > 0
+    latent, values = codes.latent[shown].long(), codes.values[shown].double()
+    mass = torch.zeros(codes.latents, dtype=torch.float64).index_add_(0, latent, values)
     order = mass.sort(descending=True, stable=True).indices[: int((mass > 0).sum())]
-    return order[:n].tolist()
+    everywhere = torch.bincount(latent, minlength=codes.latents)[order] == codes.tokens
+    return torch.cat((order[~everywhere], order[everywhere]))[:n].tolist()
 
 
 def describe(

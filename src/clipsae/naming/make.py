@@ -47,10 +47,8 @@ class Explaining:
     requests: int | None = None
 
     def latents(self, activity: Activity, judge: str) -> list[int]:
-        """The latents that the requests suffice for: a name each, and where the explainer judges a
-        detection with it and one with another's name."""
-        describing, detecting = self.explainer.requests
-        each = describing + (2 * detecting if judge == "explainer" else 0)
+        """The latents that the requests suffice for."""
+        each = self.explainer.requests_of_a_latent(judge)
         limited = self.requests is not None and each > 0
         return leading(activity.codes, self.requests // each if limited else None)
 
@@ -215,8 +213,8 @@ def score_names(
     name = torch.tensor([place[one] for one in text])
     left_out = activity.places(index)
     if not texts:
-        nothing = torch.full((len(text),), torch.nan)
-        return {**dict.fromkeys(("score", "low", "high", "control"), nothing), "threshold": 1.0}
+        nothing = torch.full((len(text),), torch.nan, dtype=torch.float64)
+        return summary(nothing, torch.zeros_like(name), torch.zeros_like(name), nothing[None])
     ranks = mid_ranks(judge(texts))
     area, active, inactive = detection(activity.codes, left_out, ranks, name)
     others = torch.stack(

@@ -74,16 +74,19 @@ def summary(names: Names) -> list[str]:
     said = sum(map(bool, names.text))
     score = names.score[names.score.isfinite()].double()
     control = names.control[names.control.isfinite()].double()
+    why = f"no name below {names.threshold:.3f}, which 5 % of other latents' names reach"
+    if not len(control):
+        why = "no name, as there is nothing to compare a score with"
     lines = [
         f"named       {int(names.named.sum()):,} of {len(names):,} latents, {said:,} have a word; "
-        f"no name below {names.threshold:.3f}, which 5 % of other latents' names reach",
+        + why
     ]
-    if len(score):
+    if len(score) and len(control):
         lines.append(
             f"score       {score.mean():.3f} on average, judged by {names.judge}; with other "
             f"latents' names {control.mean():.3f}"
         )
-    if "right" in names.numbers:
+    if names.numbers.get("concepts"):
         numbers = names.numbers
         lines.append(
             f"right       {numbers['right']:.1%} of {numbers['concepts']:.0f} concepts have their "

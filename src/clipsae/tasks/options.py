@@ -225,7 +225,10 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
         "judge": one_of("clip", "truth", "explainer"),
         "explainer": or_null(one_of("openai", "oracle", "recording")),
         "model": or_null(TEXT),
-        "address": TEXT,
+        "address": Rule(
+            "an address such as http://localhost:8000/v1",
+            lambda v: isinstance(v, str) and v.startswith(("http://", "https://")),
+        ),
         "requests": whole(1),
         "gated": FLAG,
         "recording": or_null(TEXT),

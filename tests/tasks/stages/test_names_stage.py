@@ -15,6 +15,7 @@ from rich.console import Console
 
 from clipsae.errors import ConfigError
 from clipsae.naming import Names
+from clipsae.naming.explainers import Oracle
 from clipsae.sae import SAE
 from clipsae.store import Store
 from clipsae.tasks import build, name, pictures
@@ -99,7 +100,7 @@ def test_the_vocabulary_is_known_by_its_words(world, tmp_path):
     assert paths[0] == paths[1] != paths[2]
 
 
-def test_what_cannot_be_named_is_refused(world, tmp_path):
+def test_what_cannot_be_named_is_refused(world, tmp_path, monkeypatch):
     _, _, clip, dataset, _, _ = world
 
     def refusal(*overrides: str) -> str:
@@ -109,6 +110,9 @@ def test_what_cannot_be_named_is_refused(world, tmp_path):
 
     assert "none.txt: No such file" in refusal(f"naming.vocabulary={tmp_path / 'none.txt'}")
     assert "naming.prompts has 'a photo'" in refusal('naming.prompts=["{}","a photo"]')
+    monkeypatch.setattr(Oracle, "requests", (1, 1))
+    few = ["naming.explainer=oracle", "naming.judge=explainer", "naming.requests=2"]
+    assert "naming.requests=2 with naming.judge=explainer: expected 3" in refusal(*few)
     assert "naming.prompts has '{} }'" in refusal('naming.prompts=["{} }"]')
 
     class Photos:

@@ -76,6 +76,12 @@ class Explainer(ABC):
     source: str
     requests: ClassVar[tuple[int, int]] = (0, 0)
 
+    def requests_of_a_latent(self, judge: str) -> int:
+        """For its name, and where the explainer judges a detection with it and one with another
+        latent's name."""
+        describing, detecting = self.requests
+        return describing + (2 * detecting if judge == "explainer" else 0)
+
     @abstractmethod
     def describe(self, evidence: Evidence) -> str:
         """A short text: what a latent's examples have in common; "" for nothing."""

@@ -38,10 +38,16 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
     if not clip.has_text:
         raise ConfigError(
             f"clip.name={clip.name!r} has no text tower, so its latents cannot be compared with "
-            "words: task=name needs a CLIP"
+            "words: choose a CLIP"
         )
     vocabulary(cfg, dataset)
-    explainer(cfg, Store(cfg.paths.output_dir), dataset)
+    looks = explainer(cfg, Store(cfg.paths.output_dir), dataset)
+    needed = looks.requests_of_a_latent(cfg.naming.judge) if looks is not None else 0
+    if needed > cfg.naming.requests:
+        raise ConfigError(
+            f"naming.requests={cfg.naming.requests} with naming.judge={cfg.naming.judge}: expected "
+            f"{needed} or more, which one latent takes"
+        )
     if cfg.naming.judge == "explainer" and cfg.naming.explainer is None:
         raise ConfigError(
             "naming.judge=explainer without naming.explainer: choose openai, oracle or recording"
