@@ -36,6 +36,7 @@ class Ready:
     """A stand-in for CLIP with precomputed tokens: only the writing is measured."""
 
     layer = -1
+    has_captions = False
 
     def __init__(self, tokens: int, width: int) -> None:
         self.values = torch.randn(64, tokens, width)

@@ -46,7 +46,7 @@ def test_latents_are_scored_within_classes():
             expected.append(wins.mean().item())
         assert found[m, 1].item() == pytest.approx(sum(expected) / 2)
         assert found[m, 0].item() == pytest.approx(1 - sum(expected) / 2)
-    assert found[1, 1] > 0.9 > 0.6 > found[0].max()
+    assert found[1, 1] > 0.8 > 0.6 > found[0].max()
     with pytest.raises(ValueError, match="choose latents by name"):
         confounder_auroc(SparseCodes.from_dense(codes), 3 * label, 2)
 

@@ -9,7 +9,7 @@ from clipsae.naming.explainers import Explainer
 from clipsae.naming.make import Explaining, distinct
 from clipsae.sae import SparseCodes
 
-N, M, GRID = 60, 5, (2, 2)
+N, M, GRID = 120, 5, (2, 2)
 
 
 class Images(list):
@@ -83,23 +83,25 @@ def test_detection_by_the_explainer(activity):
     explainer = Knows()
     text = ["every 2", "every 3", "every 7", "", "every 2"]
     left_out = torch.tensor([[0, 1]] * M)
-    score, low, high, control = detect(
-        explainer, text, [0, 1, 2, 3, 4], Images(), GRID, activity, left_out, 0, lambda *_: None
+    found = detect(
+        explainer, text, [0, 1, 2, 3, 4], Images(), GRID, activity, left_out, lambda *_: None
     )
+    score, low, high, control = (found[name] for name in ("score", "low", "high", "control"))
     assert score[:2].tolist() == [1.0, 1.0]
     assert score[2] < 0.8  # active on every fourth image, named after every seventh
     assert score[3:].isnan().all()  # no name; active on all images
-    assert (low[:2] < 1).all()  # twenty images are no proof
+    assert (low[:2] < 1).all()  # forty images are no proof
     assert (low[:2] > 0.7).all()
     assert (high[:2] == 1).all()
     assert (control[:3] < 1).all()
     assert len(explainer.asked) == 2 * DETECTED
     assert not {0, 1} & set(explainer.asked)
     # One latent alone comes out as among others.
-    alone = detect(explainer, text, [1], Images(), GRID, activity, left_out, 0, lambda *_: None)
-    assert alone[0][1] == score[1]
-    assert alone[3][1] == control[1]
-    assert alone[0][0].isnan()
+    alone = detect(explainer, text, [1], Images(), GRID, activity, left_out, lambda *_: None)
+    assert alone["score"][1] == score[1]
+    assert alone["control"][1] == control[1]
+    assert alone["score"][0].isnan()
+    assert alone["threshold"] == pytest.approx(float(control[1]))
 
 
 def test_images_count_once():

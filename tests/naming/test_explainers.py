@@ -102,13 +102,13 @@ def test_answers_survive_a_kill(tmp_path):
     file = tmp_path / "answers.jsonl"
     answers = Answers(file)
     answers.add("a", "wheel", model="m")
-    answers.add("b", "sky\nblue")
+    answers.add("b", "sky\n\u2028blue")
     with file.open("ab") as cut:
         cut.write(b'{"key": "c", "ans')
     again = Answers(file)
-    assert (again.get("a"), again.get("b"), again.get("c")) == ("wheel", "sky\nblue", None)
+    assert (again.get("a"), again.get("b"), again.get("c")) == ("wheel", "sky\n\u2028blue", None)
     again.add("c", "tree")
-    assert Answers(file).known == {"a": "wheel", "b": "sky\nblue", "c": "tree"}
+    assert Answers(file).known == {"a": "wheel", "b": "sky\n\u2028blue", "c": "tree"}
 
 
 class Server(ThreadingHTTPServer):
@@ -118,6 +118,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[dict] = []
         self.status = 200
+        self.says_errors_with_200 = False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -130,7 +131,9 @@ class Handler(BaseHTTPRequestHandler):
         said = "2, 3" if question.startswith("In which") else '"Red things."'
         message = {"role": "assistant", "content": said}
         body = json.dumps(
-            {
+            {"error": {"message": "no such model"}}
+            if self.server.says_errors_with_200
+            else {
                 "id": "1",
                 "object": "chat.completion",
                 "created": 0,
@@ -197,6 +200,9 @@ def test_a_server_is_shown_the_examples_and_asked_once(server, scenes, tmp_path,
 def test_a_server_that_refuses(server, scenes, tmp_path):
     server.status = 401
     with pytest.raises(ConfigError, match="no answer of naming"):
+        openai(server, tmp_path).describe(Evidence(0, examples_of(scenes, "colour", "red", 1)))
+    server.status, server.says_errors_with_200 = 200, True
+    with pytest.raises(ConfigError, match="no such model"):
         openai(server, tmp_path).describe(Evidence(0, examples_of(scenes, "colour", "red", 1)))
     assert not (tmp_path / "answers.jsonl").exists()
 

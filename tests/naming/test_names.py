@@ -68,6 +68,8 @@ def test_words_of_a_file(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("a dog\n\nred\na dog \n")
     assert read_words(file) == ["a dog", "red"]
+    file.write_bytes(b"\xef\xbb\xbfred\r\na dog\r\n")  # as Windows' editors write it
+    assert read_words(file) == ["red", "a dog"]
     file.write_text("red\nred\n")
     with pytest.raises(ValueError, match="at least two lines"):
         read_words(file)

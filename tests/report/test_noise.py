@@ -171,7 +171,7 @@ def test_the_gap_is_from_the_untrained_sae_or_else_the_best_that_has_not_learned
     assert sparsemax["on_all"].gap is None  # the best that has not learned is at the ceiling
     assert relu["no_sae"].gap is None
     below = [row.labels[0] for row in table.rows if row.block == BELOW]
-    assert below == ["ReLU, decoder frozen", "ReLU, untrained", "ICA", "PCA"]
+    assert below == ["ReLU, decoder frozen", "ReLU, untrained", "PCA", "ICA"]
     assert all(rows[x].cells["on_5"].gap is None for x in below[1:])
     assert table.caption.endswith(
         "Gap closed: (value - floor) / (no_sae - floor); the floor is the untrained SAE of the "

@@ -204,7 +204,7 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch, caplog):
     """ImageNet's train split, before any image is read."""
     free = 387_000_000_000
     monkeypatch.setattr(features, "free_bytes", lambda _: free)
-    clip = SimpleNamespace(tokens=197, width=768)
+    clip = SimpleNamespace(positions=197, width=768)
 
     class ImageNet:
         fingerprint, image_size = "0123456789abcdef", 224

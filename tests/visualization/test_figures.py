@@ -100,7 +100,7 @@ def figure(latents: int = 6, grid: tuple[int, int] = (2, 3), **options):
     panel = Panel(codes, references(latents, grid), lambda index: pictures[index])
     empty = ImageCodes(means * 0, ~codes.shown, [], torch.zeros(0, patches))
     panels = {"one": panel, "other": Panel(empty, panel.references, panel.image_of)}
-    return draw_image(pictures[0], "an image", panels, **options), panel.references
+    return draw_image(pictures[0], r"an image of $\frac{$5$", panels, **options), panel.references
 
 
 def test_a_figure_shows_values_and_labels_of_other_images():

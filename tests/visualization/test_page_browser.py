@@ -145,7 +145,8 @@ def naming() -> Names:
         control=torch.full((M,), 0.5),
         threshold=0.6,
         judge="clip",
-        source="clip-dissect",
+        source="openai:seer",
+        explained=torch.arange(M) == STRIPES,
         examples=torch.nn.functional.normalize(examples, dim=-1),
     )
 
@@ -527,6 +528,12 @@ def test_names_and_the_search_by_meaning(browser, two):
     said = browser.find_element("css selector", ".name-score").text
     assert "“dotted”" in said
     assert "No name, as the low end is not above 0.6" in said
+    assert said.startswith("Of all words")
+    go(browser, f"{two}#/latent/{STRIPES}", ".name-score")
+    said = browser.find_element("css selector", ".name-score").text
+    assert said.startswith("openai:seer calls it “striped”.")
+    go(browser, f"{two}#/about", "h1")
+    assert "of 1 latents what openai:seer says" in browser.find_element("css selector", "main").text
 
 
 def test_two_saes_side_by_side(browser, two):

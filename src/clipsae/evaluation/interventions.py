@@ -105,8 +105,8 @@ class Versions:
         place[versions] = torch.arange(len(versions), device=versions.device)
         of = place[self.version]
         kept = of >= 0
-        parts = (x[kept] for x in (of, self.latent, self.level, self.rows))
-        return Versions(*parts, len(versions))
+        version, latent, level, rows = (x[kept] for x in (of, self.latent, self.level, self.rows))
+        return Versions(version, latent, level, rows, len(versions))
 
     def changing(self, codes: Tensor) -> Tensor:
         """The versions in which an image's codes [T, M] are others, LongTensor, ascending."""

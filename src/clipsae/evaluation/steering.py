@@ -144,7 +144,9 @@ def measure_steering(
         sums.add(one.versions, before, after)
         sums.done = position[one.index] + 1
         progress(sums.done, len(indices))
-        if scratch is not None and time.monotonic() - saved >= save_every_seconds:
+        # At the end of a batch: the same images are then in the batches that follow.
+        whole, late = sums.done % batch_size == 0, time.monotonic() - saved >= save_every_seconds
+        if scratch is not None and whole and late:
             sums.save(scratch)
             saved = time.monotonic()
     found = sums.compute()
@@ -177,13 +179,11 @@ class Sums:
     """
 
     def __init__(self, removed: Tensor, classes: int) -> None:
-        shape, options = (len(removed), classes), {"dtype": torch.float64, "device": removed.device}
         self.sign = torch.where(removed, -1.0, 1.0)
         self.images = torch.zeros(len(removed), dtype=torch.long, device=removed.device)
         self.flips = torch.zeros_like(self.images)
-        self.choosing = torch.zeros(shape, **options)
-        self.measured = torch.zeros(shape, **options)
-        self.squares = torch.zeros(shape, **options)
+        nothing = torch.zeros(len(removed), classes, dtype=torch.float64, device=removed.device)
+        self.choosing, self.measured, self.squares = nothing, nothing.clone(), nothing.clone()
         self.done = 0
 
     def add(self, active: Tensor, before: Tensor, after: Tensor) -> None:

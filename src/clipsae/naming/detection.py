@@ -110,6 +110,26 @@ def interval(area: Tensor, active: Tensor, inactive: Tensor) -> tuple[Tensor, Te
     return ends[0], ends[1]
 
 
+def summary(
+    area: Tensor, active: Tensor, inactive: Tensor, others: Tensor
+) -> dict[str, Tensor | float]:
+    """`score`, `low`, `high`, `control` and `threshold` of `clipsae.naming.Names`.
+
+    Args:
+        area, active, inactive: as of `interval`.
+        others: [draws, M], AUROCs with other latents' names; NaN: not defined.
+    """
+    low, high = interval(area, active, inactive)
+    known = others[others.isfinite()]
+    return {
+        "score": area.float(),
+        "low": low.float(),
+        "high": high.float(),
+        "control": others.mean(dim=0).float(),
+        "threshold": float(known.quantile(PERCENTILE)) if len(known) else 1.0,
+    }
+
+
 def names_of_others(name: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
     """For each latent the names of other latents, drawn among those that have one; never its own.
 

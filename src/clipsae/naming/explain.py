@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from clipsae.naming.activity import Activity
-from clipsae.naming.detection import interval, names_of_others
+from clipsae.naming.detection import names_of_others, summary
 from clipsae.naming.explainers import Evidence, Example, Explainer
 from clipsae.naming.regions import crop, regions
 from clipsae.sae import SparseCodes
 
 SHOWN = 5  # of the strongest images, and of the sample, that an explainer sees
-DETECTED = 10  # images on which a latent is active, and as many on which it is not
+DETECTED = 20  # images on which a latent is active, and as many on which it is not
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def detect(
     grid: tuple[int, int],
     activity: Activity,
     left_out: Tensor,
-    seed: int,
     progress: Callable[[int, int], None],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    seed: int = 0,
+) -> dict[str, Any]:
     """How well the explainer tells by a name which images a latent is active on, on up to
     `DETECTED` of either kind, in random order; and by another latent's name on the same images.
 
@@ -104,8 +104,8 @@ def detect(
         left_out: LongTensor [M, X], rows of `activity` that do not count; -1: none.
 
     Returns:
-        AUROC, the ends of its 95 % interval, and the AUROC with another's name, float64 [M] each;
-        NaN for other latents than `latents`, and where there are no images of a kind.
+        `clipsae.naming.detection.summary` of them; scores are NaN for other latents than `latents`,
+        and where there are no images of a kind.
     """
     codes, size = activity.codes, len(text)
     names = sorted(set(text) - {""})
@@ -141,5 +141,4 @@ def detect(
             said = torch.tensor(explainer.detect(name, examples))
             found, left = said[truth].double().mean(), (~said[~truth]).double().mean()
             areas[row, latent] = (found + left) / 2
-    low, high = interval(areas[0], counts[0], counts[1])
-    return areas[0], low, high, areas[1]
+    return summary(areas[0], counts[0], counts[1], areas[1:])

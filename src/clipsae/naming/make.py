@@ -16,11 +16,10 @@ from clipsae.clip.text import text_classifier
 from clipsae.evaluation.passes import Progress
 from clipsae.naming.activity import Activity, collect_activity
 from clipsae.naming.detection import (
-    PERCENTILE,
     detection,
-    interval,
     mid_ranks,
     names_of_others,
+    summary,
 )
 from clipsae.naming.dissect import soft_wpmi
 from clipsae.naming.explain import Shown, describe, detect, leading
@@ -145,14 +144,14 @@ def name_latents(
         left_out = distinct(torch.cat((index, explaining.sample.index), dim=1))
     if judge == "explainer":
         assert explaining is not None
-        scores_of = by_explainer(
+        scores_of = detect(
             explaining.explainer,
             text,
             chosen,
             dataset,
             clip.grid,
             activity,
-            left_out,
+            activity.places(left_out),
             said(progress, "detection by the explainer"),
         )
     else:
@@ -176,38 +175,6 @@ def distinct(index: Tensor) -> Tensor:
     again = torch.zeros_like(index, dtype=torch.bool)
     again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     return torch.empty_like(index).scatter_(1, order, ordered.masked_fill(again, -1))
-
-
-def by_explainer(
-    explainer: Explainer,
-    text: Sequence[str],
-    latents: Sequence[int],
-    dataset: Any,
-    grid: tuple[int, int],
-    activity: Activity,
-    left_out: Tensor,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """What `score_names` returns, by `detect`; `left_out` has images of the dataset."""
-    area, low, high, control = detect(
-        explainer,
-        text,
-        latents,
-        dataset,
-        grid,
-        activity,
-        activity.places(left_out),
-        seed=0,
-        progress=progress,
-    )
-    known = control[control.isfinite()]
-    return {
-        "score": area.float(),
-        "low": low.float(),
-        "high": high.float(),
-        "control": control.float(),
-        "threshold": float(known.quantile(PERCENTILE)) if len(known) else 1.0,
-    }
 
 
 def said(progress: Progress, what: str) -> Callable[[int, int], None]:
@@ -252,18 +219,10 @@ def score_names(
         return {**dict.fromkeys(("score", "low", "high", "control"), nothing), "threshold": 1.0}
     ranks = mid_ranks(judge(texts))
     area, active, inactive = detection(activity.codes, left_out, ranks, name)
-    low, high = interval(area, active, inactive)
     others = torch.stack(
         [detection(activity.codes, left_out, ranks, one)[0] for one in names_of_others(name)]
     )
-    known = others[others.isfinite()]
-    return {
-        "score": area.float(),
-        "low": low.float(),
-        "high": high.float(),
-        "control": others.mean(dim=0).float(),
-        "threshold": float(known.quantile(PERCENTILE)) if len(known) else 1.0,
-    }
+    return summary(area, active, inactive, others)
 
 
 def mean_examples(shown: Tensor, place: Tensor) -> Tensor:

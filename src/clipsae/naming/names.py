@@ -148,7 +148,7 @@ class Names:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each latent, as in `names.csv`: latent, name, score, low, high, control, named,
-        judge, source, and its n best words with their soft-WPMI."""
+        judge, source, and its n best words with their soft-WPMI. What is not defined is None."""
         named, by = self.named.tolist(), [self.source] * len(self)
         if self.explained is not None:
             by = [self.source if one else DISSECT for one in self.explained.tolist()]
@@ -175,5 +175,5 @@ class Names:
         ]
 
 
-def _rounded(value: float) -> float | str:
-    return "" if value != value else round(value, 4)
+def _rounded(value: float) -> float | None:
+    return None if value != value else round(value, 4)

@@ -85,7 +85,7 @@ def read_words(file: Path | str) -> list[str]:
         ValueError: no such file, not UTF-8 text, or fewer than two lines that differ.
     """
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ValueError(f"{file}: {reason}; expected a text file, one word a line") from error

@@ -4,6 +4,7 @@ trusted."""
 import logging
 
 from omegaconf import DictConfig
+from rich.markup import escape
 from rich.table import Table
 
 from clipsae.naming import Names
@@ -36,7 +37,7 @@ def run(cfg: DictConfig) -> None:
         if not (finished and logged.has_results()):
             log_table(logged.logger(), "names", names.rows(), names.numbers)
     console = terminal()
-    if cfg.task.rows:
+    if cfg.task.rows and names.named.any():
         console.print(table(names, cfg.task.rows))
     for line in summary(names):
         console.print(line, soft_wrap=True, highlight=False)
@@ -57,11 +58,13 @@ def table(names: Names, rows: int) -> Table:
             break
         shown.add_row(
             f"{latent:,}",
-            names.text[latent],
+            escape(names.text[latent]),
             f"{names.score[latent]:.3f}",
             f"{names.low[latent]:.3f} to {names.high[latent]:.3f}",
             f"{names.control[latent]:.3f}",
-            ", ".join([word for word in names.words(latent) if word != names.text[latent]][:3]),
+            escape(
+                ", ".join([word for word in names.words(latent) if word != names.text[latent]][:3])
+            ),
         )
     return shown
 
@@ -72,8 +75,8 @@ def summary(names: Names) -> list[str]:
     score = names.score[names.score.isfinite()].double()
     control = names.control[names.control.isfinite()].double()
     lines = [
-        f"named       {int(names.named.sum()):,} of {len(names):,} latents, {said:,} of them with "
-        f"examples; no name below {names.threshold:.3f}, which 5 % of other latents' names reach",
+        f"named       {int(names.named.sum()):,} of {len(names):,} latents, {said:,} have a word; "
+        f"no name below {names.threshold:.3f}, which 5 % of other latents' names reach",
     ]
     if len(score):
         lines.append(

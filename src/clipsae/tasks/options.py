@@ -303,7 +303,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
     "name": {"sae": or_null(TEXT), "split": SPLIT, "rows": whole(0)},
     "spurious": {
         "sae": or_null(TEXT),
-        "split": one_of("train"),
+        "split": Rule("train", lambda v: v == "train"),
         "words": or_null(list_of(TEXT, least=1)),
         "counts": list_of(whole(1), least=1),
         "draws": whole(0),

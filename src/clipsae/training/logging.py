@@ -286,14 +286,15 @@ def log_page(logger: Logger | None, folder: Path, aliases: list[str]) -> None:
     """Upload a page, the whole folder of it, as an artifact of type "explore".
 
     Args:
-        folder: with `index.html`; its name becomes the artifact's.
+        folder: with `index.html`; its name becomes the artifact's, "-" in place of "+", which W&B
+            does not take.
         aliases: by which it is found, beside "latest".
     """
     if not isinstance(logger, PatientWandbLogger):
         return
     import wandb
 
-    artifact = wandb.Artifact(folder.name, type="explore")
+    artifact = wandb.Artifact(folder.name.replace("+", "-"), type="explore")
     # W&B's own copy: a page is rewritten in the same place, maybe before an offline run is sent.
     artifact.add_dir(str(folder), policy="mutable")
     logger.experiment.log_artifact(artifact, aliases=["latest", *aliases])

@@ -42,6 +42,7 @@ _STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # names and files may have dollar signs
 }
 
 

@@ -2,6 +2,7 @@
 in a sentence."""
 
 import csv
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,10 +67,12 @@ def test_names_are_made_once_and_written_as_a_table(world, tmp_path):
     assert [row["name"] for row in rows] == found.text
     assert {"latent", "score", "low", "high", "control", "named", "judge", "source"} < set(rows[0])
     console = Console(width=110, record=True, file=(tmp_path / "out").open("w"))
-    console.print(name.table(found, 5))
+    all_trusted = {"text": ["[/b]"] * 40, "low": torch.ones(40), "threshold": 0.5}
+    console.print(name.table(replace(found, **all_trusted), 5))
     for line in name.summary(found):
         console.print(line, soft_wrap=True)
     said = console.export_text()
+    assert "[/b]" in said
     assert f"named       {int(found.named.sum())} of 40 latents" in said
     assert "concepts have their name on their best latent" in said
     logger = csv_logger(run_folder=tmp_path)
@@ -106,6 +109,7 @@ def test_what_cannot_be_named_is_refused(world, tmp_path):
 
     assert "none.txt: No such file" in refusal(f"naming.vocabulary={tmp_path / 'none.txt'}")
     assert "naming.prompts has 'a photo'" in refusal('naming.prompts=["{}","a photo"]')
+    assert "naming.prompts has '{} }'" in refusal('naming.prompts=["{} }"]')
 
     class Photos:
         classnames = ("a dog", "a dog")
@@ -117,6 +121,9 @@ def test_what_cannot_be_named_is_refused(world, tmp_path):
     assert list(words.words) == ["a dog", "a cat"]
     with pytest.raises(ConfigError, match=r"naming\.judge=truth: what the images of"):
         names.check(composed("naming.judge=truth"), clip, Photos())
-    embedding = SimpleNamespace(has_patches=False, require_text=lambda: None)
+    embedding = SimpleNamespace(has_patches=False, has_text=True)
     with pytest.raises(ConfigError, match=r"naming\.regions=true with clip\.hook=embedding"):
         names.check(composed("naming.regions=true"), embedding, dataset)
+    silent = SimpleNamespace(name="timm:vit", has_text=False)
+    with pytest.raises(ConfigError, match=r"clip\.name='timm:vit' has no text tower"):
+        names.check(composed(), silent, dataset)

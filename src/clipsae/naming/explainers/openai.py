@@ -125,6 +125,8 @@ class OpenAI(Explainer):
             said = self._client.chat.completions.create(
                 model=self.model, messages=messages, temperature=0, seed=0
             )
+            if not getattr(said, "choices", None):  # some servers and proxies say errors this way
+                raise self._errors(str(said))
             answer = (said.choices[0].message.content or "").strip()
         except self._errors as error:
             detail = " ".join(str(error).split())[:200]

@@ -1,6 +1,7 @@
 """Names by ground truth: the ceiling for every other way to name."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ class Oracle(Explainer):
         self.concepts = list(self.words.values())
         self._of_patches = patch_concept_names(dataset)
         self._of_images = [name for name in self.concepts if name not in self._of_patches]
-        self._some = torch.arange(min(_BASE_IMAGES, len(dataset)))
+        some = torch.arange(min(_BASE_IMAGES, len(dataset)))
+        self._some_images = image_concepts(dataset, some)
+        self._some_patches = cache(lambda grid: patch_concepts(dataset, some, grid).flatten(0, 1))
 
     def describe(self, evidence: Evidence) -> str:
         examples = [*evidence.top, *evidence.sample]
@@ -57,7 +60,7 @@ class Oracle(Explainer):
         grid = examples[0].heat.shape[0]
         heat = torch.stack([example.heat for example in examples]).double().flatten(1)
         truth = patch_concepts(self.dataset, indices, grid)  # [n, P, V]
-        some = patch_concepts(self.dataset, self._some, grid).flatten(0, 1)
+        some = self._some_patches(grid)
         bits = [_bits(self._of_patches, heat.flatten(), truth.flatten(0, 1), some)]
         strengths = torch.tensor([example.strength for example in examples]).double()
         columns = [self.concepts.index(name) for name in self._of_images]
@@ -66,7 +69,7 @@ class Oracle(Explainer):
                 self._of_images,
                 strengths,
                 image_concepts(self.dataset, indices)[:, columns],
-                image_concepts(self.dataset, self._some)[:, columns],
+                self._some_images[:, columns],
             )
         )
         scores = torch.cat(bits)

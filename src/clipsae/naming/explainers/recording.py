@@ -23,7 +23,7 @@ class Answers:
         self.file = file
         self.known: dict[str, str] = {}
         if file.is_file():
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
                     self.known[entry["key"]] = entry["answer"]

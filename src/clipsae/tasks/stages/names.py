@@ -35,7 +35,11 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
             place for the word, regions where there are no patches, a judge that does not know the
             images.
     """
-    clip.require_text()
+    if not clip.has_text:
+        raise ConfigError(
+            f"clip.name={clip.name!r} has no text tower, so its latents cannot be compared with "
+            "words: task=name needs a CLIP"
+        )
     vocabulary(cfg, dataset)
     explainer(cfg, Store(cfg.paths.output_dir), dataset)
     if cfg.naming.judge == "explainer" and cfg.naming.explainer is None:
@@ -62,7 +66,7 @@ def vocabulary(cfg: DictConfig, dataset: ImageDataset) -> list[Words]:
     """
     prompts, file = cfg.naming.prompts, cfg.naming.vocabulary
     for prompt in prompts or ():
-        if prompt.count("{}") != 1 or "{" in prompt.replace("{}", ""):
+        if prompt.count("{}") != 1 or set("{}") & set(prompt.replace("{}", "")):
             raise ConfigError(
                 f"naming.prompts has {prompt!r}: expected one {{}} in each, where the word goes"
             )
@@ -92,11 +96,12 @@ def explainer(cfg: DictConfig, store: Store, dataset: ImageDataset) -> Explainer
     """
     naming = cfg.naming
     for option, owner in (("model", "openai"), ("recording", "recording")):
-        if (naming[option] is None) == (naming.explainer == owner):
+        if naming[option] is None and naming.explainer == owner:
+            raise ConfigError(f"naming.explainer={owner} without naming.{option}: set it, too")
+        if naming[option] is not None and naming.explainer != owner:
             raise ConfigError(
-                f"naming.{option}={naming[option] or 'null'} with naming.explainer="
-                f"{naming.explainer or 'null'}: naming.explainer={owner} needs it, and no other "
-                "has it"
+                f"naming.{option}={naming[option]} with naming.explainer="
+                f"{naming.explainer or 'null'}: it is of naming.explainer={owner} alone"
             )
     if naming.explainer == "oracle":
         return Oracle(dataset=dataset)
@@ -123,10 +128,11 @@ def stage(cfg: DictConfig, store: Store, dataset: ImageDataset, pictures: Stage)
     """The place of the names: the pictures, the words in their prompts and the options of `naming`
     are in the key."""
     naming = cfg.naming
+    recording = naming.recording and sha256(Path(naming.recording).expanduser())
     key = {
         **{name: naming[name] for name in ("regions", "judge", "explainer", "model")},
         "requests": naming.requests if naming.explainer == "openai" else None,
-        "recording": None if naming.recording is None else sha256(Path(naming.recording)),
+        "recording": recording,
         "images": _images(cfg),
         "words": digest(vocabulary(cfg, dataset)),
         "pictures": pictures.path.name,

@@ -158,10 +158,15 @@ def removals(
     return found
 
 
-def named_latents(found: Names, words: Sequence[str]) -> list[int]:
-    """The latents whose name is one of the words and can be trusted, best score first."""
+def named_latents(found: Names, words: Sequence[str], size: Tensor) -> list[int]:
+    """The latents whose name is one of the words and can be trusted, the largest first: no label is
+    needed to know it.
+
+    Args:
+        size: [M], how much of the tokens they are.
+    """
     kept = [m for m in found.named.nonzero().flatten().tolist() if found.text[m] in words]
-    return sorted(kept, key=lambda m: (-float(found.score[m]), m))
+    return sorted(kept, key=lambda m: (-float(size[m]), m))
 
 
 def scored_latents(activity: Activity, groups: Tensor, values: int) -> list[int]:
@@ -188,7 +193,8 @@ def measure(
     words, values = wanted_words(cfg, train), len(train.confounder)
     with Bar("codes of the training images", place.progress) as bar:
         activity = collect_activity(clip, sae, train, limit_images=limit, **reading, progress=bar)
-    named = named_latents(found, words)
+    size = activity.codes.totals() * sae.decoder_rows().detach().norm(dim=1).cpu()
+    named = named_latents(found, words, size)
     try:
         scored = scored_latents(activity, train.groups, values)
     except ValueError as error:

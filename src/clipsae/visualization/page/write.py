@@ -289,6 +289,9 @@ def _dictionary(one: Examined) -> dict[str, Any]:
         else {
             **{key: getattr(names, key) for key in ("source", "judge")},
             "threshold": names.threshold,
+            "explained": []
+            if names.explained is None
+            else names.explained.nonzero().squeeze(1).tolist(),
             "words": names.vocabulary.words,
         },
         "columns": {key: _packed(nan if x is None else x) for key, x in columns.items()},

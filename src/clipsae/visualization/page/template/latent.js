@@ -74,8 +74,10 @@
   function told(m, of) {
     const c = of.columns;
     if (!of.naming || !Number.isFinite(c.score[m])) return null;
+    const called = `“${calledOf(m, of)}”`;
+    const said = of.naming.explained.includes(m) ? `${of.naming.source} calls it ${called}.` : `Of all words ${called} fits best.`;
     return el("p", { class: "soft name-score", style: "margin:8px 0 0" },
-      `Of all words “${calledOf(m, of)}” fits best. It tells images that this latent is active on from others with ${digits(c.score[m], 2)} (95 %: ${digits(c.low[m], 2)} to ${digits(c.high[m], 2)}; 0.5 is chance), names of other latents in its place with ${digits(c.control[m], 2)}. `
+      `${said} It tells images that this latent is active on from others with ${digits(c.score[m], 2)} (95 %: ${digits(c.low[m], 2)} to ${digits(c.high[m], 2)}; 0.5 is chance), names of other latents in its place with ${digits(c.control[m], 2)}. `
       + (trusted(m, of) ? "The name can be trusted." : `No name, as the low end is not above ${digits(of.naming.threshold, 2)}, which 95 % of other latents' names stay below.`));
   }
 

@@ -23,6 +23,7 @@
     return row[b.length];
   }
 
+  const stems = new WeakMap(); // of the words of each vocabulary
   // The words of a vocabulary that are like a text: itself; each of its words, or others of the same stem; those that
   // begin like it; those that are spelled nearly so.
   function like(text, words) {
@@ -30,7 +31,8 @@
     const exact = words.flatMap((word, i) => (word.toLowerCase() === whole ? [i] : []));
     if (exact.length || !whole) return exact;
     const asked = parts(text).map(stem);
-    const known = words.map((word) => parts(word).map(stem));
+    if (!stems.has(words)) stems.set(words, words.map((word) => parts(word).map(stem)));
+    const known = stems.get(words);
     const some = (test, most) => asked.flatMap((one) => known.flatMap((own, i) => (own.some((k) => test(one, k)) ? [i] : []))
       .sort((a, b) => words[a].length - words[b].length || a - b).slice(0, most));
     for (const [test, most] of [
