@@ -375,8 +375,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] = (), *, of_sweep: Sequence[
         if override.startswith("+") and "." not in key and not isinstance(node.get(key), dict):
             raise unknown_key("", key, [one for one in node if one != key], value)
     for old, (new, value) in renamed(node).items():
-        if old not in {f"task.{key}" for key in TASKS.get(task, ())}:
-            raise ConfigError(f"{old}={_shown(value)}: {old} is now {new}")
+        raise ConfigError(f"{old}={_shown(value)}: {old} is now {new}")
     measurement = node.get("measurement") or {}
     if measurement.get("metrics") and "pooling" not in measurement:
         raise ConfigError(
