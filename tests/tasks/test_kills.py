@@ -202,8 +202,8 @@ def kill_all(folder: str, times: str, seed: str) -> None:
 
 
 @pytest.mark.slow
-def test_killed_fifty_times_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
-    times, seed = 52 // len(WORK), random.randrange(1000)
+def test_killed_many_times_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
+    times, seed = 26 // len(WORK), random.randrange(1000)
     done = fork(kill_all, str(tmp_path), str(times), str(seed))
     assert done.returncode == 0, done.stderr
     assert "WRONG" not in done.stdout, f"seed {seed}: {done.stdout}"
