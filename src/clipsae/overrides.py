@@ -23,6 +23,7 @@ RENAMED = {
     "model.l0": "model.l0_coefficient",
     "model.l1": "model.l1_coefficient",
     "model.normalize_input": "model.normalize",
+    "task.words": "naming.vocabulary",
     "features.shuffle_tokens": "features.shuffle_buffer_images",
     **dict.fromkeys(("clip.precision", "trainer.precision"), f"precision={'|'.join(PRECISIONS)}"),
 }

@@ -129,6 +129,7 @@ def test_the_card_tells_the_results_of_its_store(tmp_path, make):
     put(tmp_path / "evaluation" / "one", folder.name, "results.csv", results)
     put(tmp_path / "evaluation" / "other", "another-sae", "results.csv", results)
     metrics = "dataset,images,metric,value\nshapes,50,fvu,0.125\nshapes,50,active,4.0\n"
+    metrics += "shapes,50,cknna,\n"  # undefined
     put(tmp_path / "evaluation" / "one", folder.name, "metrics.csv", metrics)
 
     card = model_card(sae, "someone/topk", folder)

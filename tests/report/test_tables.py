@@ -3,12 +3,14 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from clipsae.report import Commands, collect, published
 from clipsae.report.findings import findings
 from clipsae.report.missing import fewer_seeds, missing_cells
+from clipsae.report.settings import set_apart
 from clipsae.report.table import to_csv, to_latex, to_markdown
 from clipsae.report.tables import (
     ablation_tables,
@@ -331,3 +333,15 @@ def test_the_recipes_say_rate_decay_and_clipping(store):
     ]
     for write in (to_markdown, to_csv, to_latex):
         assert "over the last 20" in write(table)
+
+
+def test_a_transcoder_is_called_by_what_it_writes():
+    plain = {"model.subtract_bias": "true", "model.target_layer": "null"}
+    transcoder = {"model.subtract_bias": "false", "model.target_layer": "-1"}
+    figures = pd.DataFrame({"settings": [tuple(one.items()) for one in (plain, transcoder)]})
+    figures = figures.assign(model="topk", learned="", dataset="shapes", folder=["a", "b"])
+    lines, _ = set_apart(figures, {})
+    assert [one.variant for one in lines.line] == [
+        "model.target_layer=null",
+        "model.target_layer=-1",
+    ]

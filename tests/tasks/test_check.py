@@ -192,10 +192,17 @@ def test_slurm_is_asked_whether_it_would_take_a_job(cfg, tmp_path, monkeypatch, 
     assert "invalid account" in line.found
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk", "sparsemax", "gated"])
-def test_a_machine_that_miscalculates_is_found(cfg, activation):
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"activation": name} for name in ("relu", "topk", "sparsemax", "gated")),
+        {"activation": "topk", "target_layer": -1, "subtract_bias": False},
+        {"activation": "relu", "monosemanticity": 0.1},
+    ],
+)
+def test_a_machine_that_miscalculates_is_found(cfg, options):
     torch.manual_seed(0)
-    sae = SAE(d=16, latents=64, activation=activation)
+    sae = SAE(d=16, latents=64, **options)
     tokens = torch.randn(2, 8, 16)
     assert steps.distance(cfg, sae, tokens) < steps.TOLERANCES["float32"]
 

@@ -12,6 +12,7 @@ import clipsae
 from clipsae.errors import ConfigError
 from clipsae.interop import read, saelens
 from clipsae.sae import SAE
+from clipsae.store import Store
 from clipsae.tasks import evaluate, export
 from run import ROOT
 from tests.warm import run_py
@@ -111,6 +112,33 @@ def test_evaluate_refuses_in_a_sentence(tmp_path, foreign, composed, overrides, 
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out" / "sae").exists()
+
+
+def test_a_transcoder_that_would_write_where_it_reads(tmp_path, composed):
+    sae = SAE(d=128, latents=8, activation="topk", k=2, target_layer=-1, subtract_bias=False)
+    sae.save(tmp_path / "one")
+    cfg = composed("task=evaluate", f"task.sae={tmp_path / 'one'}", "clip.layer=3")
+    with pytest.raises(ConfigError, match="target_layer=-1 is the layer that is read"):
+        evaluate.prepare(cfg)
+
+
+def test_other_tokens_than_those_of_its_training_are_named(tmp_path, foreign, composed, caplog):
+    foreign[1].save(tmp_path / "one")
+    (tmp_path / "one" / "config.yaml").write_text(
+        "clip: {name: clipsae-tiny, pretrained: builtin, layer: -2, hook: mlp_out}"
+    )
+
+    def warnings(*overrides: str) -> list[str]:
+        caplog.clear()
+        cfg = composed("task=evaluate", f"task.sae={tmp_path / 'one'}", *overrides)
+        evaluate.bring_in(cfg, Store(tmp_path / "out"))
+        return [record.getMessage() for record in caplog.records if record.levelno > 20]
+
+    caplog.set_level("INFO", "clipsae")
+    said = "was trained on the tokens of clip.layer=-2 clip.hook=mlp_out"
+    assert said in warnings()[0]
+    assert said in warnings("clip.hook=mlp_out", "clip.layer=0")[0]
+    assert warnings("clip.hook=mlp_out", "clip.layer=2") == []
 
 
 @pytest.mark.parametrize("target", export.TARGETS)

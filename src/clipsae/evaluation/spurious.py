@@ -53,7 +53,8 @@ def group_accuracy(predictions: Tensor, labels: Tensor, groups: Tensor) -> Group
     """Average and worst-group accuracy.
 
     Args:
-        predictions, labels: LongTensor [N].
+        predictions: LongTensor [N].
+        labels: LongTensor [N].
         groups: LongTensor [N], 0..G - 1.
     """
     right = (predictions == labels).double()

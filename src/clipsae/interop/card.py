@@ -122,7 +122,8 @@ def _results(folder: Path | None) -> list[str]:
         setting = f"{row['setting']}_{float(row['n']):.0f}" if row["n"] else row["setting"]
         accuracies.setdefault(label, {})[setting] = format(float(row["accuracy"]), ".2f")
     for label, row in _rows(evaluations, "metrics.csv", "evaluation."):
-        measured.setdefault(label, {})[row["metric"]] = float(row["value"])
+        if row["value"]:  # empty: undefined
+            measured.setdefault(label, {})[row["metric"]] = float(row["value"])
     found = []
     if accuracies:
         found.append(

@@ -80,6 +80,9 @@ def _read(path: Path) -> Imported:
     return checkpoint.read(file or files[0])
 
 
+_OF_CLIP = ("name", "pretrained", "layer", "hook")
+
+
 def _native(folder: Path) -> Imported:
     """What `SAE.save` writes, checked more strictly than in `SAE.load`: it may be untrusted."""
     about, weights = folder / "sae.json", folder / "sae.safetensors"
@@ -99,7 +102,11 @@ def _native(folder: Path) -> Imported:
     for name, tensor in sae.state_dict().items():
         if tensor.is_floating_point():
             check_finite(tensor, name, weights)
-    return Imported(sae, "clipsae")
+    # A store keeps the config of its training beside it.
+    stored = folder / "config.yaml"
+    clip = read_config(stored).get("clip") if stored.is_file() else None
+    clip = clip if isinstance(clip, dict) else {}
+    return Imported(sae, "clipsae", {f"clip.{key}": clip[key] for key in _OF_CLIP if key in clip})
 
 
 def _named_config(folder: Path) -> Imported:

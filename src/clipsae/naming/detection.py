@@ -87,7 +87,8 @@ def interval(area: Tensor, active: Tensor, inactive: Tensor) -> tuple[Tensor, Te
 
     Args:
         area: float64 [M]; NaN: not defined.
-        active, inactive: LongTensor [M], the images behind it.
+        active: LongTensor [M], images on which the latent is active.
+        inactive: LongTensor [M], the others.
 
     Returns:
         The ends, float64 [M] each; NaN where `area` is.
@@ -116,7 +117,9 @@ def summary(
     """`score`, `low`, `high`, `control` and `threshold` of `clipsae.naming.Names`.
 
     Args:
-        area, active, inactive: as of `interval`.
+        area: as of `interval`, as the next two.
+        active: see there.
+        inactive: see there.
         others: [draws, M], AUROCs with other latents' names; NaN: not defined.
     """
     low, high = interval(area, active, inactive)

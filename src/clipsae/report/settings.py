@@ -185,6 +185,9 @@ class Line:
         return [word for word in words if _OVERRIDE.fullmatch(word)]
 
 
+# Settings that labels prefer to others that differ with them: a transcoder is one by its
+# `target_layer`, whose bias cannot be subtracted either.
+_FIRST = ("trainer.max_steps", "precision", "schema", "model.target_layer", "model.prefixes")
 BY_LINE = ("model", "learned", "dataset", "settings")  # what decides a figure's line
 
 
@@ -246,7 +249,7 @@ def _varying(results: pd.DataFrame, values: pd.DataFrame) -> list[str]:
     among themselves: their settings may have other names.
     """
     schema = results.settings.map(lambda settings: dict(settings).get("schema", ""))
-    first = [name for name in ("trainer.max_steps", "precision", "schema") if name in values]
+    first = [name for name in _FIRST if name in values]
 
     def differs(name: str, *by: pd.Series) -> bool:
         groups = values[name].groupby(list(by), dropna=False) if by else values[name]

@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from clipsae.clip import FrozenCLIP
 from clipsae.errors import ConfigError
 from clipsae.interop import Imported, read
-from clipsae.rules import where
+from clipsae.rules import EMBEDDINGS, is_whole, where
 from clipsae.sae import SAE
 from clipsae.store import Stage, Store, write_json
 from clipsae.tasks import build, precision
 from clipsae.tasks.experiment import Experiment, check, finish
+from clipsae.tasks.stages.sae import check_target
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def bring_in(
             f"{cfg.task.sae} is for tokens of width {found.sae.d}, and those of {clip.name} have "
             f"{clip.width}: choose the clip=, clip.layer= and clip.hook= that it was trained on"
         )
+    check_target(cfg, clip)
     mean = found.sae.normalization.mean
     positions = len(range(clip.positions)[clip.token_slice(found.sae.config["tokens"])])
     if mean is not None and mean.ndim == 2 and len(mean) != positions:
@@ -91,7 +93,7 @@ def bring_in(
             where(cfg.clip.layer, cfg.clip.get("hook", "resid")),
         ),
     )
-    for sentence in found.lost:
+    for sentence in (*found.lost, *elsewhere(cfg, clip, found)):
         log.warning("%s", sentence)
     weights = digest(found.sae)
 
@@ -105,6 +107,21 @@ def bring_in(
 
     stage = precision.resolve(cfg, place)
     return cfg, clip, stage, lambda folder: save(cfg, found, folder)
+
+
+def elsewhere(cfg: DictConfig, clip: FrozenCLIP, found: Imported) -> list[str]:
+    """That an SAE of ours reads other tokens than those that it was trained on, in a sentence."""
+    name, layer, hook = (found.reads.get(f"clip.{key}") for key in ("name", "layer", "hook"))
+    if name != clip.name or not is_whole(layer):
+        return []
+    hook, own = hook or "resid", cfg.clip.get("hook", "resid")
+    same_layer = hook in EMBEDDINGS or layer % clip.blocks == clip.layer % clip.blocks
+    if hook == own and same_layer:
+        return []
+    return [
+        f"{cfg.task.sae} was trained on the tokens of clip.layer={layer} clip.hook={hook}: what "
+        "follows is of others, unless these are added to the command"
+    ]
 
 
 def as_if_composed(cfg: DictConfig, found: Imported) -> DictConfig:

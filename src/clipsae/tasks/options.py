@@ -307,7 +307,7 @@ TASKS: dict[str, Mapping[str, Any]] = {
     "spurious": {
         "sae": or_null(TEXT),
         "split": Rule("train", lambda v: v == "train"),
-        "words": or_null(list_of(TEXT, least=1)),
+        "names": or_null(list_of(TEXT, least=1)),
         "counts": list_of(whole(1), least=1),
         "draws": whole(0),
         "images": whole(1),

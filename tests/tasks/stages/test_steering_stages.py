@@ -59,7 +59,8 @@ def test_a_dataset_without_groups_and_a_name_that_no_latent_can_have():
     assert groups.wanted_words(cfg, tied) == ["grass", "water"]
     with pytest.raises(ConfigError, match="has no groups of class"):
         groups.check(cfg, clip, plain)
-    cfg = composed("task=spurious", "dataset=scenes_spurious", "task.words=[grass,lava]")
+    cfg = composed("task=spurious", "dataset=scenes_spurious", "task.names=[grass,lava]")
+    options.check(cfg)
     with pytest.raises(ConfigError, match="'lava': no latent can have"):
         groups.check(cfg, clip, tied)
 

@@ -57,8 +57,7 @@ class _SameBatch(LightningDataModule):
     def __init__(self, tokens: Tensor, needs: Collection[str]) -> None:
         super().__init__()
         self.tokens = tokens
-        more = {"target": tokens, "embeddings": nn.functional.normalize(tokens[:, 0], dim=-1)}
-        self.more = {name: more[name] for name in needs}
+        self.more = needed(needs, tokens)
 
     def first_batch(self, images: int) -> Tensor:
         return self.tokens[:images]
@@ -98,6 +97,14 @@ class _Stopwatch(Callback):
         self.last = now()
         if len(self.times) > LEAST and self.last - self.begun > self.seconds:
             trainer.should_stop = True
+
+
+def needed(needs: Collection[str], tokens: Tensor) -> dict[str, Tensor]:
+    """What of `SAE.needs` is needed beside tokens [B, T, d] or [B, d]: numbers of the right
+    shape."""
+    of_images = tokens[:, 0] if tokens.ndim == 3 else tokens
+    more = {"target": tokens, "embeddings": nn.functional.normalize(of_images, dim=-1)}
+    return {name: more[name] for name in needs}
 
 
 def timed(cfg: DictConfig, tokens: Tensor, share: float | None, seconds: float) -> Steps:
@@ -157,9 +164,10 @@ def distance(cfg: DictConfig, sae: SAE, tokens: Tensor) -> float:
         here.zero_grad()
         reference.zero_grad()
         with forward():
-            loss = here(token).loss
+            loss = here(token, **needed(sae.needs, token)).loss
         loss.backward()
-        reference(token.cpu().double()).loss.backward()
+        wide = token.cpu().double()
+        reference(wide, **needed(sae.needs, wide)).loss.backward()
         pairs = [
             (a.grad.cpu().double(), b.grad)
             for a, b in zip(here.parameters(), reference.parameters(), strict=True)

@@ -156,13 +156,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
     """
     with torch.device("meta"):
         needs = build.build_sae(cfg, clip.width).needs
-    target = cfg.model.get("target_layer")
-    if target is not None and clip.at(target, "model.target_layer").layer == clip.layer:
-        raise ConfigError(
-            f"model.target_layer={target} is the layer that is read: choose another, or null"
-        )
-    if target is not None:
-        clip.check_layers([clip.layer, clip.at(target).layer])
+    check_target(cfg, clip)
     check_tokens(cfg, needs)
     if cfg.model.get("fit") == "text":
         clip.require_text()
@@ -174,6 +168,23 @@ def check(cfg: DictConfig, clip: FrozenCLIP, train_set: ImageDataset) -> None:
     features.data_module(cfg, clip, train_set, needs=needs)
     if features.cached(cfg) and not stage(cfg, Store(cfg.paths.output_dir), train_set).finished:
         features.check(cfg, clip, train_set)
+
+
+def check_target(cfg: DictConfig, clip: FrozenCLIP) -> None:
+    """Refuse a layer that a transcoder cannot write to.
+
+    Raises:
+        ConfigError: one that the CLIP does not have, or that is read.
+    """
+    if (target := cfg.model.get("target_layer")) is None:
+        return
+    layer = clip.at(target, "model.target_layer").layer
+    clip.check_layers([clip.layer, layer])
+    if layer == clip.layer:
+        raise ConfigError(
+            f"model.target_layer={target} is the layer that is read: choose another one or "
+            "another clip.layer"
+        )
 
 
 def check_tokens(cfg: DictConfig, needs: Collection[str]) -> None:

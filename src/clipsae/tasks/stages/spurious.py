@@ -35,7 +35,7 @@ from clipsae.tasks.stages import classifier, names
 
 log = logging.getLogger(__name__)
 
-OPTIONS = ("words", "counts", "draws", "images")
+OPTIONS = ("names", "counts", "draws", "images")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
     for word in wanted_words(cfg, dataset):
         if word not in known:
             raise ConfigError(
-                f"task.words has {word!r}: no latent can have that name, as it is not among the "
+                f"task.names has {word!r}: no latent can have that name, as it is not among the "
                 f"{len(known):,} words of the vocabulary: add it to the file of naming.vocabulary, "
                 "or choose other words"
             )
@@ -78,7 +78,7 @@ def check(cfg: DictConfig, clip: FrozenCLIP, dataset: ImageDataset) -> None:
 
 def wanted_words(cfg: DictConfig, dataset: Any) -> list[str]:
     """The names of the latents that are taken out."""
-    return list(dataset.confounder if cfg.task.words is None else cfg.task.words)
+    return list(dataset.confounder if cfg.task.names is None else cfg.task.names)
 
 
 def stage(
