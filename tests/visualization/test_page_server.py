@@ -79,6 +79,7 @@ def test_pictures_are_explained(server):
         ({"sae": "topk", "image": 30, "strengths": {}}, "no such image"),
         ({"image": 3}, "expected {"),
         ([1], "expected {"),
+        ({**ASKED, "image": float("inf")}, "expected {"),
         ({**ASKED, "strengths": {"5": float("nan")}}, "finite"),
         ({**ASKED, "strengths": dict.fromkeys(map(str, range(65)), 1)}, "up to 64"),
         (b"{", "Expecting"),

@@ -19,6 +19,7 @@ from clipsae.visualization.references import References
 OF_A_PATCH = 3  # latents
 _SHOWN = 8  # latents in the text
 _DRAWN = 5  # and in the figure
+_LETTERS = 60  # of a name in the figure, at most
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Explanation:
         codes = ImageCodes(self.means, shown, marked, self.codes[marked])
         said = f"CLIP: {self.clip[0][0]}, {100 * self.clip[0][1]:.0f} %"
         facts = {
-            effect.latent: f"{effect.name or 'no name'}, margin {effect.margin:+.2f}"
+            effect.latent: f"{(effect.name or 'no name')[:_LETTERS]}, margin {effect.margin:+.2f}"
             for effect in drawn
         }
         panel = Panel(codes, references, image_of, names, facts)

@@ -5,7 +5,7 @@ M latents, K reference images, C texts, S image side, d width.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class Dictionary:
 class Latent:
     """One latent of a dictionary, by its `number`."""
 
-    dictionary: Dictionary
+    dictionary: Dictionary = field(repr=False)
     number: int
 
     @property
@@ -139,16 +139,17 @@ class Latent:
         return found
 
     @torch.no_grad()
-    def effect(self, texts: Sequence[str]) -> dict[str, float]:
+    def effect(self, texts: Sequence[str] | str) -> dict[str, float]:
         """What the latent does to CLIP's logits for some texts: the logit with the latent minus the
         logit without it, through the remaining blocks, the mean over its reference images.
 
         Args:
-            texts: C class names or other texts.
+            texts: C class names or other texts; one may be given by itself.
 
         Returns:
             The change of each; all 0 for a latent without images.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         clip, sae = self.dictionary.clip, self.dictionary.sae
         classes = text_classifier(clip, list(texts), PROMPTS)
         interventions = Interventions(clip, sae, classes)

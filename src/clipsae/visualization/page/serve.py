@@ -100,7 +100,7 @@ class _Handler(SimpleHTTPRequestHandler):
         try:
             name, image = str(content["sae"]), int(content["image"])
             strengths = {int(m): float(s) for m, s in content["strengths"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
                 'expected {"sae": "topk", "image": 5, "strengths": {"12": 0.5}}'
             ) from error
