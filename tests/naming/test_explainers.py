@@ -227,6 +227,7 @@ def test_pictures_are_dark_where_a_latent_does_not_act():
     [
         ('"Red wheels."\nBecause ...', "Red wheels"),
         ("Nothing in common", ""),
+        ("<think>Is it 3\nwheels?</think>\n\nwheels", "wheels"),
         ("", ""),
         ("x" * 99, "x" * 60),
     ],

@@ -96,7 +96,7 @@ class OpenAI(Explainer):
     def detect(self, name: str, examples: Sequence[Example]) -> list[bool]:
         question = _DETECT.format(n=len(examples), name=name)
         answer = self._ask(question, [example.image for example in examples], numbered=True)
-        found = {int(number) for number in re.findall(r"\d+", answer)}
+        found = {int(number) for number in re.findall(r"\d+", _without_thoughts(answer))}
         return [number + 1 in found for number in range(len(examples))]
 
     def _ask(self, question: str, pictures: Sequence[Tensor], numbered: bool = False) -> str:
@@ -122,9 +122,8 @@ class OpenAI(Explainer):
             )
         self.left -= 1
         try:
-            said = self._client.chat.completions.create(
-                model=self.model, messages=messages, temperature=0, seed=0
-            )
+            # (No temperature: some models refuse any. What was answered is kept anyway.)
+            said = self._client.chat.completions.create(model=self.model, messages=messages)
             if not getattr(said, "choices", None):  # some servers and proxies say errors this way
                 raise self._errors(str(said))
             answer = (said.choices[0].message.content or "").strip()
@@ -141,9 +140,14 @@ class OpenAI(Explainer):
 def name_of(answer: str) -> str:
     """A model's answer as a name: its first line, without quotation marks and a full stop; "" where
     it found nothing."""
-    lines = answer.strip().splitlines() or [""]
+    lines = _without_thoughts(answer).splitlines() or [""]
     name = lines[0].strip().strip("\"'`*.").strip()
     return "" if name.lower() == _NOTHING else name[:LONGEST]
+
+
+def _without_thoughts(answer: str) -> str:
+    """An answer without what some models think aloud before it."""
+    return re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL).strip()
 
 
 def marked(example: Example) -> Tensor:
