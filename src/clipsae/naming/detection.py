@@ -10,6 +10,8 @@ N images, M latents, V names, X images that are left out, p pairs of an image an
 active on it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -131,6 +133,20 @@ def summary(
         "control": others.mean(dim=0).float(),
         "threshold": float(known.quantile(PERCENTILE)) if len(known) else 1.0,
     }
+
+
+def numbered(text: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The names that differ, V of them, and which of these each latent has.
+
+    Args:
+        text: M names, "": none.
+
+    Returns:
+        The names in order; LongTensor [M], -1: none.
+    """
+    names = sorted(set(text) - {""})
+    place = {one: i for i, one in enumerate(names)} | {"": -1}
+    return names, torch.tensor([place[one] for one in text])
 
 
 def names_of_others(name: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipsae.naming.activity import Activity
-from clipsae.naming.detection import names_of_others, summary
+from clipsae.naming.detection import names_of_others, numbered, summary
 from clipsae.naming.explainers import Evidence, Example, Explainer
 from clipsae.naming.regions import crop, regions
 from clipsae.sae import SparseCodes
@@ -111,9 +111,8 @@ def detect(
         and where there are no images of a kind.
     """
     codes, size = activity.codes, len(text)
-    names = sorted(set(text) - {""})
-    place = {name: i for i, name in enumerate(names)} | {"": -1}
-    (other,) = names_of_others(torch.tensor([place[one] for one in text]), draws=1, seed=seed)
+    names, own = numbered(text)
+    (other,) = names_of_others(own, draws=1, seed=seed)
     areas = torch.full((2, size), torch.nan, dtype=torch.float64)
     counts = torch.ones(2, size, dtype=torch.long)
     for done, latent in enumerate(latents):

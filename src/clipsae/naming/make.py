@@ -19,6 +19,7 @@ from clipsae.naming.detection import (
     detection,
     mid_ranks,
     names_of_others,
+    numbered,
     summary,
 )
 from clipsae.naming.dissect import soft_wpmi
@@ -208,9 +209,7 @@ def score_names(
     Returns:
         `score`, `low`, `high`, `control` and `threshold` of `Names`.
     """
-    texts = sorted(set(text) - {""})
-    place = {one: i for i, one in enumerate(texts)} | {"": -1}
-    name = torch.tensor([place[one] for one in text])
+    texts, name = numbered(text)
     left_out = activity.places(index)
     if not texts:
         nothing = torch.full((len(text),), torch.nan, dtype=torch.float64)

@@ -232,6 +232,12 @@ def limit_images(cfg: DictConfig) -> int | None:
     return cfg.evaluation.limit_images
 
 
+def at_most(cfg: DictConfig, images: int) -> int:
+    """How many images are looked at where a task has a limit of its own, too."""
+    limit = limit_images(cfg)
+    return images if limit is None else min(images, limit)
+
+
 def best_device() -> torch.device:
     """The GPU where there is one; of a distributed run's process its own.
 

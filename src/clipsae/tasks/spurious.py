@@ -1,12 +1,11 @@
 """`task=spurious`: what the worst group wins when latents of the confounder are taken out."""
 
-import json
-
 import pandas as pd
 from omegaconf import DictConfig
 from rich.table import Table
 
 from clipsae.store import Store
+from clipsae.store.files import read_json
 from clipsae.tasks import pictures
 from clipsae.tasks.stages import spurious
 from clipsae.tasks.table import terminal
@@ -39,7 +38,7 @@ def run(cfg: DictConfig) -> None:
     cfg = found.cfg
     place = spurious.make(cfg, store, clip, dataset, found)
     rows = pd.read_csv(place.path / "spurious.csv", keep_default_na=False)
-    about = json.loads((place.path / "spurious.json").read_text())
+    about = read_json(place.path / "spurious.json")
     numbers = {
         f"worst_{row.classifier}_{row.method}_{row.n}": row.worst
         for row in rows[rows.draw == 0].itertuples()

@@ -139,7 +139,7 @@ def stage(cfg: DictConfig, store: Store, dataset: ImageDataset, pictures: Stage)
         **{name: naming[name] for name in ("regions", "judge", "explainer", "model")},
         "requests": naming.requests if naming.explainer == "openai" else None,
         "recording": recording,
-        "images": _images(cfg),
+        "images": build.at_most(cfg, naming.images),
         "words": digest(vocabulary(cfg, dataset)),
         "pictures": pictures.path.name,
         "sae": pictures.key["sae"],
@@ -167,14 +167,13 @@ def make_names(
         ConfigError: see `check`.
     """
     place = stage(cfg, store, dataset, pictures)
-    looks = explainer(cfg, store, dataset)
-    place.make(lambda folder: _make(cfg, clip, dataset, pictures, trained, looks, place, folder))
+
+    def write(folder: Path) -> None:
+        looks = explainer(cfg, store, dataset)
+        _make(cfg, clip, dataset, pictures, trained, looks, place, folder)
+
+    place.make(write)
     return place
-
-
-def _images(cfg: DictConfig) -> int:
-    """How many images names are scored on."""
-    return min(cfg.naming.images, build.limit_images(cfg) or cfg.naming.images)
 
 
 def _make(
@@ -207,7 +206,7 @@ def _make(
             words,
             references.index,
             references.maps if cfg.naming.regions else None,
-            images=_images(cfg),
+            images=build.at_most(cfg, cfg.naming.images),
             judge=cfg.naming.judge,
             explaining=explaining,
             batch_size=cfg.evaluation.batch_size,

@@ -189,7 +189,7 @@ def measure(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Rows of all classifiers and removals, and which latents were taken out."""
     reading = {"batch_size": cfg.evaluation.batch_size, "num_workers": cfg.features.num_workers}
-    limit = min(n for n in (cfg.task.images, build.limit_images(cfg)) if n is not None)
+    limit = build.at_most(cfg, cfg.task.images)
     words, values = wanted_words(cfg, train), len(train.confounder)
     with Bar("codes of the training images", place.progress) as bar:
         activity = collect_activity(clip, sae, train, limit_images=limit, **reading, progress=bar)

@@ -132,7 +132,6 @@ def measure(
     """One row for each strength and set, and the numbers of the dictionary by strength."""
     strengths = [float(one) for one in cfg.task.strengths]
     most = references.values[:, 0].double().tolist()
-    limits = [n for n in (cfg.task.images, build.limit_images(cfg)) if n is not None]
     steered, random = build.user_error(
         measure_steering,
         clip,
@@ -143,7 +142,7 @@ def measure(
         [[s * most[m] for m in one] for s in strengths for one in sets],
         random=cfg.task.random * len(strengths),
         seed=cfg.seed,
-        images=min(limits),
+        images=build.at_most(cfg, cfg.task.images),
         batch_size=cfg.evaluation.batch_size,
         num_workers=cfg.features.num_workers,
         **options,
